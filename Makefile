@@ -1,0 +1,66 @@
+# Everything a reader needs, from a fresh clone. The environment is made once, in .venv.
+#
+#   make demo    train on digits at batch 2 with every method, print the table, write a report
+#   make test    the fast tests
+#
+# PYTHON  the interpreter to build the environment with (3.10 to 3.13)
+# TORCH   what to install as torch; `make test TORCH=torch` takes the newest build with CUDA
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+WORKERS ?= 2
+DEMO ?=
+
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu check format bench docs clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch comes first, so that the package's `torch>=2.6` never decides which build is taken.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[experiments]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## compare every method at batch 2 on digits (DEMO="..." adds options)
+	$(BIN)/anybatch compare $(DEMO)
+
+test: $(VENV)/.dev  ## fast tests, doctests and documentation examples
+	$(PYTEST) -n $(WORKERS)
+
+test-slow: $(VENV)/.dev  ## trainings and other tests that take minutes
+	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.dev  ## tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+check: $(VENV)/.dev  ## lint, format check, strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the files in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## time the layers against nn.BatchNorm, and the import
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/layers.py
+
+docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+clean:  ## remove the environment and every build product
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
