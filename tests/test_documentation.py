@@ -1,0 +1,82 @@
+"""Every Python block in README.md and docs/ runs, and every method has a complete card."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from anybatch.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if "_build" not in page.parts]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+HEADINGS = [
+    "What it does",
+    "How to use it",
+    "Suggested settings",
+    "Cost",
+    "Evidence",
+    "When not to",
+    "Source",
+]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[str]:
+    """The page's Python blocks, each at its own line numbers so that errors point into the page."""
+    text = page.read_text()
+    return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": "__main__"}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def card(method: str) -> str:
+    return (ROOT / "docs" / "methods" / f"{method}.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_card_has_every_heading_in_order(method):
+    assert re.findall(r"^## (.+)$", card(method), re.MULTILINE) == HEADINGS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_card_is_titled_after_the_method(method):
+    assert card(method).splitlines()[0] == f"# {METHODS[method].title} (`{method}`)"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_card_names_every_option_and_its_default(method):
+    for option in METHODS[method].options.values():
+        assert f"`{option.name}={option.default!r}`".replace("'", '"') in card(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_card_says_what_the_table_says_of_conversion_and_folding(method):
+    exact = "yes" if METHODS[method].exact_eval else "no"
+    folds = "yes" if METHODS[method].folds else "no"
+    assert f"| keeps the eval output of a trained network | {exact} |" in card(method)
+    assert f"| folds into the layer before it | {folds} |" in card(method)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md", "docs/methods/index.md"])
+def test_tables_of_methods_are_complete(page):
+    rows = re.findall(r"^\| \[?`([a-z0-9+]+)`", (ROOT / page).read_text(), re.MULTILINE)
+    assert set(rows) == set(METHODS)
+
+
+def test_readme_marks_where_measured_results_go():
+    text = (ROOT / "README.md").read_text()
+    assert text.index("<!-- results:start -->") < text.index("<!-- results:end -->")
