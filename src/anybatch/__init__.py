@@ -1,0 +1,32 @@
+"""Batch normalization that works at any batch size.
+
+Layers replace ``torch.nn.BatchNorm`` one for one; `convert` does it for a whole
+network, `to_batchnorm` undoes it for deployment.
+"""
+
+from anybatch.layers import (
+    BatchGroupNorm1d,
+    BatchGroupNorm2d,
+    BatchGroupNorm3d,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+    freeze,
+    no_update,
+    thaw,
+    weight_centralization,
+)
+
+__version__ = "0.1.0"

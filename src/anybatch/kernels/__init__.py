@@ -1,0 +1,22 @@
+"""The passes over an activation, and nothing else.
+
+Every method of the library is ``moments -> rule -> affine`` forward and
+``sums -> rule -> gradient`` backward. The four passes live here, one file a
+backend; the rules, small arithmetic on ``(G, C)`` tensors, live in the layers.
+Kernels know nothing of layers, memories or methods.
+"""
+
+from anybatch.kernels.aten import affine, exact_gradient, gradient, moments, sums
+from anybatch.kernels.pooling import expand_groups, pool_groups, pool_rows, row_counts
+
+__all__ = [
+    "affine",
+    "exact_gradient",
+    "expand_groups",
+    "gradient",
+    "moments",
+    "pool_groups",
+    "pool_rows",
+    "row_counts",
+    "sums",
+]

@@ -1,0 +1,224 @@
+"""The passes in plain torch: every device, dtype and memory format.
+
+Each pass is written once, for one group of examples, on torch's own batch-norm
+operators (vectorized, mixed precision, channels_last kept). More groups are
+reached in one of two ways: an NCHW batch is seen as ``(1, N * C, ...)``, so that
+one call serves all groups; any other layout is cut along the batch.
+
+Tables of statistics are ``(G, C)``, float32, or float64 for a float64 input.
+"""
+
+import torch
+from torch import Tensor
+
+from anybatch.kernels.pooling import expand_rows, pool_rows
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Type of the statistics of ``x``: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def moments(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each group of examples and channel.
+
+    Args:
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group; they sum to N.
+
+    Returns:
+        Two tables ``(G, C)``.
+    """
+    if len(sizes) == 1:
+        mean, var = _moments(x)
+        return mean.unsqueeze(0), var.unsqueeze(0)
+    if x.is_contiguous():
+        mean, var = _moments(_instances(x))
+        return pool_rows(mean.view(x.shape[:2]), var.view(x.shape[:2]), sizes)
+    parts = [_moments(part) for part in x.split(sizes)]
+    return torch.stack([mean for mean, _ in parts]), torch.stack([var for _, var in parts])
+
+
+def affine(
+    x: Tensor,
+    sizes: tuple[int, ...],
+    mean: Tensor | None,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``weight * (x - mean) / sqrt(var + eps) + bias``, in the type and format of ``x``.
+
+    Args:
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group.
+        mean, var: Tables ``(G, C)``; no mean is a mean of zero.
+        weight, bias: Tables ``(G, C)``, or None for one and zero.
+        eps: Added to the variance.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    mean = torch.zeros_like(var) if mean is None else mean
+    if len(sizes) == 1:
+        return _affine(x, mean[0], var[0], _row(weight, 0), _row(bias, 0), eps)
+    if x.is_contiguous():
+        rows = [None if t is None else expand_rows(t, sizes).view(-1) for t in (weight, bias)]
+        table = (expand_rows(mean, sizes).view(-1), expand_rows(var, sizes).view(-1))
+        return _affine(_instances(x), *table, *rows, eps).view(x.shape)
+    parts = [
+        _affine(part, mean[g], var[g], _row(weight, g), _row(bias, g), eps)
+        for g, part in enumerate(x.split(sizes))
+    ]
+    return torch.cat(parts)
+
+
+def sums(
+    dy: Tensor, x: Tensor, sizes: tuple[int, ...], center: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The two sums of the backward pass, ``sum(dy)`` and ``sum(dy * (x - center))``.
+
+    Args:
+        dy: Gradient of the output, like ``x``.
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group.
+        center: Table ``(G, C)``; None is zero.
+
+    Returns:
+        Two tables ``(G, C)``.
+    """
+    groups, channels = len(sizes), x.shape[1]
+    if center is None:
+        center = torch.zeros(groups, channels, dtype=statistics_dtype(x), device=x.device)
+    if groups == 1:
+        first, second = _sums(dy, x, center[0])
+        return first.unsqueeze(0), second.unsqueeze(0)
+    if x.is_contiguous():
+        rows = expand_rows(center, sizes).view(-1)
+        first, second = _sums(_instances(dy.contiguous()), _instances(x), rows)
+        return _sum_rows(first.view(x.shape[:2]), sizes), _sum_rows(second.view(x.shape[:2]), sizes)
+    pieces = zip(dy.split(sizes), x.split(sizes), center, strict=True)
+    parts = [_sums(d, part, c) for d, part, c in pieces]
+    return torch.stack([first for first, _ in parts]), torch.stack([second for _, second in parts])
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    sizes: tuple[int, ...],
+    center: Tensor | None,
+    on_dy: Tensor,
+    on_x: Tensor | None,
+    constant: Tensor | None,
+) -> Tensor:
+    """``on_dy * dy + on_x * (x - center) + constant``, in the type and format of ``x``.
+
+    Args:
+        dy: Gradient of the output, like ``x``.
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group.
+        center: Table ``(G, C)``; None is zero.
+        on_dy, on_x, constant: Tables ``(G, C)``; None is zero.
+
+    Returns:
+        The gradient of the input, like ``x``.
+    """
+    if len(sizes) == 1:
+        rows = [_row(t, 0) for t in (center, on_dy, on_x, constant)]
+        return _gradient(dy, x, *rows)
+    tables = (center, on_dy, on_x, constant)
+    if x.is_contiguous():
+        rows = [None if t is None else expand_rows(t, sizes).view(-1) for t in tables]
+        return _gradient(_instances(dy.contiguous()), _instances(x), *rows).view(x.shape)
+    parts = [
+        _gradient(d, part, *[_row(t, g) for t in tables])
+        for g, (d, part) in enumerate(zip(dy.split(sizes), x.split(sizes), strict=True))
+    ]
+    return torch.cat(parts)
+
+
+def exact_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    mask: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Sums and gradient in one call, where all of both flows through one group's statistics.
+
+    Args:
+        dy: Gradient of the output, like ``x``.
+        x: ``(N, C, ...)``, one group.
+        mean, var: Rows ``(C,)`` of the batch.
+        weight: Row ``(C,)`` or None.
+        eps: Added to the variance.
+        mask: Which of input, weight and bias need a gradient.
+
+    Returns:
+        Gradients of input, weight and bias, None where not asked for.
+    """
+    inv = torch.rsqrt(var + eps)
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    grads = torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, None, None, mean, inv, True, eps, list(mask)
+    )
+    return grads
+
+
+def _row(table: Tensor | None, group: int) -> Tensor | None:
+    return None if table is None else table[group]
+
+
+def _instances(x: Tensor) -> Tensor:
+    """An NCHW batch as one example whose channels are the examples' channels."""
+    return x.view(1, x.shape[0] * x.shape[1], -1)
+
+
+def _sum_rows(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return torch.stack([part.sum(0) for part in table.split(sizes)])
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = var = None
+    if x.dtype in _LOW:  # float32 buffers are what asks the operator for float32 statistics
+        mean, var = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
+    return torch.batch_norm_update_stats(x, mean, var, 0.0)
+
+
+def _affine(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+
+
+def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    # In evaluation mode and with unit variance, the gradients of bias and weight are the two sums.
+    _, second, first = torch.ops.aten.native_batch_norm_backward(
+        dy, x, None, center, torch.ones_like(center), None, None, False, 0.0, [False, True, True]
+    )
+    return first, second
+
+
+def _gradient(
+    dy: Tensor,
+    x: Tensor,
+    center: Tensor | None,
+    on_dy: Tensor | None,
+    on_x: Tensor | None,
+    constant: Tensor | None,
+) -> Tensor:
+    assert on_dy is not None
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    scaled = dy * on_dy.view(shape)
+    if on_x is not None:
+        # Subtracting first keeps the small differences of a large mean.
+        column = on_x.view(shape)
+        scaled.add_(x * column if center is None else (x - center.view(shape)).mul_(column))
+    if constant is not None:
+        scaled.add_(constant.view(shape))
+    return scaled.to(x.dtype)

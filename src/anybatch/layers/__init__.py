@@ -1,0 +1,39 @@
+"""The normalization layers, one file a method."""
+
+from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybatch.layers.batch_group import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
+from anybatch.layers.centralization import weight_centralization
+from anybatch.layers.control import freeze, no_update, thaw
+from anybatch.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from anybatch.layers.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
+from anybatch.layers.moving_average import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
+from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+
+__all__ = [
+    "BatchGroupNorm1d",
+    "BatchGroupNorm2d",
+    "BatchGroupNorm3d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "MomentumBatchNorm1d",
+    "MomentumBatchNorm2d",
+    "MomentumBatchNorm3d",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
+    "freeze",
+    "no_update",
+    "thaw",
+    "weight_centralization",
+]

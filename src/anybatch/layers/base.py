@@ -1,0 +1,560 @@
+"""What all layers have in common: state, the course of a forward, inference.
+
+A method adds a file with its rule. The base owns torch's parameters and buffers,
+the memory a method adds to them, float32 statistics whatever the model's type,
+checkpoints, the cut of a batch, inference, and the cases in which a batch has no
+statistics to give.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from anybatch import kernels
+from anybatch.kernels.aten import statistics_dtype
+from anybatch.kernels.pooling import pool_channels
+from anybatch.layers.normalize import BackwardMemory, Statistics, normalize
+from anybatch.layers.partition import Partition, partition
+
+_LOW = (torch.float16, torch.bfloat16)
+_HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
+
+
+class Batch(NamedTuple):
+    """A normalization batch, as rules see it.
+
+    Attributes:
+        sizes: Examples in each of its groups.
+        values: Values that an example gives to a channel.
+    """
+
+    sizes: tuple[int, ...]
+    values: int
+
+    @property
+    def examples(self) -> int:
+        """Examples in all groups."""
+        return sum(self.sizes)
+
+    def unbiased(self, var: Tensor) -> Tensor:
+        """Bessel's correction of a single group's variance."""
+        count = self.examples * self.values
+        return var * (count / (count - 1)) if count > 1 else var
+
+
+class _Updates(threading.local):
+    enabled = True
+
+
+updates = _Updates()
+
+
+class NormLayer(_NormBase):
+    """Base of all layers.
+
+    It derives from torch's ``_NormBase`` and not from ``_BatchNorm``, so that
+    names and shapes of a batch norm's state, strict loading and folding are
+    torch's, while ``SyncBatchNorm.convert_sync_batchnorm`` leaves it alone.
+
+    Statistics, memory and, through ``.half()`` and ``.bfloat16()``, parameters
+    stay float32 (float64 for float64). Memory beyond torch's buffers lives in
+    `memory`, tensors that follow the layer's device and are in its
+    ``state_dict``, but are no buffers: DistributedDataParallel overwrites
+    buffers with those of rank 0.
+
+    Args:
+        num_features: Channels C of the input.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the new value in the running statistics (default
+            0.1); None for the average over all batches.
+        affine: Learn a scale and a shift a channel (default True).
+        track_running_stats: Keep running statistics for inference (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state; float16 and bfloat16 give float32.
+        norm_batch_size: Normalize as if the batch had come in successive batches
+            of so many examples, memory running along them (default None: as one).
+        example_weight: Share of an example's own statistics in its normalization
+            at inference, alpha of four-things, equation 3 (default 0.0).
+    """
+
+    dims: ClassVar[int] = 0
+    centered: bool = True
+    needs_running_stats: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        check_count("num_features", num_features)
+        if norm_batch_size is not None:
+            check_count("norm_batch_size", norm_batch_size)
+        check_between("example_weight", example_weight, 0.0, 1.0)
+        if momentum is not None:
+            check_between("momentum", momentum, 0.0, 1.0)
+        if not eps > 0:
+            raise ValueError(f"eps={eps!r}: give a number above 0, such as 1e-5")
+        if self.needs_running_stats and not track_running_stats:
+            raise ValueError(
+                f"track_running_stats=False: {type(self).__name__} normalizes by remembered "
+                "statistics in training; leave it True"
+            )
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        dtype = torch.float32 if dtype in _LOW else dtype
+        self.memory: dict[str, Tensor] = {}
+        self.frozen = self.affine_frozen = False
+        super().__init__(
+            num_features,
+            eps,
+            momentum,  # type: ignore[arg-type]
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+        )
+        self.norm_batch_size = norm_batch_size
+        self.example_weight = float(example_weight)
+        self._last: Statistics | None = None
+
+    # --- what a method adds ------------------------------------------------
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        """Decide how one normalization batch is normalized, and remember it.
+
+        Args:
+            mean: Table ``(g, C)`` of the batch's groups (g is 1 but for grouped
+                methods); None in the uncentred form.
+            var: Biased variances, or second moments in the uncentred form.
+            batch: The examples behind them.
+            update: Whether state may change.
+
+        Returns:
+            The statistics to normalize by.
+        """
+        raise NotImplementedError
+
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
+        if self.running_mean is None or self.running_var is None:
+            like = dict(device=self._device(), dtype=torch.float32)
+            return torch.zeros(self.num_features, **like), torch.ones(self.num_features, **like)
+        return self.running_mean, self.running_var
+
+    def backward_memory(
+        self, statistics: Statistics, live: tuple[bool, ...], update: bool
+    ) -> BackwardMemory | None:
+        """Averages that stand in for the batch's statistics in the backward pass.
+
+        Args:
+            statistics: What the rule decided for this forward.
+            live: Which groups have statistics of their own.
+            update: Whether the averages may change.
+
+        Returns:
+            The memory, or None for the batch's own statistics.
+        """
+        return None
+
+    def reset_memory(self) -> None:
+        """Forget everything that is not torch's own state."""
+
+    def set_progress(self, epoch: int, total_epochs: int) -> None:
+        """Tell the layer where training is; epochs count from 1."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Examples that share statistics within a normalization batch; None is all."""
+        return None
+
+    @property
+    def columns(self) -> int:
+        """Statistics a group of examples has: channels, or groups of channels."""
+        return self.num_features
+
+    # --- forward -----------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C, ...)``; the output has the input's shape, type and format."""
+        self._check_input(input)
+        if self.running_mean is not None and (self.frozen or not self.training):
+            return self._infer(input)
+        if input.numel() == 0:
+            return self._empty(input)
+        return self._normalize_batch(input, self.training and not self.frozen)
+
+    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+        cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
+        recomputed = _in_backward()
+        update = training and updates.enabled and not recomputed
+        live = self._live(x, cut)
+        chosen = self._last if recomputed else None
+        if chosen is None or chosen.var.shape[0] != len(cut.sizes):
+            with torch.no_grad():
+                chosen = self._choose(x.detach(), cut, live, update)
+        if not torch.compiler.is_compiling():
+            self._last = chosen
+        memory = self.backward_memory(chosen, live, update or recomputed) if training else None
+        weight, bias = self._parameters_like(chosen.var)
+        return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
+
+    def _choose(
+        self, x: Tensor, cut: Partition, live: tuple[bool, ...], update: bool
+    ) -> Statistics:
+        """Run the rule along the successive normalization batches."""
+        mean, var = self._moments(x, cut.sizes)
+        values = x[0, 0].numel()
+        if len(cut.steps) == 1 and all(live):
+            return self.rule(mean, var, Batch(cut.sizes, values), update)
+        parts, first = [], 0
+        for groups in cut.steps:
+            alive = sum(live[first : first + groups])
+            middle, end = first + alive, first + groups  # smaller groups come last
+            if alive:
+                part = None if mean is None else mean[first:middle]
+                batch = Batch(cut.sizes[first:middle], values)
+                parts.append(self.rule(part, var[first:middle], batch, update))
+            if middle < end:
+                parts.append(self._fall_back(var[middle:end]))
+            first = end
+        return _stack(parts)
+
+    def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        mean, var = kernels.moments(x, sizes)
+        return (mean, var) if self.centered else (None, torch.addcmul(var, mean, mean))
+
+    def _fall_back(self, like: Tensor) -> Statistics:
+        """Remembered statistics for groups that have none, constants in backward."""
+        mean, var = (row.to(like.dtype).expand(like.shape).clone() for row in self.remembered())
+        return Statistics(mean, var, share=0.0)
+
+    def _live(self, x: Tensor, cut: Partition) -> tuple[bool, ...]:
+        """Which groups have statistics: more than one value each."""
+        values = x[0, 0].numel() * (self.num_features // self.columns)
+        if values > 1 or not self.centered:
+            return (True,) * len(cut.sizes)
+        return tuple(size > 1 for size in cut.sizes)
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """An empty batch: no statistics, no trace, gradients of zero."""
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        y = x
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                y = y + parameter.view(shape)
+        return y.to(x.dtype)
+
+    # --- state -------------------------------------------------------------
+
+    def track(self, mean: Tensor | None, var: Tensor) -> None:
+        """Move the running statistics towards a batch's mean and unbiased variance.
+
+        Channels whose statistics are not finite are passed over.
+
+        Args:
+            mean: Row ``(C,)``; None leaves the running mean alone.
+            var: Row ``(C,)``.
+        """
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        pace = self._pace()
+        finite = var < torch.inf  # false for nan too
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            if new is not None:
+                running.lerp_(torch.where(finite, new.to(running.dtype), running), pace)
+
+    def _pace(self) -> float | Tensor:
+        """Weight of the newest batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None and self.running_mean is not None
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+
+    def _new_memory(self, *shape: int) -> Tensor:
+        """Zeros of the type and place of the layer's running statistics."""
+        assert self.running_var is not None
+        return self.running_var.new_zeros(shape)
+
+    def _new_counter(self) -> Tensor:
+        """A whole number on the layer's device: reading it there costs no synchronization."""
+        assert self.running_var is not None
+        return self.running_var.new_zeros((), dtype=torch.long)
+
+    def _device(self) -> torch.device | None:
+        tensors: Iterable[Tensor | None] = (self.weight, self.running_mean, *self.memory.values())
+        return next((t.device for t in tensors if t is not None), None)
+
+    def _parameters_like(self, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the type of the statistics (they may be a model's bfloat16)."""
+        weight, bias = self.weight, self.bias
+        return (
+            weight if weight is None or weight.dtype == var.dtype else weight.to(var.dtype),
+            bias if bias is None or bias.dtype == var.dtype else bias.to(var.dtype),
+        )
+
+    def reset_running_stats(self) -> None:
+        """Reset running statistics and memory."""
+        super().reset_running_stats()
+        self.reset_memory()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NormLayer":
+        def lift(t: Tensor) -> Tensor:
+            """``fn``, but for a step down to a type too coarse for statistics."""
+            if t.dtype not in (torch.float32, torch.float64):
+                return fn(t)
+            target = fn(t.new_empty(0))
+            return t.to(target.device) if target.dtype in _LOW else fn(t)
+
+        super()._apply(lift, recurse)
+        self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
+        self._last = None
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.memory.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        if self.frozen or self.affine_frozen:
+            destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {name: state_dict.get(prefix + name) for name in self.memory}
+        frozen = state_dict.get(prefix + "frozen")
+        ours = {prefix + name for name in (*own, "frozen")}
+        plain = {key: value for key, value in state_dict.items() if key not in ours}
+        super()._load_from_state_dict(
+            plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, tensor in self.memory.items():
+            value = own[name]
+            if value is not None and value.shape != tensor.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: the checkpoint holds "
+                    f"{tuple(value.shape)}, this layer {tuple(tensor.shape)}"
+                )
+            elif value is not None:
+                tensor.copy_(value)
+        if frozen is not None:
+            self.frozen, affine = (bool(flag) for flag in frozen)
+            if affine:
+                self.freeze_affine(True)
+        if own and all(value is None for value in own.values()):
+            self._start_from_batchnorm(error_msgs, prefix)
+        self._last = None
+
+    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
+        """After loading a checkpoint without this layer's memory: start it fresh."""
+        self.reset_memory()
+
+    def freeze_affine(self, frozen: bool) -> None:
+        """Freeze or thaw weight and bias."""
+        self.affine_frozen = frozen
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(not frozen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    # --- inference ---------------------------------------------------------
+
+    def _infer(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        dtype = statistics_dtype(x)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        weight, bias = self._parameters_like(var)
+        if self.columns == self.num_features and (not self.example_weight or x.numel() == 0):
+            return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        if x.numel() == 0:
+            return self._empty(x)
+        sizes = (1,) * x.shape[0]
+        with torch.no_grad():
+            statistics = self._mixed(x.detach(), sizes, mean, var)
+        return normalize(x, weight, bias, sizes, statistics, self.eps)
+
+    def _mixed(self, x: Tensor, sizes: tuple[int, ...], mean: Tensor, var: Tensor) -> Statistics:
+        """Each example's statistics mixed with the running ones (four-things, equation 3)."""
+        alpha = self.example_weight
+        check_between("example_weight", alpha, 0.0, 1.0)
+        own_mean, own_var = self._moments(x, sizes)
+        if own_mean is None:
+            return Statistics(None, torch.lerp(var, own_var, alpha), share=alpha)
+        # E[x^2] - E[x]^2 of the mixture, without the difference of two large numbers.
+        apart = (own_mean - mean).square().mul_(alpha * (1 - alpha))
+        mixed_mean = torch.lerp(mean.expand_as(own_mean), own_mean, alpha)
+        mixed_var = torch.lerp(var.expand_as(own_var), own_var, alpha).add_(apart)
+        if self.columns != self.num_features:
+            mixed_mean, mixed_var = pool_channels(mixed_mean, mixed_var, self.columns)
+        return Statistics(mixed_mean, mixed_var, share=alpha)
+
+    def inference_obstacle(self) -> str | None:
+        """Why inference is no affine map a channel; None where it is one."""
+        if self.running_mean is None:
+            return "track_running_stats=False: it normalizes by the batch at inference too"
+        if self.example_weight:
+            return f"example_weight={self.example_weight}: each example has statistics of its own"
+        if self.columns != self.num_features:
+            return f"{self.columns} channel groups: channels share statistics"
+        return None
+
+    # --- taking over another layer -----------------------------------------
+
+    def adopt_(self, norm: nn.Module) -> "NormLayer":
+        """Take over another batch norm: parameters, statistics, flags and hooks.
+
+        Parameters stay the same objects, so that an optimizer stays valid; this
+        layer's memory starts fresh; the output in evaluation mode is unchanged.
+
+        Args:
+            norm: A torch batch norm or an anybatch layer.
+
+        Returns:
+            This layer.
+
+        Raises:
+            ValueError: If it has another number of channels, or if the output
+                could not stay the same. ``norm`` is then as it was.
+        """
+        if not isinstance(norm, _NormBase) or norm.num_features != self.num_features:
+            raise ValueError(f"norm={norm!r}: give a batch norm of {self.num_features} channels")
+        self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(norm, name)
+            if value is not None and self.track_running_stats:
+                low = value.dtype in _LOW
+                self._buffers[name] = value.float() if low else value
+        self._apply_to_device(norm)
+        self.training = norm.training
+        self.reset_memory()
+        if isinstance(norm, NormLayer):
+            self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
+        for name, value in norm.__dict__.items():
+            if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
+                self.__dict__[name] = value  # the same object: handles stay valid
+        return self
+
+    def _apply_to_device(self, norm: nn.Module) -> None:
+        tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
+        if tensors:
+            device = tensors[0].device
+            self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+
+    # --- checks and looks --------------------------------------------------
+
+    def _check_input(self, x: Tensor) -> None:
+        self._check_input_dim(x)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: {type(self).__name__} has "
+                f"num_features={self.num_features}, the input {x.shape[1]} channels (dimension 1)"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"input of type {x.dtype}: {type(self).__name__} needs floating point; "
+                "give input.float()"
+            )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        allowed = (2, 3) if self.dims == 1 else (self.dims + 2,)
+        if input.dim() not in allowed:
+            wanted = {1: "(N, C) or (N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
+            raise ValueError(
+                f"input of shape {tuple(input.shape)}: {type(self).__name__} takes "
+                f"{wanted[self.dims]}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments, those of the method where they differ from the default, and frozen."""
+        parts = [super().extra_repr()]
+        if self.norm_batch_size is not None:
+            parts.append(f"norm_batch_size={self.norm_batch_size}")
+        if self.example_weight:
+            parts.append(f"example_weight={self.example_weight}")
+        parts += [f"{name}={value}" for name, value in self.own_arguments().items()]
+        if self.frozen or self.affine_frozen:
+            frozen = (("statistics", self.frozen), ("affine", self.affine_frozen))
+            parts.append("frozen=" + "+".join(name for name, flag in frozen if flag))
+        return ", ".join(parts)
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        """The method's own arguments, for the layer's repr."""
+        return {}
+
+
+def _stack(parts: list[Statistics]) -> Statistics:
+    """Statistics of successive normalization batches as one table."""
+    columns: list[Tensor | None] = []
+    for name in ("mean", "var", "r", "d", "center", "own"):
+        rows = [getattr(part, name) for part in parts]
+        if all(row is None for row in rows):
+            columns.append(None)
+            continue
+        filled = zip(parts, rows, strict=True)
+        columns.append(torch.cat([_blank(p, name) if row is None else row for p, row in filled]))
+    mean, var, r, d, center, own = columns
+    shares = [part.share for part in parts]
+    if all(not isinstance(share, Tensor) and share == shares[0] for share in shares):
+        return Statistics(mean, var, r, d, center, shares[0], own)
+    table = [part.var.new_ones(part.var.shape[0], 1) * part.share for part in parts]
+    return Statistics(mean, var, r, d, center, torch.cat(table), own)
+
+
+def _blank(part: Statistics, name: str) -> Tensor:
+    """The value that an absent entry stands for."""
+    if name == "center":
+        assert part.mean is not None
+        return part.mean
+    if name == "own":
+        return torch.ones_like(part.var[:, :1], dtype=torch.bool)
+    return torch.ones_like(part.var) if name == "r" else torch.zeros_like(part.var)
+
+
+def _in_backward() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise unless ``value`` is a whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: give a whole number from 1 on")
+    if value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def check_between(name: str, value: Any, low: float, high: float) -> None:
+    """Raise unless ``value`` is a number from ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: give a number from {low} to {high}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: give a number from {low} to {high}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in (known := tuple(choices)):
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}")

@@ -1,0 +1,70 @@
+"""Batch normalization (Ioffe and Szegedy 2015): torch's arithmetic on this library's passes."""
+
+from torch import Tensor
+
+from anybatch.layers.base import Batch, NormLayer
+from anybatch.layers.normalize import Statistics
+
+
+class _BatchNorm(NormLayer):
+    """Batch normalization over ``(N, C, ...)``.
+
+    ::
+
+        y = weight * (x - mean) / sqrt(var + eps) + bias
+
+    with the mean and the biased variance of each channel over the batch, and at
+    inference the running ones. Equal to ``torch.nn.BatchNorm`` where that is
+    defined; a batch with one value a channel is normalized by the running
+    statistics instead of raising, and a channel that is not finite leaves its
+    running statistics alone.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        norm_batch_size: Normalize in successive batches of so many examples
+            (default None: the whole batch).
+        example_weight: Share of an example's own statistics at inference, from 0
+            to 1 (default 0.0; four-things, section 3.1).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.BatchNorm2d(8)
+        >>> norm(torch.randn(1, 8, 1, 1)).shape  # torch's layer raises here
+        torch.Size([1, 8, 1, 1])
+    """
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            self.track(mean[0], batch.unbiased(var[0]))
+        return Statistics(mean, var)
+
+
+class BatchNorm1d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    dims = 1
+
+
+class BatchNorm2d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    dims = 2
+
+
+class BatchNorm3d(_BatchNorm):
+    __doc__ = _BatchNorm.__doc__
+    dims = 3

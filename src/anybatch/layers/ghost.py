@@ -1,0 +1,129 @@
+"""Ghost batch normalization (Hoffer et al. 2017; four-things, section 3.2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.normalize import Statistics
+
+
+class _GhostBatchNorm(NormLayer):
+    """Ghost batch normalization: small groups of a batch have statistics of their own.
+
+    ::
+
+        y = weight * (x - mean_g) / sqrt(var_g + eps) + bias
+
+    for each group g of examples (four-things, equation 4). A batch of N is cut
+    into ``ceil(N / ghost_size)`` groups as equal as can be: any batch size works.
+    The running statistics move once a forward, each group weighing by its share
+    of the examples; inference is that of batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        ghost_size: Examples in a group at most (default 32).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference; it gains
+            as ghost_size falls (four-things, figure 4).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: four-things, section 3.2, equation 4.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.GhostBatchNorm1d(4, ghost_size=4)
+        >>> norm(torch.randn(9, 4)).shape  # groups of 3, 3 and 3
+        torch.Size([9, 4])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        ghost_size: int = 32,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        check_count("ghost_size", ghost_size)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+        )
+        self.ghost_size = ghost_size
+
+    @property
+    def group_size(self) -> int:
+        return self.ghost_size
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            track_groups(self, mean, var, batch)
+        return Statistics(mean, var)
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        return {"ghost_size": self.ghost_size}
+
+
+def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
+    """Track groups' statistics ``(g, C)``, each weighing by its share of the examples.
+
+    Groups with one value a channel have no variance to track and are left out.
+    """
+    sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last
+    if not sizes:
+        return
+    pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
+    first = 0
+    for size in sorted(set(sizes), reverse=True):
+        rows = slice(first, first + sizes.count(size))
+        share = size / sum(sizes)
+        pooled_mean += mean[rows].sum(0) * share
+        pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
+        first = rows.stop
+    layer.track(pooled_mean, pooled_var)
+
+
+class GhostBatchNorm1d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 1
+
+
+class GhostBatchNorm2d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 2
+
+
+class GhostBatchNorm3d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 3

@@ -1,0 +1,193 @@
+"""Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.layers.base import Batch, NormLayer, check_between, check_count
+from anybatch.layers.normalize import Statistics
+
+
+class _MomentumBatchNorm(NormLayer):
+    """Momentum batch normalization: moving averages with a scheduled weight.
+
+    ::
+
+        mu    = lambda * mu_before    + (1 - lambda) * batch mean         (eq. 8)
+        var   = lambda * var_before   + (1 - lambda) * batch variance
+        y     = weight * (x - mu) / sqrt(var + eps) + bias
+
+    The old averages are constants in the backward pass (equation 13). Lambda
+    grows from 0 in the first epoch to ``1 - batch_size / ideal_batch_size`` in the
+    last (equation 11), so that at the end the noise of a small batch's statistics
+    is that of a batch of ``ideal_batch_size``. `anybatch.NormScheduler` moves it;
+    without a scheduler lambda stays 0, which is batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics used at
+            inference. "auto" (default) is ``1 - ideal_decay ** (batch_size /
+            ideal_batch_size)`` (equation 12); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Must be True.
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        batch_size: Examples in a normalization batch (default None: read from the
+            first batch and kept).
+        ideal_batch_size: Examples in a batch whose noise is wanted (default 32).
+        ideal_decay: Decay of the running statistics at that batch size (default 0.85).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference.
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: momentum-bn, algorithm 1 and equations 8 to 13.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.MomentumBatchNorm1d(4, batch_size=2)
+        >>> norm.set_progress(epoch=10, total_epochs=10)
+        >>> round(norm.average_weight, 4)  # 1 - 2 / 32
+        0.9375
+    """
+
+    needs_running_stats = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | str | None = "auto",
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        batch_size: int | None = None,
+        ideal_batch_size: int = 32,
+        ideal_decay: float = 0.85,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_count("ideal_batch_size", ideal_batch_size)
+        check_between("ideal_decay", ideal_decay, 0.0, 1.0)
+        if isinstance(momentum, str) and momentum != "auto":
+            raise ValueError(f"momentum={momentum!r}: give a number from 0 to 1, None or 'auto'")
+        self.auto_momentum = momentum == "auto"
+        super().__init__(
+            num_features,
+            eps,
+            1 - ideal_decay if isinstance(momentum, str) else momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+        )
+        self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
+        self.progress: tuple[int, int] = (1, 1)
+        self.given_batch_size, self.batch_size = batch_size, batch_size
+        self.memory["mean"] = self._new_memory(num_features)
+        self.memory["var"] = self._new_memory(num_features)
+        self.memory["count"] = self._new_counter()
+        self.memory["batch_size"] = self._new_counter()
+        self.memory["average_weight"] = self._new_memory()
+        self.reset_memory()
+
+    @property
+    def average_weight(self) -> float:
+        """Lambda of equation 11, the weight of the old averages; reading it synchronizes."""
+        return float(self.memory["average_weight"])
+
+    def reset_memory(self) -> None:
+        for tensor in self.memory.values():
+            tensor.zero_()
+        if self.memory:
+            self._set_batch_size(self.given_batch_size)
+
+    def set_progress(self, epoch: int, total_epochs: int) -> None:
+        """Set lambda for an epoch (equation 11).
+
+        Args:
+            epoch: From 1 on.
+            total_epochs: T.
+        """
+        check_count("epoch", epoch)
+        check_count("total_epochs", total_epochs)
+        self.progress = (epoch, total_epochs)
+        self.memory["average_weight"].fill_(self._scheduled_weight())
+
+    def _scheduled_weight(self) -> float:
+        epoch, total = self.progress
+        if self.batch_size is None or total == 1:
+            return 0.0
+        ratio = min(self.batch_size / self.ideal_batch_size, 1.0)  # rho ** T
+        return float(ratio ** (max(total - epoch, 0) / (total - 1)) - ratio)
+
+    def _set_batch_size(self, batch_size: int | None) -> None:
+        self.batch_size = batch_size
+        self.memory["batch_size"].fill_(batch_size or 0)
+        if self.auto_momentum and batch_size is not None:  # eq. 12
+            self.momentum = 1 - self.ideal_decay ** (batch_size / self.ideal_batch_size)
+        if self.progress[0] > 1:
+            self.memory["average_weight"].fill_(self._scheduled_weight())
+
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        started = self.memory["count"] > 0
+        mean, var = super().remembered()
+        own_mean, own_var = self.memory["mean"], self.memory["var"]
+        return torch.where(started, own_mean, mean), torch.where(started, own_var, var)
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update and self.batch_size is None:
+            self._set_batch_size(batch.examples)
+        old_mean, old_var = (self.memory[name].to(var.dtype) for name in ("mean", "var"))
+        count = self.memory["count"]
+        keep = (self.memory["average_weight"] * (count > 0)).to(var.dtype)
+        new_mean = torch.lerp(mean, old_mean.expand_as(mean), keep)  # eq. 8
+        new_var = torch.lerp(var, old_var.expand_as(var), keep)
+        if update:
+            finite = new_var[0] < torch.inf
+            self.memory["mean"].copy_(torch.where(finite, new_mean[0], old_mean))
+            self.memory["var"].copy_(torch.where(finite, new_var[0], old_var))
+            count.add_(1)
+            self.track(mean[0], batch.unbiased(var[0]))
+        return Statistics(new_mean, new_var, center=mean, share=1 - keep)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weight = self.memory["average_weight"].clone()
+        self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
+        self.memory["average_weight"].copy_(weight)
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        names = ("batch_size", "ideal_batch_size", "ideal_decay")
+        return {name: getattr(self, name) for name in names}
+
+
+class MomentumBatchNorm1d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 1
+
+
+class MomentumBatchNorm2d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 2
+
+
+class MomentumBatchNorm3d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 3

@@ -1,0 +1,286 @@
+"""Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch.layers.base import Batch, NormLayer, check_choice, check_count
+from anybatch.layers.normalize import BackwardMemory, Statistics
+
+
+class _MovingAverageBatchNorm(NormLayer):
+    """Moving average batch normalization: averages forward *and* backward.
+
+    With ``x2`` the second moment of a batch, ``x2_bar`` its average over the last
+    `window` steps and ``x2_hat`` its exponential average before this step::
+
+        z   = x / sqrt(x2_bar + eps)
+        r   = clip(sqrt(x2_bar + eps) / sqrt(x2_hat + eps), 1 / clip, clip)
+        y   = weight * r * z + bias                                      (eq. 19)
+        g   = r * weight * dy
+        dx  = (g - z * Psi_bar) / sqrt(x2_bar + eps)                     (eq. 20)
+
+    where ``Psi_bar`` is the average of ``mean(g * z)`` over the last `window`
+    steps (equation 13). This is not the gradient of the output: it is the one
+    that a large batch would have had. There is no mean to subtract; give the
+    layer the output of a convolution with `anybatch.weight_centralization`
+    (equation 18), as `anybatch.convert` does.
+
+    Counting steps from 1: while ``step <= window or step < warmup_steps`` the
+    averages are the batch's own; while ``step <= max(renorm_warmup_steps,
+    warmup_steps)``, r is 1. Inference is ``weight * x / sqrt(x2_hat + eps) +
+    bias``, stored as ``running_mean = 0`` and ``running_var = x2_hat``.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the second moment (default 1e-5).
+        momentum: Weight of the newest step in ``x2_hat`` (default 0.02).
+        affine: Learn weight and bias (default True).
+        track_running_stats: Must be True.
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        window: Steps in the simple averages (default 16).
+        clip: Limit of r, from 1 on (default 5.0).
+        warmup_steps: Steps before any average is used (default 100).
+        renorm_warmup_steps: Steps before r is used (default 1000).
+        centered: Use mean and variance, four batch statistics, in place of the
+            second moment (default False; the paper's "vanilla" form).
+        forward_stats: "ema" as above (default); "sma" the window's average, with
+            r = 1; "batch" the batch's own, with r = 1.
+        backward_stats: "sma" as above (default); "ema" an exponential average;
+            "batch" the batch's own, which is the exact gradient.
+        norm_batch_size: Normalize in successive batches of so many examples, each
+            a step of the memory.
+        example_weight: Share of an example's own statistics at inference.
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: moving-average-bn, section 4 and equations 13, 15 to 20; `centered`,
+    `forward_stats` and `backward_stats` give the rows of its tables 2 and 4.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.MovingAverageBatchNorm2d(8)
+        >>> norm(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    needs_running_stats = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.02,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        window: int = 16,
+        clip: float = 5.0,
+        warmup_steps: int = 100,
+        renorm_warmup_steps: int = 1000,
+        centered: bool = False,
+        forward_stats: str = "ema",
+        backward_stats: str = "sma",
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        check_count("window", window)
+        if not clip >= 1:
+            raise ValueError(f"clip={clip!r}: give a number from 1 on")
+        for name, steps in (("warmup", warmup_steps), ("renorm_warmup", renorm_warmup_steps)):
+            if steps != 0:
+                check_count(f"{name}_steps", steps)
+        for name, choice in (("forward", forward_stats), ("backward", backward_stats)):
+            check_choice(f"{name}_stats", choice, ("ema", "sma", "batch"))
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+        )
+        self.window, self.clip, self.centered = window, float(clip), bool(centered)
+        self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps
+        self.forward_stats, self.backward_stats = forward_stats, backward_stats
+        # One row a statistic: x2 and Psi, or (mean, var) and (g, Psi) in the centred form.
+        rows = 2 if centered else 1
+        self.memory["step"] = self._new_counter()
+        if forward_stats != "batch":
+            self.memory["window"] = self._new_memory(rows, window, num_features)
+        if backward_stats != "batch":
+            length = () if backward_stats == "ema" else (window,)
+            self.memory["backward_average"] = self._new_memory(rows, *length, num_features)
+            self.memory["backward_step"] = self._new_counter()
+
+    def reset_memory(self) -> None:
+        for tensor in self.memory.values():
+            tensor.zero_()
+
+    # --- forward -----------------------------------------------------------
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        step = self.memory["step"] + 1
+        warming = step < max(self.window + 1, self.warmup_steps)
+        new = var if mean is None else torch.cat([mean, var])
+        used = new
+        if self.forward_stats != "batch":
+            used = torch.where(warming, new, self._slide("window", new, update).mean(1))
+        used_mean, used_var = (None if mean is None else used[:1]), used[-1:]
+        r = d = None
+        if self.forward_stats == "ema":
+            r, d = self._renormalize(used_mean, used_var, step)
+        if update:
+            self.memory["step"].add_(1)
+            self.track(None if used_mean is None else used_mean[0], used_var[0])
+        return Statistics(used_mean, used_var, r, d, own=warming.view(1, 1))
+
+    def _renormalize(
+        self, mean: Tensor | None, var: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """r, and d of the centred form (moving-average-bn, equations 14 and 19)."""
+        assert self.running_mean is not None and self.running_var is not None
+        off = step <= max(self.renorm_warmup_steps, self.warmup_steps)
+        square = self.running_var.to(var.dtype) + self.eps
+        r = (var + self.eps).div_(square).sqrt_().clamp_(1 / self.clip, self.clip)
+        r.masked_fill_(off, 1.0)
+        if mean is None:
+            return r, None
+        d = (mean - self.running_mean).div_(square.sqrt_()).clamp_(-self.clip, self.clip)
+        return r, d.masked_fill_(off, 0.0)
+
+    def _slide(self, name: str, new: Tensor, update: bool) -> Tensor:
+        """The window ``(rows, window, C)`` with its oldest step replaced by ``new`` (rows, C)."""
+        window = self.memory[name]
+        moved = torch.cat([window[:, 1:].to(new.dtype), new.unsqueeze(1)], 1)
+        if update:
+            window.copy_(torch.where(_finite(new), moved, window))
+        return moved
+
+    # --- backward ----------------------------------------------------------
+
+    def backward_memory(
+        self, statistics: Statistics, live: tuple[bool, ...], update: bool
+    ) -> BackwardMemory | None:
+        if self.backward_stats == "batch":
+            return None
+        assert statistics.own is not None
+        return _Backward(self, statistics.own, live, update)
+
+    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+        """Take the backward statistics ``(rows, C)`` of a step, give their average."""
+        count = self.memory["backward_step"]
+        if self.backward_stats == "sma":
+            moved = self._slide("backward_average", new, update)
+            average = moved.sum(1) / (count + 1).clamp_(max=self.window)
+        else:
+            stored = self.memory["backward_average"]
+            old = stored.to(new.dtype)
+            average = torch.lerp(old, new, torch.where(count > 0, self._pace(), 1.0).to(new.dtype))
+            if update:
+                stored.copy_(torch.where(_finite(new), average, old))
+        if update:
+            count.add_(1)
+        return average
+
+    # --- from a batch norm -------------------------------------------------
+
+    def adopt_(self, norm: torch.nn.Module) -> "_MovingAverageBatchNorm":
+        super().adopt_(norm)
+        obstacle = self._absorb_mean()
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        return self
+
+    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
+        self.reset_memory()
+        obstacle = self._absorb_mean()
+        if obstacle is not None:
+            error_msgs.append(f"{prefix}running_mean: {obstacle}")
+
+    @torch.no_grad()
+    def _absorb_mean(self) -> str | None:
+        """Move a running mean into scale and shift: the uncentred form has none.
+
+        ``var + mean**2`` is the second moment that the uncentred form divides by.
+
+        Returns:
+            Why it cannot be done, or None. State is changed only if it can.
+        """
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        if self.centered or mean.is_meta:
+            return None
+        if self.weight is None or self.bias is None:
+            if bool(mean.any()):
+                return (
+                    f"affine=False with a running mean that is not 0: {type(self).__name__} has "
+                    "no mean and no bias to move it to; use centered=True"
+                )
+            return None
+        second = torch.addcmul(var, mean, mean)
+        inverse = torch.rsqrt(var + self.eps)
+        self.bias.sub_(self.weight * mean * inverse)
+        self.weight.mul_((second + self.eps).sqrt_() * inverse)
+        self.running_mean, self.running_var = torch.zeros_like(mean), second
+        return None
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        names = ("window", "clip", "warmup_steps", "renorm_warmup_steps")
+        ablations = {"centered": False, "forward_stats": "ema", "backward_stats": "sma"}
+        changed = [name for name, value in ablations.items() if getattr(self, name) != value]
+        return {name: getattr(self, name) for name in (*names, *changed)}
+
+
+class _Backward(NamedTuple):
+    """The backward statistics of one forward, averaged along its groups."""
+
+    layer: _MovingAverageBatchNorm
+    own: Tensor
+    live: tuple[bool, ...]
+    update: bool
+
+    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
+        new = psi.unsqueeze(1) if g is None else torch.stack([g, psi], 1)
+        averages = [
+            self.layer.average_backward(new[group], self.update) if alive else new[group]
+            for group, alive in enumerate(self.live)
+        ]
+        average = averages[0].unsqueeze(0) if len(averages) == 1 else torch.stack(averages)
+        average = torch.where(self.own.unsqueeze(2), new, average)
+        return (None if g is None else average[:, 0]), average[:, -1]
+
+
+def _finite(new: Tensor) -> Tensor:
+    """Channels all of whose statistics ``(rows, C)`` are finite, broadcastable to a window."""
+    finite = new.abs() < torch.inf
+    return finite[0] if new.shape[0] == 1 else finite.all(0)
+
+
+class MovingAverageBatchNorm1d(_MovingAverageBatchNorm):
+    __doc__ = _MovingAverageBatchNorm.__doc__
+    dims = 1
+
+
+class MovingAverageBatchNorm2d(_MovingAverageBatchNorm):
+    __doc__ = _MovingAverageBatchNorm.__doc__
+    dims = 2
+
+
+class MovingAverageBatchNorm3d(_MovingAverageBatchNorm):
+    __doc__ = _MovingAverageBatchNorm.__doc__
+    dims = 3
