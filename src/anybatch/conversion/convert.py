@@ -1,0 +1,137 @@
+"""Swapping every batch norm of a network for a method's layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from anybatch.conversion.plan import Decision, Plan, Where, decide
+from anybatch.conversion.replacement import replacement
+from anybatch.conversion.surgery import NoEffectWarning, swap
+from anybatch.layers.centralization import decentralize, weight_centralization
+
+
+def convert(
+    model: nn.Module,
+    method: str | Mapping[str, str],
+    *,
+    batch_size: int | None = None,
+    example_inputs: Any = None,
+    where: Where | None = None,
+    centralize: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Swap the batch norms of a network for a method's layers, in place.
+
+    Parameters stay the same objects, so an optimizer made before stays valid; statistics,
+    train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
+    a trained network stays the same for `bn mbn mabn brn ghost`; `bgn gn ln in` cannot keep it.
+    For "mabn" the weights of the layers that feed the norms are centralized where the network is
+    fresh; trained weights are left alone unless `centralize=True`, as centralizing them changes
+    the output. The network is converted whole or left as it was.
+
+    Args:
+        model: the network.
+        method: a method's short name, or a mapping of name patterns to short names, of which the
+            first that matches a norm counts.
+        batch_size: the batch size of training, for the methods that use it (default: they read it
+            from the first batch).
+        example_inputs: what the network takes (a tensor, a tuple of positional or a mapping of
+            keyword arguments), for networks that cannot be traced symbolically.
+        where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`
+            (default: all).
+        centralize: whether to centralize the weights of the layers that feed the norms (default:
+            in a fresh network, for "mabn").
+        **options: the method's own arguments, such as `window=32`.
+
+    Returns:
+        The model; its replacement where the model is itself a batch norm.
+
+    Raises:
+        ValueError: an unknown method, a wrapped or compiled model, or a norm that cannot be
+            converted (all of them are named, with the remedy).
+        TypeError: an option that the method does not have.
+
+    Warns:
+        NoEffectWarning: there was nothing to convert.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        >>> weight = model[1].weight
+        >>> convert(model, "gn", num_groups=2)[1]
+        GroupNorm(2, 4, eps=1e-05, affine=True)
+        >>> model[1].weight is weight
+        True
+    """
+    made, decisions = decide(
+        model,
+        method,
+        batch_size=batch_size,
+        example_inputs=example_inputs,
+        where=where,
+        centralize=centralize,
+        **options,
+    )
+    refused = made.having("refuse")
+    if refused:
+        named = "\n".join(f"  {row.name or 'the model'}: {row.reason}" for row in refused)
+        raise ValueError(f"nothing was converted, as {len(refused)} norms cannot be:\n{named}")
+    chosen = [decision for decision in decisions if decision.method is not None]
+    if not chosen:
+        _warn_no_effect(made)
+        return model
+    with _all_or_nothing(chosen):
+        replacements = {d.norm: replacement(d.norm, *_how(d)) for d in chosen}
+        for decision in chosen:
+            if decision.centralize is not None:
+                weight_centralization(decision.centralize)
+    return swap(model, replacements)
+
+
+def _how(decision: Decision) -> tuple[Any, Mapping[str, Any]]:
+    return decision.method, decision.options or {}
+
+
+def _warn_no_effect(made: Plan) -> None:
+    """Warn that nothing was converted, unless everything is already as it was asked for."""
+    if any(row.reason.startswith("already ") for row in made.rows):
+        return
+    found = "\n".join(f"  {row.name}: {row.reason}" for row in made.rows)
+    message = f"convert changed nothing:\n{found}" if found else "convert: the model has no norm"
+    warnings.warn(message, NoEffectWarning, stacklevel=3)
+
+
+@contextmanager
+def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
+    """Undo what taking over and centralizing did to tensors if anything within fails."""
+    decisions = list(decisions)
+    feeding = [d.centralize for d in decisions if d.centralize is not None]
+    classes = [(module, type(module)) for module in feeding]
+    saved = [
+        (tensor, tensor.detach().clone())
+        for d in decisions
+        for tensor in (*d.norm.parameters(), *d.norm.buffers())
+    ]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+            for module, cls in classes:
+                if type(module) is not cls:
+                    _uncentralize(module)
+        raise
+
+
+def _uncentralize(module: nn.Module) -> None:
+    """Give a layer back its uncentralized weights."""
+    weights = [parameter.detach().clone() for parameter in module.parameters(recurse=False)]
+    decentralize(module)
+    for parameter, weight in zip(module.parameters(recurse=False), weights, strict=True):
+        parameter.copy_(weight)

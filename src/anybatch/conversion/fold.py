@@ -1,0 +1,258 @@
+"""Merging norms into the layers before them, for inference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from anybatch.conversion.feeders import Feeder, find_feeders, observe, tensors_in
+from anybatch.conversion.norms import (
+    dims_of,
+    has_plain_forward,
+    is_batch_norm,
+    norm_kind,
+    wrapper_refusal,
+)
+from anybatch.conversion.surgery import NoEffectWarning, has_hooks, paths, swap
+from anybatch.layers.base import NormLayer
+from anybatch.layers.centralization import decentralize, is_centralized
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One norm and the layer that takes it in."""
+
+    norm: _NormBase
+    feeder: nn.Module
+
+
+def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
+    """Merge every norm into the convolution or linear layer before it, in place, for inference.
+
+    With s = weight / sqrt(running_var + eps), the layer before gets weight s * w and bias
+    s * (b - running_mean) + bias, and the norm becomes torch.nn.Identity. A norm is merged only
+    where it alone uses its feeder's output, both are called once, and its inference is an affine
+    map a channel; the others stay, and a warning names them. A linear layer is taken to put out
+    (N, C); give `example_inputs` to have that and all else checked on the output.
+
+    Args:
+        model: a network in eval mode.
+        example_inputs: what the network takes (a tensor, a tuple of positional or a mapping of
+            keyword arguments): the output before and after is compared, and networks that cannot
+            be traced symbolically are followed on them.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is in training mode, wrapped or compiled, or its output on
+            `example_inputs` changed by more than 1e-4 of its largest value (more for half
+            precision); it is then as it was.
+
+    Warns:
+        NoEffectWarning: norms that stayed, by name and with the reason.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> fold(model, torch.randn(1, 3, 8, 8))
+        Sequential(
+          (0): Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    if (refusal := wrapper_refusal(model)) is not None:
+        raise ValueError(refusal)
+    _check_eval(model)
+    places = paths(model)
+    feeders = find_feeders(model, example_inputs)
+    by_name = {names[0]: module for module, names in places.items()}
+    folds, stay = [], {}
+    for norm, names in places.items():
+        if not is_batch_norm(norm):
+            continue
+        reason = _obstacle(norm, feeders[names[0]], by_name, places)
+        if reason is None:
+            folds.append(_Fold(norm, by_name[str(feeders[names[0]].name)]))  # type: ignore[arg-type]
+        else:
+            stay[names[0]] = reason
+    before = None if example_inputs is None else _outputs(model, example_inputs)
+    states = [_State(one.feeder) for one in folds]
+    identities = {one.norm: _identity(one.norm) for one in folds}
+    try:
+        for one in folds:
+            _merge(one)
+        folded = swap(model, identities)
+        if before is not None:
+            _check_same(before, _outputs(folded, example_inputs))
+    except BaseException:
+        for state in states:
+            state.put_back()
+        swap(model, {new: old for old, new in identities.items()})
+        raise
+    _warn(folds, stay)
+    return folded
+
+
+class _State:
+    """What a layer was before a norm was merged into it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.cls = type(module)
+        self.attributes = dict(module.__dict__)
+        self.parameters = dict(module._parameters)
+        held = [parameter for parameter in self.parameters.values() if parameter is not None]
+        in_place = is_centralized(module)  # decentralize writes into the weight itself
+        self.data = [(p, p.data.clone() if in_place else p.data) for p in held]
+
+    def put_back(self) -> None:
+        """Make the layer what it was, down to the last bit."""
+        self.module.__class__ = self.cls
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.attributes)
+        self.module._parameters.clear()
+        self.module._parameters.update(self.parameters)
+        for parameter, data in self.data:
+            parameter.data = data
+
+
+def _check_eval(model: nn.Module) -> None:
+    """Refuse training mode: what would be merged is not what the network computes there."""
+    for name, module in model.named_modules():
+        if module.training and (module is model or is_batch_norm(module)):
+            what = f"its layer {name!r}" if name else "the model"
+            raise ValueError(
+                f"{what} is in training mode, in which a norm uses the batch and cannot be "
+                "merged: call model.eval() first"
+            )
+
+
+def _obstacle(
+    norm: nn.Module,
+    feeder: Feeder,
+    by_name: Mapping[str, nn.Module],
+    places: Mapping[nn.Module, tuple[str, ...]],
+) -> str | None:
+    """Why a norm cannot be merged into its feeder, or None."""
+    if (why := _norm_obstacle(norm)) is not None:
+        return why
+    if feeder.name is None:
+        return feeder.reason
+    if not feeder.sole:
+        return f"the output of {feeder.name!r} is used elsewhere too"
+    layer = by_name[feeder.name]
+    if has_hooks(norm) or has_hooks(layer):
+        return f"hooks on it or on {feeder.name!r} would see other values: remove them first"
+    if not is_centralized(layer) and not has_plain_forward(layer):
+        return f"{feeder.name!r} computes its weight or output in its own way"
+    if not _same_channels(norm, layer):
+        return f"its channels are not those of {feeder.name!r}"
+    mine = {id(parameter) for parameter in layer.parameters()}
+    for other, names in places.items():
+        if other is not layer and mine & {id(p) for p in other.parameters(recurse=False)}:
+            return f"{feeder.name!r} shares its weight with {names[0]!r}"
+    return None
+
+
+def _norm_obstacle(norm: nn.Module) -> str | None:
+    """Why a norm's inference cannot be merged into anything, or None."""
+    if isinstance(norm, NormLayer):
+        return norm.inference_obstacle()
+    kind = norm_kind(norm)
+    if kind is not None and kind.refusal is not None:
+        return f"{type(norm).__name__} is not torch's own 1d, 2d or 3d batch norm"
+    if norm._buffers.get("running_mean") is None:
+        return "track_running_stats=False: it normalizes by the batch at inference too"
+    return None
+
+
+def _same_channels(norm: nn.Module, layer: nn.Module) -> bool:
+    """Whether the channels a norm counts are those that the layer before it puts out."""
+    if isinstance(layer, nn.Linear):
+        return dims_of(norm) == 1 and layer.out_features == norm.num_features
+    return isinstance(layer, _ConvNd) and layer.out_channels == norm.num_features
+
+
+@torch.no_grad()
+def _merge(one: _Fold) -> None:
+    """Write a norm's scale and shift into the layer before it, by arithmetic in float64."""
+    norm, layer = one.norm, one.feeder
+    if is_centralized(layer):
+        decentralize(layer)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    assert weight is not None and norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale) if bias is None else bias.double()
+    shift = (shift - norm.running_mean) * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    weight.data = (weight.double() * _per_output(scale, layer)).to(weight.dtype)
+    if bias is None:
+        layer.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
+    else:
+        bias.data = shift.to(bias.dtype)
+
+
+def _per_output(scale: Tensor, layer: nn.Module) -> Tensor:
+    """A factor an output channel (C,), in the shape of the layer's weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    ones = (1,) * (weight.dim() - 2)
+    if not isinstance(layer, _ConvTransposeNd):
+        return scale.view(-1, 1, *ones)
+    # A transposed convolution's weight is (C_in, C_out / groups, ...), groups along C_in.
+    grouped = scale.view(layer.groups, 1, -1)
+    rows = grouped.expand(-1, layer.in_channels // layer.groups, -1)
+    return rows.reshape(layer.in_channels, -1, *ones)
+
+
+def _identity(norm: nn.Module) -> nn.Module:
+    return nn.Identity().train(norm.training)
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Copies of the floating-point tensors that a network puts out in eval mode."""
+    output = observe(model, example_inputs)
+    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+
+
+def _check_same(before: list[Tensor], after: list[Tensor]) -> None:
+    """Raise where outputs differ by more than rounding explains."""
+    coarsest = max((torch.finfo(tensor.dtype).eps for tensor in before), default=0.0)
+    allowed = max(TOLERANCE, 8 * coarsest)
+    error = max((_relative(old, new) for old, new in zip(before, after, strict=True)), default=0.0)
+    if not error <= allowed:
+        raise ValueError(
+            f"folding changed the output on example_inputs by {error:.1e} of its largest value, "
+            f"where {allowed:.0e} is allowed; the model is as it was. A linear layer whose output "
+            "is (N, L, C), before a batch norm over L, does that."
+        )
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    """Largest difference over the largest value; nan counts as infinitely far off."""
+    if old.numel() == 0:
+        return 0.0
+    largest = old.double().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    error = float((old.double() - new.double()).abs().max() / largest)
+    return error if error == error else float("inf")
+
+
+def _warn(folds: list[_Fold], stay: Mapping[str, str]) -> None:
+    """Name the norms that were not merged."""
+    if not folds and not stay:
+        warnings.warn("fold: the model has no batch norm", NoEffectWarning, stacklevel=3)
+    elif stay:
+        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in stay.items())
+        message = f"fold left {len(stay)} of {len(stay) + len(folds)} norms:\n{named}"
+        warnings.warn(message, NoEffectWarning, stacklevel=3)

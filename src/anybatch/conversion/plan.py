@@ -1,0 +1,485 @@
+"""What `convert` would do, norm by norm, and why: as data and as a table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from anybatch.conversion.feeders import FEEDING, Feeder, find_feeders
+from anybatch.conversion.norms import (
+    NormKind,
+    has_plain_forward,
+    is_batch_norm,
+    norm_kind,
+    wrapper_refusal,
+)
+from anybatch.conversion.replacement import trial
+from anybatch.conversion.surgery import paths
+from anybatch.layers.base import NormLayer
+from anybatch.layers.centralization import is_centralized
+from anybatch.methods import Method, get_method
+
+Where = str | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What becomes of one norm.
+
+    Args:
+        name: its path in the network (the first, where it has several).
+        kind: its class.
+        feeder: what feeds it: the path of a convolution or linear layer, or why there is none.
+        decision: "convert", "keep" or "refuse".
+        becomes: the class it becomes; its own where it is kept.
+        reason: why, and what that means for the output.
+        centralizes: the path of the layer whose weights are centralized for it, or None.
+        also: its other paths.
+
+    Example:
+        >>> PlanRow("1", "BatchNorm2d", "0", "keep", "BatchNorm2d", "left out by where").decision
+        'keep'
+    """
+
+    name: str
+    kind: str
+    feeder: str
+    decision: Literal["convert", "keep", "refuse"]
+    becomes: str
+    reason: str
+    centralizes: str | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of `convert`, one row a norm.
+
+    Args:
+        method: the method asked for, or the mapping of name patterns to methods.
+        rows: one `PlanRow` a norm, in the order of the network.
+        notes: what holds for the network as a whole.
+
+    Example:
+        >>> Plan("bn", (), ("nothing here",)).to_dict()
+        {'method': 'bn', 'rows': [], 'notes': ['nothing here']}
+    """
+
+    method: str | dict[str, str]
+    rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def having(self, decision: Literal["convert", "keep", "refuse"]) -> list[PlanRow]:
+        """The rows with one decision.
+
+        Args:
+            decision: "convert", "keep" or "refuse".
+
+        Returns:
+            Those rows, in the order of the network.
+
+        Example:
+            >>> plan(nn.Sequential(nn.BatchNorm1d(3)), "bn").having("convert")[0].name
+            '0'
+        """
+        return [row for row in self.rows if row.decision == decision]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain lists and dictionaries, ready for json.
+
+        Returns:
+            A dictionary of method, rows and notes.
+
+        Example:
+            >>> plan(nn.Sequential(nn.BatchNorm1d(3)), "bn").to_dict()["rows"][0]["becomes"]
+            'BatchNorm1d'
+        """
+        rows = [{**asdict(row), "also": list(row.also)} for row in self.rows]
+        return {"method": self.method, "rows": rows, "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        head = ("norm", "kind", "fed by", "decision", "becomes", "why")
+        lines = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        table.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*table, *self.notes])
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    name = ", ".join([row.name or "(the model)", *row.also])
+    return (name, row.kind, row.feeder, row.decision, row.becomes, row.reason)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A row together with what carries it out: the norm, the method, its options, the feeder."""
+
+    row: PlanRow
+    norm: nn.Module
+    method: Method | None = None
+    options: Mapping[str, Any] | None = None
+    centralize: nn.Module | None = None
+
+
+def plan(
+    model: nn.Module,
+    method: str | Mapping[str, str],
+    *,
+    batch_size: int | None = None,
+    example_inputs: Any = None,
+    where: Where | None = None,
+    centralize: bool | None = None,
+    **options: Any,
+) -> Plan:
+    """Say what `convert` with the same arguments would do, and do nothing.
+
+    Args:
+        model: the network.
+        method: a method's short name, or a mapping of name patterns to short names, of which the
+            first that matches a norm counts.
+        batch_size: the batch size of training, for the methods that use it (default: they read it
+            from the first batch).
+        example_inputs: what the network takes (a tensor, a tuple of positional or a mapping of
+            keyword arguments), for networks that cannot be traced symbolically.
+        where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`
+            (default: all).
+        centralize: whether to centralize the weights of the layers that feed the norms (default:
+            in a fresh network, for "mabn").
+        **options: the method's own arguments, such as `window=32`.
+
+    Returns:
+        The `Plan`; print it for a table.
+
+    Raises:
+        ValueError: an unknown method, a wrapped or compiled model, a bad `batch_size`.
+        TypeError: an option that the method does not have.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        >>> print(plan(model, "mabn"))
+        norm  kind         fed by  decision  becomes                 why
+        ----  -----------  ------  --------  ----------------------  ...
+        1     BatchNorm2d  0       convert   MovingAverageBatchNorm2d  ...
+    """
+    made, _ = decide(
+        model,
+        method,
+        batch_size=batch_size,
+        example_inputs=example_inputs,
+        where=where,
+        centralize=centralize,
+        **options,
+    )
+    return made
+
+
+def decide(
+    model: nn.Module,
+    method: str | Mapping[str, str],
+    *,
+    batch_size: int | None,
+    example_inputs: Any,
+    where: Where | None,
+    centralize: bool | None,
+    **options: Any,
+) -> tuple[Plan, list[Decision]]:
+    """Decide norm by norm; `plan` shows the first half of the answer, `convert` does the second.
+
+    Args:
+        model: the network.
+        method: as in `plan`.
+        batch_size: as in `plan`.
+        example_inputs: as in `plan`.
+        where: as in `plan`.
+        centralize: as in `plan`.
+        **options: as in `plan`.
+
+    Returns:
+        The plan, and the decision behind each of its rows.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: give a torch.nn.Module")
+    if (refusal := wrapper_refusal(model)) is not None:
+        raise ValueError(refusal)
+    methods = _methods(method)
+    _check_options(methods.values(), options, batch_size)
+    places = paths(model)
+    feeders = find_feeders(model, example_inputs)
+    fresh = is_fresh(model)
+    judge = _Judge(places, feeders, methods, options, batch_size, where, centralize, fresh)
+    kinds = [(module, kind) for module in places if (kind := norm_kind(module)) is not None]
+    decisions = [judge.decide(module, kind) for module, kind in kinds]
+    asked = method if isinstance(method, str) else dict(method)
+    rows = tuple(decision.row for decision in decisions)
+    return Plan(asked, rows, _notes(decisions, fresh)), decisions
+
+
+def is_fresh(model: nn.Module) -> bool:
+    """Whether a network's batch norms say that it was never trained.
+
+    Args:
+        model: the network.
+
+    Returns:
+        True if there are running statistics and all are as they start: no batch counted, means 0,
+        variances 1. False where there are none to tell by.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(3)
+        >>> is_fresh(norm)
+        True
+        >>> _ = norm(torch.randn(4, 3)); is_fresh(norm)
+        False
+    """
+    norms = [module for module in model.modules() if is_batch_norm(module)]
+    tracked = [n for n in norms if isinstance(n._buffers.get("running_var"), Tensor)]
+    return bool(tracked) and all(_untouched(norm) for norm in tracked)
+
+
+def _untouched(norm: nn.Module) -> bool:
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
+    count = norm._buffers.get("num_batches_tracked")
+    if var is None or mean is None or var.is_meta or isinstance(mean, nn.UninitializedBuffer):
+        return False
+    counted = count is not None and bool(count > 0)
+    return not counted and bool((mean == 0).all()) and bool((var == 1).all())
+
+
+class _Judge:
+    """Decides about one norm after another, with all that must be known in hand."""
+
+    def __init__(
+        self,
+        places: Mapping[nn.Module, tuple[str, ...]],
+        feeders: Mapping[str, Feeder],
+        methods: Mapping[str, Method],
+        options: Mapping[str, Any],
+        batch_size: int | None,
+        where: Where | None,
+        centralize: bool | None,
+        fresh: bool,
+    ) -> None:
+        self.places = places
+        self.feeders = feeders
+        self.methods = methods
+        self.options = options
+        self.batch_size = batch_size
+        self.where = where
+        self.centralize = centralize
+        self.fresh = fresh
+        self.by_name = {name: module for module, names in places.items() for name in names}
+        self.owners = _owners(places)
+
+    def decide(self, norm: nn.Module, kind: NormKind) -> Decision:
+        """Decide what becomes of one norm."""
+        names = self.places[norm]
+        method = next((m for glob, m in self.methods.items() if _matches(glob, names, norm)), None)
+        if kind.family == "frozen":
+            return self._keep(norm, "frozen by design: its statistics are constants")
+        if kind.family == "other":
+            return self._keep(norm, "no batch norm")
+        if self.where is not None and not _matches(self.where, names, norm):
+            return self._keep(norm, "left out by where")
+        if method is None:
+            return self._keep(norm, "matches no pattern of method")
+        if kind.refusal is not None:
+            return self._refuse(norm, kind.refusal)
+        options = _options_for(method, self.options, self.batch_size)
+        if _is_already(norm, method, options):
+            return self._keep(norm, f"already {method.name}")
+        return self._convert(norm, kind, method, options)
+
+    def _convert(
+        self, norm: nn.Module, kind: NormKind, method: Method, options: Mapping[str, Any]
+    ) -> Decision:
+        if any(tensor.is_meta for tensor in (*norm.parameters(), *norm.buffers())):
+            meta = "it is on the meta device: give it memory (to_empty) and its state first"
+            return self._refuse(norm, meta)
+        feeder = self.feeders[self.places[norm][0]]
+        if method.name == "in" and isinstance(self._module(feeder), nn.Linear):
+            erased = "after a linear layer instance norm has one value to normalize: output is 0"
+            return self._refuse(norm, f"{erased}; use ln, or leave it out with where=")
+        try:
+            rewrites = trial(norm, method, options)
+        except ValueError as error:
+            return self._refuse(norm, str(error))
+        if rewrites and (shared := self._sharing(norm)):
+            absorbs = f"{method.name} rewrites its scale and shift, which {shared} uses too"
+            return self._refuse(norm, f"{absorbs}: give each its own, or leave it out with where=")
+        target, why = self._centralization(method, options, feeder)
+        reason = "; ".join(filter(None, [_effect(method), why]))
+        row = self._row(norm, "convert", method.layer(kind.dims or 0).__name__, reason, target)
+        module = None if target is None else self.by_name[target]
+        return Decision(row, norm, method, options, module)
+
+    def _centralization(
+        self, method: Method, options: Mapping[str, Any], feeder: Feeder
+    ) -> tuple[str | None, str | None]:
+        """Which layer's weights to centralize for a norm, and what to say about it."""
+        wanted = method.name == "mabn" and not options.get("centered", False)
+        if self.centralize is False or not (wanted or self.centralize):
+            return None, None
+        obstacle = _centralization_obstacle(feeder, self._module(feeder))
+        if obstacle is not None:
+            return None, f"weights not centralized: {obstacle}"
+        if is_centralized(self.by_name[str(feeder.name)]):
+            return None, f"weights of {feeder.name!r} are centralized already"
+        if self.centralize is None and not self.fresh:
+            return None, "weights left alone: trained (centralize=True would change the output)"
+        return feeder.name, f"weights of {feeder.name!r} centralized"
+
+    def _module(self, feeder: Feeder) -> nn.Module | None:
+        return None if feeder.name is None else self.by_name[feeder.name]
+
+    def _sharing(self, norm: nn.Module) -> str | None:
+        """The name of another module that holds one of a norm's Parameters."""
+        for parameter in norm.parameters(recurse=False):
+            for owner in self.owners[id(parameter)]:
+                if owner is not norm:
+                    return repr(self.places[owner][0])
+        return None
+
+    def _keep(self, norm: nn.Module, reason: str) -> Decision:
+        return Decision(self._row(norm, "keep", type(norm).__name__, reason), norm)
+
+    def _refuse(self, norm: nn.Module, reason: str) -> Decision:
+        return Decision(self._row(norm, "refuse", type(norm).__name__, reason), norm)
+
+    def _row(
+        self,
+        norm: nn.Module,
+        decision: Literal["convert", "keep", "refuse"],
+        becomes: str,
+        reason: str,
+        centralizes: str | None = None,
+    ) -> PlanRow:
+        name, *also = self.places[norm]
+        feeder = str(self.feeders[name]) if name in self.feeders else ""
+        kind = type(norm).__name__
+        return PlanRow(name, kind, feeder, decision, becomes, reason, centralizes, tuple(also))
+
+
+def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | None:
+    """Why a norm's feeder cannot have its weights centralized, or None."""
+    if module is None:
+        return feeder.reason
+    if feeder.other_consumers:
+        return f"the output of {feeder.name!r} is used elsewhere too"
+    if not is_centralized(module) and not has_plain_forward(module):
+        return f"{feeder.name!r} computes its weight or output in its own way"
+    if weights_per_output(module) < 2:
+        return f"{feeder.name!r} has one weight an output channel, which would become 0"
+    return None
+
+
+def weights_per_output(module: nn.Module) -> int:
+    """How many weights make one output channel of a convolution or linear layer.
+
+    Example:
+        >>> weights_per_output(nn.Conv2d(8, 4, 3, groups=2)), weights_per_output(nn.Linear(5, 2))
+        (36, 5)
+        >>> weights_per_output(nn.ConvTranspose2d(8, 4, 2, groups=4))
+        8
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor) and isinstance(module, FEEDING)
+    if isinstance(module, _ConvTransposeNd):
+        return weight[:, 0].numel() // module.groups
+    return weight[0].numel()
+
+
+def _owners(places: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Who holds each Parameter."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in places:
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _methods(method: str | Mapping[str, str]) -> dict[str, Method]:
+    """Name patterns -> rows of the method table."""
+    if isinstance(method, str):
+        return {"*": get_method(method)}
+    if not isinstance(method, Mapping) or not method:
+        raise TypeError(
+            f"method={method!r}: give a short name such as 'mabn', or a mapping of name patterns "
+            "to short names"
+        )
+    return {glob: get_method(name) for glob, name in method.items()}
+
+
+def _check_options(
+    methods: Iterable[Method], options: Mapping[str, Any], batch_size: int | None
+) -> None:
+    """Refuse options that no method has, and a batch size that is none."""
+    methods = list(methods)
+    if batch_size is not None and (
+        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    ):
+        raise ValueError(f"batch_size={batch_size!r}: give a whole number from 1")
+    known = {"momentum"}.union(*(method.options for method in methods))
+    for name in options:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        titles = ", ".join(sorted({method.name for method in methods}))
+        raise TypeError(
+            f"{name}={options[name]!r}: {titles} has no such option{hint} "
+            f"It takes {', '.join(sorted(known))}."
+        )
+
+
+def _options_for(
+    method: Method, options: Mapping[str, Any], batch_size: int | None
+) -> dict[str, Any]:
+    """Of the options, those that a method takes; with the batch size if it takes that."""
+    chosen = {n: value for n, value in options.items() if n in method.options or n == "momentum"}
+    if batch_size is not None and "batch_size" in method.options:
+        chosen.setdefault("batch_size", batch_size)
+    return chosen
+
+
+def _is_already(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
+    """Whether a norm is a layer of the method, with the options that were asked for."""
+    if not isinstance(norm, NormLayer) or type(norm) is not method.layer(norm.dims):
+        return False
+    return all(getattr(norm, name, value) == value for name, value in options.items())
+
+
+def _matches(where: Where, names: Iterable[str], module: nn.Module) -> bool:
+    if isinstance(where, str):
+        return any(fnmatchcase(name, where) for name in names)
+    return any(where(name, module) for name in names)
+
+
+def _effect(method: Method) -> str:
+    if method.exact_eval:
+        return "eval output unchanged"
+    if method.folds or isinstance(method.layer(2), NormLayer):
+        return "eval output changes"
+    return "eval output changes, running statistics are dropped: train on"
+
+
+def _notes(decisions: Iterable[Decision], fresh: bool) -> tuple[str, ...]:
+    decisions = list(decisions)
+    converted = [d for d in decisions if d.method is not None]
+    centralized = sum(d.centralize is not None for d in decisions)
+    state = "fresh (no batch seen)" if fresh else "trained, as far as its statistics tell"
+    notes = [
+        f"{len(converted)} of {len(decisions)} norms converted; the model is {state}; "
+        f"weights of {centralized} layers centralized."
+    ]
+    return tuple(notes)
+

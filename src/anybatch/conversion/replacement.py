@@ -1,0 +1,203 @@
+"""One norm's replacement: built for a method, with the norm's parameters, flags and hooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from anybatch.conversion.norms import TORCH_NORMS, dims_of
+from anybatch.conversion.surgery import move_hooks
+from anybatch.layers.base import NormLayer
+from anybatch.methods import Method
+
+_TORCH_MOMENTUM = 0.1
+
+
+def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> nn.Module:
+    """Build a norm's replacement and let it take over the norm.
+
+    Args:
+        norm: a torch batch norm or an anybatch layer.
+        method: the method's row in the table.
+        options: keyword arguments of the method's layer; `num_groups` is an upper bound, cut to
+            a divisor of the channels.
+
+    Returns:
+        The replacement, in the norm's mode, with the norm's Parameters and hooks.
+
+    Raises:
+        ValueError: the method cannot take this norm over.
+
+    Example:
+        >>> from anybatch.methods import get_method
+        >>> norm = nn.BatchNorm2d(12)
+        >>> new = replacement(norm, get_method("gn"), {"num_groups": 8})
+        >>> new.num_groups, new.weight is norm.weight
+        (6, True)
+    """
+    assert isinstance(norm, _NormBase)
+    dims = dims_of(norm)
+    assert dims is not None
+    built = method.build(
+        norm.num_features,
+        dims,
+        eps=norm.eps,
+        affine=norm.affine,
+        track_running_stats=norm.track_running_stats,
+        **_place(norm),
+        **_arguments(norm, method, options),
+    )
+    if isinstance(built, NormLayer):
+        built.adopt_(norm)
+    else:
+        _take_over(built, norm)
+    _keep_tags(norm, built)
+    return built
+
+
+def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
+    """Replace a copy of a norm, to see whether it can be done and whether it changes parameters.
+
+    Args:
+        norm: a torch batch norm or an anybatch layer; left untouched.
+        method: the method's row in the table.
+        options: keyword arguments of the method's layer.
+
+    Returns:
+        Whether taking over rewrites the norm's weight or bias.
+
+    Raises:
+        ValueError: the method cannot take this norm over.
+
+    Example:
+        >>> from anybatch.methods import get_method
+        >>> trial(nn.BatchNorm2d(4), get_method("mabn"), {})
+        False
+    """
+    twin = _twin(norm)
+    before = {name: value.detach().clone() for name, value in twin._parameters.items() if value is not None}
+    new = replacement(twin, method, options)
+    return any(not torch.equal(before[name], value) for name, value in new.named_parameters())
+
+
+def largest_divisor(channels: int, at_most: int) -> int:
+    """The number of channel groups: the largest divisor that leaves two channels a group.
+
+    Args:
+        channels: number of channels, C.
+        at_most: upper bound for the number of groups.
+
+    Returns:
+        The largest divisor of C that is at most `at_most` and, where C > 1, at most C / 2: a
+        group of one channel and one value would normalize everything away.
+
+    Example:
+        >>> [largest_divisor(channels, 32) for channels in (1, 2, 4, 37, 48, 512)]
+        [1, 1, 2, 1, 24, 32]
+    """
+    bound = min(at_most, max(channels // 2, 1))
+    return max(groups for groups in range(1, bound + 1) if channels % groups == 0)
+
+
+def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's keyword arguments for one norm."""
+    arguments = dict(options)
+    if "num_groups" in method.options:
+        at_most = arguments.get("num_groups", method.options["num_groups"].default)
+        arguments["num_groups"] = largest_divisor(norm.num_features, at_most)
+    if "momentum" not in arguments and _keeps_momentum(norm, method):
+        arguments["momentum"] = norm.momentum
+    if isinstance(norm, NormLayer):
+        for name in ("norm_batch_size", "example_weight"):
+            if name in method.options and norm.columns == norm.num_features:
+                arguments.setdefault(name, getattr(norm, name))
+    return arguments
+
+
+def _keeps_momentum(norm: nn.Module, method: Method) -> bool:
+    """Whether momentum means the same to the norm and to the method: torch's running average."""
+    return _momentum_is_torchs(type(norm)) and _momentum_is_torchs(method.layer(2))
+
+
+def _momentum_is_torchs(cls: type) -> bool:
+    if issubclass(cls, nn.modules.batchnorm._BatchNorm):
+        return True
+    argument = signature(cls).parameters.get("momentum")
+    return argument is not None and argument.default == _TORCH_MOMENTUM
+
+
+def _place(norm: nn.Module) -> dict[str, Any]:
+    """Device and type of a norm's tensors."""
+    for tensor in (*norm.parameters(recurse=False), *norm.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            return {"device": tensor.device, "dtype": tensor.dtype}
+    return {"device": None, "dtype": None}
+
+
+def _take_over(new: nn.Module, norm: _NormBase) -> None:
+    """Let a torch module (a group norm) take over a batch norm's parameters, mode and hooks."""
+    new._parameters["weight"], new._parameters["bias"] = norm.weight, norm.bias
+    new.training = norm.training
+    move_hooks(norm, new)
+
+
+def _keep_tags(norm: nn.Module, new: nn.Module) -> None:
+    """Copy attributes that others hung on a torch norm, as libraries do to mark modules."""
+    if isinstance(norm, NormLayer):
+        return
+    known = nn.BatchNorm1d(1).__dict__
+    for name, value in norm.__dict__.items():
+        if name not in known:
+            new.__dict__[name] = value
+
+
+def _twin(norm: nn.Module) -> nn.Module:
+    """A norm with copies of the tensors and without hooks; the attributes are the same."""
+    twin = copy.copy(norm)
+    twin.__dict__ = dict(norm.__dict__)
+    move_hooks(nn.Identity(), twin)
+    twin._parameters = {
+        name: None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
+        for name, value in norm._parameters.items()
+    }
+    twin._buffers = {
+        name: None if value is None else value.clone() for name, value in norm._buffers.items()
+    }
+    return twin
+
+
+def torch_norm(layer: NormLayer) -> nn.Module:
+    """The plain torch batch norm of an anybatch layer, with its Parameters, buffers and hooks.
+
+    Args:
+        layer: a layer whose inference is an affine map a channel.
+
+    Returns:
+        A torch.nn.BatchNorm of the layer's dimension; in eval mode where the layer is frozen.
+
+    Example:
+        >>> import anybatch
+        >>> torch_norm(anybatch.BatchNorm2d(4, momentum=0.3))
+        BatchNorm2d(4, eps=1e-05, momentum=0.3, affine=True, track_running_stats=True)
+    """
+    momentum = layer.momentum
+    norm = TORCH_NORMS[layer.dims](
+        layer.num_features,
+        layer.eps,
+        momentum if isinstance(momentum, float) or momentum is None else _TORCH_MOMENTUM,
+        layer.affine,
+        layer.track_running_stats,
+        **_place(layer),
+    )
+    norm._parameters["weight"], norm._parameters["bias"] = layer.weight, layer.bias
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        norm._buffers[name] = layer._buffers[name]
+    norm.training = layer.training and not layer.frozen
+    move_hooks(layer, norm)
+    return norm

@@ -1,0 +1,59 @@
+"""Back to plain torch: batch norms and weights that need no anybatch any more."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from anybatch.conversion.norms import wrapper_refusal
+from anybatch.conversion.replacement import torch_norm
+from anybatch.conversion.surgery import paths, swap
+from anybatch.layers.base import NormLayer
+from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybatch.layers.centralization import decentralize, is_centralized
+
+
+def to_batchnorm(model: nn.Module) -> nn.Module:
+    """Turn every anybatch layer into the plain torch batch norm with the same eval output.
+
+    Parameters and buffers stay the same objects, with their flags and hooks; centralized layers
+    become plain ones with centred weights. Afterwards the model holds nothing of anybatch and
+    its checkpoint is a plain batch-norm one. Training goes on as with plain batch norm: a method's
+    memory is dropped, frozen layers are left in eval mode.
+
+    Args:
+        model: a network with anybatch layers, changed in place.
+
+    Returns:
+        The model; a torch batch norm where the model is itself a layer.
+
+    Raises:
+        ValueError: layers whose inference is no per-channel affine map (all are named, nothing is
+            changed), or a wrapped or compiled model.
+
+    Example:
+        >>> import anybatch, torch
+        >>> model = anybatch.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "brn")
+        >>> to_batchnorm(model)[1]
+        BatchNorm1d(4, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True)
+    """
+    if (refusal := wrapper_refusal(model)) is not None:
+        raise ValueError(refusal)
+    places = paths(model)
+    layers = [module for module in places if isinstance(module, NormLayer)]
+    obstacles = [(places[layer][0], why) for layer in layers if (why := _obstacle(layer))]
+    if obstacles:
+        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
+        raise ValueError(f"nothing was changed, as no plain batch norm is the same as\n{named}")
+    replacements = {layer: torch_norm(layer) for layer in layers}
+    for module in places:
+        if is_centralized(module):
+            decentralize(module)
+    return swap(model, replacements)
+
+
+def _obstacle(layer: NormLayer) -> str | None:
+    """Why a layer's inference is not a torch batch norm's; without statistics both use the batch's."""
+    plain = isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
+    if plain and not layer.track_running_stats and not layer.example_weight:
+        return None
+    return layer.inference_obstacle()
