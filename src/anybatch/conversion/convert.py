@@ -64,7 +64,7 @@ def convert(
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
         >>> weight = model[1].weight
         >>> convert(model, "gn", num_groups=2)[1]
-        GroupNorm(2, 4, eps=1e-05, affine=True)
+        GroupNorm(2, 4, eps=1e-05, affine=True...)
         >>> model[1].weight is weight
         True
     """

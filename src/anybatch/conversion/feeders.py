@@ -242,9 +242,7 @@ def _read(
     return observed
 
 
-def _source_of(
-    node: fx.Node, module: nn.Module | None, names: Mapping[nn.Module, str]
-) -> _Source:
+def _source_of(node: fx.Node, module: nn.Module | None, names: Mapping[nn.Module, str]) -> _Source:
     if isinstance(module, FEEDING):
         return _Source(f"fed by {names[module]}", module)
     if module is not None:
@@ -325,7 +323,7 @@ class _Recorder(TorchDispatchMode):
     """Follows tensors through one forward: who made each, who uses those that feeders made."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.owners = {
             id(p): m for m in names if isinstance(m, FEEDING) for p in m.parameters(recurse=False)
@@ -415,11 +413,10 @@ def observe(model: nn.Module, example_inputs: Any) -> Any:
         >>> observe(nn.Linear(3, 2), {"input": torch.zeros(1, 3)}).shape
         torch.Size([1, 2])
     """
-    args, kwargs = (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, (tuple, list)):
-        args = tuple(example_inputs)
+    named = isinstance(example_inputs, Mapping)
+    kwargs = dict(example_inputs) if named else {}
+    several = isinstance(example_inputs, (tuple, list))
+    args = () if named else tuple(example_inputs) if several else (example_inputs,)
     try:
         with _restored(model), _in_eval(model), torch.no_grad():
             return model(*args, **kwargs)
@@ -468,7 +465,9 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 def _restored(model: nn.Module) -> Iterator[None]:
     """After it the model's attributes, buffers' values and torch's random state are as before."""
     saved = [(module, _shallow(module)) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [
+        (buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta
+    ]
     devices = {b.device for b in model.buffers()} | {p.device for p in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):

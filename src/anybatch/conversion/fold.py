@@ -87,7 +87,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             stay[names[0]] = reason
     before = None if example_inputs is None else _outputs(model, example_inputs)
     states = [_State(one.feeder) for one in folds]
-    identities = {one.norm: _identity(one.norm) for one in folds}
+    identities: dict[nn.Module, nn.Module] = {one.norm: _identity(one.norm) for one in folds}
     try:
         for one in folds:
             _merge(one)

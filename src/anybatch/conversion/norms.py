@@ -70,9 +70,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     """
     if "FrozenBatchNorm" in type(module).__name__:
         return NormKind("frozen")
-    if isinstance(module, NormLayer):
-        return NormKind("batch", dims_of(module), _refusal(module))
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, (NormLayer, _BatchNorm)):
         return NormKind("batch", dims_of(module), _refusal(module))
     if isinstance(module, OTHER_NORMS):
         return NormKind("other")
@@ -97,11 +95,9 @@ def dims_of(norm: nn.Module) -> int | None:
         >>> dims_of(nn.BatchNorm3d(4)), dims_of(nn.SyncBatchNorm(4))
         (3, None)
     """
-    for cls in type(norm).__mro__:
-        for dims in TORCH_NORMS:
-            if issubclass(cls, _NormBase) and cls.__name__.endswith(f"{dims}d"):
-                return dims
-    return None
+    if isinstance(norm, NormLayer):
+        return norm.dims or None
+    return next((dims for dims, cls in TORCH_NORMS.items() if isinstance(norm, cls)), None)
 
 
 def wrapper_refusal(model: nn.Module) -> str | None:
@@ -109,7 +105,7 @@ def wrapper_refusal(model: nn.Module) -> str | None:
 
     Example:
         >>> wrapper_refusal(nn.DataParallel(nn.Linear(2, 2)))
-        "the model is wrapped in DataParallel: ... take the model inside it (.module) ..."
+        'the model is wrapped in DataParallel, ... is its .module.'
     """
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "the model"
@@ -194,8 +190,8 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _wrapped(where: str, wrapper: str, afterwards: str) -> str:
-    inside = "" if "compile" in wrapper else ": take the model inside it (.module)"
+    inside = "" if "compile" in wrapper else "; the model inside it is its .module"
     return (
-        f"{where} is wrapped in {wrapper}, which holds on to the modules it was given. "
-        f"Convert the bare model first and {afterwards}{inside}."
+        f"{where} is wrapped in {wrapper}, which holds on to the modules it was given. Work on "
+        f"the bare model and {afterwards}{inside}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,9 +10,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from anybatch.conversion.feeders import FEEDING, Feeder, find_feeders
+from anybatch.conversion.feeders import Feeder, find_feeders
 from anybatch.conversion.norms import (
     NormKind,
     has_plain_forward,
@@ -22,8 +22,8 @@ from anybatch.conversion.norms import (
 from anybatch.conversion.replacement import trial
 from anybatch.conversion.surgery import paths
 from anybatch.layers.base import NormLayer
-from anybatch.layers.centralization import is_centralized
-from anybatch.methods import Method, get_method
+from anybatch.layers.centralization import is_centralized, weight_centralization
+from anybatch.methods import Method, fitting_groups, get_method
 
 Where = str | Callable[[str, nn.Module], bool]
 
@@ -167,9 +167,10 @@ def plan(
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         >>> print(plan(model, "mabn"))
-        norm  kind         fed by  decision  becomes                 why
-        ----  -----------  ------  --------  ----------------------  ...
-        1     BatchNorm2d  0       convert   MovingAverageBatchNorm2d  ...
+        norm  kind         fed by  decision  becomes                   why
+        ----  -----------  ------  --------  ------------------------  ---...
+        1     BatchNorm2d  0       convert   MovingAverageBatchNorm2d  eval output unchanged; ...
+        1 of 1 norms converted; the model is fresh (no batch seen); weights of 1 layers centralized.
     """
     made, _ = decide(
         model,
@@ -238,7 +239,7 @@ def is_fresh(model: nn.Module) -> bool:
         >>> norm = nn.BatchNorm1d(3)
         >>> is_fresh(norm)
         True
-        >>> _ = norm(torch.randn(4, 3)); is_fresh(norm)
+        >>> _ = norm.running_mean.fill_(0.5); is_fresh(norm)
         False
     """
     norms = [module for module in model.modules() if is_batch_norm(module)]
@@ -302,9 +303,6 @@ class _Judge:
     def _convert(
         self, norm: nn.Module, kind: NormKind, method: Method, options: Mapping[str, Any]
     ) -> Decision:
-        if any(tensor.is_meta for tensor in (*norm.parameters(), *norm.buffers())):
-            meta = "it is on the meta device: give it memory (to_empty) and its state first"
-            return self._refuse(norm, meta)
         feeder = self.feeders[self.places[norm][0]]
         if method.name == "in" and isinstance(self._module(feeder), nn.Linear):
             erased = "after a linear layer instance norm has one value to normalize: output is 0"
@@ -375,27 +373,15 @@ def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | 
         return feeder.reason
     if feeder.other_consumers:
         return f"the output of {feeder.name!r} is used elsewhere too"
-    if not is_centralized(module) and not has_plain_forward(module):
+    if is_centralized(module):
+        return None
+    if not has_plain_forward(module):
         return f"{feeder.name!r} computes its weight or output in its own way"
-    if weights_per_output(module) < 2:
-        return f"{feeder.name!r} has one weight an output channel, which would become 0"
+    try:
+        weight_centralization(copy.copy(module))  # switches the class of the copy alone
+    except (TypeError, ValueError) as error:
+        return str(error)
     return None
-
-
-def weights_per_output(module: nn.Module) -> int:
-    """How many weights make one output channel of a convolution or linear layer.
-
-    Example:
-        >>> weights_per_output(nn.Conv2d(8, 4, 3, groups=2)), weights_per_output(nn.Linear(5, 2))
-        (36, 5)
-        >>> weights_per_output(nn.ConvTranspose2d(8, 4, 2, groups=4))
-        8
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor) and isinstance(module, FEEDING)
-    if isinstance(module, _ConvTransposeNd):
-        return weight[:, 0].numel() // module.groups
-    return weight[0].numel()
 
 
 def _owners(places: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
@@ -428,7 +414,7 @@ def _check_options(
         isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
     ):
         raise ValueError(f"batch_size={batch_size!r}: give a whole number from 1")
-    known = {"momentum"}.union(*(method.options for method in methods))
+    known = set().union(*(_takes(method) for method in methods))
     for name in options:
         if name in known:
             continue
@@ -441,11 +427,16 @@ def _check_options(
         )
 
 
+def _takes(method: Method) -> set[str]:
+    """The options a method takes: its own, and momentum where it keeps running statistics."""
+    return set(method.options) | ({"momentum"} if issubclass(method.layer(2), NormLayer) else set())
+
+
 def _options_for(
     method: Method, options: Mapping[str, Any], batch_size: int | None
 ) -> dict[str, Any]:
     """Of the options, those that a method takes; with the batch size if it takes that."""
-    chosen = {n: value for n, value in options.items() if n in method.options or n == "momentum"}
+    chosen = {name: value for name, value in options.items() if name in _takes(method)}
     if batch_size is not None and "batch_size" in method.options:
         chosen.setdefault("batch_size", batch_size)
     return chosen
@@ -455,7 +446,10 @@ def _is_already(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
     """Whether a norm is a layer of the method, with the options that were asked for."""
     if not isinstance(norm, NormLayer) or type(norm) is not method.layer(norm.dims):
         return False
-    return all(getattr(norm, name, value) == value for name, value in options.items())
+    wanted = dict(options)
+    if "num_groups" in wanted:
+        wanted["num_groups"] = fitting_groups(norm.num_features, wanted["num_groups"])
+    return all(getattr(norm, name, value) == value for name, value in wanted.items())
 
 
 def _matches(where: Where, names: Iterable[str], module: nn.Module) -> bool:
@@ -467,19 +461,17 @@ def _matches(where: Where, names: Iterable[str], module: nn.Module) -> bool:
 def _effect(method: Method) -> str:
     if method.exact_eval:
         return "eval output unchanged"
-    if method.folds or isinstance(method.layer(2), NormLayer):
-        return "eval output changes"
+    if issubclass(method.layer(2), NormLayer):
+        return "eval output changes: train on"
     return "eval output changes, running statistics are dropped: train on"
 
 
 def _notes(decisions: Iterable[Decision], fresh: bool) -> tuple[str, ...]:
     decisions = list(decisions)
-    converted = [d for d in decisions if d.method is not None]
-    centralized = sum(d.centralize is not None for d in decisions)
+    converted = sum(decision.method is not None for decision in decisions)
+    centralized = sum(decision.centralize is not None for decision in decisions)
     state = "fresh (no batch seen)" if fresh else "trained, as far as its statistics tell"
-    notes = [
-        f"{len(converted)} of {len(decisions)} norms converted; the model is {state}; "
-        f"weights of {centralized} layers centralized."
-    ]
-    return tuple(notes)
-
+    return (
+        f"{converted} of {len(decisions)} norms converted; the model is {state}; "
+        f"weights of {centralized} layers centralized.",
+    )

@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch.conversion.norms import TORCH_NORMS, dims_of
 from anybatch.conversion.surgery import move_hooks
-from anybatch.layers.base import NormLayer
-from anybatch.methods import Method
+from anybatch.layers.base import NormLayer, check_count
+from anybatch.methods import Method, fitting_groups
 
 _TORCH_MOMENTUM = 0.1
 
@@ -80,29 +80,9 @@ def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
         >>> trial(nn.BatchNorm2d(4), get_method("mabn"), {})
         False
     """
-    twin = _twin(norm)
-    before = {name: value.detach().clone() for name, value in twin._parameters.items() if value is not None}
-    new = replacement(twin, method, options)
-    return any(not torch.equal(before[name], value) for name, value in new.named_parameters())
-
-
-def largest_divisor(channels: int, at_most: int) -> int:
-    """The number of channel groups: the largest divisor that leaves two channels a group.
-
-    Args:
-        channels: number of channels, C.
-        at_most: upper bound for the number of groups.
-
-    Returns:
-        The largest divisor of C that is at most `at_most` and, where C > 1, at most C / 2: a
-        group of one channel and one value would normalize everything away.
-
-    Example:
-        >>> [largest_divisor(channels, 32) for channels in (1, 2, 4, 37, 48, 512)]
-        [1, 1, 2, 1, 24, 32]
-    """
-    bound = min(at_most, max(channels // 2, 1))
-    return max(groups for groups in range(1, bound + 1) if channels % groups == 0)
+    new = replacement(_twin(norm), method, options)
+    pairs = [(norm._parameters[name], value) for name, value in new.named_parameters()]
+    return any(o is not None and not o.is_meta and not torch.equal(o, n) for o, n in pairs)
 
 
 def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +90,8 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
     arguments = dict(options)
     if "num_groups" in method.options:
         at_most = arguments.get("num_groups", method.options["num_groups"].default)
-        arguments["num_groups"] = largest_divisor(norm.num_features, at_most)
+        check_count("num_groups", at_most)
+        arguments["num_groups"] = fitting_groups(norm.num_features, at_most)
     if "momentum" not in arguments and _keeps_momentum(norm, method):
         arguments["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
@@ -184,7 +165,7 @@ def torch_norm(layer: NormLayer) -> nn.Module:
     Example:
         >>> import anybatch
         >>> torch_norm(anybatch.BatchNorm2d(4, momentum=0.3))
-        BatchNorm2d(4, eps=1e-05, momentum=0.3, affine=True, track_running_stats=True)
+        BatchNorm2d(4, eps=1e-05, momentum=0.3, affine=True, ...track_running_stats=True)
     """
     momentum = layer.momentum
     norm = TORCH_NORMS[layer.dims](

@@ -31,10 +31,10 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
             changed), or a wrapped or compiled model.
 
     Example:
-        >>> import anybatch, torch
+        >>> import anybatch
         >>> model = anybatch.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "brn")
         >>> to_batchnorm(model)[1]
-        BatchNorm1d(4, eps=1e-05, momentum=0.01, affine=True, track_running_stats=True)
+        BatchNorm1d(4, eps=1e-05, momentum=0.01, affine=True, ...track_running_stats=True)
     """
     if (refusal := wrapper_refusal(model)) is not None:
         raise ValueError(refusal)
@@ -44,7 +44,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     if obstacles:
         named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
         raise ValueError(f"nothing was changed, as no plain batch norm is the same as\n{named}")
-    replacements = {layer: torch_norm(layer) for layer in layers}
+    replacements: dict[nn.Module, nn.Module] = {layer: torch_norm(layer) for layer in layers}
     for module in places:
         if is_centralized(module):
             decentralize(module)
@@ -52,7 +52,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def _obstacle(layer: NormLayer) -> str | None:
-    """Why a layer's inference is not a torch batch norm's; without statistics both use the batch's."""
+    """Why a layer's inference is not a torch batch norm's (which may use the batch, as ours)."""
     plain = isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
     if plain and not layer.track_running_stats and not layer.example_weight:
         return None
