@@ -4,6 +4,7 @@ Layers replace ``torch.nn.BatchNorm`` one for one; `convert` does it for a whole
 network, `to_batchnorm` undoes it for deployment.
 """
 
+from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
 from anybatch.layers import (
     BatchGroupNorm1d,
     BatchGroupNorm2d,
@@ -28,5 +29,43 @@ from anybatch.layers import (
     thaw,
     weight_centralization,
 )
+from anybatch.methods import METHODS, Method, get_method
+from anybatch.scheduling import NormScheduler
+
+__all__ = [
+    "METHODS",
+    "BatchGroupNorm1d",
+    "BatchGroupNorm2d",
+    "BatchGroupNorm3d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+    "Method",
+    "MomentumBatchNorm1d",
+    "MomentumBatchNorm2d",
+    "MomentumBatchNorm3d",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
+    "NoEffectWarning",
+    "NormScheduler",
+    "Plan",
+    "PlanRow",
+    "convert",
+    "fold",
+    "freeze",
+    "get_method",
+    "no_update",
+    "plan",
+    "thaw",
+    "to_batchnorm",
+    "weight_centralization",
+]
 
 __version__ = "0.1.0"

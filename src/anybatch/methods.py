@@ -145,9 +145,7 @@ def _group_norm(
     return nn.GroupNorm(groups, num_features, eps, affine, device, dtype)
 
 
-def _layer_norm(
-    num_features: int, eps: float, affine: bool, device: Any, dtype: Any
-) -> nn.Module:
+def _layer_norm(num_features: int, eps: float, affine: bool, device: Any, dtype: Any) -> nn.Module:
     return nn.GroupNorm(1, num_features, eps, affine, device, dtype)
 
 

@@ -2,12 +2,20 @@
 
 Every method of the library is ``moments -> rule -> affine`` forward and
 ``sums -> rule -> gradient`` backward. The four passes live here, one file a
-backend; the rules, small arithmetic on ``(G, C)`` tensors, live in the layers.
+backend; the rules, small arithmetic on ``(G, C)`` tables, live in the layers.
 Kernels know nothing of layers, memories or methods.
 """
 
-from anybatch.kernels.aten import affine, exact_gradient, gradient, moments, sums
-from anybatch.kernels.pooling import expand_groups, pool_groups, pool_rows, row_counts
+from anybatch.kernels.aten import (
+    affine,
+    exact_gradient,
+    gradient,
+    moments,
+    second_moment,
+    statistics_dtype,
+    sums,
+)
+from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 
 __all__ = [
     "affine",
@@ -15,8 +23,10 @@ __all__ = [
     "expand_groups",
     "gradient",
     "moments",
+    "pool_channels",
     "pool_groups",
-    "pool_rows",
     "row_counts",
+    "second_moment",
+    "statistics_dtype",
     "sums",
 ]

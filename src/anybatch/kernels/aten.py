@@ -5,13 +5,14 @@ operators (vectorized, mixed precision, channels_last kept). More groups are
 reached in one of two ways: an NCHW batch is seen as ``(1, N * C, ...)``, so that
 one call serves all groups; any other layout is cut along the batch.
 
-Tables of statistics are ``(G, C)``, float32, or float64 for a float64 input.
+Tables of statistics are ``(G, C)``, or ``(C,)`` where there is one group; float32,
+or float64 for a float64 input.
 """
 
 import torch
 from torch import Tensor
 
-from anybatch.kernels.pooling import expand_rows, pool_rows
+from anybatch.kernels.pooling import expand_rows, pool_rows, row_counts
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -19,6 +20,12 @@ _LOW = (torch.float16, torch.bfloat16)
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """Type of the statistics of ``x``: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def second_moment(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Mean square of each group of examples and channel: a table ``(G, C)``."""
+    _, squares = sums(x, x, sizes, None)
+    return squares / row_counts(sizes, x.numel() // (x.shape[0] * x.shape[1]), squares)
 
 
 def moments(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -32,8 +39,7 @@ def moments(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         Two tables ``(G, C)``.
     """
     if len(sizes) == 1:
-        mean, var = _moments(x)
-        return mean.unsqueeze(0), var.unsqueeze(0)
+        return _moments(x)
     if x.is_contiguous():
         mean, var = _moments(_instances(x))
         return pool_rows(mean.view(x.shape[:2]), var.view(x.shape[:2]), sizes)
@@ -55,8 +61,10 @@ def affine(
     Args:
         x: ``(N, C, ...)``.
         sizes: Examples in each group.
-        mean, var: Tables ``(G, C)``; no mean is a mean of zero.
-        weight, bias: Tables ``(G, C)``, or None for one and zero.
+        mean: Table ``(G, C)``; None is zero.
+        var: Table ``(G, C)``.
+        weight: Table ``(G, C)``; None is one.
+        bias: Table ``(G, C)``; None is zero.
         eps: Added to the variance.
 
     Returns:
@@ -64,11 +72,11 @@ def affine(
     """
     mean = torch.zeros_like(var) if mean is None else mean
     if len(sizes) == 1:
-        return _affine(x, mean[0], var[0], _row(weight, 0), _row(bias, 0), eps)
+        return _affine(x, mean, var, weight, bias, eps)
     if x.is_contiguous():
-        rows = [None if t is None else expand_rows(t, sizes).view(-1) for t in (weight, bias)]
-        table = (expand_rows(mean, sizes).view(-1), expand_rows(var, sizes).view(-1))
-        return _affine(_instances(x), *table, *rows, eps).view(x.shape)
+        rows = [_example_rows(t, sizes) for t in (weight, bias)]
+        table = (expand_rows(mean, sizes).reshape(-1), expand_rows(var, sizes).reshape(-1))
+        return _affine(_instances(x), *table, rows[0], rows[1], eps).view(x.shape)
     parts = [
         _affine(part, mean[g], var[g], _row(weight, g), _row(bias, g), eps)
         for g, part in enumerate(x.split(sizes))
@@ -90,14 +98,13 @@ def sums(
     Returns:
         Two tables ``(G, C)``.
     """
-    groups, channels = len(sizes), x.shape[1]
     if center is None:
-        center = torch.zeros(groups, channels, dtype=statistics_dtype(x), device=x.device)
-    if groups == 1:
-        first, second = _sums(dy, x, center[0])
-        return first.unsqueeze(0), second.unsqueeze(0)
+        shape = (x.shape[1],) if len(sizes) == 1 else (len(sizes), x.shape[1])
+        center = torch.zeros(shape, dtype=statistics_dtype(x), device=x.device)
+    if len(sizes) == 1:
+        return _sums(dy, x, center)
     if x.is_contiguous():
-        rows = expand_rows(center, sizes).view(-1)
+        rows = expand_rows(center, sizes).reshape(-1)
         first, second = _sums(_instances(dy.contiguous()), _instances(x), rows)
         return _sum_rows(first.view(x.shape[:2]), sizes), _sum_rows(second.view(x.shape[:2]), sizes)
     pieces = zip(dy.split(sizes), x.split(sizes), center, strict=True)
@@ -121,20 +128,22 @@ def gradient(
         x: ``(N, C, ...)``.
         sizes: Examples in each group.
         center: Table ``(G, C)``; None is zero.
-        on_dy, on_x, constant: Tables ``(G, C)``; None is zero.
+        on_dy: Factor of dy, table ``(G, C)``.
+        on_x: Factor of x, table ``(G, C)``; None is zero.
+        constant: Table ``(G, C)``; None is zero.
 
     Returns:
         The gradient of the input, like ``x``.
     """
     if len(sizes) == 1:
-        rows = [_row(t, 0) for t in (center, on_dy, on_x, constant)]
-        return _gradient(dy, x, *rows)
-    tables = (center, on_dy, on_x, constant)
+        return _gradient(dy, x, center, on_dy, on_x, constant)
     if x.is_contiguous():
-        rows = [None if t is None else expand_rows(t, sizes).view(-1) for t in tables]
-        return _gradient(_instances(dy.contiguous()), _instances(x), *rows).view(x.shape)
+        rows = [_example_rows(t, sizes) for t in (center, on_x, constant)]
+        factor = expand_rows(on_dy, sizes).reshape(-1)
+        flat = _gradient(_instances(dy.contiguous()), _instances(x), rows[0], factor, *rows[1:])
+        return flat.view(x.shape)
     parts = [
-        _gradient(d, part, *[_row(t, g) for t in tables])
+        _gradient(d, part, _row(center, g), on_dy[g], _row(on_x, g), _row(constant, g))
         for g, (d, part) in enumerate(zip(dy.split(sizes), x.split(sizes), strict=True))
     ]
     return torch.cat(parts)
@@ -154,7 +163,8 @@ def exact_gradient(
     Args:
         dy: Gradient of the output, like ``x``.
         x: ``(N, C, ...)``, one group.
-        mean, var: Rows ``(C,)`` of the batch.
+        mean: Mean ``(C,)`` of the batch.
+        var: Biased variance ``(C,)`` of the batch.
         weight: Row ``(C,)`` or None.
         eps: Added to the variance.
         mask: Which of input, weight and bias need a gradient.
@@ -172,6 +182,10 @@ def exact_gradient(
 
 def _row(table: Tensor | None, group: int) -> Tensor | None:
     return None if table is None else table[group]
+
+
+def _example_rows(table: Tensor | None, sizes: tuple[int, ...]) -> Tensor | None:
+    return None if table is None else expand_rows(table, sizes).reshape(-1)
 
 
 def _instances(x: Tensor) -> Tensor:
@@ -208,11 +222,10 @@ def _gradient(
     dy: Tensor,
     x: Tensor,
     center: Tensor | None,
-    on_dy: Tensor | None,
+    on_dy: Tensor,
     on_x: Tensor | None,
     constant: Tensor | None,
 ) -> Tensor:
-    assert on_dy is not None
     shape = (1, -1, *(1,) * (x.dim() - 2))
     scaled = dy * on_dy.view(shape)
     if on_x is not None:

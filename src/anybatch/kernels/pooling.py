@@ -1,9 +1,10 @@
 """Arithmetic on tables of statistics: pooling rows (examples) and columns (channels).
 
 A table of statistics has one row per group of examples and one column per
-channel. Pooling follows Chan, Golub and LeVeque (1979): the variance of a union
-is the mean of the variances plus the variance of the means. No second moment is
-ever subtracted from another, so a large mean costs no precision.
+channel; where there is one group, it is that row, ``(C,)``. Pooling follows Chan,
+Golub and LeVeque (1979): the variance of a union is the mean of the variances plus
+the variance of the means. No second moment is ever subtracted from another, so a
+large mean costs no precision.
 """
 
 from collections.abc import Iterator
@@ -50,24 +51,25 @@ def pool_rows(mean: Tensor, var: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor
 
 
 def pool_channels(mean: Tensor, var: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Pool per-channel statistics ``(G, C)`` into per-channel-group ones ``(G, num_groups)``."""
-    mean, var = mean.unflatten(1, (num_groups, -1)), var.unflatten(1, (num_groups, -1))
-    pooled = mean.mean(2)
-    return pooled, (var + (mean - pooled.unsqueeze(2)).square()).mean(2)
+    """Pool per-channel statistics ``(..., C)`` into channel-group ones ``(..., num_groups)``."""
+    mean, var = mean.unflatten(-1, (num_groups, -1)), var.unflatten(-1, (num_groups, -1))
+    pooled = mean.mean(-1)
+    return pooled, (var + (mean - pooled.unsqueeze(-1)).square()).mean(-1)
 
 
 def pool_groups(table: Tensor, num_groups: int) -> Tensor:
-    """Sum a table ``(G, C)`` over each channel group: ``(G, num_groups)``."""
-    if num_groups == table.shape[1]:
+    """Sum a table ``(..., C)`` over each channel group: ``(..., num_groups)``."""
+    if num_groups == table.shape[-1]:
         return table
-    return table.unflatten(1, (num_groups, -1)).sum(2)
+    pooled: Tensor = table.unflatten(-1, (num_groups, -1)).sum(-1)
+    return pooled
 
 
 def expand_groups(table: Tensor, num_features: int) -> Tensor:
-    """Repeat each channel group's value ``(G, K)`` for its channels: ``(G, num_features)``."""
-    if table.shape[1] == num_features:
+    """Repeat each channel group's value ``(..., K)`` for its channels: ``(..., num_features)``."""
+    if table.shape[-1] == num_features:
         return table
-    return table.repeat_interleave(num_features // table.shape[1], 1, output_size=num_features)
+    return table.repeat_interleave(num_features // table.shape[-1], -1, output_size=num_features)
 
 
 def expand_rows(table: Tensor, sizes: tuple[int, ...]) -> Tensor:

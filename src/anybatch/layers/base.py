@@ -8,7 +8,7 @@ statistics to give.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
-from anybatch.kernels.aten import statistics_dtype
-from anybatch.kernels.pooling import pool_channels
 from anybatch.layers.normalize import BackwardMemory, Statistics, normalize
 from anybatch.layers.partition import Partition, partition
 
@@ -119,7 +117,7 @@ class NormLayer(_NormBase):
         super().__init__(
             num_features,
             eps,
-            momentum,  # type: ignore[arg-type]
+            momentum,
             affine,
             track_running_stats,
             device,
@@ -135,8 +133,8 @@ class NormLayer(_NormBase):
         """Decide how one normalization batch is normalized, and remember it.
 
         Args:
-            mean: Table ``(g, C)`` of the batch's groups (g is 1 but for grouped
-                methods); None in the uncentred form.
+            mean: Row ``(C,)``, or table ``(g, C)`` where a batch has more groups
+                than one; None in the uncentred form.
             var: Biased variances, or second moments in the uncentred form.
             batch: The examples behind them.
             update: Whether state may change.
@@ -149,18 +147,18 @@ class NormLayer(_NormBase):
     def remembered(self) -> tuple[Tensor, Tensor]:
         """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
         if self.running_mean is None or self.running_var is None:
-            like = dict(device=self._device(), dtype=torch.float32)
-            return torch.zeros(self.num_features, **like), torch.ones(self.num_features, **like)
+            zeros = torch.zeros(self.num_features, device=self._device())
+            return zeros, torch.ones_like(zeros)
         return self.running_mean, self.running_var
 
     def backward_memory(
-        self, statistics: Statistics, live: tuple[bool, ...], update: bool
+        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
     ) -> BackwardMemory | None:
         """Averages that stand in for the batch's statistics in the backward pass.
 
         Args:
             statistics: What the rule decided for this forward.
-            live: Which groups have statistics of their own.
+            live: Which groups have statistics of their own; None for all.
             update: Whether the averages may change.
 
         Returns:
@@ -188,22 +186,27 @@ class NormLayer(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``(N, C, ...)``; the output has the input's shape, type and format."""
-        self._check_input(input)
-        if self.running_mean is not None and (self.frozen or not self.training):
-            return self._infer(input)
-        if input.numel() == 0:
-            return self._empty(input)
-        return self._normalize_batch(input, self.training and not self.frozen)
+        shape = input.shape
+        if len(shape) not in self._ranks or shape[1] != self.num_features:
+            self._refuse(input)
+        if not input.is_floating_point():
+            self._refuse(input)
+        if not self.training or self.frozen:
+            if self.running_mean is not None:
+                return self._infer(input)
+            return self._normalize_batch(input, False) if input.numel() else self._empty(input)
+        return self._normalize_batch(input, True) if input.numel() else self._empty(input)
 
     def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
         cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
+        values = x.numel() // (x.shape[0] * self.num_features)
         recomputed = _in_backward()
         update = training and updates.enabled and not recomputed
-        live = self._live(x, cut)
+        live = self._live(cut, values)
         chosen = self._last if recomputed else None
-        if chosen is None or chosen.var.shape[0] != len(cut.sizes):
+        if chosen is None or chosen.var.shape[:-1] != _rows(cut):
             with torch.no_grad():
-                chosen = self._choose(x.detach(), cut, live, update)
+                chosen = self._choose(x.detach(), cut, values, live, update)
         if not torch.compiler.is_compiling():
             self._last = chosen
         memory = self.backward_memory(chosen, live, update or recomputed) if training else None
@@ -211,41 +214,50 @@ class NormLayer(_NormBase):
         return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
 
     def _choose(
-        self, x: Tensor, cut: Partition, live: tuple[bool, ...], update: bool
+        self,
+        x: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
         mean, var = self._moments(x, cut.sizes)
-        values = x[0, 0].numel()
-        if len(cut.steps) == 1 and all(live):
+        if len(cut.steps) == 1 and live is None:
             return self.rule(mean, var, Batch(cut.sizes, values), update)
+        if len(cut.sizes) == 1:
+            return self._fall_back(var)
+        live = (True,) * len(cut.sizes) if live is None else live
         parts, first = [], 0
         for groups in cut.steps:
             alive = sum(live[first : first + groups])
             middle, end = first + alive, first + groups  # smaller groups come last
             if alive:
-                part = None if mean is None else mean[first:middle]
+                rows = slice(first, middle) if groups > 1 else first
+                part = None if mean is None else mean[rows]
                 batch = Batch(cut.sizes[first:middle], values)
-                parts.append(self.rule(part, var[first:middle], batch, update))
+                parts.append(self.rule(part, var[rows], batch, update))
             if middle < end:
                 parts.append(self._fall_back(var[middle:end]))
             first = end
         return _stack(parts)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-        mean, var = kernels.moments(x, sizes)
-        return (mean, var) if self.centered else (None, torch.addcmul(var, mean, mean))
+        if self.centered:
+            return kernels.moments(x, sizes)
+        return None, kernels.second_moment(x, sizes)
 
     def _fall_back(self, like: Tensor) -> Statistics:
         """Remembered statistics for groups that have none, constants in backward."""
         mean, var = (row.to(like.dtype).expand(like.shape).clone() for row in self.remembered())
         return Statistics(mean, var, share=0.0)
 
-    def _live(self, x: Tensor, cut: Partition) -> tuple[bool, ...]:
-        """Which groups have statistics: more than one value each."""
-        values = x[0, 0].numel() * (self.num_features // self.columns)
-        if values > 1 or not self.centered:
-            return (True,) * len(cut.sizes)
-        return tuple(size > 1 for size in cut.sizes)
+    def _live(self, cut: Partition, values: int) -> tuple[bool, ...] | None:
+        """Which groups have statistics, more than one value each; None for all."""
+        if not self.centered or values * (self.num_features // self.columns) > 1:
+            return None
+        live = tuple(size > 1 for size in cut.sizes)
+        return None if all(live) else live
 
     def _empty(self, x: Tensor) -> Tensor:
         """An empty batch: no statistics, no trace, gradients of zero."""
@@ -275,7 +287,7 @@ class NormLayer(_NormBase):
         finite = var < torch.inf  # false for nan too
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             if new is not None:
-                running.lerp_(torch.where(finite, new.to(running.dtype), running), pace)
+                _lerp(running, torch.where(finite, new, running), pace)
 
     def _pace(self) -> float | Tensor:
         """Weight of the newest batch in the running statistics."""
@@ -319,7 +331,7 @@ class NormLayer(_NormBase):
             target = fn(t.new_empty(0))
             return t.to(target.device) if target.dtype in _LOW else fn(t)
 
-        super()._apply(lift, recurse)
+        super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
         self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
         self._last = None
         return self
@@ -382,7 +394,7 @@ class NormLayer(_NormBase):
 
     def _infer(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
-        dtype = statistics_dtype(x)
+        dtype = kernels.statistics_dtype(x)
         mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
         weight, bias = self._parameters_like(var)
         if self.columns == self.num_features and (not self.example_weight or x.numel() == 0):
@@ -400,13 +412,13 @@ class NormLayer(_NormBase):
         check_between("example_weight", alpha, 0.0, 1.0)
         own_mean, own_var = self._moments(x, sizes)
         if own_mean is None:
-            return Statistics(None, torch.lerp(var, own_var, alpha), share=alpha)
+            return Statistics(None, torch.lerp(var.expand_as(own_var), own_var, alpha), share=alpha)
         # E[x^2] - E[x]^2 of the mixture, without the difference of two large numbers.
         apart = (own_mean - mean).square().mul_(alpha * (1 - alpha))
         mixed_mean = torch.lerp(mean.expand_as(own_mean), own_mean, alpha)
         mixed_var = torch.lerp(var.expand_as(own_var), own_var, alpha).add_(apart)
         if self.columns != self.num_features:
-            mixed_mean, mixed_var = pool_channels(mixed_mean, mixed_var, self.columns)
+            mixed_mean, mixed_var = kernels.pool_channels(mixed_mean, mixed_var, self.columns)
         return Statistics(mixed_mean, mixed_var, share=alpha)
 
     def inference_obstacle(self) -> str | None:
@@ -463,31 +475,29 @@ class NormLayer(_NormBase):
 
     # --- checks and looks --------------------------------------------------
 
-    def _check_input(self, x: Tensor) -> None:
-        self._check_input_dim(x)
+    def _refuse(self, x: Tensor) -> NoReturn:
+        """Say what is wrong with an input."""
+        given = f"input of shape {tuple(x.shape)}: {type(self).__name__}"
+        if x.dim() not in self._ranks:
+            wanted = {1: "(N, C) or (N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
+            raise ValueError(f"{given} takes {wanted[self.dims]}")
         if x.shape[1] != self.num_features:
             raise ValueError(
-                f"input of shape {tuple(x.shape)}: {type(self).__name__} has "
-                f"num_features={self.num_features}, the input {x.shape[1]} channels (dimension 1)"
+                f"{given} has num_features={self.num_features}, "
+                f"the input {x.shape[1]} channels (dimension 1)"
             )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"input of type {x.dtype}: {type(self).__name__} needs floating point; "
-                "give input.float()"
-            )
+        raise TypeError(
+            f"input of type {x.dtype}: {type(self).__name__} needs floating point; "
+            "give input.float()"
+        )
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        allowed = (2, 3) if self.dims == 1 else (self.dims + 2,)
-        if input.dim() not in allowed:
-            wanted = {1: "(N, C) or (N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
-            raise ValueError(
-                f"input of shape {tuple(input.shape)}: {type(self).__name__} takes "
-                f"{wanted[self.dims]}"
-            )
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        return (2, 3) if self.dims == 1 else (self.dims + 2,)
 
     def extra_repr(self) -> str:
         """The arguments, those of the method where they differ from the default, and frozen."""
-        parts = [super().extra_repr()]
+        parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
         if self.norm_batch_size is not None:
             parts.append(f"norm_batch_size={self.norm_batch_size}")
         if self.example_weight:
@@ -504,21 +514,27 @@ class NormLayer(_NormBase):
 
 
 def _stack(parts: list[Statistics]) -> Statistics:
-    """Statistics of successive normalization batches as one table."""
+    """Statistics of successive groups as one table."""
     columns: list[Tensor | None] = []
-    for name in ("mean", "var", "r", "d", "center", "own"):
+    for name in ("mean", "var", "r", "d", "center"):
         rows = [getattr(part, name) for part in parts]
-        if all(row is None for row in rows):
+        if any(row is not None for row in rows):
+            filled = [
+                _blank(p, name) if row is None else row for p, row in zip(parts, rows, strict=True)
+            ]
+            columns.append(torch.cat([row.view(-1, row.shape[-1]) for row in filled]))
+        else:
             columns.append(None)
-            continue
-        filled = zip(parts, rows, strict=True)
-        columns.append(torch.cat([_blank(p, name) if row is None else row for p, row in filled]))
-    mean, var, r, d, center, own = columns
+    mean, var, r, d, center = columns
+    assert var is not None
     shares = [part.share for part in parts]
-    if all(not isinstance(share, Tensor) and share == shares[0] for share in shares):
-        return Statistics(mean, var, r, d, center, shares[0], own)
-    table = [part.var.new_ones(part.var.shape[0], 1) * part.share for part in parts]
-    return Statistics(mean, var, r, d, center, torch.cat(table), own)
+    share = shares[0]
+    if any(isinstance(one, Tensor) or one != share for one in shares):
+        share = torch.cat([_column(part.var, part.share) for part in parts])
+    own = None
+    if any(part.own is not None for part in parts):
+        own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
+    return Statistics(mean, var, r, d, center, share, own)
 
 
 def _blank(part: Statistics, name: str) -> Tensor:
@@ -526,9 +542,20 @@ def _blank(part: Statistics, name: str) -> Tensor:
     if name == "center":
         assert part.mean is not None
         return part.mean
-    if name == "own":
-        return torch.ones_like(part.var[:, :1], dtype=torch.bool)
     return torch.ones_like(part.var) if name == "r" else torch.zeros_like(part.var)
+
+
+def _column(table: Tensor, value: float | Tensor) -> Tensor:
+    """A number as a column ``(G, 1)`` for a row or a table."""
+    return table.new_ones(1 if table.dim() == 1 else table.shape[0], 1) * value
+
+
+def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
+    running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), pace)
+
+
+def _rows(cut: Partition) -> tuple[int, ...]:
+    return () if len(cut.sizes) == 1 else (len(cut.sizes),)
 
 
 def _in_backward() -> bool:

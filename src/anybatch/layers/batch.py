@@ -51,7 +51,7 @@ class _BatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update:
-            self.track(mean[0], batch.unbiased(var[0]))
+            self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
 

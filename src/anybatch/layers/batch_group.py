@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.kernels.pooling import pool_channels
+from anybatch.kernels import pool_channels
 from anybatch.layers.base import Batch, NormLayer, check_count
 from anybatch.layers.ghost import track_groups
 from anybatch.layers.normalize import Statistics

@@ -21,14 +21,15 @@ def centralized_weight(module: nn.Module) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     if not isinstance(module, _ConvTransposeNd):  # (out, in / groups, ...)
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
-    grouped = weight.unflatten(0, (module.groups, -1))  # (groups, in / groups, out / groups, ...)
+    # (groups, in / groups, out / groups, ...)
+    grouped: Tensor = weight.unflatten(0, (module.groups, -1))
     mean = grouped.mean((1, *range(3, grouped.dim())), keepdim=True)
     return (grouped - mean).flatten(0, 1)
 
 
 class _CentralizedConv(_ConvNd):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(input, centralized_weight(self), bias)  # type: ignore[misc]
+        y: Tensor = super()._conv_forward(input, centralized_weight(self), bias)
         return y
 
 
@@ -64,7 +65,7 @@ class _CentralizedConvTranspose(_ConvTransposeNd):
             centralized_weight(self),
             self.bias,
             self.stride,
-            self.padding,
+            self.padding,  # type: ignore[arg-type]
             padding,
             self.groups,
             self.dilation,
@@ -178,7 +179,7 @@ def decentralize(module: _Module) -> _Module:
     """
     plain = _PLAIN.get(type(module))
     if plain is not None:
-        module.weight.copy_(centralized_weight(module))  # type: ignore[union-attr,operator]
+        module.weight.copy_(centralized_weight(module))  # type: ignore[operator]
         module.__class__ = plain  # type: ignore[assignment]
     return module
 

@@ -103,6 +103,8 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
     sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last
     if not sizes:
         return
+    if mean.dim() == 1:
+        return layer.track(mean, batch.unbiased(var))
     pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
     first = 0
     for size in sorted(set(sizes), reverse=True):

@@ -154,17 +154,19 @@ class _MomentumBatchNorm(NormLayer):
         assert mean is not None
         if update and self.batch_size is None:
             self._set_batch_size(batch.examples)
-        old_mean, old_var = (self.memory[name].to(var.dtype) for name in ("mean", "var"))
-        count = self.memory["count"]
-        keep = (self.memory["average_weight"] * (count > 0)).to(var.dtype)
-        new_mean = torch.lerp(mean, old_mean.expand_as(mean), keep)  # eq. 8
-        new_var = torch.lerp(var, old_var.expand_as(var), keep)
+        old_mean, old_var = self.memory["mean"], self.memory["var"]
+        count, keep = self.memory["count"], self.memory["average_weight"]
+        if keep.dtype != var.dtype:
+            old_mean, old_var, keep = (t.to(var.dtype) for t in (old_mean, old_var, keep))
+        keep = keep * (count > 0)
+        new_mean = torch.lerp(mean, old_mean, keep)  # eq. 8
+        new_var = torch.lerp(var, old_var, keep)
         if update:
-            finite = new_var[0] < torch.inf
-            self.memory["mean"].copy_(torch.where(finite, new_mean[0], old_mean))
-            self.memory["var"].copy_(torch.where(finite, new_var[0], old_var))
+            finite = new_var < torch.inf
+            self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
+            self.memory["var"].copy_(torch.where(finite, new_var, old_var))
             count.add_(1)
-            self.track(mean[0], batch.unbiased(var[0]))
+            self.track(mean, batch.unbiased(var))
         return Statistics(new_mean, new_var, center=mean, share=1 - keep)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

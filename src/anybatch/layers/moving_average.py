@@ -117,14 +117,14 @@ class _MovingAverageBatchNorm(NormLayer):
         self.window, self.clip, self.centered = window, float(clip), bool(centered)
         self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps
         self.forward_stats, self.backward_stats = forward_stats, backward_stats
-        # One row a statistic: x2 and Psi, or (mean, var) and (g, Psi) in the centred form.
-        rows = 2 if centered else 1
+        # x2 and Psi, or mean beside variance and g beside Psi in the centred form.
+        width = 2 * num_features if centered else num_features
         self.memory["step"] = self._new_counter()
         if forward_stats != "batch":
-            self.memory["window"] = self._new_memory(rows, window, num_features)
+            self.memory["window"] = self._new_memory(window, width)
         if backward_stats != "batch":
             length = () if backward_stats == "ema" else (window,)
-            self.memory["backward_average"] = self._new_memory(rows, *length, num_features)
+            self.memory["backward_average"] = self._new_memory(*length, width)
             self.memory["backward_step"] = self._new_counter()
 
     def reset_memory(self) -> None:
@@ -139,15 +139,16 @@ class _MovingAverageBatchNorm(NormLayer):
         new = var if mean is None else torch.cat([mean, var])
         used = new
         if self.forward_stats != "batch":
-            used = torch.where(warming, new, self._slide("window", new, update).mean(1))
-        used_mean, used_var = (None if mean is None else used[:1]), used[-1:]
+            average = self._slide("window", new, update).mean(0)
+            used = torch.where(warming, new, average)
+        used_mean, used_var = (None, used) if mean is None else used.chunk(2)
         r = d = None
         if self.forward_stats == "ema":
             r, d = self._renormalize(used_mean, used_var, step)
         if update:
-            self.memory["step"].add_(1)
-            self.track(None if used_mean is None else used_mean[0], used_var[0])
-        return Statistics(used_mean, used_var, r, d, own=warming.view(1, 1))
+            self.memory["step"].copy_(step)
+            self.track(used_mean, used_var)
+        return Statistics(used_mean, used_var, r, d, own=warming)
 
     def _renormalize(
         self, mean: Tensor | None, var: Tensor, step: Tensor
@@ -164,35 +165,38 @@ class _MovingAverageBatchNorm(NormLayer):
         return r, d.masked_fill_(off, 0.0)
 
     def _slide(self, name: str, new: Tensor, update: bool) -> Tensor:
-        """The window ``(rows, window, C)`` with its oldest step replaced by ``new`` (rows, C)."""
+        """The window with its oldest step replaced by ``new``; kept where that is finite."""
         window = self.memory[name]
-        moved = torch.cat([window[:, 1:].to(new.dtype), new.unsqueeze(1)], 1)
+        moved = torch.cat([window[1:], new.unsqueeze(0)])
         if update:
-            window.copy_(torch.where(_finite(new), moved, window))
+            window.copy_(torch.where(self._finite(new), moved, window))
         return moved
+
+    def _finite(self, new: Tensor) -> Tensor:
+        finite = new.abs() < torch.inf
+        return finite.view(2, -1).all(0).repeat(2) if self.centered else finite
 
     # --- backward ----------------------------------------------------------
 
     def backward_memory(
-        self, statistics: Statistics, live: tuple[bool, ...], update: bool
+        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
     ) -> BackwardMemory | None:
-        if self.backward_stats == "batch":
+        if self.backward_stats == "batch" or statistics.own is None:
             return None
-        assert statistics.own is not None
         return _Backward(self, statistics.own, live, update)
 
     def average_backward(self, new: Tensor, update: bool) -> Tensor:
-        """Take the backward statistics ``(rows, C)`` of a step, give their average."""
+        """Take the backward statistics of a step, give their average."""
         count = self.memory["backward_step"]
         if self.backward_stats == "sma":
             moved = self._slide("backward_average", new, update)
-            average = moved.sum(1) / (count + 1).clamp_(max=self.window)
+            average = moved.sum(0).div_((count + 1).clamp_(max=self.window))
         else:
             stored = self.memory["backward_average"]
             old = stored.to(new.dtype)
             average = torch.lerp(old, new, torch.where(count > 0, self._pace(), 1.0).to(new.dtype))
             if update:
-                stored.copy_(torch.where(_finite(new), average, old))
+                stored.copy_(torch.where(self._finite(new), average, old))
         if update:
             count.add_(1)
         return average
@@ -251,24 +255,24 @@ class _Backward(NamedTuple):
 
     layer: _MovingAverageBatchNorm
     own: Tensor
-    live: tuple[bool, ...]
+    live: tuple[bool, ...] | None
     update: bool
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
-        new = psi.unsqueeze(1) if g is None else torch.stack([g, psi], 1)
-        averages = [
-            self.layer.average_backward(new[group], self.update) if alive else new[group]
-            for group, alive in enumerate(self.live)
-        ]
-        average = averages[0].unsqueeze(0) if len(averages) == 1 else torch.stack(averages)
-        average = torch.where(self.own.unsqueeze(2), new, average)
-        return (None if g is None else average[:, 0]), average[:, -1]
+        new = psi if g is None else torch.cat([g, psi], -1)
+        average = torch.where(self.own, new, self._average(new))
+        if g is None:
+            return None, average
+        g, psi = average.chunk(2, -1)
+        return g, psi
 
-
-def _finite(new: Tensor) -> Tensor:
-    """Channels all of whose statistics ``(rows, C)`` are finite, broadcastable to a window."""
-    finite = new.abs() < torch.inf
-    return finite[0] if new.shape[0] == 1 else finite.all(0)
+    def _average(self, new: Tensor) -> Tensor:
+        if new.dim() == 1:
+            return self.layer.average_backward(new, self.update)
+        live = (True,) * new.shape[0] if self.live is None else self.live
+        rows = zip(new, live, strict=True)
+        take = self.layer.average_backward
+        return torch.stack([take(row, self.update) if alive else row for row, alive in rows])
 
 
 class MovingAverageBatchNorm1d(_MovingAverageBatchNorm):

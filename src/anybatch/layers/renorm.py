@@ -111,7 +111,7 @@ class _BatchRenorm(NormLayer):
         d = (mean - self.running_mean).div_(sigma).clamp_(-max_d, max_d)
         if update:
             self.memory["step"].add_(1)
-            self.track(mean[0], batch.unbiased(var[0]))
+            self.track(mean, batch.unbiased(var))
         return Statistics(mean, var, r, d)
 
     def _opened(self, step: Tensor, dtype: torch.dtype) -> Tensor:
