@@ -15,6 +15,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+default_role = "py:obj"
+
 html_theme = "furo"
 html_title = f"anybatch {release}"
 
