@@ -379,7 +379,9 @@ def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | 
         return f"{feeder.name!r} computes its weight or output in its own way"
     try:
         weight_centralization(copy.copy(module))  # switches the class of the copy alone
-    except (TypeError, ValueError) as error:
+    except TypeError:
+        return f"{feeder.name!r} is of a class of its own, {type(module).__name__}"
+    except ValueError as error:
         return str(error)
     return None
 
