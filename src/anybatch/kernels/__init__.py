@@ -16,8 +16,10 @@ from anybatch.kernels.aten import (
     sums,
 )
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
+from anybatch.kernels.scalars import INFINITY, scalar
 
 __all__ = [
+    "INFINITY",
     "affine",
     "exact_gradient",
     "expand_groups",
@@ -26,6 +28,7 @@ __all__ = [
     "pool_channels",
     "pool_groups",
     "row_counts",
+    "scalar",
     "second_moment",
     "statistics_dtype",
     "sums",

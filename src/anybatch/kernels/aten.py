@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.pooling import expand_rows, pool_rows, row_counts
+from anybatch.kernels.scalars import scalar
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -25,7 +26,8 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def second_moment(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Mean square of each group of examples and channel: a table ``(G, C)``."""
     _, squares = sums(x, x, sizes, None)
-    return squares / row_counts(sizes, x.numel() // (x.shape[0] * x.shape[1]), squares)
+    count = row_counts(sizes, x.numel() // (x.shape[0] * x.shape[1]), squares)
+    return squares / count
 
 
 def moments(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -172,7 +174,7 @@ def exact_gradient(
     Returns:
         Gradients of input, weight and bias, None where not asked for.
     """
-    inv = torch.rsqrt(var + eps)
+    inv = torch.rsqrt(var + scalar(eps))
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]
     grads = torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, None, None, mean, inv, True, eps, list(mask)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anybatch.kernels.scalars import scalar
+
 
 def runs(sizes: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
     """Cut ``sizes`` into runs of equal groups.
@@ -81,7 +83,7 @@ def expand_rows(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return _join(parts)
 
 
-def row_counts(sizes: tuple[int, ...], per_example: int, like: Tensor) -> Tensor | int:
+def row_counts(sizes: tuple[int, ...], per_example: int, like: Tensor) -> Tensor:
     """Number of values behind each row's statistics.
 
     Args:
@@ -90,9 +92,9 @@ def row_counts(sizes: tuple[int, ...], per_example: int, like: Tensor) -> Tensor
         like: Gives device and dtype.
 
     Returns:
-        One integer where all groups are equal, else a column ``(G, 1)``.
+        One number where all groups are equal, else a column ``(G, 1)``.
     """
     if min(sizes) == max(sizes):
-        return sizes[0] * per_example
+        return scalar(float(sizes[0] * per_example))
     parts = [like.new_full((n, 1), size * per_example) for _, _, n, size in runs(sizes)]
     return _join(parts)

@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     def unbiased(self, var: Tensor) -> Tensor:
         """Bessel's correction of a single group's variance."""
         count = self.examples * self.values
-        return var * (count / (count - 1)) if count > 1 else var
+        return var * kernels.scalar(count / (count - 1)) if count > 1 else var
 
 
 class _Updates(threading.local):
@@ -284,7 +284,7 @@ class NormLayer(_NormBase):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         pace = self._pace()
-        finite = var < torch.inf  # false for nan too
+        finite = torch.lt(var, kernels.INFINITY)  # false for nan too
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             if new is not None:
                 _lerp(running, torch.where(finite, new, running), pace)

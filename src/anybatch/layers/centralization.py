@@ -6,7 +6,7 @@ normalization needs. The class of the layer is switched to one that centres in
 its forward; parameters, hooks and ``state_dict`` keys stay as they were.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,29 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def centralized_weight(module: nn.Module) -> Tensor:
     """The weights of a convolution or linear layer, minus each output channel's mean."""
     weight: Tensor = module.weight  # type: ignore[assignment]
+    centred: Tensor
     if not isinstance(module, _ConvTransposeNd):  # (out, in / groups, ...)
-        return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+        dims = tuple(range(1, weight.dim()))
+        centred = _Centre.apply(weight, dims)  # type: ignore[no-untyped-call]
+        return centred
     # (groups, in / groups, out / groups, ...)
-    grouped: Tensor = weight.unflatten(0, (module.groups, -1))
-    mean = grouped.mean((1, *range(3, grouped.dim())), keepdim=True)
-    return (grouped - mean).flatten(0, 1)
+    grouped = weight.unflatten(0, (module.groups, -1))
+    centred = _Centre.apply(grouped, (1, *range(3, grouped.dim())))  # type: ignore[no-untyped-call]
+    return centred.flatten(0, 1)
+
+
+class _Centre(torch.autograd.Function):
+    """``w - mean(w)``; a projection, so that the gradient is centred too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims = dims
+        return weight - weight.mean(dims, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        centred: Tensor = _Centre.apply(gradient, ctx.dims)  # type: ignore[no-untyped-call]
+        return centred, None
 
 
 class _CentralizedConv(_ConvNd):

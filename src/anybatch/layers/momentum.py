@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels import INFINITY
 from anybatch.layers.base import Batch, NormLayer, check_between, check_count
 from anybatch.layers.normalize import Statistics
 
@@ -162,7 +163,7 @@ class _MomentumBatchNorm(NormLayer):
         new_mean = torch.lerp(mean, old_mean, keep)  # eq. 8
         new_var = torch.lerp(var, old_var, keep)
         if update:
-            finite = new_var < torch.inf
+            finite = torch.lt(new_var, INFINITY)
             self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
             self.memory["var"].copy_(torch.where(finite, new_var, old_var))
             count.add_(1)

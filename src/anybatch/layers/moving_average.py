@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anybatch.kernels import INFINITY, scalar
 from anybatch.layers.base import Batch, NormLayer, check_choice, check_count
 from anybatch.layers.normalize import BackwardMemory, Statistics
 
@@ -135,7 +136,7 @@ class _MovingAverageBatchNorm(NormLayer):
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         step = self.memory["step"] + 1
-        warming = step < max(self.window + 1, self.warmup_steps)
+        warming = torch.lt(step, scalar(float(max(self.window + 1, self.warmup_steps))))
         new = var if mean is None else torch.cat([mean, var])
         used = new
         if self.forward_stats != "batch":
@@ -155,9 +156,9 @@ class _MovingAverageBatchNorm(NormLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """r, and d of the centred form (moving-average-bn, equations 14 and 19)."""
         assert self.running_mean is not None and self.running_var is not None
-        off = step <= max(self.renorm_warmup_steps, self.warmup_steps)
-        square = self.running_var.to(var.dtype) + self.eps
-        r = (var + self.eps).div_(square).sqrt_().clamp_(1 / self.clip, self.clip)
+        off = torch.le(step, scalar(float(max(self.renorm_warmup_steps, self.warmup_steps))))
+        square = self.running_var.to(var.dtype) + scalar(self.eps)
+        r = (var + scalar(self.eps)).div_(square).sqrt_().clamp_(1 / self.clip, self.clip)
         r.masked_fill_(off, 1.0)
         if mean is None:
             return r, None
@@ -173,7 +174,7 @@ class _MovingAverageBatchNorm(NormLayer):
         return moved
 
     def _finite(self, new: Tensor) -> Tensor:
-        finite = new.abs() < torch.inf
+        finite = torch.lt(new.abs(), INFINITY)
         return finite.view(2, -1).all(0).repeat(2) if self.centered else finite
 
     # --- backward ----------------------------------------------------------

@@ -171,7 +171,7 @@ def _two_passes(
     channels, columns = x.shape[1], var.shape[-1]
     center = mean if center is None else center
     wide_center = _wide(center, channels)
-    inv = torch.rsqrt(var + eps)
+    inv = torch.rsqrt(var + kernels.scalar(eps))
     wide_inv = kernels.expand_groups(inv, channels)
 
     sum_dy, sum_dyz = kernels.sums(dy, x, sizes, wide_center)
@@ -200,8 +200,11 @@ def _two_passes(
         return None, dw, db
 
     on_dy = wide_inv if scale is None else wide_inv * scale
-    on_x = kernels.expand_groups(psi * inv.square().mul_(-share), channels)
-    constant = None if g is None else kernels.expand_groups(g * inv * -share, channels)
+    share = share if isinstance(share, Tensor) else kernels.scalar(share)
+    on_x = kernels.expand_groups(inv.square().mul_(psi).mul_(share).neg_(), channels)
+    constant = None
+    if g is not None:
+        constant = kernels.expand_groups((g * inv).mul_(share).neg_(), channels)
     return kernels.gradient(dy, x, sizes, wide_center, on_dy, on_x, constant), dw, db
 
 

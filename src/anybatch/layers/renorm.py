@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels import scalar
 from anybatch.layers.base import Batch, NormLayer, check_count
 from anybatch.layers.normalize import Statistics
 
@@ -105,9 +106,9 @@ class _BatchRenorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None and self.running_mean is not None and self.running_var is not None
         opened = self._opened(self.memory["step"] + 1, var.dtype)
-        sigma = (self.running_var.to(var.dtype) + self.eps).sqrt_()
+        sigma = (self.running_var.to(var.dtype) + scalar(self.eps)).sqrt_()
         max_r, max_d = opened * (self.max_r - 1) + 1, opened * self.max_d
-        r = (var + self.eps).sqrt_().div_(sigma).clamp_(max_r.reciprocal(), max_r)
+        r = (var + scalar(self.eps)).sqrt_().div_(sigma).clamp_(max_r.reciprocal(), max_r)
         d = (mean - self.running_mean).div_(sigma).clamp_(-max_d, max_d)
         if update:
             self.memory["step"].add_(1)
