@@ -145,12 +145,6 @@ class _MomentumBatchNorm(NormLayer):
         if self.progress[0] > 1:
             self.memory["average_weight"].fill_(self._scheduled_weight())
 
-    def remembered(self) -> tuple[Tensor, Tensor]:
-        started = self.memory["count"] > 0
-        mean, var = super().remembered()
-        own_mean, own_var = self.memory["mean"], self.memory["var"]
-        return torch.where(started, own_mean, mean), torch.where(started, own_var, var)
-
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update and self.batch_size is None:
