@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=1024)
 def scalar(value: float) -> Tensor:
     """A number as a 0-dim tensor, made once."""
+    return _make(value) if torch.compiler.is_compiling() else _keep(value)
+
+
+def _make(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+@lru_cache(maxsize=1024)
+def _keep(value: float) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
+        return _make(value)
 
 
 INFINITY = scalar(float("inf"))

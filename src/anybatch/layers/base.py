@@ -207,8 +207,9 @@ class NormLayer(_NormBase):
         if chosen is None or chosen.var.shape[:-1] != _rows(cut):
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, live, update)
-        if not torch.compiler.is_compiling():
-            self._last = chosen
+        # Under a compiler this makes them outputs of its graph: saved for backward, and not
+        # computed again from memory that has moved on since.
+        self._last = chosen
         memory = self.backward_memory(chosen, live, update or recomputed) if training else None
         weight, bias = self._parameters_like(chosen.var)
         return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)

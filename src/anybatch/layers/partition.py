@@ -3,6 +3,8 @@
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 
 class Partition(NamedTuple):
     """A cut of a batch of examples.
@@ -39,7 +41,6 @@ def even(examples: int, size: int) -> tuple[int, ...]:
     return (small + 1,) * large + (small,) * (groups - large)
 
 
-@lru_cache(maxsize=256)
 def partition(
     examples: int, norm_batch_size: int | None = None, group_size: int | None = None
 ) -> Partition:
@@ -53,6 +54,11 @@ def partition(
     Returns:
         The cut.
     """
+    cut = _cut if torch.compiler.is_compiling() else _kept_cut
+    return cut(examples, norm_batch_size, group_size)
+
+
+def _cut(examples: int, norm_batch_size: int | None, group_size: int | None) -> Partition:
     batches = (examples,) if norm_batch_size is None else successive(examples, norm_batch_size)
     groups = [(batch,) if group_size is None else even(batch, group_size) for batch in batches]
     return Partition(
@@ -60,3 +66,6 @@ def partition(
         tuple(len(step) for step in groups),
         batches,
     )
+
+
+_kept_cut = lru_cache(maxsize=256)(_cut)
