@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from anybatch.conversion import convert
+from anybatch.conversion.convert import convert
 from anybatch.conversion.norms import is_batch_norm
 from anybatch.layers.base import NormLayer
 from anybatch.methods import get_method
