@@ -64,8 +64,6 @@ class CentralizedConv3d(_CentralizedConv, nn.Conv3d):
 
 class _CentralizedConvTranspose(_ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if self.padding_mode != "zeros":
-            raise ValueError(f"padding_mode={self.padding_mode!r}: only 'zeros' is supported")
         dims = len(self.kernel_size)
         padding = self._output_padding(
             input,
