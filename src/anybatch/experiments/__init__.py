@@ -1,0 +1,1 @@
+"""Experiments: what the command line trains, compares and reports. Never imported by the library."""

@@ -1,0 +1,235 @@
+"""What a run is: everything that decides its numbers."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from anybatch.methods import METHODS, get_method
+
+DATA = ("digits", "cifar10", "cifar100", "imagefolder", "npz")
+MODELS = (
+    "mlp",
+    "resnet8",
+    "resnet20",
+    "resnet56",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "vgg11",
+    "vgg16",
+)
+PRECISIONS = ("float32", "bfloat16", "float16")
+BASELINE = "torch"
+Option = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        data: Name of the data set.
+        root: Folder or file of the data; None for data that need none.
+        model: Name of the network.
+        method: Short name of the method; "torch" leaves the network's
+            ``torch.nn.BatchNorm`` layers as they are.
+        batch_size: Examples in a step.
+        norm_batch_size: Examples that share statistics; None is batch_size.
+        epochs: Passes over the training set.
+        seed: Of weights, order, noise and augmentation.
+        lr: Learning rate for 64 examples; it is scaled with batch_size.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on all parameters.
+        noise: Standard deviation added to the inputs; None is 0.3 for digits, else 0.
+        augment: Flip and shifted crop; None is yes for CIFAR and image folders.
+        image_size: Side that pictures of an image folder are resized to.
+        train_size: Use only so many training examples; None is all.
+        device: Where to train.
+        precision: "float32", or "bfloat16" or "float16" by autocast.
+        options: The method's own options, as pairs.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    model: str = "mlp"
+    method: str = BASELINE
+    batch_size: int = 2
+    norm_batch_size: int | None = None
+    epochs: int = 12
+    seed: int = 0
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    noise: float | None = None
+    augment: bool | None = None
+    image_size: int = 32
+    train_size: int | None = None
+    device: str = "cpu"
+    precision: str = "float32"
+    options: tuple[Option, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _choice("data", self.data, DATA)
+        _choice("model", self.model, MODELS)
+        _choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "epochs", "image_size"):
+            _count(name, getattr(self, name))
+        for name in ("norm_batch_size", "train_size"):
+            if getattr(self, name) is not None:
+                _count(name, getattr(self, name))
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: give a whole number from 0 on")
+        for name in ("lr", "momentum", "weight_decay"):
+            _at_least_zero(name, getattr(self, name))
+        if self.data == "digits" and self.model != "mlp":
+            raise ValueError(f"model={self.model!r}: digits are 8x8, give 'mlp'")
+        if self.norm_batch_size is not None and self.norm_batch_size > self.batch_size:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: give a number from 1 to "
+                f"batch_size={self.batch_size}"
+            )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        options = dict(self.options)
+        if self.method == BASELINE:
+            if options:
+                raise ValueError(f"options={options!r}: method 'torch' has none")
+        else:
+            get_method(self.method).check_options(options)
+
+    @property
+    def key(self) -> str:
+        """A name for its files, unlike that of every other run."""
+        text = json.dumps(self.as_dict(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{self.method}-b{self.statistics_size}-s{self.seed}-{digest}"
+
+    @property
+    def statistics_size(self) -> int:
+        """Examples that share statistics."""
+        return self.norm_batch_size or self.batch_size
+
+    @property
+    def label(self) -> str:
+        """The method and its batch size, for a person."""
+        title = "BatchNorm (torch)" if self.method == BASELINE else METHODS[self.method].title
+        return f"{title}, {self.statistics_size}"
+
+    @property
+    def adds_noise(self) -> float:
+        """Standard deviation of the input noise."""
+        return (0.3 if self.data == "digits" else 0.0) if self.noise is None else self.noise
+
+    @property
+    def augments(self) -> bool:
+        """Whether pictures are flipped and shifted."""
+        usual = self.data in ("cifar10", "cifar100", "imagefolder")
+        return usual if self.augment is None else self.augment
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run as plain data."""
+        return {**asdict(self), "options": [list(option) for option in self.options]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Run":
+        """The run of plain data.
+
+        Raises:
+            ValueError: For a name that a run does not have.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise ValueError(f"{name}={data[name]!r}: a run has {', '.join(sorted(known))}")
+        options = tuple((str(name), value) for name, value in data.get("options", ()))
+        return cls(**{**data, "options": options})
+
+    def but(self, **changes: Any) -> "Run":
+        """The same run with other values."""
+        return replace(self, **changes)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read options from a TOML file (Python 3.11 on) or a JSON file.
+
+    Args:
+        path: Ends in ``.toml`` or ``.json``.
+
+    Returns:
+        The options by name.
+
+    Raises:
+        ValueError: If it is neither, is not there or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={str(path)!r}: cannot be read ({error})") from error
+    if path.suffix not in (".json", ".toml"):
+        raise ValueError(f"config={str(path)!r}: give a file that ends in .toml or .json")
+    try:
+        data = json.loads(text) if path.suffix == ".json" else _read_toml(text)
+    except ValueError as error:  # both formats' errors are ValueErrors
+        raise ValueError(f"config={str(path)!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"config={str(path)!r}: give a table of options, not {type(data).__name__}"
+        )
+    return data
+
+
+def _read_toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError as error:
+        raise ValueError("TOML needs Python 3.11; give the options as JSON") from error
+    return tomllib.loads(text)
+
+
+def parse_options(pairs: list[str]) -> dict[str, tuple[Option, ...]]:
+    """Read ``METHOD.NAME=VALUE`` arguments.
+
+    Args:
+        pairs: For example ``["mabn.window=8", "gn.num_groups=4"]``.
+
+    Returns:
+        The options of each method.
+
+    Raises:
+        ValueError: For another form, or a method that does not exist.
+
+    Example:
+        >>> parse_options(["mabn.window=8"])
+        {'mabn': (('window', 8),)}
+    """
+    found: dict[str, tuple[Option, ...]] = {}
+    for pair in pairs:
+        target, equals, text = pair.partition("=")
+        method, dot, name = target.partition(".")
+        if not (equals and dot and method and name):
+            raise ValueError(f"option={pair!r}: give METHOD.NAME=VALUE, such as mabn.window=8")
+        get_method(method)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = {"True": True, "False": False, "None": None}.get(text, text)
+        found[method] = (*found.get(method, ()), (name, value))
+    return found
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}")
+
+
+def _count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def _at_least_zero(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name}={value!r}: give a number from 0 on")

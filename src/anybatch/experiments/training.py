@@ -1,0 +1,271 @@
+"""One training run, from its configuration to its numbers.
+
+A plain loop: at batch 2 on digits a step takes half a millisecond, which a
+trainer's bookkeeping would double.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybatch.conversion import convert
+from anybatch.experiments import models
+from anybatch.experiments.config import BASELINE, Run
+from anybatch.experiments.data import Dataset, augment, load
+from anybatch.experiments.files import write_json, write_whole
+from anybatch.scheduling import NormScheduler
+
+Row = dict[str, Any]
+OnEpoch = Callable[[int, Row], None]
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Training(NamedTuple):
+    """What a run trains with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: torch.optim.lr_scheduler.LRScheduler
+    progress: NormScheduler | None
+    scaler: torch.amp.GradScaler
+
+
+def steps_per_epoch(run: Run, data: Dataset) -> int:
+    """Whole batches in the training set; a smaller last one is left out for every method."""
+    steps = len(data.train_x) // run.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_x)}, "
+            "the training examples there are"
+        )
+    return steps
+
+
+def method_options(run: Run, steps: int) -> dict[str, Any]:
+    """Options of a run's method: its own, and defaults that suit a short run.
+
+    Args:
+        run: The run.
+        steps: Steps in an epoch.
+
+    Returns:
+        Arguments of `anybatch.convert`.
+    """
+    usual: dict[str, Any] = {}
+    if run.method == "brn":  # its default warm-up is longer than a short run
+        usual = {"warmup_steps": max(run.epochs * steps // 4, 1), "smooth": True}
+    if run.method == "gn" and run.model != "mlp":
+        usual = {"num_groups": 8}
+    if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
+        usual["norm_batch_size"] = run.norm_batch_size
+    return usual | dict(run.options)
+
+
+def prepare(run: Run, data: Dataset) -> Training:
+    """Build the network, convert it, and make its optimizer and schedules.
+
+    Args:
+        run: The run.
+        data: Its data.
+
+    Returns:
+        Everything that a step needs.
+    """
+    steps = steps_per_epoch(run, data)
+    torch.manual_seed(run.seed)
+    model = models.build(run.model, data.classes, data.shape)
+    progress = None
+    if run.method != BASELINE:
+        options = method_options(run, steps)
+        model = convert(model, run.method, batch_size=run.statistics_size, **options)
+        progress = NormScheduler(model, run.epochs)
+    model = model.to(run.device)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=run.lr * run.batch_size / 64,
+        momentum=run.momentum,
+        weight_decay=run.weight_decay,
+    )
+    learning_rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
+    scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
+    return Training(model, optimizer, learning_rate, progress, scaler)
+
+
+def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch; order, noise and augmentation follow from seed and epoch alone."""
+    generator = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
+    order = torch.randperm(len(data.train_x), generator=generator)
+    for step in range(steps_per_epoch(run, data)):
+        index = order[step * run.batch_size : (step + 1) * run.batch_size]
+        x, y = data.train_x[index], data.train_y[index]
+        if run.augments and x.dim() == 4:
+            x = augment(x, generator)
+        if run.adds_noise:
+            x = x + run.adds_noise * torch.randn(x.shape, generator=generator)
+        yield x.to(run.device), y.to(run.device)
+
+
+def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
+    """One step of training.
+
+    Args:
+        run: The run.
+        training: What it trains with.
+        x: Examples.
+        y: Their classes.
+
+    Returns:
+        The loss, on the device.
+    """
+    loss = F.cross_entropy(_forward(run, training.model, x), y)
+    training.optimizer.zero_grad()
+    training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    return loss.detach()
+
+
+def _forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
+    if run.precision == "float32":
+        y: Tensor = model(x)
+        return y
+    with torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision]):
+        y = model(x)
+    return y.float()
+
+
+def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tuple[float, float]:
+    """Mean loss and accuracy on the held-out examples.
+
+    Args:
+        run: The run.
+        model: The network; it is left in evaluation mode.
+        data: The data.
+        size: Examples at a time.
+
+    Returns:
+        Loss, and accuracy from 0 to 1.
+    """
+    model.eval()
+    loss = correct = 0.0
+    with torch.no_grad():
+        for x, y in zip(data.test_x.split(size), data.test_y.split(size), strict=True):
+            scores, target = _forward(run, model, x.to(run.device)), y.to(run.device)
+            loss += float(F.cross_entropy(scores, target, reduction="sum"))
+            correct += int((scores.argmax(1) == target).sum())
+    return loss / len(data.test_y), correct / len(data.test_y)
+
+
+def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
+    """Train a run, or go on where it stopped, or give its result if it is finished.
+
+    Args:
+        run: The run.
+        folder: Its result and its checkpoint are kept in ``folder / "runs"``.
+        on_epoch: Called with the epochs done so far and the row of the last one.
+
+    Returns:
+        The result: the run, a row an epoch, final loss and accuracy, seconds.
+    """
+    result = folder / "runs" / f"{run.key}.json"
+    checkpoint = result.with_suffix(".ckpt")
+    stored = stored_result(result, run)
+    if stored is not None:
+        return stored
+    result.parent.mkdir(parents=True, exist_ok=True)
+    data = load(run)
+    training = prepare(run, data)
+    rows = _resume(run, training, checkpoint)
+    while len(rows) < run.epochs:
+        rows.append(_epoch(run, training, data, len(rows) + 1))
+        if len(rows) < run.epochs:
+            state = _state(run, training, rows)
+            write_whole(checkpoint, lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
+        if on_epoch is not None:
+            on_epoch(len(rows), rows[-1])
+    row = {
+        "run": run.as_dict(),
+        "key": run.key,
+        "epochs": rows,
+        "accuracy": rows[-1]["accuracy"],
+        "test_loss": rows[-1]["test_loss"],
+        "seconds": sum(row["seconds"] for row in rows),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(result, row)
+    checkpoint.unlink(missing_ok=True)
+    return row
+
+
+def stored_result(path: Path, run: Run) -> Row | None:
+    """The result of a finished run, None if there is none or it is another's."""
+    import json
+
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        same = Run.from_dict(row["run"]) == run and len(row["epochs"]) == run.epochs
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return row if same else None
+
+
+def _epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
+    training.model.train()
+    start, total = time.perf_counter(), torch.zeros((), device=run.device)
+    for x, y in batches(run, data, epoch):
+        total += step(run, training, x, y)
+        training.learning_rate.step()
+    if training.progress is not None:
+        training.progress.step()
+    seconds = time.perf_counter() - start
+    test_loss, accuracy = evaluate(run, training.model, data)
+    train_loss = float(total) / steps_per_epoch(run, data)
+    return {
+        "epoch": epoch,
+        "train_loss": train_loss if math.isfinite(train_loss) else None,
+        "test_loss": test_loss if math.isfinite(test_loss) else None,
+        "accuracy": accuracy,
+        "seconds": seconds,
+    }
+
+
+def _state(run: Run, training: Training, rows: list[Row]) -> dict[str, Any]:
+    progress = training.progress
+    return {
+        "run": run.as_dict(),
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "learning_rate": training.learning_rate.state_dict(),
+        "progress": None if progress is None else progress.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "epochs": rows,
+    }
+
+
+def _resume(run: Run, training: Training, checkpoint: Path) -> list[Row]:
+    """Load the checkpoint of a run that was stopped; the rows of its epochs."""
+    if not checkpoint.is_file():
+        return []
+    try:
+        state = torch.load(checkpoint, map_location=run.device, weights_only=True)
+        if Run.from_dict(state["run"]) != run:
+            raise ValueError("it belongs to another run")
+        if training.progress is not None:
+            training.progress.load_state_dict(state["progress"])
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.learning_rate.load_state_dict(state["learning_rate"])
+        training.scaler.load_state_dict(state["scaler"])
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint}: cannot go on from it ({error}); delete it to start the run again"
+        ) from error
+    rows: list[Row] = state["epochs"]
+    return rows
