@@ -1,1 +1,4 @@
-"""Experiments: what the command line trains, compares and reports. Never imported by the library."""
+"""Experiments: what the command line trains, compares and reports.
+
+The library never imports this package.
+"""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_toml(text: str) -> Any:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError as error:
-        raise ValueError("TOML needs Python 3.11; give the options as JSON") from error
-    return tomllib.loads(text)
+
+        return tomllib.loads(text)
+    raise ValueError("TOML needs Python 3.11; give the options as JSON")
 
 
 def parse_options(pairs: list[str]) -> dict[str, tuple[Option, ...]]:

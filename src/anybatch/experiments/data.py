@@ -226,8 +226,9 @@ def _imagefolder(run: Run) -> Dataset:
     strange = sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in names)
     if strange:
         raise ValueError(f"root={str(test)!r}: the classes {strange} are not in {train}")
-    parts = [_class_folders(folder, names, run.image_size) for folder in (train, test)]
-    return _standardized(root.name, *parts, len(names))
+    pictures = _class_folders(train, names, run.image_size)
+    held_out = _class_folders(test, names, run.image_size)
+    return _standardized(root.name, pictures, held_out, len(names))
 
 
 def _class_folders(folder: Path, names: list[str], size: int) -> Arrays:
@@ -274,8 +275,9 @@ def _npz(run: Run) -> Dataset:
     train_x, test_x = train_x.float(), test_x.float()
     mean, std = train_x.mean(), train_x.std().clamp(min=1e-6)
     classes = int(labels.max()) + 1
-    x = [(part - mean) / std for part in (train_x, test_x)]
-    return Dataset(Path(str(run.root)).stem, x[0], train_y.long(), x[1], test_y.long(), classes)
+    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    name = Path(str(run.root)).stem
+    return Dataset(name, train_x, train_y.long(), test_x, test_y.long(), classes)
 
 
 def _arrays(file: Path, names: tuple[str, ...]) -> list[NDArray[np.generic]]:

@@ -4,10 +4,12 @@ A plain loop: at batch 2 on digits a step takes half a millisecond, which a
 trainer's bookkeeping would double.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +128,7 @@ def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
     """
     loss = F.cross_entropy(_forward(run, training.model, x), y)
     training.optimizer.zero_grad()
-    training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    training.scaler.scale(loss).backward()
     training.scaler.step(training.optimizer)
     training.scaler.update()
     return loss.detach()
@@ -187,7 +189,7 @@ def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
         rows.append(_epoch(run, training, data, len(rows) + 1))
         if len(rows) < run.epochs:
             state = _state(run, training, rows)
-            write_whole(checkpoint, lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
+            write_whole(checkpoint, partial(torch.save, state))
         if on_epoch is not None:
             on_epoch(len(rows), rows[-1])
     row = {
@@ -206,8 +208,6 @@ def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
 
 def stored_result(path: Path, run: Run) -> Row | None:
     """The result of a finished run, None if there is none or it is another's."""
-    import json
-
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
         same = Run.from_dict(row["run"]) == run and len(row["epochs"]) == run.epochs

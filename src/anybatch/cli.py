@@ -1,0 +1,404 @@
+"""The command line: compare methods, train one, list them all."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from anybatch.methods import METHODS
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+except ImportError as error:  # the library itself needs neither
+    raise SystemExit(
+        f"anybatch: the command line needs {error.name}: pip install 'anybatch[experiments]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from anybatch.experiments.compare import Comparison
+    from anybatch.experiments.config import Run
+    from anybatch.experiments.training import Row
+
+INTERRUPTED = 130
+_Command = TypeVar("_Command", bound=Callable[..., None])
+console = Console()
+errors = Console(stderr=True)
+
+app = typer.Typer(
+    name="anybatch",
+    help="Batch normalization that works at any batch size: experiments.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _plain_errors(command: _Command) -> _Command:
+    """Turn a wrong argument into one line and exit code 2, Ctrl-C into 130."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            errors.print(f"[bold red]error[/]  {_escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            again = _escape(_typed())
+            errors.print(f"\nstopped; what is done is kept. To go on: [bold]{again}[/]")
+            raise typer.Exit(INTERRUPTED) from error
+
+    return guarded  # type: ignore[return-value]
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _typed() -> str:
+    """The command as it was typed."""
+    return shlex.join(["anybatch", *sys.argv[1:]])
+
+
+Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, imagefolder or npz.")]
+Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11 or vgg16. "
+        "[dim]Default: mlp for digits, else resnet8.[/]"
+    ),
+]
+BatchSize = Annotated[int, typer.Option(help="Examples in a step.")]
+NormBatchSize = Annotated[
+    int | None, typer.Option(help="Examples that share statistics. [dim]Default: the batch.[/]")
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast).")]
+TrainSize = Annotated[int | None, typer.Option(help="Use only so many training examples.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="An option of a method, as in mabn.window=8; repeatable."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML or JSON file of these options; those that are typed come first."),
+]
+Output = Annotated[Path | None, typer.Option(help="Folder of the results.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+@app.command()
+@_plain_errors
+def compare(
+    context: typer.Context,
+    data: Data = "digits",
+    root: Root = None,
+    model: Model = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Short names, with commas. [dim]Default: all but ln and in.[/]"),
+    ] = None,
+    batch_size: BatchSize = 2,
+    norm_batch_size: NormBatchSize = None,
+    target_batch_size: Annotated[
+        int, typer.Option(help="Batch size of the batch norm that shows what can be reached.")
+    ] = 32,
+    epochs: Epochs = 12,
+    seeds: Annotated[
+        str, typer.Option(help="How many, or which with commas, as in 3 or 0,1,2.")
+    ] = "3",
+    device: Device = "cpu",
+    precision: Precision = "float32",
+    train_size: TrainSize = None,
+    option: Options = None,
+    config: Config = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. [dim]Default: one a core; 1 on a GPU.[/]")
+    ] = None,
+    output: Output = None,
+    timing: Annotated[bool, typer.Option(help="Measure the time of a step, too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network with each method and compare what they reach.
+
+    By default on scikit-learn's digits at batch 2, in a few minutes:
+
+        anybatch compare
+
+    On CIFAR-10, with two of the methods:
+
+        anybatch compare --data cifar10 --root data/cifar10 --methods mabn,mbn --seeds 1
+
+    Stopped, it goes on where it was when started again with the same command.
+    """
+    from anybatch.experiments import report
+    from anybatch.experiments.compare import locked, run_all, table
+    from anybatch.experiments.data import load
+    from anybatch.experiments.files import output_folder
+    from anybatch.experiments.timing import time_steps
+    from anybatch.experiments.training import steps_per_epoch
+
+    start = time.perf_counter()
+    given = _settings(context, config)
+    comparison = _comparison(given)
+    folder = output_folder(Path(given["output"] or f"runs/compare-{comparison.base.data}"))
+    loaded = load(comparison.base)  # wrong data are found before anything is trained
+    for run in comparison.runs():
+        steps_per_epoch(run, loaded)
+    with locked(folder):
+        with _bars(given["as_json"]) as bars:
+            show = _progress(bars, comparison)
+            results = run_all(comparison, folder, _workers(given), show)
+        times = {}
+        if given["timing"]:
+            timed = [runs[0] for row, runs in comparison.groups().items() if row != "target"]
+            quiet = nullcontext() if given["as_json"] else errors.status("timing a step")
+            with quiet:
+                times = time_steps(timed, loaded)
+        outcome = report.Outcome(
+            comparison,
+            table(comparison, results),
+            results,
+            times,
+            _typed(),
+            time.perf_counter() - start,
+        )
+        page = report.write_report(outcome, folder)
+    if given["as_json"]:
+        print((folder / "results.json").read_text(encoding="utf-8"), end="")
+        return
+    console.print(report.terminal_table(outcome))
+    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
+def train(
+    context: typer.Context,
+    method: Annotated[
+        str, typer.Option(help="Short name of the method, or torch for torch's batch norm.")
+    ] = "mabn",
+    data: Data = "digits",
+    root: Root = None,
+    model: Model = None,
+    batch_size: BatchSize = 2,
+    norm_batch_size: NormBatchSize = None,
+    epochs: Epochs = 12,
+    seed: Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")] = 0,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+    train_size: TrainSize = None,
+    option: Options = None,
+    config: Config = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one network with one method.
+
+        anybatch train --method mabn --batch-size 2 --option mabn.window=32
+
+    Stopped, it goes on after the last whole epoch when started again.
+    """
+    import torch
+
+    from anybatch.experiments.compare import locked
+    from anybatch.experiments.config import parse_options
+    from anybatch.experiments.files import output_folder
+    from anybatch.experiments.training import train as train_run
+
+    given = _settings(context, config)
+    options = parse_options(given["option"] or [])
+    if set(options) - {given["method"]}:
+        wrong = ", ".join(sorted(set(options) - {given["method"]}))
+        raise ValueError(f"option={wrong}: the method trained is {given['method']!r}")
+    run = _run(given).but(
+        method=given["method"], seed=given["seed"], options=options.get(given["method"], ())
+    )
+    folder = output_folder(Path(given["output"] or f"runs/train-{run.data}"))
+    if run.device == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+    def show(done: int, row: "Row") -> None:
+        if not given["as_json"]:
+            loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+            bars.console.print(
+                f"epoch {done:3d}  train loss {loss}  held-out accuracy "
+                f"{100 * row['accuracy']:.2f} %  {row['seconds']:.1f} s",
+                highlight=False,
+            )
+        bars.update(bar, completed=done)
+
+    with locked(folder), _bars(given["as_json"]) as bars:
+        bar = bars.add_task(run.label, total=run.epochs)
+        row = train_run(run, folder, show)
+    if given["as_json"]:
+        print(json.dumps(row, indent=2))
+        return
+    console.print(f"held-out accuracy [bold]{100 * row['accuracy']:.2f} %[/]  ({run.label})")
+    path = (folder / "runs" / f"{run.key}.json").resolve()
+    console.print(f"result  {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, what they do and when to use them."""
+    if as_json:
+        names = [f.name for f in fields(next(iter(METHODS.values()))) if f.name != "builder"]
+        rows = [
+            {name: getattr(method, name) for name in names} | {"options": sorted(method.options)}
+            for method in METHODS.values()
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(show_lines=True)
+    for column in ("name", "method", "what it does", "when", "options"):
+        table.add_column(column)
+    for method in METHODS.values():
+        own = [n for n in method.options if n not in ("norm_batch_size", "example_weight")]
+        table.add_row(
+            f"[bold]{method.name}[/]", method.title, method.summary, method.when, ", ".join(own)
+        )
+    console.print(table)
+    console.print("every method of this library also takes norm_batch_size and example_weight")
+
+
+def _settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
+    """The command's options: those typed, then those of the file, then the defaults."""
+    from anybatch.experiments.config import read_config
+
+    given: dict[str, Any] = dict(context.params)
+    given.pop("config", None)
+    if config is None:
+        return given
+    read = {name.replace("-", "_"): value for name, value in read_config(config).items()}
+    for name, value in read.items():
+        if name not in given:
+            known = ", ".join(sorted(given))
+            raise ValueError(f"config={str(config)!r}: {name}={value!r} is none of {known}")
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT":
+            given[name] = value
+    for name in ("methods", "seeds"):
+        if isinstance(given.get(name), list):
+            given[name] = ",".join(map(str, given[name]))
+    return given
+
+
+def _run(given: dict[str, Any]) -> "Run":
+    from anybatch.experiments.config import Run
+
+    model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
+    names = ("data", "root", "batch_size", "norm_batch_size", "epochs")
+    more = ("device", "precision", "train_size")
+    _check_device(given["device"])
+    return Run(model=model, **{name: given[name] for name in (*names, *more)})
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r}: {reason}; 'cpu' always works") from error
+
+
+def _comparison(given: dict[str, Any]) -> "Comparison":
+    from anybatch.experiments.compare import DEFAULT_METHODS, Comparison
+    from anybatch.experiments.config import parse_options
+
+    names = given["methods"]
+    chosen = DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+    options = parse_options(given["option"] or [])
+    for name in options:
+        if name not in chosen:
+            raise ValueError(f"option={name!r}: it is none of the methods {', '.join(chosen)}")
+    return Comparison(
+        base=_run(given),
+        methods=tuple(dict.fromkeys(chosen)),
+        seeds=_seeds(str(given["seeds"])),
+        target_batch_size=given["target_batch_size"],
+        options=tuple(options.items()),
+    )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"seeds={text!r}: give a number, or numbers with commas") from error
+    if len(numbers) > 1 or "," in text:
+        return numbers
+    if numbers[0] < 1:
+        raise ValueError(f"seeds={text!r}: give 1 or more, or the seeds with commas")
+    return tuple(range(numbers[0]))
+
+
+def _workers(given: dict[str, Any]) -> int:
+    import os
+
+    if given["workers"] is not None:
+        if given["workers"] < 1:
+            raise ValueError(f"workers={given['workers']}: give 1 or more")
+        return int(given["workers"])
+    return max(os.cpu_count() or 1, 1) if given["device"] == "cpu" else 1
+
+
+def _bars(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=quiet,
+    )
+
+
+def _progress(bars: Progress, comparison: "Comparison") -> Callable[[str, int, "Row | None"], None]:
+    """A bar for everything, and one for each run that is under way."""
+    runs = {run.key: run for run in comparison.runs()}
+    total = bars.add_task("[bold]all epochs[/]", total=sum(run.epochs for run in runs.values()))
+    done = dict.fromkeys(runs, 0)
+    tasks: dict[str, Any] = {}
+
+    def show(key: str, epochs: int, row: "Row | None") -> None:
+        run = runs[key]
+        done[key] = max(done[key], epochs)
+        bars.update(total, completed=sum(done.values()))
+        if row is None and key not in tasks:
+            tasks[key] = bars.add_task(f"{run.label}, seed {run.seed}", total=run.epochs)
+        if key in tasks:
+            bars.update(tasks[key], completed=done[key], visible=row is None)
+
+    return show
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

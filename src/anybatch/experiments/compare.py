@@ -1,0 +1,296 @@
+"""Methods side by side: the runs, in several processes, and the table they make."""
+
+import multiprocessing
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from anybatch.experiments.config import BASELINE, Option, Run
+from anybatch.experiments.training import Row, stored_result, train
+from anybatch.methods import METHODS, get_method
+
+DEFAULT_METHODS = ("bn", "gn", *(n for n in METHODS if n not in ("bn", "gn", "ln", "in")))
+OnProgress = Callable[[str, int, Row | None], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        base: The setting that all runs share; its method is not used.
+        methods: Short names, at the base's batch size.
+        seeds: One run each.
+        target_batch_size: Of the batch norm that shows what can be reached.
+        options: Of each method.
+    """
+
+    base: Run
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target_batch_size: int = 32
+    options: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods=(): give one or more")
+        if not self.seeds:
+            raise ValueError("seeds=(): give one or more")
+        for name in self.methods:
+            if name != BASELINE:
+                get_method(name)
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}: give each once")
+        if self.target_batch_size < 1:
+            raise ValueError(f"target_batch_size={self.target_batch_size}: give 1 or more")
+
+    def groups(self) -> dict[str, list[Run]]:
+        """The runs, by row of the table: the target, the baseline, then each method."""
+        base = self.base.but(options=())
+        target = base.but(method=BASELINE, batch_size=self.target_batch_size, norm_batch_size=None)
+        if base.norm_batch_size is not None:  # the same steps, with larger statistics
+            size = min(self.target_batch_size, base.batch_size)
+            whole = size == base.batch_size
+            target = base.but(method="bn", norm_batch_size=None if whole else size)
+        baseline = base.but(method=BASELINE if base.norm_batch_size is None else "bn")
+        rows = {"target": target, "baseline": baseline}
+        for name in self.methods:
+            rows[name] = base.but(method=name, options=dict(self.options).get(name, ()))
+        return {row: [run.but(seed=seed) for seed in self.seeds] for row, run in rows.items()}
+
+    def runs(self) -> list[Run]:
+        """Every run once, longest first so that no process is left with one at the end."""
+        unique = {run.key: run for runs in self.groups().values() for run in runs}
+        return sorted(unique.values(), key=lambda run: (run.batch_size, run.method != "mabn"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        row: "target", "baseline" or a method's name.
+        run: One of its runs.
+        accuracies: Of each seed, from 0 to 1.
+        mean: Of the accuracies.
+        spread: Their standard deviation; 0 for one seed.
+        recovered: Share of the lost accuracy that is won back; None without a loss.
+    """
+
+    row: str
+    run: Run
+    accuracies: tuple[float, ...]
+    mean: float
+    spread: float
+    recovered: float | None
+
+
+def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
+    """The table of finished runs.
+
+    Args:
+        comparison: What was compared.
+        results: Results by key.
+
+    Returns:
+        A line for the target, one for the baseline, then one a method.
+    """
+    groups = comparison.groups()
+    accuracies = {
+        row: tuple(float(results[run.key]["accuracy"]) for run in runs)
+        for row, runs in groups.items()
+    }
+    means = {row: statistics.fmean(values) for row, values in accuracies.items()}
+    lost = means["target"] - means["baseline"]
+    return [
+        Line(
+            row,
+            groups[row][0],
+            values,
+            means[row],
+            statistics.stdev(values) if len(values) > 1 else 0.0,
+            (means[row] - means["baseline"]) / lost if lost > 1e-9 else None,
+        )
+        for row, values in accuracies.items()
+    ]
+
+
+def run_all(
+    comparison: Comparison, folder: Path, workers: int, on_progress: OnProgress
+) -> dict[str, Row]:
+    """Train all runs that are not finished, in several processes of one thread each.
+
+    Args:
+        comparison: What to compare.
+        folder: Results are kept in it; a run that was stopped goes on.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
+    results: dict[str, Row] = {}
+    waiting: list[Run] = []
+    for run in comparison.runs():
+        row = stored_result(folder / "runs" / f"{run.key}.json", run)
+        if row is None:
+            waiting.append(run)
+        else:
+            results[run.key] = row
+            on_progress(run.key, run.epochs, row)
+    if waiting:
+        results |= _train_in_processes(waiting, folder, workers, on_progress)
+    return results
+
+
+def _train_in_processes(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress
+) -> dict[str, Row]:
+    context = multiprocessing.get_context("spawn")
+    news: Queue[tuple[str, int]] = context.Queue()
+    pool = ProcessPoolExecutor(min(workers, len(runs)), context, _start_worker, (news,))
+    results: dict[str, Row] = {}
+    try:
+        pending: dict[Future[Row], str] = {pool.submit(_work, r, folder): r.key for r in runs}
+        while pending:
+            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for key, epochs in _drain(news):
+                on_progress(key, epochs, None)
+            for future in done:
+                key = pending.pop(future)
+                results[key] = future.result()
+                on_progress(key, len(results[key]["epochs"]), results[key])
+        pool.shutdown()
+    except BaseException:
+        processes = list(getattr(pool, "_processes", {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    return results
+
+
+def _drain(news: "Queue[tuple[str, int]]") -> Iterator[tuple[str, int]]:
+    while True:
+        try:
+            yield news.get_nowait()
+        except Empty:
+            return
+
+
+_news: "Queue[tuple[str, int]] | None" = None
+
+
+def _start_worker(news: "Queue[tuple[str, int]]") -> None:
+    import torch
+
+    global _news
+    _news = news
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def _work(run: Run, folder: Path) -> Row:
+    def tell(epochs: int, _: Row) -> None:
+        if _news is not None:
+            _news.put((run.key, epochs))
+
+    return train(run, folder, tell)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; two that write the same runs would undo each other.
+
+    Args:
+        folder: It holds the lock, a file with this process's number.
+
+    Raises:
+        ValueError: If a living process holds it.
+    """
+    lock = folder / ".lock"
+    try:
+        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError as error:
+        holder = _holder(lock)
+        if holder is not None:
+            raise ValueError(
+                f"output={str(folder)!r}: process {holder} is at work in it; wait for it, or "
+                "give another folder with --output"
+            ) from error
+        lock.unlink(missing_ok=True)  # left by a process that was killed
+        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    with os.fdopen(handle, "w") as file:
+        file.write(str(os.getpid()))
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> int | None:
+    """The living process that holds a lock."""
+    try:
+        process = int(lock.read_text())
+        os.kill(process, 0)
+    except PermissionError:
+        return process
+    except (OSError, ValueError):
+        return None
+    return process if process != os.getpid() else None
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    import platform
+
+    import torch
+
+    import anybatch
+
+    return {
+        "anybatch": anybatch.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor() or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), None
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this runs from, with a mark where it was changed."""
+    import subprocess
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
