@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from anybatch import cli
 from anybatch.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +85,14 @@ def test_card_says_what_the_table_says_of_conversion_and_folding(method):
 def test_tables_of_methods_are_complete(page):
     rows = re.findall(r"^\| \[?`([a-z0-9+]+)`", (ROOT / page).read_text(), re.MULTILINE)
     assert set(rows) == set(METHODS)
+
+
+def test_command_line_page_lists_every_option_of_compare():
+    command = typer.main.get_command(cli.app).commands["compare"]
+    options = {option for parameter in command.params for option in parameter.opts}
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    documented = set(re.findall(r"^\| `(--[a-z-]+)`", page, re.MULTILINE))
+    assert documented == options - {"--help", "-h"}
 
 
 def test_readme_marks_where_measured_results_go():
