@@ -172,7 +172,9 @@ def hf_patchtst() -> nn.Module:
     from transformers import PatchTSTConfig, PatchTSTModel
 
     sizes = {"num_hidden_layers": 1, "d_model": 16, "ffn_dim": 16, "num_attention_heads": 2}
-    return PatchTSTModel(PatchTSTConfig(num_input_channels=2, context_length=16, patch_length=4, **sizes))
+    return PatchTSTModel(
+        PatchTSTConfig(num_input_channels=2, context_length=16, patch_length=4, **sizes)
+    )
 
 
 def hf_hgnet() -> nn.Module:

@@ -119,7 +119,9 @@ def test_a_change_in_place_that_nothing_shows_is_seen_by_the_version() -> None:
     assert found["bn"] == Feeder(None, "the output of 'conv' is changed in place")
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 6), nn.Conv1d(4, 6, 1), nn.ConvTranspose1d(4, 6, 2)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 6), nn.Conv1d(4, 6, 1), nn.ConvTranspose1d(4, 6, 2)]
+)
 def test_linear_and_transposed_layers_feed_too(layer: nn.Module) -> None:
     assert find_feeders(nn.Sequential(layer, nn.BatchNorm1d(6)))["1"] == Feeder("0")
 
@@ -240,6 +242,12 @@ def test_a_forward_put_on_the_instance_is_followed_by_recording() -> None:
     model.forward = lambda x: model[1](x)
     assert find_feeders(model)["1"].name is None
     assert find_feeders(model, X)["1"].reason == "fed by the input or a view"
+
+
+def test_lazy_layers_stay_lazy() -> None:
+    model = net(untraceable(lambda s, x: s.bn(s.conv(x))), conv=nn.LazyConv2d(4, 3), bn=norm())
+    assert find_feeders(model, X)["bn"].name is None
+    assert type(model.conv) is nn.LazyConv2d
 
 
 def test_the_norm_alone() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -128,7 +129,8 @@ def find_feeders(model: nn.Module, example_inputs: Any = None) -> dict[str, Feed
     if not norms:
         return {}
     observed = _trace(model, names)
-    if observed is None and example_inputs is not None:
+    lazy = any(is_lazy(p) for p in model.parameters())  # a forward would make them real
+    if observed is None and example_inputs is not None and not lazy:
         observed = _record(model, names, example_inputs)
     if observed is not None:
         return {names[norm]: _resolve(norm, observed, names) for norm in norms}
@@ -466,7 +468,9 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """After it the model's attributes, buffers' values and torch's random state are as before."""
     saved = [(module, _shallow(module)) for module in model.modules()]
     buffers = [
-        (buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta
+        (buffer, buffer.detach().clone())
+        for buffer in model.buffers()
+        if not (is_lazy(buffer) or buffer.is_meta)
     ]
     devices = {b.device for b in model.buffers()} | {p.device for p in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
