@@ -35,7 +35,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## compare every method at batch 2 on digits (DEMO="..." adds options)
-	$(BIN)/anybatch compare $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/anybatch compare $(DEMO)
 
 test: $(VENV)/.dev  ## fast tests, doctests and documentation examples
 	$(PYTEST) -n $(WORKERS)
