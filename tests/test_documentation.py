@@ -16,6 +16,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+TABLES = ["README.md", "docs/which-method.md", "docs/methods/index.md"]
+
 HEADINGS = [
     "What it does",
     "How to use it",
@@ -81,10 +83,23 @@ def test_card_says_what_the_table_says_of_conversion_and_folding(method):
     assert f"| folds into the layer before it | {folds} |" in card(method)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md", "docs/methods/index.md"])
+@pytest.mark.parametrize("page", TABLES)
 def test_tables_of_methods_are_complete(page):
     rows = re.findall(r"^\| \[?`([a-z0-9+]+)`", (ROOT / page).read_text(), re.MULTILINE)
     assert set(rows) == set(METHODS)
+
+
+def row(text: str, method: str) -> str:
+    """The method's row in a page's table."""
+    return re.search(rf"^\| \[`{method}`\].*$", text, re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tables_say_what_the_table_of_methods_says(method):
+    pages = {name: (ROOT / name).read_text() for name in TABLES}
+    assert METHODS[method].when in row(pages["README.md"], method)
+    assert METHODS[method].when in row(pages["docs/which-method.md"], method)
+    assert METHODS[method].summary in row(pages["docs/methods/index.md"], method)
 
 
 def test_command_line_page_lists_every_option_of_compare():

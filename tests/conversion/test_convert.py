@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conversion.networks import Tabular, Wave, convnet, randomize
 from torch import Tensor, nn
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
@@ -16,6 +15,7 @@ from anybatch.conversion import NoEffectWarning, convert, to_batchnorm
 from anybatch.layers.base import NormLayer
 from anybatch.layers.centralization import is_centralized
 from anybatch.methods import METHODS
+from conversion.networks import Tabular, Wave, convnet, randomize
 
 EXACT = [name for name, method in METHODS.items() if method.exact_eval]
 OURS = [name for name, method in METHODS.items() if issubclass(method.layer(2), NormLayer)]

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from conversion.networks import NETWORKS, Network, randomize
 from torch import Tensor, nn
 
 from anybatch.conversion import NoEffectWarning, convert, fold, plan, to_batchnorm
@@ -14,6 +13,7 @@ from anybatch.conversion.feeders import observe, tensors_in
 from anybatch.conversion.norms import is_batch_norm
 from anybatch.layers.base import NormLayer
 from anybatch.methods import METHODS
+from conversion.networks import NETWORKS, Network, randomize
 
 EXACT = [name for name, method in METHODS.items() if method.exact_eval]
 each_network = pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from conversion.networks import Tabular, convnet, randomize
 from torch import nn
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from anybatch.conversion import Plan, plan
 from anybatch.conversion.plan import is_fresh
+from conversion.networks import Tabular, convnet, randomize
 
 
 def test_a_plan_is_a_table() -> None:

@@ -233,13 +233,13 @@ class NormLayer(_NormBase):
         for groups in cut.steps:
             alive = sum(live[first : first + groups])
             middle, end = first + alive, first + groups  # smaller groups come last
+            fallen = [self._fall_back(var[middle:end])] if middle < end else []
             if alive:
                 rows = slice(first, middle) if groups > 1 else first
                 part = None if mean is None else mean[rows]
                 batch = Batch(cut.sizes[first:middle], values)
                 parts.append(self.rule(part, var[rows], batch, update))
-            if middle < end:
-                parts.append(self._fall_back(var[middle:end]))
+            parts += fallen
             first = end
         return _stack(parts)
 

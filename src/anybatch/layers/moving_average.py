@@ -195,7 +195,8 @@ class _MovingAverageBatchNorm(NormLayer):
         else:
             stored = self.memory["backward_average"]
             old = stored.to(new.dtype)
-            average = torch.lerp(old, new, torch.where(count > 0, self._pace(), 1.0).to(new.dtype))
+            started = (count > 0).to(new.dtype)
+            average = torch.lerp(new, old, started * (1 - self._pace()))
             if update:
                 stored.copy_(torch.where(self._finite(new), average, old))
         if update:

@@ -1,0 +1,482 @@
+"""Every method in slow, obvious float64, straight from the papers' equations.
+
+Nothing here comes from the library. Activations are ``(N, C, L)``; statistics
+are taken channel by channel and group by group, in plain loops. A layer object
+holds the state; `forward` gives the output and a function that maps the gradient
+of the output to the gradients of input, weight and bias.
+
+Numbers of equations: momentum-bn (MBN), moving-average-bn (MABN), four-things (FT).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass
+class Layer:
+    """State and settings that all methods have."""
+
+    channels: int
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    norm_batch_size: int | None = None
+    example_weight: float = 0.0
+    running_mean: Tensor = field(init=False)
+    running_var: Tensor = field(init=False)
+    num_batches_tracked: int = 0
+
+    def __post_init__(self) -> None:
+        self.running_mean = torch.zeros(self.channels, dtype=torch.float64)
+        self.running_var = torch.ones(self.channels, dtype=torch.float64)
+
+    # --- training ---------------------------------------------------------
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Backward]:
+        """Successive normalization batches, the memory running along them."""
+        size = self.norm_batch_size or len(x)
+        parts = [self.one_batch(part) for part in x.split(size)]
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pieces = zip(parts, dy.split(size), strict=True)
+            grads = [part_backward(part) for (_, part_backward), part in pieces]
+            dx, dw, db = zip(*grads, strict=True)
+            return torch.cat(dx), sum(dw), sum(db)
+
+        return torch.cat([y for y, _ in parts]), backward
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        """One normalization batch."""
+        raise NotImplementedError
+
+    def track(self, channel: int, mean: Tensor, var: Tensor, pace: float) -> None:
+        """running <- (1 - pace) running + pace new, where the new is finite."""
+        if math.isfinite(mean) and math.isfinite(var):
+            old_mean, old_var = (
+                self.running_mean[channel].clone(),
+                self.running_var[channel].clone(),
+            )
+            self.running_mean[channel] = (1 - pace) * old_mean + pace * mean
+            self.running_var[channel] = (1 - pace) * old_var + pace * var
+
+    def pace(self) -> float:
+        """Count a batch; the weight of it in the running statistics."""
+        self.num_batches_tracked += 1
+        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+
+    def by_running(self, x: Tensor) -> tuple[Tensor, Backward]:
+        """A batch without statistics of its own: the running ones, constants in backward."""
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        z = (x - mean[None, :, None]) / torch.sqrt(var + self.eps)[None, :, None]
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dx = dy * (self.weight / torch.sqrt(var + self.eps))[None, :, None]
+            return dx, (dy * z).sum((0, 2)), dy.sum((0, 2))
+
+        return self.weight[None, :, None] * z + self.bias[None, :, None], backward
+
+    # --- inference --------------------------------------------------------
+
+    def infer(self, x: Tensor) -> Tensor:
+        """FT eq. 3: an example's first and second moments mixed with the running ones."""
+        alpha, y = self.example_weight, torch.empty_like(x)
+        for i in range(len(x)):
+            for c in range(self.channels):
+                first, second = x[i, c].mean(), (x[i, c] ** 2).mean()
+                running_second = self.running_var[c] + self.running_mean[c] ** 2
+                mean = alpha * first + (1 - alpha) * self.running_mean[c]
+                var = alpha * second + (1 - alpha) * running_second - mean**2
+                z = (x[i, c] - mean) / torch.sqrt(var + self.eps)
+                y[i, c] = self.weight[c] * z + self.bias[c]
+        return y
+
+    def state(self) -> dict[str, Any]:
+        """Under the names of the library's state_dict."""
+        return {
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "num_batches_tracked": self.num_batches_tracked,
+        }
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance."""
+    mean = values.sum() / values.numel()
+    return mean, ((values - mean) ** 2).sum() / values.numel()
+
+
+def unbiased(var: Tensor, count: int) -> Tensor:
+    """Bessel's correction."""
+    return var * count / (count - 1)
+
+
+# --- batch normalization and its corrections ----------------------------------
+
+
+class BatchNorm(Layer):
+    """Ioffe and Szegedy 2015; the backward pass is MABN eq. 4 and 5."""
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        n, channels, length = x.shape
+        if n * length == 1:
+            return self.by_running(x)
+        pace = self.pace()
+        y, channel_backward = torch.empty_like(x), []
+        for c in range(channels):
+            mean, var = moments(x[:, c])
+            y[:, c], back = self.channel(c, x[:, c], mean, var)
+            channel_backward.append(back)
+            self.track(c, mean, unbiased(var, n * length), pace)
+        self.after_batch(x)
+        return y, _by_channel(channel_backward)
+
+    def channel(self, c: int, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Callable]:
+        """One channel: output, and its backward."""
+        w, sigma = self.weight[c].clone(), torch.sqrt(var + self.eps)
+        z = (x - mean) / sigma
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = dy * w
+            dx = (g - g.mean() - z * (g * z).mean()) / sigma
+            return dx, (dy * z).sum(), dy.sum()
+
+        return w * z + self.bias[c], backward
+
+    def after_batch(self, x: Tensor) -> None:
+        """What else a batch changes."""
+
+
+def _by_channel(backwards: list[Callable]) -> Backward:
+    def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grads = [back(dy[:, c]) for c, back in enumerate(backwards)]
+        dx, dw, db = zip(*grads, strict=True)
+        return torch.stack(dx, 1), torch.stack(dw), torch.stack(db)
+
+    return backward
+
+
+@dataclass
+class BatchRenorm(BatchNorm):
+    """Ioffe 2017, algorithm 1 (MABN eq. 14): r and d from the running statistics before a step."""
+
+    momentum: float | None = 0.01
+    max_r: float = 3.0
+    max_d: float = 5.0
+    warmup_steps: int = 10000
+    smooth: bool = False
+    step: int = 0
+
+    def limits(self) -> tuple[float, float]:
+        """Largest r and d at the coming step, counted from 1."""
+        step = self.step + 1
+        if self.smooth:
+            opened = min(step / self.warmup_steps, 1.0)
+        else:
+            opened = 0.0 if step <= self.warmup_steps else 1.0
+        return 1 + (self.max_r - 1) * opened, self.max_d * opened
+
+    def channel(self, c: int, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Callable]:
+        w, sigma = self.weight[c].clone(), torch.sqrt(var + self.eps)
+        running_sigma = torch.sqrt(self.running_var[c] + self.eps)
+        max_r, max_d = self.limits()
+        r = float((sigma / running_sigma).clamp(1 / max_r, max_r))
+        d = float(((mean - self.running_mean[c]) / running_sigma).clamp(-max_d, max_d))
+        z = (x - mean) / sigma
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = dy * w * r
+            dx = (g - g.mean() - z * (g * z).mean()) / sigma
+            return dx, (dy * (r * z + d)).sum(), dy.sum()
+
+        return w * (r * z + d) + self.bias[c], backward
+
+    def after_batch(self, x: Tensor) -> None:
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "step": self.step}
+
+
+@dataclass
+class MomentumBatchNorm(BatchNorm):
+    """MBN algorithm 1: eq. 8 forward, 11 and 12 for the weights, 13 backward."""
+
+    batch_size: int = 2
+    ideal_batch_size: int = 32
+    ideal_decay: float = 0.85
+    auto_momentum: bool = True
+    average_weight: float = 0.0
+    started: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mean = torch.zeros(self.channels, dtype=torch.float64)
+        self.var = torch.zeros(self.channels, dtype=torch.float64)
+        if self.auto_momentum:  # eq. 12: tau = tau_0 ** (m / m_0)
+            self.momentum = 1 - self.ideal_decay ** (self.batch_size / self.ideal_batch_size)
+
+    def set_progress(self, epoch: int, total: int) -> None:
+        """Eq. 11."""
+        rho = min(self.batch_size / self.ideal_batch_size, 1.0) ** (1 / total)
+        self.average_weight = rho ** (total / (total - 1) * max(total - epoch, 0)) - rho**total
+
+    def channel(self, c: int, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Callable]:
+        w, keep = self.weight[c].clone(), self.average_weight if self.started else 0.0
+        mu = keep * self.mean[c] + (1 - keep) * mean
+        sigma2 = keep * self.var[c] + (1 - keep) * var
+        if math.isfinite(sigma2):
+            self.mean[c], self.var[c] = mu, sigma2
+        sigma, m = torch.sqrt(sigma2 + self.eps), x.numel()
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            # Eq. 13, line by line; its x-hat - mu_M is x - mu_M.
+            dxhat = dy * w
+            dvar = (dxhat * (x - mu)).sum() * -0.5 * (sigma2 + self.eps) ** -1.5 * (1 - keep)
+            dmean = dxhat.sum() * (keep - 1) / sigma + dvar * (-2 * (x - mean)).sum() / m
+            dx = dxhat / sigma + dvar * 2 * (x - mean) / m + dmean / m
+            return dx, (dy * (x - mu) / sigma).sum(), dy.sum()
+
+        return w * (x - mu) / sigma + self.bias[c], backward
+
+    def after_batch(self, x: Tensor) -> None:
+        self.started += 1
+
+    def state(self) -> dict[str, Any]:
+        own = {"mean": self.mean, "var": self.var, "count": self.started}
+        own |= {"average_weight": self.average_weight, "batch_size": self.batch_size}
+        return {**super().state(), **own}
+
+
+# --- moving average batch normalization -----------------------------------------
+
+
+@dataclass
+class MovingAverageBatchNorm(Layer):
+    """MABN section 4; the readings of its table 4 are those of the library's documentation."""
+
+    momentum: float | None = 0.02
+    window: int = 16
+    clip: float = 5.0
+    warmup_steps: int = 100
+    renorm_warmup_steps: int = 1000
+    centered: bool = False
+    forward_stats: str = "ema"
+    backward_stats: str = "sma"
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Per channel: the steps seen so far, newest last; pairs in the centred form.
+        self.seen: list[list[Tensor]] = [[] for _ in range(self.channels)]
+        self.seen_backward: list[list[Tensor]] = [[] for _ in range(self.channels)]
+        self.average_backward: list[Tensor | None] = [None] * self.channels
+        self.backward_step = 0
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        if self.centered and x.shape[0] * x.shape[2] == 1:
+            return self.by_running(x)
+        self.step += 1
+        pace = self.pace()
+        warming = self.step <= self.window or self.step < self.warmup_steps
+        plain = self.step <= max(self.renorm_warmup_steps, self.warmup_steps)
+        y, backwards = torch.empty_like(x), []
+        for c in range(self.channels):
+            y[:, c], back = self.channel(c, x[:, c], warming, plain, pace)
+            backwards.append(back)
+        by_channel = _by_channel(backwards)
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            result = by_channel(dy)
+            self.backward_step += 1
+            return result
+
+        return y, backward
+
+    def channel(
+        self, c: int, x: Tensor, warming: bool, plain: bool, pace: float
+    ) -> tuple[Tensor, Callable]:
+        """One channel: output, and its backward."""
+        own = torch.stack(moments(x)) if self.centered else (x**2).mean()[None]
+        if torch.isfinite(own).all():
+            self.seen[c].append(own)
+        used = own
+        if self.forward_stats != "batch" and not warming:  # eq. 13, of the forward statistics
+            used = torch.stack(self.seen[c][-self.window :]).sum(0) / self.window
+        mean, var = (used[0], used[1]) if self.centered else (torch.zeros(()), used[0])
+        hat_mean, hat = self.running_mean[c].clone(), torch.sqrt(self.running_var[c] + self.eps)
+        chi, r, d = torch.sqrt(var + self.eps), 1.0, 0.0
+        if self.forward_stats == "ema" and not plain:  # eq. 19; eq. 14 in the centred form
+            r = float((chi / hat).clamp(1 / self.clip, self.clip))
+            if self.centered:
+                d = float(((mean - hat_mean) / hat).clamp(-self.clip, self.clip))
+        self.track(c, mean, var, pace)
+        w, z = self.weight[c].clone(), (x - mean) / chi
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = dy * w * r
+            new = torch.stack([g.mean(), (g * z).mean()]) if self.centered else (g * z).mean()[None]
+            average = self.average(c, new)
+            if warming or self.backward_stats == "batch":
+                average = new
+            mean_g = average[0] if self.centered else 0.0  # eq. 4; eq. 16 has none
+            dx = (g - mean_g - z * average[-1]) / chi  # eq. 20
+            return dx, (dy * (r * z + d)).sum(), dy.sum()
+
+        return w * (r * z + d) + self.bias[c], backward
+
+    def average(self, c: int, new: Tensor) -> Tensor:
+        """Remember the backward statistics of a step, give their average."""
+        good = bool(torch.isfinite(new).all())
+        if self.backward_stats == "ema":
+            old = self.average_backward[c]
+            pace = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+            mixed = new if old is None else (1 - pace) * old + pace * new
+            if good:
+                self.average_backward[c] = mixed
+            return mixed
+        if good:
+            self.seen_backward[c].append(new)
+        latest = self.seen_backward[c][-self.window :] or [new]
+        return torch.stack(latest).sum(0) / len(latest)
+
+    def infer(self, x: Tensor) -> Tensor:
+        if self.centered:
+            return super().infer(x)
+        y = torch.empty_like(x)
+        for i in range(len(x)):
+            for c in range(self.channels):
+                second = self.example_weight * (x[i, c] ** 2).mean()
+                second = second + (1 - self.example_weight) * self.running_var[c]
+                y[i, c] = self.weight[c] * x[i, c] / torch.sqrt(second + self.eps) + self.bias[c]
+        return y
+
+    def state(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"step": self.step}
+        if self.forward_stats != "batch":
+            own["window"] = self._table(self.seen)
+        if self.backward_stats == "sma":
+            own["backward_average"] = self._table(self.seen_backward)
+        elif self.backward_stats == "ema":
+            blank = torch.zeros(2 if self.centered else 1, dtype=torch.float64)
+            rows = [blank if row is None else row for row in self.average_backward]
+            own["backward_average"] = torch.stack(rows, 1).flatten()
+        if self.backward_stats != "batch":
+            own["backward_step"] = self.backward_step
+        return {**super().state(), **own}
+
+    def _table(self, seen: list[list[Tensor]]) -> Tensor:
+        """The last steps as (window, statistics x channels), zeros where there were none."""
+        blank = torch.zeros(2 if self.centered else 1, dtype=torch.float64)
+        columns = []
+        for steps in seen:
+            latest = steps[-self.window :]
+            columns.append(torch.stack([blank] * (self.window - len(latest)) + latest))
+        return torch.stack(columns, 2).flatten(1)
+
+
+# --- groups of examples, groups of channels ----------------------------------------
+
+
+def equal_groups(examples: int, size: int) -> list[int]:
+    """ceil(n / size) groups as equal as can be, larger ones first."""
+    groups = math.ceil(examples / size)
+    return [examples // groups + (k < examples % groups) for k in range(groups)]
+
+
+@dataclass
+class GhostBatchNorm(Layer):
+    """FT section 3.2, eq. 4."""
+
+    ghost_size: int = 32
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        sizes = equal_groups(len(x), self.ghost_size)
+        parts, tracked = [], []
+        for part in x.split(sizes):
+            if part.shape[0] * part.shape[2] == 1:
+                parts.append(self.by_running(part))
+                continue
+            twin = BatchNorm(self.channels, self.weight, self.bias, self.eps, 1.0)
+            parts.append(twin.forward(part))
+            tracked.append((len(part), twin.running_mean, twin.running_var))
+        self._track_groups(tracked)
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pieces = zip(parts, dy.split(sizes), strict=True)
+            dx, dw, db = zip(*[back(part) for (_, back), part in pieces], strict=True)
+            return torch.cat(dx), sum(dw), sum(db)
+
+        return torch.cat([y for y, _ in parts]), backward
+
+    def _track_groups(self, groups: list[tuple[int, Tensor, Tensor]]) -> None:
+        """One update a forward, each group weighing by its share of the examples."""
+        if not groups:
+            return
+        pace, total = self.pace(), sum(size for size, _, _ in groups)
+        mean = sum(size / total * mean for size, mean, _ in groups)
+        var = sum(size / total * var for size, _, var in groups)
+        for c in range(self.channels):
+            self.track(c, mean[c], var[c], pace)
+
+
+@dataclass
+class BatchGroupNorm(GhostBatchNorm):
+    """FT section 3.4: statistics over a group of examples and a group of channels."""
+
+    num_groups: int = 1
+    ghost_size: int = 2
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        n, channels, length = x.shape
+        width = channels // self.num_groups
+        if width == 1 and length == 1 and min(equal_groups(n, self.ghost_size)) == 1:
+            return super().one_batch(x)
+        sizes = equal_groups(n, self.ghost_size)
+        outputs, tracked = [], []
+        for part in x.split(sizes):
+            leaf = part.detach().clone().requires_grad_()
+            w = self.weight.detach().clone().requires_grad_()
+            b = self.bias.detach().clone().requires_grad_()
+            rows = []
+            for k in range(self.num_groups):
+                group = leaf[:, k * width : (k + 1) * width]
+                mean, var = moments(group)
+                rows.append((group - mean) / torch.sqrt(var + self.eps))
+            y = w[None, :, None] * torch.cat(rows, 1) + b[None, :, None]
+            outputs.append((y, leaf, w, b))
+            count = len(part) * length
+            if count > 1:
+                each = [moments(part[:, c]) for c in range(channels)]
+                mean = torch.stack([m for m, _ in each])
+                var = torch.stack([unbiased(v, count) for _, v in each])
+                tracked.append((len(part), mean, var))
+        self._track_groups(tracked)
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pieces = zip(outputs, dy.split(sizes), strict=True)
+            grads = [torch.autograd.grad(y, (x, w, b), d) for (y, x, w, b), d in pieces]
+            dx, dw, db = zip(*grads, strict=True)
+            return torch.cat(dx), sum(dw), sum(db)
+
+        return torch.cat([y.detach() for y, *_ in outputs]), backward
+
+    def infer(self, x: Tensor) -> Tensor:
+        alpha, y, width = self.example_weight, torch.empty_like(x), self.channels // self.num_groups
+        for i in range(len(x)):
+            for k in range(self.num_groups):
+                part = slice(k * width, (k + 1) * width)
+                running_second = self.running_var[part] + self.running_mean[part] ** 2
+                first = alpha * x[i, part].mean(1) + (1 - alpha) * self.running_mean[part]
+                second = alpha * (x[i, part] ** 2).mean(1) + (1 - alpha) * running_second
+                mean, var = first.mean(), second.mean() - first.mean() ** 2
+                z = (x[i, part] - mean) / torch.sqrt(var + self.eps)
+                y[i, part] = self.weight[part, None] * z + self.bias[part, None]
+        return y
