@@ -1,0 +1,246 @@
+"""The command line and the report, as a person meets them."""
+
+import html.parser
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from anybatch import METHODS
+from anybatch.cli import app
+from anybatch.experiments.compare import Comparison, locked, table
+from anybatch.experiments.config import Run
+
+QUICK = ["--train-size", "64", "--epochs", "2", "--workers", "1"]
+
+
+def run(*arguments: str) -> object:
+    return CliRunner().invoke(app, list(arguments))
+
+
+# --- compare -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    command = ["compare", *QUICK, "--methods", "mabn,gn", "--seeds", "2", "--output", str(folder)]
+    result = run(*command, "--option", "mabn.window=3")
+    assert result.exit_code == 0, result.output
+    assert "report" in result.output
+    return folder
+
+
+def test_compare_leaves_everything_whole(compared: Path) -> None:
+    names = {path.name for path in compared.iterdir()}
+    pictures = {"curves.png", "accuracy.png", "cost.png"}
+    assert names == {"runs", "results.json", "results.csv", "report.html", *pictures}
+    assert len(list((compared / "runs").glob("*.json"))) == 4 * 2
+    for picture in pictures:
+        assert (compared / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_for_programs_too(compared: Path) -> None:
+    data = json.loads((compared / "results.json").read_text())
+    assert data["schema"] == 1
+    assert [line["row"] for line in data["table"]] == ["target", "baseline", "mabn", "gn"]
+    mabn = data["table"][2]
+    assert mabn["run"]["options"] == [["window", 3]]
+    assert len(mabn["accuracies"]) == len(data["seeds"]) == 2
+    assert mabn["accuracy"] == pytest.approx(sum(mabn["accuracies"]) / 2)
+    assert data["table"][1]["step_time"]["ratio"] == 1.0
+    assert len(data["runs"]) == 8
+    assert {"anybatch", "torch", "python", "processor", "cores", "commit"} <= set(data["machine"])
+    rows = (compared / "results.csv").read_text().splitlines()
+    assert rows[0] == "row,method,batch,accuracy,spread,recovered,step_time"
+    assert len(rows) == 5
+
+
+def test_a_finished_comparison_is_not_trained_again(compared: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (compared / "runs").iterdir()}
+    command = ["compare", *QUICK, "--methods", "mabn,gn", "--seeds", "2", "--output"]
+    result = run(*command, str(compared), "--option", "mabn.window=3", "--no-timing", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schema"] == 1
+    assert before == {p: p.stat().st_mtime_ns for p in (compared / "runs").iterdir()}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags of a page, and whether they close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_well_formed_page(compared: Path) -> None:
+    text = (compared / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    assert all(
+        image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images
+    )
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "<script" not in text
+    assert "anybatch" in text
+    assert text.count("<tr") == 1 + 4
+
+
+def test_the_report_escapes_what_it_shows(compared: Path, tmp_path: Path) -> None:
+    from anybatch.experiments import report
+
+    comparison = Comparison(Run(train_size=64, epochs=2), ("gn",), (0, 1))
+    results = {}
+    for path in (compared / "runs").glob("*.json"):
+        row = json.loads(path.read_text())
+        results[row["key"]] = row
+    lines = table(comparison, results)
+    command = "anybatch compare --root '<script>alert(1)</script>'"
+    report.write_report(report.Outcome(comparison, lines, results, {}, command, 1.0), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
+    comparison = Comparison(Run(), ("mabn",), (0, 1))
+    accuracies = {"target": (0.98, 0.96), "baseline": (0.4, 0.5), "mabn": (0.93, 0.91)}
+    results = {
+        one.key: {"accuracy": accuracies[row][k]}
+        for row, runs in comparison.groups().items()
+        for k, one in enumerate(runs)
+    }
+    lines = {line.row: line for line in table(comparison, results)}
+    assert lines["mabn"].recovered == pytest.approx((0.92 - 0.45) / (0.97 - 0.45))
+    assert lines["mabn"].spread == pytest.approx(0.01 * 2**0.5)
+
+
+# --- what goes wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--methods", "mabn,mabm"], "did you mean 'mabn'"),
+        (["train", "--method", "mabm"], "did you mean 'mabn'"),
+        (["compare", "--data", "mnist"], "data='mnist': give one of digits"),
+        (["compare", "--data", "cifar10", "--root", "/nowhere/at/all"], "nothing of that name"),
+        (["compare", "--data", "cifar10"], "give them with --root"),
+        (["compare", "--batch-size", "0"], "batch_size=0"),
+        (["compare", "--norm-batch-size", "5"], "norm_batch_size=5: give a number from 1 to"),
+        (["compare", "--seeds", "many"], "seeds='many'"),
+        (["compare", "--workers", "0"], "workers=0"),
+        (["compare", "--option", "brn=3"], "give METHOD.NAME=VALUE"),
+        (["compare", "--methods", "gn", "--option", "mabn.window=3"], "none of the methods gn"),
+        (["compare", "--train-size", "9999"], "train_size=9999"),
+        (["train", "--device", "warp"], "device='warp'"),
+        (["train", "--config", "missing.json"], "cannot be read"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_one_line_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    quick = QUICK[:4] if arguments[0] == "train" else QUICK
+    extra = [] if "--train-size" in arguments else quick[:2]
+    result = run(*arguments, *extra, "--epochs", "1", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("compare", *QUICK, "--output", str(tmp_path / "file"))
+    assert result.exit_code == 2
+    assert "cannot write there" in result.output
+
+
+def test_a_configuration_file_gives_what_was_not_typed(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"method": "gn", "epochs": 5, "train-size": 64}')
+    command = ["train", "--config", str(tmp_path / "run.json"), "--epochs", "1", "--json"]
+    result = run(*command, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)
+    assert (row["run"]["method"], len(row["epochs"]), row["run"]["train_size"]) == ("gn", 1, 64)
+    (tmp_path / "run.json").write_text('{"speed": 3}')
+    result = run("train", "--config", str(tmp_path / "run.json"))
+    assert result.exit_code == 2
+    assert "speed=3 is none of" in result.output
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (tmp_path / ".lock").write_text(str(other.pid))
+    result = run("train", *QUICK[:4], "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"process {other.pid} is at work in it" in result.output
+    other.kill()
+    other.wait()
+    with locked(tmp_path):  # its holder is dead
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anybatch", "compare", "--methods", "mabn", "--seeds", "2"]
+    command += ["--workers", "1", "--train-size", "400", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("out/runs/*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "To go on" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "out" / ".lock").exists()
+    for path in tmp_path.glob("out/runs/*.json"):
+        json.loads(path.read_text())
+
+
+def test_without_its_extra_the_command_says_which() -> None:
+    code = "import sys; sys.modules['typer'] = None\nimport anybatch; from anybatch.cli import main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "pip install 'anybatch[experiments]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- methods ------------------------------------------------------------------------
+
+
+def test_methods_are_listed_for_people_and_programs() -> None:
+    text = run("methods").output
+    assert all(name in text for name in METHODS)
+    rows = json.loads(run("methods", "--json").stdout)
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert "window" in rows[2]["options"]
+
+
+def test_help_teaches_by_example() -> None:
+    assert "anybatch compare" in run("compare", "--help").output
+    assert run().exit_code in (0, 2)
