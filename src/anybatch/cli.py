@@ -152,6 +152,8 @@ def compare(
 
     Stopped, it goes on where it was when started again with the same command.
     """
+    import torch
+
     from anybatch.experiments import report
     from anybatch.experiments.compare import locked, run_all, table
     from anybatch.experiments.data import load
@@ -174,6 +176,8 @@ def compare(
         if given["timing"]:
             timed = [runs[0] for row, runs in comparison.groups().items() if row != "target"]
             quiet = nullcontext() if given["as_json"] else errors.status("timing a step")
+            if comparison.base.device == "cpu":
+                torch.set_num_threads(1)  # as the runs had
             with quiet:
                 times = time_steps(timed, loaded)
         outcome = report.Outcome(

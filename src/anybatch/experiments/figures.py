@@ -12,8 +12,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in marker and dash too.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#8C6D00")
-MARKERS = "osD^vP*X"
+COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#8C6D00",
+    "#7F7F7F",
+    "#5B2C83",
+)
+MARKERS = "osD^vP*Xh<"
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -79,10 +90,9 @@ def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
         axes.plot(seeds, [place] * len(seeds), marker, color=colour, markersize=5, linestyle="")
         axes.annotate(
             f"{100 * line.mean:.1f}",
-            (100 * line.mean, place),
-            xytext=(-6, 0),
+            (0, place),
+            xytext=(6, 0),
             textcoords="offset points",
-            ha="right",
             va="center",
             fontsize=9,
         )
