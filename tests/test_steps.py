@@ -1,5 +1,6 @@
 """Each method against the reference, step by step, across every warm-up and window boundary."""
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
+from anybatch.kernels import use_fused
 from anybatch.methods import METHODS
 from tolerances import tolerance
 
@@ -125,6 +127,15 @@ def run(case: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool = Fals
         check(layer(x), truth.infer(flat(x)).reshape(x.shape), dtype, f"inference, {alpha}")
 
 
+@pytest.fixture(params=["compiled", "aten"])
+def _path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small CPU batches take the compiled path where Numba is installed."""
+    use_fused("auto" if request.param == "compiled" else "never")
+    yield
+    use_fused("auto")
+
+
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -299,9 +299,12 @@ def test_activation_checkpointing_counts_once(name: str, use_reentrant: bool) ->
         inner = x.clone().requires_grad_()
         y = checkpoint(saving, inner, use_reentrant=use_reentrant)
         y.backward(dy)
-        assert torch.equal(first[0], y)
-        assert torch.equal(first[1], inner.grad)
-    assert same(state(plain), state(saving))
+        assert torch.allclose(first[0], y, atol=1e-6)
+        assert torch.allclose(first[1], inner.grad, atol=1e-5)
+    counted = state(plain)
+    for key, value in state(saving).items():
+        exact = not value.is_floating_point()
+        assert torch.equal(value, counted[key]) if exact else torch.allclose(value, counted[key])
 
 
 @pytest.mark.parametrize("name", NAMES)

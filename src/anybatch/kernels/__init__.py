@@ -15,6 +15,7 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
+from anybatch.kernels.fused import fused_for, use_fused
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.scalars import INFINITY, scalar
 
@@ -23,6 +24,7 @@ __all__ = [
     "affine",
     "exact_gradient",
     "expand_groups",
+    "fused_for",
     "gradient",
     "moments",
     "pool_channels",
@@ -32,4 +34,5 @@ __all__ = [
     "second_moment",
     "statistics_dtype",
     "sums",
+    "use_fused",
 ]

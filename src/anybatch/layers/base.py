@@ -8,6 +8,7 @@ statistics to give.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
+from anybatch.layers.compiled import Array, Compiled, Kept
 from anybatch.layers.normalize import BackwardMemory, Statistics, normalize
 from anybatch.layers.partition import Partition, partition
 
@@ -83,6 +85,7 @@ class NormLayer(_NormBase):
     dims: ClassVar[int] = 0
     centered: bool = True
     needs_running_stats: ClassVar[bool] = False
+    fuses: bool = False
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class NormLayer(_NormBase):
         )
         self.norm_batch_size = norm_batch_size
         self.example_weight = float(example_weight)
-        self._last: Statistics | None = None
+        self._last: Statistics | Kept | None = None
 
     # --- what a method adds ------------------------------------------------
 
@@ -182,6 +185,53 @@ class NormLayer(_NormBase):
         """Statistics a group of examples has: channels, or groups of channels."""
         return self.num_features
 
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        """The whole forward in one compiled call, for layers with `fuses`.
+
+        Args:
+            loops: The compiled kernels.
+            x: Input, ``(N, C, L)``.
+            y: Output, to be written.
+            weight: Scale.
+            bias: Shift.
+            update: Whether state may change.
+
+        Returns:
+            The statistics that it normalized by.
+        """
+        raise NotImplementedError
+
+    def fused_backward(
+        self,
+        loops: ModuleType,
+        dy: Array,
+        x: Array,
+        dx: Array,
+        weight: Array,
+        dw: Array,
+        db: Array,
+        kept: Kept,
+        update: bool,
+    ) -> None:
+        """The whole backward in one compiled call."""
+        means, variances, centers, rs, ds, share, _ = kept
+        loops.backward(
+            dy, x, dx, weight, dw, db, means, variances, centers, rs, ds, share, self.eps
+        )
+
+    def _running(self) -> tuple[Array, Array, Array]:
+        """Running statistics and the number of batches as arrays of the same memory."""
+        buffers = self._buffers
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        mean, var, count = (buffers[name].numpy() for name in names)  # type: ignore[union-attr]
+        return mean, var, count
+
+    def _number(self) -> float:
+        """Momentum for the compiled kernels: -1 averages over all batches."""
+        return -1.0 if self.momentum is None else float(self.momentum)
+
     # --- forward -----------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
@@ -202,8 +252,16 @@ class NormLayer(_NormBase):
         values = x.numel() // (x.shape[0] * self.num_features)
         recomputed = _in_backward()
         update = training and updates.enabled and not recomputed
+        if training and not recomputed and self.fuses and len(cut.sizes) == 1:
+            scale, shift = self._parameters["weight"], self._parameters["bias"]
+            loops = kernels.fused_for(x, self._buffers["running_var"], scale)
+            if loops is not None and shift is not None and self._live(cut, values) is None:
+                y: Tensor = Compiled.apply(x, scale, shift, self, loops, update)  # type: ignore[no-untyped-call]
+                return y
         live = self._live(cut, values)
         chosen = self._last if recomputed else None
+        if isinstance(chosen, Kept):
+            chosen = chosen.statistics(x)
         if chosen is None or chosen.var.shape[:-1] != _rows(cut):
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, live, update)

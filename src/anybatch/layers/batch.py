@@ -1,8 +1,11 @@
 """Batch normalization (Ioffe and Szegedy 2015): torch's arithmetic on this library's passes."""
 
+from types import ModuleType
+
 from torch import Tensor
 
 from anybatch.layers.base import Batch, NormLayer
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.normalize import Statistics
 
 
@@ -48,11 +51,23 @@ class _BatchNorm(NormLayer):
         torch.Size([1, 8, 1, 1])
     """
 
+    fuses = True
+
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update:
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        means, variances, empty = loops.rows(x.shape[1], 2)
+        running = self._running()
+        loops.batch_norm(
+            x, y, weight, bias, means, variances, running, self._number(), self.eps, update
+        )
+        return Kept(means, variances, empty, empty, empty)
 
 
 class BatchNorm1d(_BatchNorm):

@@ -1,12 +1,14 @@
 """Batch-group normalization (four-things, section 3.4)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from anybatch.kernels import pool_channels
 from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.ghost import track_groups
 from anybatch.layers.normalize import Statistics
 
@@ -60,6 +62,8 @@ class _BatchGroupNorm(NormLayer):
         torch.Size([2, 64, 5, 5])
     """
 
+    fuses = True
+
     def __init__(
         self,
         num_features: int,
@@ -110,6 +114,16 @@ class _BatchGroupNorm(NormLayer):
         if update:
             track_groups(self, mean, var, batch)
         return Statistics(*pool_channels(mean, var, self.num_groups))
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        means, variances, empty = loops.rows(self.num_groups, 2)
+        running = self._running()
+        loops.group_norm(
+            x, y, weight, bias, means, variances, running, self._number(), self.eps, update
+        )
+        return Kept(means, variances, empty, empty, empty)
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}

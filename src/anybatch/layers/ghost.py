@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.batch import BatchNorm1d
 from anybatch.layers.normalize import Statistics
 
 
@@ -53,6 +54,8 @@ class _GhostBatchNorm(NormLayer):
         torch.Size([9, 4])
     """
 
+    fuses = True
+
     def __init__(
         self,
         num_features: int,
@@ -90,6 +93,8 @@ class _GhostBatchNorm(NormLayer):
         if update:
             track_groups(self, mean, var, batch)
         return Statistics(mean, var)
+
+    fused = BatchNorm1d.fused  # one group is batch normalization
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}

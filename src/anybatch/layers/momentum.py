@@ -1,6 +1,7 @@
 """Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from anybatch.kernels import INFINITY
 from anybatch.layers.base import Batch, NormLayer, check_between, check_count
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.normalize import Statistics
 
 
@@ -62,6 +64,7 @@ class _MomentumBatchNorm(NormLayer):
     """
 
     needs_running_stats = True
+    fuses = True
 
     def __init__(
         self,
@@ -169,6 +172,30 @@ class _MomentumBatchNorm(NormLayer):
         weight = self.memory["average_weight"].clone()
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        if update and self.batch_size is None:
+            self._set_batch_size(x.shape[0])
+        means, variances, centers, empty = loops.rows(x.shape[1], 3)
+        memory = tuple(self.memory[name].numpy() for name in ("mean", "var", "count"))
+        keep = loops.momentum_norm(
+            x,
+            y,
+            weight,
+            bias,
+            means,
+            variances,
+            centers,
+            self._running(),
+            self._number(),
+            self.eps,
+            update,
+            memory,
+            self.memory["average_weight"].item(),
+        )
+        return Kept(means, variances, centers, empty, empty, 1 - keep)
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("batch_size", "ideal_batch_size", "ideal_decay")

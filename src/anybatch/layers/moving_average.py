@@ -1,6 +1,7 @@
 """Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from anybatch.kernels import INFINITY, scalar
 from anybatch.layers.base import Batch, NormLayer, check_choice, check_count
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.normalize import BackwardMemory, Statistics
 
 
@@ -202,6 +204,74 @@ class _MovingAverageBatchNorm(NormLayer):
         if update:
             count.add_(1)
         return average
+
+    # --- in one compiled call ------------------------------------------------
+
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        """Whether the compiled kernels know this form."""
+        return not self.centered
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        variances, rs, empty = loops.rows(x.shape[1], 2)
+        kind = loops.KINDS[self.forward_stats]
+        window = self.memory["window"].numpy() if "window" in self.memory else loops.NO_WINDOW
+        settings = (kind, self.warmup_steps, self.renorm_warmup_steps, self.clip)
+        own = loops.moving_average_norm(
+            x,
+            y,
+            weight,
+            bias,
+            variances,
+            rs,
+            self._running(),
+            self._number(),
+            self.eps,
+            update,
+            self.memory["step"].numpy(),
+            window,
+            self.window,
+            settings,
+        )
+        return Kept(empty, variances, empty, rs, empty, own=own)
+
+    def fused_backward(
+        self,
+        loops: ModuleType,
+        dy: Array,
+        x: Array,
+        dx: Array,
+        weight: Array,
+        dw: Array,
+        db: Array,
+        kept: Kept,
+        update: bool,
+    ) -> None:
+        average, count = loops.NO_WINDOW, loops.NO_COUNT
+        if self.backward_stats != "batch":
+            average = self.memory["backward_average"].numpy().reshape(-1, self.num_features)
+            count = self.memory["backward_step"].numpy()
+        assert self.num_batches_tracked is not None
+        pace = 1 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
+        loops.moving_average_backward(
+            dy,
+            x,
+            dx,
+            weight,
+            dw,
+            db,
+            kept.variances,
+            kept.rs,
+            kept.own,
+            self.eps,
+            update,
+            loops.KINDS[self.backward_stats],
+            average,
+            count,
+            pace,
+        )
 
     # --- from a batch norm -------------------------------------------------
 

@@ -116,15 +116,20 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True: anybatch layers have no second derivative in training mode; "
-                "put them in evaluation mode, or use torch.nn.BatchNorm here"
-            )
+        refuse_second_derivative()
         x, weight = ctx.saved_tensors
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         backward = _one_pass if _is_exact(x, ctx.call) else _two_passes
         return *backward(dy, x, weight, ctx.call, ctx.needs_input_grad), None
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is itself recorded."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: anybatch layers have no second derivative in training mode; "
+            "put them in evaluation mode, or use torch.nn.BatchNorm here"
+        )
 
 
 def _wide(table: Tensor | None, channels: int) -> Tensor | None:

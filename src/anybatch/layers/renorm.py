@@ -1,6 +1,7 @@
 """Batch renormalization (Ioffe 2017), the baseline of three of the papers."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from anybatch.kernels import scalar
 from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.normalize import Statistics
 
 
@@ -60,6 +62,7 @@ class _BatchRenorm(NormLayer):
     """
 
     needs_running_stats = True
+    fuses = True
 
     def __init__(
         self,
@@ -120,6 +123,29 @@ class _BatchRenorm(NormLayer):
         if self.smooth and self.warmup_steps:
             return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
         return (step > self.warmup_steps).to(dtype)
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        means, variances, rs, ds, empty = loops.rows(x.shape[1], 4)
+        limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
+        loops.renorm(
+            x,
+            y,
+            weight,
+            bias,
+            means,
+            variances,
+            rs,
+            ds,
+            self._running(),
+            self._number(),
+            self.eps,
+            update,
+            self.memory["step"].numpy(),
+            limits,
+        )
+        return Kept(means, variances, empty, rs, ds)
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("max_r", "max_d", "warmup_steps", "smooth")

@@ -1,0 +1,106 @@
+"""When small CPU batches take the compiled path, and that nothing needs it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anybatch.kernels import fused_for, use_fused
+from anybatch.kernels.fused import LARGEST
+from contract.gauntlet import NAMES, make, state, step
+
+numba = pytest.importorskip("numba")
+
+
+@pytest.fixture(autouse=True)
+def _auto() -> Iterator[None]:
+    yield
+    use_fused("auto")
+
+
+def test_a_small_contiguous_batch_qualifies() -> None:
+    x, row = torch.zeros(2, 4, 3), torch.zeros(4)
+    assert fused_for(x, row, row) is not None
+    assert fused_for(x.double(), row.double(), row.double()) is not None
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 4, 3, dtype=torch.bfloat16),
+        torch.zeros(2, 4, 3, dtype=torch.float64),
+        torch.zeros(2, 3, 4).transpose(1, 2),
+        torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.zeros(2, 4, 3, device="meta"),
+        torch.zeros(LARGEST // 4 + 1, 4),
+        torch.nn.Parameter(torch.zeros(2, 4)),
+    ],
+    ids=["bfloat16", "other type", "transposed", "channels_last", "meta", "large", "subclass"],
+)
+def test_others_do_not(x: torch.Tensor) -> None:
+    row = torch.zeros(4)
+    assert fused_for(x, row, row) is None
+    assert fused_for(torch.zeros(2, 4), None, row) is None
+    assert fused_for(torch.zeros(2, 4), row, None) is None
+
+
+def test_it_can_be_switched_off() -> None:
+    x, row = torch.zeros(2, 4, 3), torch.zeros(4)
+    use_fused("never")
+    assert fused_for(x, row, row) is None
+    with pytest.raises(ValueError, match="choice='always': give 'auto' or 'never'"):
+        use_fused("always")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20, deadline=None)
+@given(
+    n=st.integers(1, 5),
+    c=st.sampled_from([1, 2, 7]),
+    length=st.integers(1, 9),
+    seed=st.integers(0, 9),
+)
+def test_both_paths_agree(name: str, n: int, c: int, length: int, seed: int) -> None:
+    results = []
+    for choice in ("auto", "never"):
+        use_fused(choice)
+        torch.manual_seed(seed)
+        layer = make(name, c, 1).double()
+        outputs = [step(layer, torch.randn(n, c, length).double() + 3) for _ in range(9)]
+        results.append((outputs, state(layer), [p.grad for p in layer.parameters()]))
+    (first, first_state, first_grads), (second, second_state, second_grads) = results
+    for a, b in zip(first, second, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-9)
+        assert torch.allclose(a[1], b[1], atol=1e-9)
+    for a, b in zip(first_grads, second_grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    for key, value in first_state.items():
+        assert torch.allclose(value, second_state[key], atol=1e-9), key
+
+
+def test_everything_works_without_numba() -> None:
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch, anybatch\n"
+        "norm = anybatch.MovingAverageBatchNorm1d(4)\n"
+        "norm(torch.randn(2, 4, requires_grad=True)).backward(torch.randn(2, 4))\n"
+        "print(int(norm.num_batches_tracked))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_numba_is_imported_with_the_first_batch_only() -> None:
+    code = (
+        "import sys, torch, anybatch\n"
+        "norm = anybatch.BatchNorm1d(4)\n"
+        "print('numba' in sys.modules)\n"
+        "norm(torch.randn(2, 4))\n"
+        "print('numba' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
