@@ -27,7 +27,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[experiments]"
+	$(BIN)/python -m pip install --quiet -e ".[experiments,cpu]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
@@ -55,9 +55,9 @@ format: $(VENV)/.dev  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## time the layers against nn.BatchNorm, and the import
+bench: $(VENV)/.dev  ## time training steps against nn.BatchNorm, and the import
 	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/layers.py
+	$(BIN)/python benchmarks/training_step.py
 
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
