@@ -40,6 +40,8 @@ class _Centre(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if not torch.is_grad_enabled():
+            return gradient - gradient.mean(ctx.dims, keepdim=True), None
         centred: Tensor = _Centre.apply(gradient, ctx.dims)  # type: ignore[no-untyped-call]
         return centred, None
 
@@ -104,7 +106,8 @@ class CentralizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``x (W - mean W)^T + b``."""
-        return F.linear(input, centralized_weight(self), self.bias)
+        weight: Tensor = _Centre.apply(self.weight, (1,))  # type: ignore[no-untyped-call]
+        return F.linear(input, weight, self.bias)
 
 
 _CENTRALIZED: dict[type[nn.Module], type[nn.Module]] = {
