@@ -14,7 +14,8 @@ from conversion.networks import Tabular, convnet, randomize
 
 
 def test_a_plan_is_a_table() -> None:
-    lines = str(plan(Tabular(), "mabn")).splitlines()
+    assert "a linear layer's are with centralize=True only" in str(plan(Tabular(), "mabn"))
+    lines = str(plan(Tabular(), "mabn", centralize=True)).splitlines()
     assert lines[0].split() == ["norm", "kind", "fed", "by", "decision", "becomes", "why"]
     assert lines[2].split()[:2] == ["first", "BatchNorm1d"]
     assert "fed by the input" in lines[2]

@@ -31,8 +31,8 @@ def convert(
     Parameters stay the same objects, so an optimizer made before stays valid; statistics,
     train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
     a trained network stays the same for `bn mbn mabn brn ghost`; `bgn gn ln in` cannot keep it.
-    For "mabn" the weights of the layers that feed the norms are centralized where the network is
-    fresh; trained weights are left alone unless `centralize=True`, as centralizing them changes
+    For "mabn" the weights of the convolutions that feed the norms are centralized where the network
+    is fresh (those of linear layers only with `centralize=True`: on the digits they do without); trained weights are left alone unless `centralize=True`, as centralizing them changes
     the output. The network is converted whole or left as it was.
 
     Args:
@@ -45,8 +45,8 @@ def convert(
             keyword arguments), for networks that cannot be traced symbolically.
         where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`
             (default: all).
-        centralize: whether to centralize the weights of the layers that feed the norms (default:
-            in a fresh network, for "mabn").
+        centralize: whether to centralize the weights of the layers that feed the norms (default: of
+            the convolutions in a fresh network, for "mabn").
         **options: the method's own arguments, such as `window=32`.
 
     Returns:

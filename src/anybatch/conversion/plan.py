@@ -153,8 +153,8 @@ def plan(
             keyword arguments), for networks that cannot be traced symbolically.
         where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`
             (default: all).
-        centralize: whether to centralize the weights of the layers that feed the norms (default:
-            in a fresh network, for "mabn").
+        centralize: whether to centralize the weights of the layers that feed the norms (default: of
+            the convolutions in a fresh network, for "mabn").
         **options: the method's own arguments, such as `window=32`.
 
     Returns:
@@ -334,6 +334,9 @@ class _Judge:
             return None, f"weights of {feeder.name!r} are centralized already"
         if self.centralize is None and not self.fresh:
             return None, "weights left alone: trained (centralize=True would change the output)"
+        if self.centralize is None and isinstance(self._module(feeder), nn.Linear):
+            # moving-average-bn, section 4.2, centralizes convolution kernels.
+            return None, "weights left alone: a linear layer's are with centralize=True only"
         return feeder.name, f"weights of {feeder.name!r} centralized"
 
     def _module(self, feeder: Feeder) -> nn.Module | None:
