@@ -31,9 +31,11 @@ def convert(
     Parameters stay the same objects, so an optimizer made before stays valid; statistics,
     train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
     a trained network stays the same for `bn mbn mabn brn ghost`; `bgn gn ln in` cannot keep it.
-    For "mabn" the weights of the convolutions that feed the norms are centralized where the network
-    is fresh (those of linear layers only with `centralize=True`: on the digits they do without); trained weights are left alone unless `centralize=True`, as centralizing them changes
-    the output. The network is converted whole or left as it was.
+    For "mabn" the weights of the convolutions that feed the norms are centralized where the
+    network is fresh, those of linear layers only with `centralize=True` (the paper centralizes
+    kernels, and networks of linear layers have done without). Trained weights are left alone
+    unless `centralize=True`, as centralizing them changes the output. The network is converted
+    whole or left as it was.
 
     Args:
         model: the network.
