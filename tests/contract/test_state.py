@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
+from anybatch.kernels import aten
 from contract.gauntlet import NAMES, batch, make, same, state, step, train
 
 TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -330,6 +331,23 @@ def test_the_exported_inference_is_an_ordinary_batch_norm(name: str) -> None:
     called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     assert any("batch_norm" in target for target in called)
     assert all(target.startswith(("aten.", "<built-in")) for target in called)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm_batch_size", [None, 2])
+def test_no_value_is_read_in_a_step(
+    name: str, norm_batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data have nothing to read: on a GPU such a step waits for no result."""
+    # torch's operator for statistics has no form for such tensors.
+    monkeypatch.setattr(aten, "_moments", lambda x: (x.new_empty(x.shape[1]),) * 2)
+    layer = make(name, norm_batch_size=norm_batch_size)
+    layer.set_progress(2, 3)
+    layer = layer.to("meta")
+    x = torch.randn(5, 6, 4, 3, device="meta", requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn_like(y))
+    assert y.device.type == x.grad.device.type == "meta"
 
 
 # --- inference ---------------------------------------------------------------
