@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
 
+import anybatch
 from anybatch.kernels import fused_for, use_fused
-from anybatch.kernels.fused import LARGEST
+from anybatch.kernels.fused import LARGEST, LARGEST_FLAT
 from contract.gauntlet import NAMES, make, state, step
 
 numba = pytest.importorskip("numba")
@@ -36,10 +39,22 @@ def test_a_small_contiguous_batch_qualifies() -> None:
         torch.zeros(2, 3, 4).transpose(1, 2),
         torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
         torch.zeros(2, 4, 3, device="meta"),
-        torch.zeros(LARGEST // 4 + 1, 4),
+        torch.zeros(2, 4, LARGEST // 8 + 1),
+        torch.zeros(LARGEST_FLAT // 4 + 1, 4),
+        torch._neg_view(torch.zeros(2, 4, 3)),
         torch.nn.Parameter(torch.zeros(2, 4)),
     ],
-    ids=["bfloat16", "other type", "transposed", "channels_last", "meta", "large", "subclass"],
+    ids=[
+        "bfloat16",
+        "other type",
+        "transposed",
+        "channels_last",
+        "meta",
+        "large",
+        "flat",
+        "neg",
+        "subclass",
+    ],
 )
 def test_others_do_not(x: torch.Tensor) -> None:
     row = torch.zeros(4)
@@ -80,6 +95,56 @@ def test_both_paths_agree(name: str, n: int, c: int, length: int, seed: int) -> 
         assert torch.allclose(a, b, atol=1e-9)
     for key, value in first_state.items():
         assert torch.allclose(value, second_state[key], atol=1e-9), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_overflows_the_state_is_not_remembered(name: str) -> None:
+    """Sums run in float64: what is finite there may be infinite in float32 memory."""
+    layer = make(name, 4, 1)
+    for value in (1.0, 1e20, 1.0, 1.0):
+        x = torch.randn(2, 4, 3)
+        x[0, 1] = value
+        step(layer, x)
+        assert all(bool(tensor.isfinite().all()) for tensor in state(layer).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracer_sees_operators(name: str) -> None:
+    layer, x = make(name, 4, 1), torch.randn(2, 4, 3)
+    with anybatch.no_update():
+        traced = make_fx(lambda z: layer(z))(x)
+        assert torch.allclose(traced(x), layer(x), atol=1e-5)
+
+
+def test_gradients_in_a_batch() -> None:
+    layer, x = anybatch.BatchNorm1d(4), torch.randn(2, 4, 3, requires_grad=True)
+    y, dy = layer(x), torch.randn(3, 2, 4, 3)
+    (together,) = torch.autograd.grad(y, x, dy, retain_graph=True, is_grads_batched=True)
+    apart = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in dy]
+    assert torch.allclose(together, torch.stack(apart), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parametrized_weight(name: str) -> None:
+    layer = make(name, 4, 1)
+    parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    assert step(layer, torch.randn(2, 4, 3))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("choice", ["auto", "never"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_forward_between_inference_and_its_backward(name: str, choice: str) -> None:
+    use_fused(choice)
+    layer, dy = make(name, 4, 1), torch.randn(2, 4, 3)
+    grads = []
+    for between in (False, True):
+        x = torch.arange(24.0).view(2, 4, 3).requires_grad_()
+        y = layer.eval()(x)
+        if between:
+            layer.train()(torch.randn(2, 4, 3))
+        y.backward(dy)
+        grads.append(x.grad)
+    assert torch.equal(*grads)
 
 
 def test_everything_works_without_numba() -> None:

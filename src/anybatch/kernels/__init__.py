@@ -15,7 +15,7 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
-from anybatch.kernels.fused import fused_for, use_fused
+from anybatch.kernels.fused import fused_for, is_watched, use_fused
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.scalars import INFINITY, scalar
 
@@ -26,6 +26,7 @@ __all__ = [
     "expand_groups",
     "fused_for",
     "gradient",
+    "is_watched",
     "moments",
     "pool_channels",
     "pool_groups",

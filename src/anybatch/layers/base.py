@@ -253,7 +253,7 @@ class NormLayer(_NormBase):
         recomputed = _in_backward()
         update = training and updates.enabled and not recomputed
         if training and not recomputed and self.fuses and len(cut.sizes) == 1:
-            scale, shift = self._parameters["weight"], self._parameters["bias"]
+            scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             loops = kernels.fused_for(x, self._buffers["running_var"], scale)
             if loops is not None and shift is not None and self._live(cut, values) is None:
                 y: Tensor = Compiled.apply(x, scale, shift, self, loops, update)  # type: ignore[no-untyped-call]
@@ -454,9 +454,9 @@ class NormLayer(_NormBase):
     def _infer(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         dtype = kernels.statistics_dtype(x)
-        mean, var = self.running_mean, self.running_var
-        if var.dtype != dtype:
-            mean, var = mean.to(dtype), var.to(dtype)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        if torch.is_grad_enabled() and not kernels.is_watched():
+            mean, var = mean.clone(), var.clone()  # a training forward may come before backward
         weight, bias = self._parameters_like(var)
         if self.columns == self.num_features and (not self.example_weight or x.numel() == 0):
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)

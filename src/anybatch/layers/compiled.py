@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.layers.normalize import Statistics, refuse_second_derivative
+from anybatch import kernels
+from anybatch.layers.normalize import Call, Statistics, gradients, refuse_second_derivative
 
 if TYPE_CHECKING:
     from anybatch.layers.base import NormLayer
@@ -63,12 +64,17 @@ class Compiled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
-        dy = dy.to(x.dtype).contiguous()
-        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays = (_flat(dy), _flat(x.detach()), _flat(dx), weight.detach().numpy())
-        gradients = (dw.numpy(), db.numpy())
-        ctx.layer.fused_backward(ctx.loops, *arrays, *gradients, ctx.kept, ctx.update)
         needs = ctx.needs_input_grad
+        if not _is_plain(dy) or kernels.is_watched():
+            statistics, update = ctx.kept.statistics(x), ctx.update
+            memory = ctx.layer.backward_memory(statistics, None, update)
+            call = Call(statistics, (x.shape[0],), ctx.layer.eps, memory)
+            return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None
+        dy = dy.to(x.dtype).contiguous()
+        x = x.detach().contiguous()
+        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        arrays = (_flat(dy), _flat(x), _flat(dx), weight.detach().numpy())
+        ctx.layer.fused_backward(ctx.loops, *arrays, dw.numpy(), db.numpy(), ctx.kept, ctx.update)
         return (
             dx if needs[0] else None,
             dw if needs[1] else None,
@@ -77,6 +83,11 @@ class Compiled(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a gradient is memory to read: not traced, not one of a batch of gradients."""
+    return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _flat(x: Tensor) -> Array:

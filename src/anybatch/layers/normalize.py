@@ -56,7 +56,7 @@ class BackwardMemory(Protocol):
         """Take mean(g) (None in the uncentred form) and mean(g z), give those to use."""
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """How one forward normalizes, and what its backward needs beside the input."""
 
     statistics: Statistics
@@ -91,7 +91,7 @@ def normalize(
     Returns:
         A tensor of the shape, type and memory format of ``x``.
     """
-    call = _Call(statistics, sizes, eps, memory)
+    call = Call(statistics, sizes, eps, memory)
     y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
     return y
 
@@ -99,7 +99,7 @@ def normalize(
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.call = call
@@ -119,8 +119,26 @@ class _Normalize(torch.autograd.Function):
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        backward = _one_pass if _is_exact(x, ctx.call) else _two_passes
-        return *backward(dy, x, weight, ctx.call, ctx.needs_input_grad), None
+        return *gradients(dy, x, weight, ctx.call, ctx.needs_input_grad), None
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
+) -> _Gradients:
+    """The backward pass of `normalize`.
+
+    Args:
+        dy: Gradient of the output, in the type of ``x``.
+        x: Input of the forward.
+        weight: Its scale.
+        call: How it normalized.
+        needs: Which of input, weight and bias need a gradient.
+
+    Returns:
+        Gradients of input, weight and bias, None where not asked for.
+    """
+    backward = _one_pass if _is_exact(x, call) else _two_passes
+    return backward(dy, x, weight, call, needs)
 
 
 def refuse_second_derivative() -> None:
@@ -136,9 +154,7 @@ def _wide(table: Tensor | None, channels: int) -> Tensor | None:
     return None if table is None else kernels.expand_groups(table, channels)
 
 
-def _scale(
-    weight: Tensor | None, table: Tensor | None, channels: int, call: _Call
-) -> Tensor | None:
+def _scale(weight: Tensor | None, table: Tensor | None, channels: int, call: Call) -> Tensor | None:
     """Product of a row and a table, either of which may be missing."""
     if table is not None:
         table = kernels.expand_groups(table, channels)
@@ -148,7 +164,7 @@ def _scale(
     return weight.expand(len(call.sizes), channels)
 
 
-def _is_exact(x: Tensor, call: _Call) -> bool:
+def _is_exact(x: Tensor, call: Call) -> bool:
     """Whether one group's own statistics, and they alone, normalize it."""
     mean, var, _, _, center, share, _ = call.statistics
     own = mean is not None and center is None and not isinstance(share, Tensor) and share == 1.0
@@ -156,7 +172,7 @@ def _is_exact(x: Tensor, call: _Call) -> bool:
 
 
 def _one_pass(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
 ) -> _Gradients:
     mean, var, r, d = call.statistics[:4]
     assert mean is not None
@@ -170,7 +186,7 @@ def _one_pass(
 
 
 def _two_passes(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
 ) -> _Gradients:
     (mean, var, r, d, center, share, _), sizes, eps, memory = call
     channels, columns = x.shape[1], var.shape[-1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**16  # values in a batch; from there on torch's parallel passes win
+LARGEST_FLAT = 2**12  # where a channel's values are not side by side, as in (N, C)
 _choice = os.environ.get("ANYBATCH_FUSED", "auto")
 
 
@@ -47,16 +48,27 @@ def fused_for(x: Tensor, state: Tensor | None, weight: Tensor | None) -> ModuleT
 
     Returns:
         The module of the kernels, or None: another device or layout, a larger batch,
-        types that differ, a tracing compiler or transform, no Numba.
+        types that differ, a compiler, tracer or transform at work, no Numba.
     """
     if _choice == "never" or state is None or weight is None:
         return None
-    plain = x.device.type == "cpu" and type(x) is Tensor and x.numel() <= LARGEST
-    if not plain or not x.is_contiguous() or not x.dtype == state.dtype == weight.dtype:
+    if x.device.type != "cpu" or type(x) is not Tensor or not x.is_contiguous():
         return None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if x.numel() > (LARGEST if x.stride(1) >= 4 else LARGEST_FLAT) or is_watched():
+        return None
+    if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
     return _kernels()
+
+
+def is_watched() -> bool:
+    """Whether a compiler, tracer, transform or mode has to see each operator of a call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @lru_cache(maxsize=1)

@@ -95,8 +95,14 @@ def _count_batch(tracked, pace):
 
 
 @_jit
+def _fits(value, state):
+    """Whether a number is finite in the type of the state that is to hold it."""
+    return math.isfinite(state.dtype.type(value))
+
+
+@_jit
 def _track(c, mean, var, pace, running_mean, running_var):
-    if math.isfinite(var):
+    if _fits(var, running_var):
         running_mean[c] += pace * (mean - running_mean[c])
         running_var[c] += pace * (var - running_var[c])
 
@@ -162,7 +168,7 @@ def momentum_norm(
             used_var = var + keep * (memory[1][c] - var)
         means[c], variances[c], centers[c] = used_mean, used_var, mean
         if update:
-            if math.isfinite(used_var):
+            if _fits(used_var, memory[1]):
                 memory[0][c], memory[1][c] = used_mean, used_var
             _track(c, mean, _unbiased(var, count), pace, running[0], running[1])
         _write(x, y, c, used_mean, weight[c] / math.sqrt(used_var + eps), bias[c])
@@ -184,10 +190,10 @@ def _slide(window, new, sums):
 def _keep(window, new):
     for k in range(window.shape[0] - 1):
         for c in range(new.shape[0]):
-            if math.isfinite(new[c]):
+            if _fits(new[c], window):
                 window[k, c] = window[k + 1, c]
     for c in range(new.shape[0]):
-        if math.isfinite(new[c]):
+        if _fits(new[c], window):
             window[window.shape[0] - 1, c] = new[c]
 
 
@@ -223,7 +229,7 @@ def moving_average_norm(
             ratio = math.sqrt((used + eps) / (running[1][c] + eps))
             r = min(max(ratio, 1 / settings[3]), settings[3])
         variances[c], rs[c] = used, r
-        if update and math.isfinite(used):
+        if update and _fits(used, running[1]):
             running[1][c] += pace * (used - running[1][c])
         _write(x, y, c, 0.0, weight[c] * r / math.sqrt(used + eps), bias[c])
     return warming
@@ -302,7 +308,7 @@ def moving_average_backward(
         old = 0.0 if count[()] == 0 else 1 - pace
         for c in range(channels):
             average[c] = psi[c] + old * (memory[0, c] - psi[c])
-            if update and math.isfinite(psi[c]):
+            if update and _fits(psi[c], memory):
                 memory[0, c] = average[c]
     if kind != BATCH and update:
         count[()] += 1
