@@ -454,7 +454,9 @@ class NormLayer(_NormBase):
     def _infer(self, x: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         dtype = kernels.statistics_dtype(x)
-        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        mean, var = self.running_mean, self.running_var
+        if var.dtype != dtype:
+            mean, var = mean.to(dtype), var.to(dtype)
         if torch.is_grad_enabled() and not kernels.is_watched():
             mean, var = mean.clone(), var.clone()  # a training forward may come before backward
         weight, bias = self._parameters_like(var)
