@@ -10,6 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
+# Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
 _jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
@@ -116,12 +117,13 @@ def _unbiased(var, count):
 def batch_norm(x, y, weight, bias, means, variances, running, pace, eps, update):
     """Batch normalization; `running` is (mean, variance, batches seen)."""
     count = x.shape[0] * x.shape[2]
-    pace = _count_batch(running[2], pace) if update else pace
+    running_mean, running_var, tracked = running
+    pace = _count_batch(tracked, pace) if update else pace
     for c in range(x.shape[1]):
         mean, var = _moments(x, c)
         means[c], variances[c] = mean, var
         if update:
-            _track(c, mean, _unbiased(var, count), pace, running[0], running[1])
+            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
         _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
 
 
@@ -129,6 +131,7 @@ def batch_norm(x, y, weight, bias, means, variances, running, pace, eps, update)
 def renorm(x, y, weight, bias, means, variances, rs, ds, running, pace, eps, update, step, limits):
     """Batch renormalization; `limits` is (max_r, max_d, warmup_steps, smooth)."""
     count = x.shape[0] * x.shape[2]
+    running_mean, running_var, tracked = running
     now = step[()] + 1
     if limits[3] > 0 and limits[2] > 0:
         opened = min(now / limits[2], 1.0)
@@ -136,16 +139,16 @@ def renorm(x, y, weight, bias, means, variances, rs, ds, running, pace, eps, upd
         opened = 1.0 if now > limits[2] else 0.0
     max_r, max_d = 1 + opened * (limits[0] - 1), opened * limits[1]
     if update:
-        pace = _count_batch(running[2], pace)
+        pace = _count_batch(tracked, pace)
         step[()] = now
     for c in range(x.shape[1]):
         mean, var = _moments(x, c)
-        sigma, running_sigma = math.sqrt(var + eps), math.sqrt(running[1][c] + eps)
+        sigma, running_sigma = math.sqrt(var + eps), math.sqrt(running_var[c] + eps)
         r = min(max(sigma / running_sigma, 1 / max_r), max_r)
-        d = min(max((mean - running[0][c]) / running_sigma, -max_d), max_d)
+        d = min(max((mean - running_mean[c]) / running_sigma, -max_d), max_d)
         means[c], variances[c], rs[c], ds[c] = mean, var, r, d
         if update:
-            _track(c, mean, _unbiased(var, count), pace, running[0], running[1])
+            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
         _write(x, y, c, mean, weight[c] * r / sigma, weight[c] * d + bias[c])
 
 
@@ -155,22 +158,24 @@ def momentum_norm(
 ):
     """Momentum batch normalization; `memory` is (mean, variance, batches seen)."""
     count = x.shape[0] * x.shape[2]
-    if memory[2][()] == 0:
+    running_mean, running_var, tracked = running
+    old_mean, old_var, seen = memory
+    if seen[()] == 0:
         keep = 0.0
     if update:
-        pace = _count_batch(running[2], pace)
-        memory[2][()] += 1
+        pace = _count_batch(tracked, pace)
+        seen[()] += 1
     for c in range(x.shape[1]):
         mean, var = _moments(x, c)
         used_mean, used_var = mean, var
         if keep > 0:  # momentum-bn eq. 8
-            used_mean = mean + keep * (memory[0][c] - mean)
-            used_var = var + keep * (memory[1][c] - var)
+            used_mean = mean + keep * (old_mean[c] - mean)
+            used_var = var + keep * (old_var[c] - var)
         means[c], variances[c], centers[c] = used_mean, used_var, mean
         if update:
-            if _fits(used_var, memory[1]):
-                memory[0][c], memory[1][c] = used_mean, used_var
-            _track(c, mean, _unbiased(var, count), pace, running[0], running[1])
+            if _fits(used_var, old_var):
+                old_mean[c], old_var[c] = used_mean, used_var
+            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
         _write(x, y, c, used_mean, weight[c] / math.sqrt(used_var + eps), bias[c])
     return keep
 
@@ -206,11 +211,12 @@ def moving_average_norm(
     `settings` is (forward statistics, warm-up steps, renorm warm-up steps, clip). Whether the
     averages are still the batch's own is returned.
     """
+    _, running_var, tracked = running  # the uncentred form has no mean
     now = step[()] + 1
     warming = now < max(length + 1, settings[1])
     plain = settings[0] != EMA or now <= max(settings[2], settings[1])
     if update:
-        pace = _count_batch(running[2], pace)
+        pace = _count_batch(tracked, pace)
         step[()] = now
     channels = x.shape[1]
     new, average = np.empty(channels), np.empty(channels)
@@ -226,11 +232,11 @@ def moving_average_norm(
     for c in range(channels):
         used, r = average[c], 1.0
         if not plain:  # moving-average-bn eq. 19
-            ratio = math.sqrt((used + eps) / (running[1][c] + eps))
+            ratio = math.sqrt((used + eps) / (running_var[c] + eps))
             r = min(max(ratio, 1 / settings[3]), settings[3])
         variances[c], rs[c] = used, r
-        if update and _fits(used, running[1]):
-            running[1][c] += pace * (used - running[1][c])
+        if update and _fits(used, running_var):
+            running_var[c] += pace * (used - running_var[c])
         _write(x, y, c, 0.0, weight[c] * r / math.sqrt(used + eps), bias[c])
     return warming
 
@@ -241,13 +247,14 @@ def group_norm(x, y, weight, bias, means, variances, running, pace, eps, update)
     channels, columns = x.shape[1], means.shape[0]
     width, count = channels // columns, x.shape[0] * x.shape[2]
     update = update and count > 1
-    pace = _count_batch(running[2], pace) if update else pace
+    running_mean, running_var, tracked = running
+    pace = _count_batch(tracked, pace) if update else pace
     own = np.empty((2, channels))
     for c in range(channels):
         own[0, c], own[1, c] = _moments(x, c)
         if update:
             var = _unbiased(own[1, c], count)
-            _track(c, own[0, c], var, pace, running[0], running[1])
+            _track(c, own[0, c], var, pace, running_mean, running_var)
     for k in range(columns):
         mean = own[0, k * width : (k + 1) * width].mean()
         var = 0.0
