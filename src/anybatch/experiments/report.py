@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA = 1
-COLUMNS = ("method", "batch", "accuracy", "spread", "recovered", "step time", "seeds")
+COLUMNS = ("method", "batch", "accuracy", "spread", "recovered", "step time")
 
 
 class Outcome(NamedTuple):
@@ -64,7 +64,6 @@ def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
         f"± {100 * line.spread:.1f}" if len(line.accuracies) > 1 else "one seed",
         "" if recovered is None else f"{100 * recovered:.0f} %",
         "" if time is None or line.row == "target" else f"{time.ratio:.2f}",
-        str(len(line.accuracies)),
     )
 
 
@@ -74,7 +73,9 @@ def terminal_table(outcome: Outcome) -> "Table":
 
     base = outcome.comparison.base
     title = f"{base.data}, {base.model}, {base.epochs} epochs"
-    table = Table(title=title, caption="step time: torch.nn.BatchNorm at this batch size = 1")
+    seeds = len(outcome.comparison.seeds)
+    caption = f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1"
+    table = Table(title=title, caption=caption)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for line in outcome.lines:
