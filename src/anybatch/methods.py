@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from anybatch import layers
-from anybatch.layers.base import check_count
+from anybatch.layers.arguments import check_count
 
 IOFFE_2015 = "Ioffe and Szegedy, Batch Normalization, 2015"
 IOFFE_2017 = "Ioffe, Batch Renormalization, 2017"

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch.conversion.norms import TORCH_NORMS, dims_of
 from anybatch.conversion.surgery import move_hooks
-from anybatch.layers.base import NormLayer, check_count
+from anybatch.layers.arguments import check_count
+from anybatch.layers.base import NormLayer
 from anybatch.methods import Method, fitting_groups
 
 _TORCH_MOMENTUM = 0.1

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
+from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import Array, Compiled, Kept
-from anybatch.layers.normalize import BackwardMemory, Statistics, normalize
+from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
+from anybatch.layers.statistics import Statistics, stack
 
 _LOW = (torch.float16, torch.bfloat16)
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
@@ -299,7 +301,7 @@ class NormLayer(_NormBase):
                 parts.append(self.rule(part, var[rows], batch, update))
             parts += fallen
             first = end
-        return _stack(parts)
+        return stack(parts)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         if self.centered:
@@ -576,43 +578,6 @@ class NormLayer(_NormBase):
         return {}
 
 
-def _stack(parts: list[Statistics]) -> Statistics:
-    """Statistics of successive groups as one table."""
-    columns: list[Tensor | None] = []
-    for name in ("mean", "var", "r", "d", "center"):
-        rows = [getattr(part, name) for part in parts]
-        if any(row is not None for row in rows):
-            filled = [
-                _blank(p, name) if row is None else row for p, row in zip(parts, rows, strict=True)
-            ]
-            columns.append(torch.cat([row.view(-1, row.shape[-1]) for row in filled]))
-        else:
-            columns.append(None)
-    mean, var, r, d, center = columns
-    assert var is not None
-    shares = [part.share for part in parts]
-    share = shares[0]
-    if any(isinstance(one, Tensor) or one != share for one in shares):
-        share = torch.cat([_column(part.var, part.share) for part in parts])
-    own = None
-    if any(part.own is not None for part in parts):
-        own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
-    return Statistics(mean, var, r, d, center, share, own)
-
-
-def _blank(part: Statistics, name: str) -> Tensor:
-    """The value that an absent entry stands for."""
-    if name == "center":
-        assert part.mean is not None
-        return part.mean
-    return torch.ones_like(part.var) if name == "r" else torch.zeros_like(part.var)
-
-
-def _column(table: Tensor, value: float | Tensor) -> Tensor:
-    """A number as a column ``(G, 1)`` for a row or a table."""
-    return table.new_ones(1 if table.dim() == 1 else table.shape[0], 1) * value
-
-
 def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
     running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), pace)
 
@@ -626,25 +591,3 @@ def _in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: give a whole number from 1 on")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
-
-
-def check_between(name: str, value: Any, low: float, high: float) -> None:
-    """Raise unless ``value`` is a number from ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: give a number from {low} to {high}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value!r}: give a number from {low} to {high}")
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if value not in (known := tuple(choices)):
-        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
-from anybatch.layers.normalize import Statistics
+from anybatch.layers.statistics import Statistics
 
 
 class _BatchNorm(NormLayer):

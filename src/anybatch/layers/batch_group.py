@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.kernels import pool_channels
-from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.arguments import check_count
+from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.ghost import track_groups
-from anybatch.layers.normalize import Statistics
+from anybatch.layers.statistics import Statistics
 
 
 class _BatchGroupNorm(NormLayer):

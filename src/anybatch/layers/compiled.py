@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from anybatch import kernels
-from anybatch.layers.normalize import Call, Statistics, gradients, refuse_second_derivative
+from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
+from anybatch.layers.statistics import Statistics
 
 if TYPE_CHECKING:
     from anybatch.layers.base import NormLayer

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.arguments import check_count
+from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import BatchNorm1d
-from anybatch.layers.normalize import Statistics
+from anybatch.layers.statistics import Statistics
 
 
 class _GhostBatchNorm(NormLayer):

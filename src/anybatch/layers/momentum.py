@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import INFINITY
-from anybatch.layers.base import Batch, NormLayer, check_between, check_count
+from anybatch.layers.arguments import check_between, check_count
+from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
-from anybatch.layers.normalize import Statistics
+from anybatch.layers.statistics import Statistics
 
 
 class _MomentumBatchNorm(NormLayer):

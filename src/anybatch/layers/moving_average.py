@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import INFINITY, scalar
-from anybatch.layers.base import Batch, NormLayer, check_choice, check_count
+from anybatch.layers.arguments import check_choice, check_count
+from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
-from anybatch.layers.normalize import BackwardMemory, Statistics
+from anybatch.layers.normalize import BackwardMemory
+from anybatch.layers.statistics import Statistics
 
 
 class _MovingAverageBatchNorm(NormLayer):

@@ -21,32 +21,7 @@ import torch
 from torch import Tensor
 
 from anybatch import kernels
-
-
-class Statistics(NamedTuple):
-    """What a rule decided: how each group of examples is normalized.
-
-    Tables are ``(G, K)``: one row per group of examples, one column per channel
-    group (mostly a channel); ``(K,)`` where there is one group.
-
-    Attributes:
-        mean: Mean to subtract; None for none (the uncentred form).
-        var: Variance, or second moment in the uncentred form.
-        r: Factor on the normalized value; None for 1. No gradient passes it.
-        d: Constant added to it; None for 0. No gradient passes it.
-        center: Centre of the variance whose gradient flows; None is `mean`.
-        share: Part of the batch's own statistics in `mean` and `var`.
-        own: Whether the backward statistics are the batch's own, a number or
-            ``(G, 1)``; None where the method does not ask.
-    """
-
-    mean: Tensor | None
-    var: Tensor
-    r: Tensor | None = None
-    d: Tensor | None = None
-    center: Tensor | None = None
-    share: float | Tensor = 1.0
-    own: Tensor | None = None
+from anybatch.layers.statistics import Statistics
 
 
 class BackwardMemory(Protocol):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import scalar
-from anybatch.layers.base import Batch, NormLayer, check_count
+from anybatch.layers.arguments import check_count
+from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
-from anybatch.layers.normalize import Statistics
+from anybatch.layers.statistics import Statistics
 
 
 class _BatchRenorm(NormLayer):

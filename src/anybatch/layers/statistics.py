@@ -1,0 +1,69 @@
+"""What a rule decides, as tables, and joining the tables of successive groups."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """What a rule decided: how each group of examples is normalized.
+
+    Tables are ``(G, K)``: one row per group of examples, one column per channel
+    group (mostly a channel); ``(K,)`` where there is one group.
+
+    Attributes:
+        mean: Mean to subtract; None for none (the uncentred form).
+        var: Variance, or second moment in the uncentred form.
+        r: Factor on the normalized value; None for 1. No gradient passes it.
+        d: Constant added to it; None for 0. No gradient passes it.
+        center: Centre of the variance whose gradient flows; None is `mean`.
+        share: Part of the batch's own statistics in `mean` and `var`.
+        own: Whether the backward statistics are the batch's own, a number or
+            ``(G, 1)``; None where the method does not ask.
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    r: Tensor | None = None
+    d: Tensor | None = None
+    center: Tensor | None = None
+    share: float | Tensor = 1.0
+    own: Tensor | None = None
+
+
+def stack(parts: list[Statistics]) -> Statistics:
+    """Statistics of successive groups as one table."""
+    columns: list[Tensor | None] = []
+    for name in ("mean", "var", "r", "d", "center"):
+        rows = [getattr(part, name) for part in parts]
+        if any(row is not None for row in rows):
+            filled = [
+                _blank(p, name) if row is None else row for p, row in zip(parts, rows, strict=True)
+            ]
+            columns.append(torch.cat([row.view(-1, row.shape[-1]) for row in filled]))
+        else:
+            columns.append(None)
+    mean, var, r, d, center = columns
+    assert var is not None
+    shares = [part.share for part in parts]
+    share = shares[0]
+    if any(isinstance(one, Tensor) or one != share for one in shares):
+        share = torch.cat([_column(part.var, part.share) for part in parts])
+    own = None
+    if any(part.own is not None for part in parts):
+        own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
+    return Statistics(mean, var, r, d, center, share, own)
+
+
+def _blank(part: Statistics, name: str) -> Tensor:
+    """The value that an absent entry stands for."""
+    if name == "center":
+        assert part.mean is not None
+        return part.mean
+    return torch.ones_like(part.var) if name == "r" else torch.zeros_like(part.var)
+
+
+def _column(table: Tensor, value: float | Tensor) -> Tensor:
+    """A number as a column ``(G, 1)`` for a row or a table."""
+    return table.new_ones(1 if table.dim() == 1 else table.shape[0], 1) * value
