@@ -1,0 +1,125 @@
+"""`to_batchnorm`: plain torch afterwards, with the same eval output, whole or not at all."""
+
+import copy
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anybatch
+from anybatch.layers.base import NormLayer
+from anybatch.layers.centralization import is_centralized
+from anybatch.methods import METHODS
+from conversion.networks import Tabular, Wave, convnet, randomize
+
+EXACT = [name for name, method in METHODS.items() if method.exact_eval]
+
+
+def eval_output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(x)
+
+
+def trained(method: str, build: Any = convnet, **options: Any) -> nn.Module:
+    """A network of the method with statistics as after training."""
+    torch.manual_seed(0)
+    return anybatch.convert(randomize(build()), method, centralize=True, **options)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize(
+    ("build", "shape"), [(convnet, (3, 12, 12)), (Tabular, (6,)), (Wave, (2, 20))]
+)
+def test_the_eval_output_stays_and_nothing_of_anybatch(
+    method: str, build: Any, shape: tuple[int, ...]
+) -> None:
+    model, x = trained(method, build), torch.randn(4, *shape)
+    before = eval_output(model, x)
+    anybatch.to_batchnorm(model)
+    torch.testing.assert_close(eval_output(model, x), before, rtol=1e-5, atol=1e-5)
+    assert not any(type(m).__module__.startswith("anybatch") for m in model.modules())
+    plain = build()
+    assert list(plain.state_dict()) == list(model.state_dict())
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(eval_output(plain, x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_saved_network_loads_where_there_is_no_anybatch(tmp_path: Path) -> None:
+    model, x = anybatch.to_batchnorm(trained("mabn")).eval(), torch.randn(2, 3, 12, 12)
+    torch.save((model, x, model(x).detach()), tmp_path / "model.pt")
+    program = (
+        "import sys; sys.modules['anybatch'] = None\n"
+        "import torch\n"
+        f"model, x, y = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "assert torch.allclose(model(x), y)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_state_dict_holds_tensors_alone() -> None:
+    saved = io.BytesIO()
+    torch.save(anybatch.to_batchnorm(trained("mabn")).state_dict(), saved)
+    saved.seek(0)
+    assert set(torch.load(saved, weights_only=True)) == set(convnet().state_dict())
+
+
+def test_parameters_flags_hooks_and_sharing_are_kept() -> None:
+    norm = nn.BatchNorm1d(4, momentum=0.3, eps=1e-3)
+    model = anybatch.convert(nn.ModuleDict({"a": norm, "b": norm}), "ghost")
+    weight, heard = model["a"].weight.requires_grad_(False), []
+    handle = model["a"].register_forward_hook(lambda *_: heard.append(1))
+    model["a"].eval()
+    anybatch.to_batchnorm(model)
+    assert model["a"] is model["b"]
+    assert model["a"].weight is weight
+    assert not weight.requires_grad
+    assert not model["a"].training
+    assert (model["a"].momentum, model["a"].eps) == (0.3, 1e-3)
+    model["a"](torch.randn(2, 4))
+    handle.remove()
+    model["a"](torch.randn(2, 4))
+    assert heard == [1]
+
+
+def test_a_root_that_is_a_layer_gets_a_new_root() -> None:
+    assert type(anybatch.to_batchnorm(anybatch.BatchRenorm3d(4))) is nn.BatchNorm3d
+
+
+def test_frozen_layers_become_norms_in_eval_mode() -> None:
+    model = anybatch.to_batchnorm(anybatch.freeze(trained("bn").train()))
+    assert model.training
+    assert not model[1].training
+
+
+def test_layers_without_statistics_stay_so() -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False, affine=False)
+    model = anybatch.convert(nn.Sequential(norm), "bn")
+    back = anybatch.to_batchnorm(model)[0]
+    assert (back.running_mean, back.weight, back.track_running_stats) == (None, None, False)
+
+
+@pytest.mark.parametrize("method", ["gn", "ln"])
+def test_torchs_own_norms_pass_as_they_are(method: str) -> None:
+    model = anybatch.convert(convnet(), method)
+    norm = model[1]
+    assert anybatch.to_batchnorm(model)[1] is norm
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [("bgn", {}, "example_weight=0.5"), ("brn", {"example_weight": 0.1}, "example_weight=0.1")],
+)
+def test_layers_that_are_no_batch_norm_are_refused_by_name_and_nothing_is_done(
+    method: str, options: dict[str, Any], reason: str
+) -> None:
+    model = anybatch.convert(convnet(), {"4": method, "1": "mabn"}, **options)
+    anybatch.weight_centralization(model[0])
+    with pytest.raises(ValueError, match=rf"(?s)nothing was changed.*\n  4: {reason}"):
+        anybatch.to_batchnorm(model)
+    assert isinstance(model[1], NormLayer)
+    assert is_centralized(model[0])
