@@ -7,24 +7,23 @@ statistics to give.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import Array, Compiled, Kept
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
+from anybatch.layers.state import NormState
 from anybatch.layers.statistics import Statistics, stack
 
 _LOW = (torch.float16, torch.bfloat16)
-_HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
 
 
 class Batch(NamedTuple):
@@ -56,7 +55,7 @@ class _Updates(threading.local):
 updates = _Updates()
 
 
-class NormLayer(_NormBase):
+class NormLayer(NormState):
     """Base of all layers.
 
     It derives from torch's ``_NormBase`` and not from ``_BatchNorm``, so that
@@ -149,13 +148,6 @@ class NormLayer(_NormBase):
         """
         raise NotImplementedError
 
-    def remembered(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
-        if self.running_mean is None or self.running_var is None:
-            zeros = torch.zeros(self.num_features, device=self._device())
-            return zeros, torch.ones_like(zeros)
-        return self.running_mean, self.running_var
-
     def backward_memory(
         self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
     ) -> BackwardMemory | None:
@@ -170,9 +162,6 @@ class NormLayer(_NormBase):
             The memory, or None for the batch's own statistics.
         """
         return None
-
-    def reset_memory(self) -> None:
-        """Forget everything that is not torch's own state."""
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
@@ -222,17 +211,6 @@ class NormLayer(_NormBase):
         loops.backward(
             dy, x, dx, weight, dw, db, means, variances, centers, rs, ds, share, self.eps
         )
-
-    def _running(self) -> tuple[Array, Array, Array]:
-        """Running statistics and the number of batches as arrays of the same memory."""
-        buffers = self._buffers
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        mean, var, count = (buffers[name].numpy() for name in names)  # type: ignore[union-attr]
-        return mean, var, count
-
-    def _number(self) -> float:
-        """Momentum for the compiled kernels: -1 averages over all batches."""
-        return -1.0 if self.momentum is None else float(self.momentum)
 
     # --- forward -----------------------------------------------------------
 
@@ -329,128 +307,6 @@ class NormLayer(_NormBase):
                 y = y + parameter.view(shape)
         return y.to(x.dtype)
 
-    # --- state -------------------------------------------------------------
-
-    def track(self, mean: Tensor | None, var: Tensor) -> None:
-        """Move the running statistics towards a batch's mean and unbiased variance.
-
-        Channels whose statistics are not finite are passed over.
-
-        Args:
-            mean: Row ``(C,)``; None leaves the running mean alone.
-            var: Row ``(C,)``.
-        """
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        pace = self._pace()
-        finite = torch.lt(var, kernels.INFINITY)  # false for nan too
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            if new is not None:
-                _lerp(running, torch.where(finite, new, running), pace)
-
-    def _pace(self) -> float | Tensor:
-        """Weight of the newest batch in the running statistics."""
-        if self.momentum is not None:
-            return self.momentum
-        assert self.num_batches_tracked is not None and self.running_mean is not None
-        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-
-    def _new_memory(self, *shape: int) -> Tensor:
-        """Zeros of the type and place of the layer's running statistics."""
-        assert self.running_var is not None
-        return self.running_var.new_zeros(shape)
-
-    def _new_counter(self) -> Tensor:
-        """A whole number on the layer's device: reading it there costs no synchronization."""
-        assert self.running_var is not None
-        return self.running_var.new_zeros((), dtype=torch.long)
-
-    def _device(self) -> torch.device | None:
-        tensors: Iterable[Tensor | None] = (self.weight, self.running_mean, *self.memory.values())
-        return next((t.device for t in tensors if t is not None), None)
-
-    def _parameters_like(self, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias in the type of the statistics (they may be a model's bfloat16)."""
-        weight, bias = self.weight, self.bias
-        return (
-            weight if weight is None or weight.dtype == var.dtype else weight.to(var.dtype),
-            bias if bias is None or bias.dtype == var.dtype else bias.to(var.dtype),
-        )
-
-    def reset_running_stats(self) -> None:
-        """Reset running statistics and memory."""
-        super().reset_running_stats()
-        self.reset_memory()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NormLayer":
-        def lift(t: Tensor) -> Tensor:
-            """``fn``, but for a step down to a type too coarse for statistics."""
-            if t.dtype not in (torch.float32, torch.float64):
-                return fn(t)
-            target = fn(t.new_empty(0))
-            return t.to(target.device) if target.dtype in _LOW else fn(t)
-
-        super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
-        self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
-        self._last = None
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.memory.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        if self.frozen or self.affine_frozen:
-            destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        own = {name: state_dict.get(prefix + name) for name in self.memory}
-        frozen = state_dict.get(prefix + "frozen")
-        ours = {prefix + name for name in (*own, "frozen")}
-        plain = {key: value for key, value in state_dict.items() if key not in ours}
-        super()._load_from_state_dict(
-            plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for name, tensor in self.memory.items():
-            value = own[name]
-            if value is not None and value.shape != tensor.shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}{name}: the checkpoint holds "
-                    f"{tuple(value.shape)}, this layer {tuple(tensor.shape)}"
-                )
-            elif value is not None:
-                tensor.copy_(value)
-        if frozen is not None:
-            self.frozen, affine = (bool(flag) for flag in frozen)
-            if affine:
-                self.freeze_affine(True)
-        if own and all(value is None for value in own.values()):
-            self._start_from_batchnorm(error_msgs, prefix)
-        self._last = None
-
-    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
-        """After loading a checkpoint without this layer's memory: start it fresh."""
-        self.reset_memory()
-
-    def freeze_affine(self, frozen: bool) -> None:
-        """Freeze or thaw weight and bias."""
-        self.affine_frozen = frozen
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(not frozen)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
-
     # --- inference ---------------------------------------------------------
 
     def _infer(self, x: Tensor) -> Tensor:
@@ -496,48 +352,6 @@ class NormLayer(_NormBase):
             return f"{self.columns} channel groups: channels share statistics"
         return None
 
-    # --- taking over another layer -----------------------------------------
-
-    def adopt_(self, norm: nn.Module) -> "NormLayer":
-        """Take over another batch norm: parameters, statistics, flags and hooks.
-
-        Parameters stay the same objects, so that an optimizer stays valid; this
-        layer's memory starts fresh; the output in evaluation mode is unchanged.
-
-        Args:
-            norm: A torch batch norm or an anybatch layer.
-
-        Returns:
-            This layer.
-
-        Raises:
-            ValueError: If it has another number of channels, or if the output
-                could not stay the same. ``norm`` is then as it was.
-        """
-        if not isinstance(norm, _NormBase) or norm.num_features != self.num_features:
-            raise ValueError(f"norm={norm!r}: give a batch norm of {self.num_features} channels")
-        self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            value = getattr(norm, name)
-            if value is not None and self.track_running_stats:
-                low = value.dtype in _LOW
-                self._buffers[name] = value.float() if low else value
-        self._apply_to_device(norm)
-        self.training = norm.training
-        self.reset_memory()
-        if isinstance(norm, NormLayer):
-            self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
-        for name, value in norm.__dict__.items():
-            if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
-                self.__dict__[name] = value  # the same object: handles stay valid
-        return self
-
-    def _apply_to_device(self, norm: nn.Module) -> None:
-        tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
-        if tensors:
-            device = tensors[0].device
-            self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
-
     # --- checks and looks --------------------------------------------------
 
     def _refuse(self, x: Tensor) -> NoReturn:
@@ -576,10 +390,6 @@ class NormLayer(_NormBase):
     def own_arguments(self) -> Mapping[str, Any]:
         """The method's own arguments, for the layer's repr."""
         return {}
-
-
-def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
-    running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), pace)
 
 
 def _rows(cut: Partition) -> tuple[int, ...]:
