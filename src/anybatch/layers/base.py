@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.arguments import check_between, check_count
-from anybatch.layers.compiled import Array, Compiled, Kept
+from anybatch.layers.compiled import Array, Compiled, Kept, as_statistics
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.state import NormState
@@ -129,7 +129,7 @@ class NormLayer(NormState):
         )
         self.norm_batch_size = norm_batch_size
         self.example_weight = float(example_weight)
-        self._last: Statistics | Kept | None = None
+        self._last: Statistics | list[Kept] | None = None
 
     # --- what a method adds ------------------------------------------------
 
@@ -232,16 +232,17 @@ class NormLayer(NormState):
         values = x.numel() // (x.shape[0] * self.num_features)
         recomputed = _in_backward()
         update = training and updates.enabled and not recomputed
-        if training and not recomputed and self.fuses and len(cut.sizes) == 1:
+        one_each = len(cut.sizes) == len(cut.steps)  # group of examples a normalization batch
+        if training and not recomputed and self.fuses and one_each:
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             loops = kernels.fused_for(x, self._buffers["running_var"], scale)
             if loops is not None and shift is not None and self._live(cut, values) is None:
-                y: Tensor = Compiled.apply(x, scale, shift, self, loops, update)  # type: ignore[no-untyped-call]
+                y: Tensor = Compiled.apply(x, scale, shift, self, loops, cut.sizes, update)  # type: ignore[no-untyped-call]
                 return y
         live = self._live(cut, values)
         chosen = self._last if recomputed else None
-        if isinstance(chosen, Kept):
-            chosen = chosen.statistics(x)
+        if isinstance(chosen, list):
+            chosen = as_statistics(chosen, x)
         if chosen is None or chosen.var.shape[:-1] != _rows(cut):
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, live, update)

@@ -1,5 +1,6 @@
 """The autograd function around the compiled kernels of small CPU batches."""
 
+from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
-from anybatch.layers.statistics import Statistics
+from anybatch.layers.statistics import Statistics, stack
 
 if TYPE_CHECKING:
     from anybatch.layers.base import NormLayer
@@ -40,6 +41,18 @@ class Kept(NamedTuple):
         return Statistics(mean, var, r, d, center, self.share, own)
 
 
+def as_statistics(kept: list[Kept], like: Tensor) -> Statistics:
+    """Those of the successive normalization batches of a forward, as one table."""
+    parts = [step.statistics(like) for step in kept]
+    return parts[0] if len(parts) == 1 else stack(parts)
+
+
+def _rows(sizes: tuple[int, ...]) -> list[slice]:
+    """The examples of each normalization batch."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
 class Compiled(torch.autograd.Function):
     """One compiled call forward, one backward."""
 
@@ -51,14 +64,19 @@ class Compiled(torch.autograd.Function):
         bias: Tensor,
         layer: "NormLayer",
         loops: ModuleType,
+        sizes: tuple[int, ...],
         update: bool,
     ) -> Tensor:
         y = torch.empty_like(x)
         x_, y_ = _flat(x.detach()), _flat(y)
         w, b = weight.detach().numpy(), bias.detach().numpy()
         ctx.save_for_backward(x, weight)
-        ctx.kept = layer._last = layer.fused(loops, x_, y_, w, b, update)
-        ctx.layer, ctx.loops, ctx.update = layer, loops, update
+        if len(sizes) == 1:
+            kept = [layer.fused(loops, x_, y_, w, b, update)]
+        else:
+            kept = [layer.fused(loops, x_[part], y_[part], w, b, update) for part in _rows(sizes)]
+        ctx.kept = layer._last = kept
+        ctx.layer, ctx.loops, ctx.sizes, ctx.update = layer, loops, sizes, update
         return y
 
     @staticmethod
@@ -67,19 +85,29 @@ class Compiled(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if not _is_plain(dy) or kernels.is_watched():
-            statistics, update = ctx.kept.statistics(x), ctx.update
-            memory = ctx.layer.backward_memory(statistics, None, update)
-            call = Call(statistics, (x.shape[0],), ctx.layer.eps, memory)
-            return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None
+            statistics = as_statistics(ctx.kept, x)
+            memory = ctx.layer.backward_memory(statistics, None, ctx.update)
+            call = Call(statistics, ctx.sizes, ctx.layer.eps, memory)
+            return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
         dy = dy.to(x.dtype).contiguous()
         x = x.detach().contiguous()
         dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays = (_flat(dy), _flat(x), _flat(dx), weight.detach().numpy())
-        ctx.layer.fused_backward(ctx.loops, *arrays, dw.numpy(), db.numpy(), ctx.kept, ctx.update)
+        arrays, w = (_flat(dy), _flat(x), _flat(dx)), weight.detach().numpy()
+        back, loops, update = ctx.layer.fused_backward, ctx.loops, ctx.update
+        if len(ctx.sizes) == 1:
+            back(loops, *arrays, w, dw.numpy(), db.numpy(), ctx.kept[0], update)
+        else:
+            steps = weight.new_empty(2, len(ctx.sizes), weight.shape[0])
+            dws, dbs = steps.numpy()
+            for step, part in enumerate(_rows(ctx.sizes)):
+                some = (array[part] for array in arrays)
+                back(loops, *some, w, dws[step], dbs[step], ctx.kept[step], update)
+            dw, db = steps.sum(1)
         return (
             dx if needs[0] else None,
             dw if needs[1] else None,
             db if needs[2] else None,
+            None,
             None,
             None,
             None,

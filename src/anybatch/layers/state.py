@@ -164,10 +164,10 @@ class NormState(_NormBase):
 
     def _running(self) -> tuple[Array, Array, Array]:
         """Running statistics and the number of batches as arrays of the same memory."""
-        buffers = self._buffers
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        mean, var, count = (buffers[name].numpy() for name in names)  # type: ignore[union-attr]
-        return mean, var, count
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        count = self._buffers["num_batches_tracked"]
+        assert mean is not None and var is not None and count is not None
+        return mean.numpy(), var.numpy(), count.numpy()
 
     def _number(self) -> float:
         """Momentum for the compiled kernels: -1 averages over all batches."""
