@@ -309,6 +309,38 @@ def test_activation_checkpointing_counts_once(name: str, use_reentrant: bool) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("norm_batch_size", [None, 2])
+def test_checkpointed_forwards_before_one_backward_find_their_own_statistics(
+    name: str, use_reentrant: bool, norm_batch_size: int | None
+) -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(6, 6, 1), make(name, norm_batch_size=norm_batch_size), nn.Tanh()
+    )
+    plain.append(nn.Conv2d(6, 6, 1))
+    for _ in range(9):
+        step(plain, batch(4))
+    saving = copy.deepcopy(plain)
+    plain.zero_grad(), saving.zero_grad()
+    inputs = [scale * batch(4) for scale in (1.0, 3.0, 0.3)]
+    dys = [torch.randn(4, 6, 4, 3) for _ in inputs]
+    gradients = []
+    for net in (plain, saving):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if net is saving:
+            ys = [checkpoint(net, x, use_reentrant=use_reentrant) for x in leaves]
+        else:
+            ys = [net(x) for x in leaves]
+        torch.autograd.backward(ys, dys)
+        gradients.append([leaf.grad for leaf in (*leaves, *net.parameters())])
+    for expected, actual in zip(*gradients, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    counted, state_after = state(plain), state(saving)
+    for key, value in counted.items():
+        assert torch.allclose(state_after[key], value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_layer_is_whole_and_equal(name: str) -> None:
     torch._dynamo.reset()

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.arguments import check_between, check_count
-from anybatch.layers.compiled import Array, Compiled, Kept, as_statistics
+from anybatch.layers.compiled import Array, Compiled, Kept
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
+from anybatch.layers.recompute import Recent, in_backward, may_run_again
 from anybatch.layers.state import NormState
 from anybatch.layers.statistics import Statistics, stack
 
@@ -130,6 +131,7 @@ class NormLayer(NormState):
         self.norm_batch_size = norm_batch_size
         self.example_weight = float(example_weight)
         self._last: Statistics | list[Kept] | None = None
+        self._recent = Recent()
 
     # --- what a method adds ------------------------------------------------
 
@@ -230,7 +232,7 @@ class NormLayer(NormState):
     def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
         cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
         values = x.numel() // (x.shape[0] * self.num_features)
-        recomputed = _in_backward()
+        recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
         one_each = len(cut.sizes) == len(cut.steps)  # group of examples a normalization batch
         if training and not recomputed and self.fuses and one_each:
@@ -238,14 +240,16 @@ class NormLayer(NormState):
             loops = kernels.fused_for(x, self._buffers["running_var"], scale)
             if loops is not None and shift is not None and self._live(cut, values) is None:
                 y: Tensor = Compiled.apply(x, scale, shift, self, loops, cut.sizes, update)  # type: ignore[no-untyped-call]
+                if again and self._last is not None:
+                    self._recent.note(x, self._last)
                 return y
         live = self._live(cut, values)
-        chosen = self._last if recomputed else None
-        if isinstance(chosen, list):
-            chosen = as_statistics(chosen, x)
-        if chosen is None or chosen.var.shape[:-1] != _rows(cut):
+        chosen = self._recent.find(x, _rows(cut)) if recomputed else None
+        if chosen is None:
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, live, update)
+            if again and not recomputed:
+                self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
         self._last = chosen
@@ -395,10 +399,3 @@ class NormLayer(NormState):
 
 def _rows(cut: Partition) -> tuple[int, ...]:
     return () if len(cut.sizes) == 1 else (len(cut.sizes),)
-
-
-def _in_backward() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1

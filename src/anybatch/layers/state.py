@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
 from anybatch.layers.compiled import Array
+from anybatch.layers.recompute import Recent
 
 _LOW = (torch.float16, torch.bfloat16)
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
@@ -29,6 +30,7 @@ class NormState(_NormBase):
     frozen: bool
     affine_frozen: bool
     _last: Any
+    _recent: Recent
 
     def remembered(self) -> tuple[Tensor, Tensor]:
         """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
@@ -105,7 +107,7 @@ class NormState(_NormBase):
 
         super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
         self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
-        self._last = None
+        self._last, self._recent = None, Recent()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -147,7 +149,7 @@ class NormState(_NormBase):
                 self.freeze_affine(True)
         if own and all(value is None for value in own.values()):
             self._start_from_batchnorm(error_msgs, prefix)
-        self._last = None
+        self._last, self._recent = None, Recent()
 
     def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
         """After loading a checkpoint without this layer's memory: start it fresh."""
@@ -160,7 +162,7 @@ class NormState(_NormBase):
             parameter.requires_grad_(not frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_recent": Recent()}
 
     def _running(self) -> tuple[Array, Array, Array]:
         """Running statistics and the number of batches as arrays of the same memory."""
