@@ -34,7 +34,8 @@ def may_run_again() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
 
 
 class Recent:
