@@ -214,7 +214,8 @@ class MomentumBatchNorm(BatchNorm):
     ideal_decay: float = 0.85
     auto_momentum: bool = True
     average_weight: float = 0.0
-    started: int = 0
+    started: int = 0  # batches that were finite in every channel
+    whole: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -234,6 +235,8 @@ class MomentumBatchNorm(BatchNorm):
         sigma2 = keep * self.var[c] + (1 - keep) * var
         if math.isfinite(sigma2):
             self.mean[c], self.var[c] = mu, sigma2
+        else:
+            self.whole = False
         sigma, m = torch.sqrt(sigma2 + self.eps), x.numel()
 
         def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +250,8 @@ class MomentumBatchNorm(BatchNorm):
         return w * (x - mu) / sigma + self.bias[c], backward
 
     def after_batch(self, x: Tensor) -> None:
-        self.started += 1
+        self.started += self.whole
+        self.whole = True
 
     def state(self) -> dict[str, Any]:
         own = {"mean": self.mean, "var": self.var, "count": self.started}

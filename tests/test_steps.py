@@ -26,8 +26,19 @@ CASES: dict[str, tuple[str, type[reference.Layer], dict[str, Any]]] = {
     "brn": ("brn", reference.BatchRenorm, BRN),
     "brn smooth": ("brn", reference.BatchRenorm, {**BRN, "smooth": True}),
     "brn norm 2": ("brn", reference.BatchRenorm, {**BRN, "norm_batch_size": 2}),
+    "brn cumulative": ("brn", reference.BatchRenorm, {**BRN, "momentum": None}),
     "mabn": ("mabn", reference.MovingAverageBatchNorm, MABN),
     "mabn cumulative": ("mabn", reference.MovingAverageBatchNorm, {**MABN, "momentum": None}),
+    "mabn window over warm-up": (
+        "mabn",
+        reference.MovingAverageBatchNorm,
+        {**MABN, "window": 9, "warmup_steps": 3, "renorm_warmup_steps": 12},
+    ),
+    "mabn warm-up over renorm": (
+        "mabn",
+        reference.MovingAverageBatchNorm,
+        {**MABN, "warmup_steps": 15, "renorm_warmup_steps": 7},
+    ),
     "mabn norm 2": ("mabn", reference.MovingAverageBatchNorm, {**MABN, "norm_batch_size": 2}),
     "mabn centered norm 2": (
         "mabn",
@@ -35,6 +46,11 @@ CASES: dict[str, tuple[str, type[reference.Layer], dict[str, Any]]] = {
         {**MABN, "centered": True, "norm_batch_size": 2},
     ),
     "ghost 2": ("ghost", reference.GhostBatchNorm, {"ghost_size": 2}),
+    "ghost cumulative": (
+        "ghost",
+        reference.GhostBatchNorm,
+        {"ghost_size": 2, "momentum": None},
+    ),
     "ghost 4 norm 5": ("ghost", reference.GhostBatchNorm, {"ghost_size": 4, "norm_batch_size": 5}),
     "bgn 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 3}),
     "bgn 2 of 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 2, "examples_per_group": 3}),
@@ -151,6 +167,29 @@ def test_channels_last_is_the_papers_equations(case: str) -> None:
     run(case, SHAPES["(N, C, D, H, W)"], torch.float64, last=True)
 
 
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_inference_gradient_is_that_of_the_equations(case: str, alpha: float) -> None:
+    layer, truth = pair(case, 2, torch.float64)
+    for step in range(20):
+        x = drifting(step, (3, 2))
+        layer(x)
+        truth.forward(flat(x))
+    layer.eval()
+    layer.example_weight = truth.example_weight = alpha
+    x = drifting(20, (3, 2)).requires_grad_()
+    dy = torch.randn_like(x)
+    layer(x).backward(dy)
+    same = flat(x).clone().requires_grad_()
+    for parameter in (truth.weight, truth.bias):
+        parameter.requires_grad_()
+    truth.infer(same).backward(flat(dy))
+    check(x.grad, same.grad.reshape(x.shape), torch.float64, "input gradient")
+    check(layer.weight.grad, truth.weight.grad, torch.float64, "weight gradient")
+    check(layer.bias.grad, truth.bias.grad, torch.float64, "bias gradient")
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("mabn")])
 def test_the_gradient_is_exact(case: str) -> None:
     """r, d and old averages are constants, so they are held still while inputs are moved."""
@@ -198,7 +237,8 @@ def test_batch_norm_is_torchs(dims: int, last: bool, dtype: torch.dtype) -> None
             y.backward(dy)
             grads.append([y, inner.grad, layer.weight.grad, layer.bias.grad])
         for a, b in zip(*grads, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-5)
+            close = 1e-5 if dtype == torch.float32 else 1e-12
+            assert torch.allclose(a, b, rtol=close, atol=close)
             assert a.stride() == b.stride()
     for key, value in theirs.state_dict().items():
         assert torch.allclose(ours.state_dict()[key], value, rtol=1e-6)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from anybatch.kernels import use_fused
 from contract.gauntlet import CENTRED, NAMES, batch, finite, make, same, state, step, train
 
 
@@ -78,6 +79,24 @@ def test_a_channel_that_is_not_finite_is_not_remembered(name: str, bad: float) -
     y, grad = step(layer, batch(2))
     assert y.isfinite().all()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fused", ["auto", "never"])
+def test_averages_start_with_the_first_whole_batch(fused: str) -> None:
+    use_fused(fused)
+    layer = make("mbn", batch_size=2, affine=True)
+    layer.set_progress(3, 3)  # lambda is large, as where a trained network is converted
+    x = batch(4)
+    x[0, 2] = torch.inf
+    with torch.no_grad():
+        layer(x)
+    reference = nn.BatchNorm2d(6)
+    reference.load_state_dict(layer.state_dict(), strict=False)
+    x = batch(4)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), reference(x), atol=1e-5)
+        assert layer(batch(4)).abs().max() < 20
+    use_fused("auto")
 
 
 @pytest.mark.parametrize("backward_stats", ["sma", "ema"])

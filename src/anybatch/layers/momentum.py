@@ -164,7 +164,7 @@ class _MomentumBatchNorm(NormLayer):
             finite = torch.lt(new_var, INFINITY)
             self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
             self.memory["var"].copy_(torch.where(finite, new_var, old_var))
-            count.add_(1)
+            count.add_(finite.all())  # every channel has something to start from
             self.track(mean, batch.unbiased(var))
         return Statistics(new_mean, new_var, center=mean, share=1 - keep)
 

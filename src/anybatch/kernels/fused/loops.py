@@ -156,7 +156,7 @@ def renorm(x, y, weight, bias, means, variances, rs, ds, running, pace, eps, upd
 def momentum_norm(
     x, y, weight, bias, means, variances, centers, running, pace, eps, update, memory, keep
 ):
-    """Momentum batch normalization; `memory` is (mean, variance, batches seen)."""
+    """Momentum batch normalization; `memory` is (mean, variance, batches seen whole)."""
     count = x.shape[0] * x.shape[2]
     running_mean, running_var, tracked = running
     old_mean, old_var, seen = memory
@@ -164,7 +164,7 @@ def momentum_norm(
         keep = 0.0
     if update:
         pace = _count_batch(tracked, pace)
-        seen[()] += 1
+    whole = True
     for c in range(x.shape[1]):
         mean, var = _moments(x, c)
         used_mean, used_var = mean, var
@@ -175,8 +175,12 @@ def momentum_norm(
         if update:
             if _fits(used_var, old_var):
                 old_mean[c], old_var[c] = used_mean, used_var
+            else:
+                whole = False
             _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
         _write(x, y, c, used_mean, weight[c] / math.sqrt(used_var + eps), bias[c])
+    if update and whole:
+        seen[()] += 1
     return keep
 
 
