@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
-from anybatch.kernels import aten
+from anybatch.kernels import aten, use_fused
 from contract.gauntlet import NAMES, batch, make, same, state, step, train
 
 TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -258,6 +258,32 @@ def test_a_forward_without_gradients_in_training_counts(name: str) -> None:
     with torch.no_grad():
         layer(batch(2))
     assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["training", "inference", "frozen"])
+@pytest.mark.parametrize("options", [{}, {"norm_batch_size": 2}, {"example_weight": 0.3}], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("fused", ["auto", "never"])
+def test_the_output_may_be_changed_in_place(
+    name: str,
+    mode: str,
+    options: dict[str, object],
+    memory_format: torch.memory_format,
+    fused: str,
+) -> None:
+    use_fused(fused)
+    layer = make(name, **options)
+    layer.train(mode != "inference")
+    layer.frozen = mode == "frozen"
+    other, gradients = copy.deepcopy(layer), []
+    x, dy = batch(5).contiguous(memory_format=memory_format), torch.randn(5, 6, 4, 3)
+    for norm, inplace in ((layer, True), (other, False)):
+        leaf = x.clone().requires_grad_()
+        F.relu(norm(leaf), inplace=inplace).backward(dy)
+        gradients.append([leaf.grad, norm.weight.grad, norm.bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    use_fused("auto")
 
 
 @pytest.mark.parametrize("name", NAMES)

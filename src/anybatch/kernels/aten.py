@@ -78,7 +78,10 @@ def affine(
     if x.is_contiguous():
         rows = [_example_rows(t, sizes) for t in (weight, bias)]
         table = (expand_rows(mean, sizes).reshape(-1), expand_rows(var, sizes).reshape(-1))
-        return _affine(_instances(x), *table, rows[0], rows[1], eps).view(x.shape)
+        y = _affine(_instances(x), *table, rows[0], rows[1], eps)
+        # Not a view to autograd, which refuses to change one in place (nn.ReLU(inplace=True)).
+        kept: Tensor = torch.ops.aten._unsafe_view(y, x.shape)
+        return kept
     parts = [
         _affine(part, mean[g], var[g], _row(weight, g), _row(bias, g), eps)
         for g, part in enumerate(x.split(sizes))
