@@ -6,6 +6,7 @@ network, `to_batchnorm` undoes it for deployment.
 
 from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
 from anybatch.layers import (
+    Accumulation,
     BatchGroupNorm1d,
     BatchGroupNorm2d,
     BatchGroupNorm3d,
@@ -24,6 +25,7 @@ from anybatch.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    accumulate,
     freeze,
     no_update,
     thaw,
@@ -34,6 +36,7 @@ from anybatch.scheduling import NormScheduler
 
 __all__ = [
     "METHODS",
+    "Accumulation",
     "BatchGroupNorm1d",
     "BatchGroupNorm2d",
     "BatchGroupNorm3d",
@@ -57,6 +60,7 @@ __all__ = [
     "NormScheduler",
     "Plan",
     "PlanRow",
+    "accumulate",
     "convert",
     "fold",
     "freeze",

@@ -3,7 +3,7 @@
 from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.batch_group import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
 from anybatch.layers.centralization import weight_centralization
-from anybatch.layers.control import freeze, no_update, thaw
+from anybatch.layers.control import Accumulation, accumulate, freeze, no_update, thaw
 from anybatch.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from anybatch.layers.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from anybatch.layers.moving_average import (
@@ -14,6 +14,7 @@ from anybatch.layers.moving_average import (
 from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
 __all__ = [
+    "Accumulation",
     "BatchGroupNorm1d",
     "BatchGroupNorm2d",
     "BatchGroupNorm3d",
@@ -32,6 +33,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "accumulate",
     "freeze",
     "no_update",
     "thaw",

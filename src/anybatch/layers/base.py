@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import kernels
+from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import Array, Compiled, Kept
 from anybatch.layers.normalize import BackwardMemory, normalize
@@ -33,10 +34,13 @@ class Batch(NamedTuple):
     Attributes:
         sizes: Examples in each of its groups.
         values: Values that an example gives to a channel.
+        seen: What its optimizer step has seen, where several forwards make one; the statistics
+            that a rule gets are then those of all of them.
     """
 
     sizes: tuple[int, ...]
     values: int
+    seen: Seen | None = None
 
     @property
     def examples(self) -> int:
@@ -45,6 +49,8 @@ class Batch(NamedTuple):
 
     def unbiased(self, var: Tensor) -> Tensor:
         """Bessel's correction of a single group's variance."""
+        if self.seen is not None:
+            return var * (self.seen.total / (self.seen.total - 1).clamp_(min=1))
         count = self.examples * self.values
         return var * kernels.scalar(count / (count - 1)) if count > 1 else var
 
@@ -168,6 +174,10 @@ class NormLayer(NormState):
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
 
+    def accumulate(self, steps: int | None) -> None:
+        self.step = None if steps == 1 else StepMemory(self, steps)
+        self._last, self._recent = None, Recent()
+
     @property
     def group_size(self) -> int | None:
         """Examples that share statistics within a normalization batch; None is all."""
@@ -235,7 +245,7 @@ class NormLayer(NormState):
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
         one_each = len(cut.sizes) == len(cut.steps)  # group of examples a normalization batch
-        if training and not recomputed and self.fuses and one_each:
+        if training and not recomputed and self.fuses and one_each and self.step is None:
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             loops = kernels.fused_for(x, self._buffers["running_var"], scale)
             if loops is not None and shift is not None and self._live(cut, values) is None:
@@ -253,7 +263,9 @@ class NormLayer(NormState):
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
         self._last = chosen
-        memory = self.backward_memory(chosen, live, update or recomputed) if training else None
+        memory = None
+        if training:
+            memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
         weight, bias = self._parameters_like(chosen.var)
         return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
 
@@ -265,8 +277,27 @@ class NormLayer(NormState):
         live: tuple[bool, ...] | None,
         update: bool,
     ) -> Statistics:
+        """Decide how a batch is normalized, and remember it."""
+        if self.step is None:
+            return self._run_rule(x, cut, values, live, update)
+        aside = self.step.rewind(self, "", update)
+        try:
+            return self._run_rule(x, cut, values, live, update)
+        finally:
+            self.step.leave(self, "", aside, update)
+
+    def _run_rule(
+        self,
+        x: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> Statistics:
         """Run the rule along the successive normalization batches."""
         mean, var = self._moments(x, cut.sizes)
+        if self.step is not None and self.group_size is None:
+            return self._run_pooled(self.step, mean, var, cut, values, update)
         if len(cut.steps) == 1 and live is None:
             return self.rule(mean, var, Batch(cut.sizes, values), update)
         if len(cut.sizes) == 1:
@@ -285,6 +316,56 @@ class NormLayer(NormState):
             parts += fallen
             first = end
         return stack(parts)
+
+    def _run_pooled(
+        self,
+        step: StepMemory,
+        mean: Tensor | None,
+        var: Tensor,
+        cut: Partition,
+        values: int,
+        update: bool,
+    ) -> Statistics:
+        """Run the rule on the statistics of all micro-batches of an optimizer step."""
+        count = cut.sizes[0] * values
+        mean, var, seen = step.pool(mean, var, count, update)
+        if mean is None or count > 1:
+            return self.rule(mean, var, Batch(cut.sizes, values, seen), update)
+        enough = seen.total > 1
+        var = torch.where(enough, var, torch.nan)  # which no memory takes
+        return self._or_remembered(
+            enough, self.rule(mean, var, Batch(cut.sizes, values, seen), update)
+        )
+
+    def _or_remembered(self, enough: Tensor, chosen: Statistics) -> Statistics:
+        """Statistics where there are enough values for them, else remembered ones."""
+        fallen = self._fall_back(chosen.var)
+        mean, var, r, d, center, share, own = chosen
+        assert mean is not None and fallen.mean is not None
+        mean = torch.where(enough, mean, fallen.mean)
+        return Statistics(
+            mean,
+            torch.where(enough, var, fallen.var),
+            None if r is None else torch.where(enough, r, 1.0),
+            None if d is None else torch.where(enough, d, 0.0),
+            None if center is None else torch.where(enough, center, fallen.mean),
+            enough * share,
+            own,
+        )
+
+    def _backward_memory(
+        self,
+        chosen: Statistics,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> BackwardMemory | None:
+        """The method's memory of the backward statistics, and that of an optimizer step."""
+        inner = self.backward_memory(chosen, live, update)
+        if self.step is None or self.group_size is not None:
+            return inner
+        return StepBackward(self, self.step, inner, cut.sizes[0] * values, update)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         if self.centered:

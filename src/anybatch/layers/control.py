@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
+from anybatch.layers.arguments import check_count
 from anybatch.layers.base import NormLayer, updates
 
 Where = str | Callable[[str, nn.Module], bool]
@@ -121,3 +124,100 @@ def no_update() -> Iterator[None]:
         yield
     finally:
         updates.enabled = before
+
+
+class Accumulation:
+    """What `accumulate` returns: ends an optimizer step early, or the whole arrangement.
+
+    It is a context manager too, which removes itself at the end.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        self.model = model
+        self._hook: Any = None
+        if optimizer is not None:
+            self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.end_step()
+
+    def end_step(self) -> None:
+        """The next forward is the first of an optimizer step, however many this one had."""
+        for layer in self.model.modules():
+            if isinstance(layer, NormLayer) and layer.step is not None:
+                layer.step.begin()
+
+    def remove(self) -> None:
+        """Every forward is a step again."""
+        for layer in self.model.modules():
+            if isinstance(layer, NormLayer):
+                layer.accumulate(1)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def __enter__(self) -> "Accumulation":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def accumulate(
+    model: nn.Module, steps: int | None = None, *, optimizer: Optimizer | None = None
+) -> Accumulation:
+    """Tell the layers how many forwards make one optimizer step (gradient accumulation).
+
+    Within a step the weights stand still, so that its micro-batches have the statistics of one
+    batch. With n values a channel in a micro-batch, N in those of the step seen so far (this one
+    included) and mean and var pooled over all N exactly::
+
+        y  = weight * (x - mean) / sqrt(var + eps) + bias
+        dx = (g - mean_N(g) - z * mean_N(g * z)) / sqrt(var + eps),     g = weight * dy
+
+    where ``mean_N`` is the average over the micro-batches that have had their backward: the
+    gradient of one batch of N. A method's memory counts optimizer steps, and running statistics
+    are updated once a step, each micro-batch weighing by its values. A step may end after fewer
+    micro-batches than usual. In `GhostBatchNorm` and `BatchGroupNorm` groups keep statistics of
+    their own; their running statistics alone pool.
+
+    The first micro-batches of a step know only themselves: `CrossIterationBatchNorm` and
+    `MovingAverageBatchNorm` bring what earlier steps know.
+
+    Args:
+        model: A network with anybatch layers.
+        steps: Forwards in training that make one optimizer step; 1 undoes it. None where the
+            optimizer alone tells.
+        optimizer: Its ``step()`` ends a step, however many forwards that had: for a shorter last
+            one, and for layers that are called several times in a forward.
+
+    Returns:
+        An `Accumulation`, to end a step by hand (``end_step()``) or to undo all (``remove()``).
+
+    Raises:
+        ValueError: If there is no layer, neither argument is given, or a layer has a
+            `norm_batch_size` (which cuts batches where this joins them).
+        TypeError: If ``steps`` is not a whole number.
+
+    Example:
+        >>> import torch, anybatch
+        >>> net = torch.nn.Sequential(anybatch.BatchNorm1d(3))
+        >>> _ = anybatch.accumulate(net, 4)
+        >>> for _ in range(8):
+        ...     _ = net(torch.randn(2, 3))
+        >>> net[0].num_batches_tracked.item()
+        2
+    """
+    if steps is not None:
+        check_count("steps", steps)
+    elif optimizer is None:
+        raise ValueError("steps=None: give the forwards in an optimizer step, or the optimizer")
+    layers = select(model, None)
+    for name, layer in model.named_modules():
+        if isinstance(layer, NormLayer) and layer.norm_batch_size is not None:
+            raise ValueError(
+                f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch where accumulate "
+                "joins batches; set it to None"
+            )
+    for layer in layers:
+        layer.accumulate(steps if optimizer is None or steps == 1 else None)
+    return Accumulation(model, optimizer)

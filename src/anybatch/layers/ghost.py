@@ -110,7 +110,7 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
     if not sizes:
         return
     if mean.dim() == 1:
-        return layer.track(mean, batch.unbiased(var))
+        return _track_step(layer, mean, batch.unbiased(var), sizes)
     pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
     first = 0
     for size in sorted(set(sizes), reverse=True):
@@ -119,7 +119,16 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
         pooled_mean += mean[rows].sum(0) * share
         pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
         first = rows.stop
-    layer.track(pooled_mean, pooled_var)
+    _track_step(layer, pooled_mean, pooled_var, sizes)
+
+
+def _track_step(layer: NormLayer, mean: Tensor, var: Tensor, sizes: list[int]) -> None:
+    """Track once for all micro-batches of an optimizer step, each weighing by its examples."""
+    if layer.step is not None:
+        first, var = layer.step.average("", mean, var, sum(sizes), True)
+        assert first is not None
+        mean = first
+    layer.track(mean, var)
 
 
 class GhostBatchNorm1d(_GhostBatchNorm):

@@ -1,17 +1,19 @@
 """State of a layer: torch's own, the memory that a method adds, and what keeps both safe."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
+from anybatch.layers.accumulation import StepMemory
 from anybatch.layers.compiled import Array
 from anybatch.layers.recompute import Recent
 
 _LOW = (torch.float16, torch.bfloat16)
+_STEP = "step."  # before the names of memory within an optimizer step
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
 
 
@@ -22,11 +24,15 @@ class NormState(_NormBase):
         memory: Tensors beyond torch's buffers, by name. They follow the layer's
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
+        rings: Names of memory that has a slot a step, of which only the newest is written.
+        step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
     """
 
     memory: dict[str, Tensor]
+    rings: ClassVar[tuple[str, ...]] = ()
+    step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
     _last: Any
@@ -71,14 +77,13 @@ class NormState(_NormBase):
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
     def _new_memory(self, *shape: int) -> Tensor:
-        """Zeros of the type and place of the layer's running statistics."""
-        assert self.running_var is not None
-        return self.running_var.new_zeros(shape)
+        """Zeros of the type and place of the layer's statistics."""
+        like = self.weight if self.running_var is None else self.running_var
+        return torch.zeros(shape) if like is None else like.detach().new_zeros(shape)
 
     def _new_counter(self) -> Tensor:
         """A whole number on the layer's device: reading it there costs no synchronization."""
-        assert self.running_var is not None
-        return self.running_var.new_zeros((), dtype=torch.long)
+        return self._new_memory().long()
 
     def _device(self) -> torch.device | None:
         tensors: Iterable[Tensor | None] = (self.weight, self.running_mean, *self.memory.values())
@@ -96,6 +101,8 @@ class NormState(_NormBase):
         """Reset running statistics and memory."""
         super().reset_running_stats()
         self.reset_memory()
+        if self.step is not None:
+            self.step.begin()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NormState":
         def lift(t: Tensor) -> Tensor:
@@ -107,6 +114,8 @@ class NormState(_NormBase):
 
         super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
         self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
+        if self.step is not None:
+            self.step.apply(lift)
         self._last, self._recent = None, Recent()
         return self
 
@@ -114,6 +123,9 @@ class NormState(_NormBase):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self.memory.items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        if self.step is not None:
+            for name, tensor in self.step.tensors.items():
+                destination[f"{prefix}{_STEP}{name}"] = tensor if keep_vars else tensor.detach()
         if self.frozen or self.affine_frozen:
             destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
 
@@ -130,7 +142,8 @@ class NormState(_NormBase):
         own = {name: state_dict.get(prefix + name) for name in self.memory}
         frozen = state_dict.get(prefix + "frozen")
         ours = {prefix + name for name in (*own, "frozen")}
-        plain = {key: value for key, value in state_dict.items() if key not in ours}
+        step = prefix + _STEP
+        plain = {k: v for k, v in state_dict.items() if k not in ours and not k.startswith(step)}
         super()._load_from_state_dict(
             plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -149,6 +162,8 @@ class NormState(_NormBase):
                 self.freeze_affine(True)
         if own and all(value is None for value in own.values()):
             self._start_from_batchnorm(error_msgs, prefix)
+        if self.step is not None:
+            self.step.load(state_dict, step)
         self._last, self._recent = None, Recent()
 
     def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
@@ -174,6 +189,14 @@ class NormState(_NormBase):
     def _number(self) -> float:
         """Momentum for the compiled kernels: -1 averages over all batches."""
         return -1.0 if self.momentum is None else float(self.momentum)
+
+    def accumulate(self, steps: int | None) -> None:
+        """Count optimizer steps of several forwards; see `anybatch.accumulate`.
+
+        Args:
+            steps: Forwards in a step; None if only `StepMemory.begin` ends one; 1 for none.
+        """
+        raise NotImplementedError
 
     # --- taking over another layer -----------------------------------------
 
@@ -206,6 +229,8 @@ class NormState(_NormBase):
         self.reset_memory()
         if isinstance(norm, NormState):
             self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
+            if norm.step is not None:
+                self.accumulate(norm.step.steps)
         for name, value in norm.__dict__.items():
             if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
                 self.__dict__[name] = value  # the same object: handles stay valid
