@@ -18,6 +18,7 @@ MOVING_AVERAGE = (
     "Yan et al., Towards Stabilizing Batch Statistics in Backward Propagation of "
     "Batch Normalization, 2020"
 )
+CROSS_ITERATION = "Yao et al., Cross-Iteration Batch Normalization, 2021"
 FOUR_THINGS = (
     "Summers and Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 2020"
 )
@@ -38,6 +39,7 @@ class Method:
         exact_eval: A trained batch norm converted to it keeps its output at inference.
         folds: Inference is an affine map a channel, which a convolution can absorb.
         scheduled: It needs `anybatch.NormScheduler`.
+        binds: It must be bound to the convolution or linear layer that feeds it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Method:
     exact_eval: bool = True
     folds: bool = True
     scheduled: bool = False
+    binds: bool = False
     builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
 
     def layer(self, dims: int) -> type[nn.Module]:
@@ -180,6 +183,16 @@ _TABLE = (
         MOVING_AVERAGE,
         "Averages over recent steps, of the second moment forward and of its gradient backward.",
         "Batches of 1 to 4, trained from scratch, with centred convolution weights.",
+    ),
+    Method(
+        "cbn",
+        "Cross-iteration batch normalization",
+        "CrossIterationBatchNorm",
+        CROSS_ITERATION,
+        "Statistics of recent steps, moved to today's weights by a Taylor polynomial.",
+        "Batches of 2 to 8 of convolutional networks, with gradient accumulation too.",
+        scheduled=True,
+        binds=True,
     ),
     Method(
         "brn",

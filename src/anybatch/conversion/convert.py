@@ -12,7 +12,7 @@ from torch import nn
 
 from anybatch.conversion.plan import Decision, Plan, Where, decide
 from anybatch.conversion.replacement import replacement
-from anybatch.conversion.surgery import NoEffectWarning, swap
+from anybatch.conversion.surgery import NoEffectWarning, let_go, swap
 from anybatch.layers.centralization import decentralize, weight_centralization
 
 
@@ -30,7 +30,9 @@ def convert(
 
     Parameters stay the same objects, so an optimizer made before stays valid; statistics,
     train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
-    a trained network stays the same for `bn mbn mabn brn ghost`; `bgn gn ln in` cannot keep it.
+    a trained network stays the same for `bn mbn mabn cbn brn ghost`; `bgn gn ln in` cannot keep it.
+    For "cbn" each layer is bound to the convolution or linear layer that feeds it; a norm that is
+    fed by anything else stays as it is, and `plan` says why.
     For "mabn" the weights of the convolutions that feed the norms are centralized where the
     network is fresh, those of linear layers only with `centralize=True` (the paper centralizes
     kernels, and networks of linear layers have done without). Trained weights are left alone
@@ -92,6 +94,9 @@ def convert(
         for decision in chosen:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
+            if decision.bind is not None:
+                replacements[decision.norm].bind(decision.bind)  # type: ignore[operator]
+    let_go(model, replacements)
     return swap(model, replacements)
 
 
@@ -114,6 +119,7 @@ def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
     decisions = list(decisions)
     feeding = [d.centralize for d in decisions if d.centralize is not None]
     classes = [(module, type(module)) for module in feeding]
+    hooks = [(d.bind, set(d.bind._forward_hooks)) for d in decisions if d.bind is not None]
     saved = [
         (tensor, tensor.detach().clone())
         for d in decisions
@@ -125,6 +131,10 @@ def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in saved:
                 tensor.copy_(value)
+            for module, known in hooks:
+                for key in set(module._forward_hooks) - known:
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
             for module, cls in classes:
                 if type(module) is not cls:
                     _uncentralize(module)

@@ -20,7 +20,7 @@ from anybatch.conversion.norms import (
     norm_kind,
     wrapper_refusal,
 )
-from anybatch.conversion.surgery import NoEffectWarning, has_hooks, paths, swap
+from anybatch.conversion.surgery import NoEffectWarning, has_hooks, let_go, paths, swap
 from anybatch.layers.base import NormLayer
 from anybatch.layers.centralization import decentralize, is_centralized
 
@@ -99,6 +99,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             state.put_back()
         swap(model, {new: old for old, new in identities.items()})
         raise
+    let_go(folded, identities)
     _warn(folds, stay)
     return folded
 

@@ -117,11 +117,12 @@ def wrapper_refusal(model: nn.Module) -> str | None:
     return None
 
 
-def has_plain_forward(module: nn.Module) -> bool:
+def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:
     """Whether a convolution or linear layer computes what its torch class computes.
 
     A subclass that pads, standardizes its weight or quantizes in its own forward does not; nor
-    does a layer whose weight is recomputed by a parametrization or a weight-norm hook.
+    does a layer whose weight is recomputed by a parametrization or a weight-norm hook, but for
+    `any_weight`.
 
     Example:
         >>> has_plain_forward(nn.Conv2d(3, 4, 3))
@@ -129,7 +130,7 @@ def has_plain_forward(module: nn.Module) -> bool:
         >>> has_plain_forward(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
         False
     """
-    if "forward" in module.__dict__ or "weight" not in module._parameters:
+    if "forward" in module.__dict__ or not (any_weight or "weight" in module._parameters):
         return False
     base = _torch_class(module)
     names = ("forward", "_conv_forward", "__call__")

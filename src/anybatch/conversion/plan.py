@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from anybatch.conversion.norms import (
 )
 from anybatch.conversion.replacement import trial
 from anybatch.conversion.surgery import paths
+from anybatch.kernels.patches import geometry_of
 from anybatch.layers.base import NormLayer
 from anybatch.layers.centralization import is_centralized, weight_centralization
 from anybatch.methods import Method, fitting_groups, get_method
@@ -41,6 +42,7 @@ class PlanRow:
         reason: why, and what that means for the output.
         centralizes: the path of the layer whose weights are centralized for it, or None.
         also: its other paths.
+        binds: the path of the layer that it is bound to, or None.
 
     Example:
         >>> PlanRow("1", "BatchNorm2d", "0", "keep", "BatchNorm2d", "left out by where").decision
@@ -55,6 +57,7 @@ class PlanRow:
     reason: str
     centralizes: str | None = None
     also: tuple[str, ...] = ()
+    binds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,23 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Decision:
-    """A row together with what carries it out: the norm, the method, its options, the feeder."""
+    """A row together with what carries it out: the norm, the method, its options, the feeder.
+
+    Args:
+        row: what is shown of it.
+        norm: the norm.
+        method: the method it becomes, or None.
+        options: of the method's layer.
+        centralize: the layer whose weights are centralized for it, or None.
+        bind: the layer that it is bound to, or None.
+    """
 
     row: PlanRow
     norm: nn.Module
     method: Method | None = None
     options: Mapping[str, Any] | None = None
     centralize: nn.Module | None = None
+    bind: nn.Module | None = None
 
 
 def plan(
@@ -307,6 +320,9 @@ class _Judge:
         if method.name == "in" and isinstance(self._module(feeder), nn.Linear):
             erased = "after a linear layer instance norm has one value to normalize: output is 0"
             return self._refuse(norm, f"{erased}; use ln, or leave it out with where=")
+        binds = method.binds and options.get("order", 1) != 0 and options.get("window") != 1
+        if binds and (obstacle := _binding_obstacle(norm, feeder, self._module(feeder))):
+            return self._keep(norm, f"stays as it is: {obstacle}")
         try:
             rewrites = trial(norm, method, options)
         except ValueError as error:
@@ -315,10 +331,13 @@ class _Judge:
             absorbs = f"{method.name} rewrites its scale and shift, which {shared} uses too"
             return self._refuse(norm, f"{absorbs}: give each its own, or leave it out with where=")
         target, why = self._centralization(method, options, feeder)
-        reason = "; ".join(filter(None, [_effect(method), why]))
+        bound = f"bound to {feeder.name!r}" if binds else None
+        reason = "; ".join(filter(None, [_effect(method), why, bound]))
         row = self._row(norm, "convert", method.layer(kind.dims or 0).__name__, reason, target)
         module = None if target is None else self.by_name[target]
-        return Decision(row, norm, method, options, module)
+        if binds:
+            row = replace(row, binds=feeder.name)
+        return Decision(row, norm, method, options, module, self._module(feeder) if binds else None)
 
     def _centralization(
         self, method: Method, options: Mapping[str, Any], feeder: Feeder
@@ -386,6 +405,17 @@ def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | 
         return f"{feeder.name!r} is of a class of its own, {type(module).__name__}"
     except ValueError as error:
         return str(error)
+    return None
+
+
+def _binding_obstacle(norm: nn.Module, feeder: Feeder, module: nn.Module | None) -> str | None:
+    """Why a norm cannot follow the weights of what feeds it, or None."""
+    if module is None:
+        return feeder.reason
+    if not is_centralized(module) and not has_plain_forward(module, any_weight=True):
+        return f"{feeder.name!r} computes its weight or output in its own way"
+    if geometry_of(module).outputs != getattr(norm, "num_features", None):
+        return f"the channels of {feeder.name!r} are not those that it normalizes"
     return None
 
 

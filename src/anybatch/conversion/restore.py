@@ -6,7 +6,7 @@ from torch import nn
 
 from anybatch.conversion.norms import wrapper_refusal
 from anybatch.conversion.replacement import torch_norm
-from anybatch.conversion.surgery import paths, swap
+from anybatch.conversion.surgery import let_go, paths, swap
 from anybatch.layers.base import NormLayer
 from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.centralization import decentralize, is_centralized
@@ -48,6 +48,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     for module in places:
         if is_centralized(module):
             decentralize(module)
+    let_go(model, layers)
     return swap(model, replacements)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
+
+from anybatch.layers.base import NormLayer
+from anybatch.layers.cross_iteration import release
 
 HOOKS = (
     "_backward_pre_hooks",
@@ -85,6 +88,32 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         new.__dict__[name] = old.__dict__[name]
 
 
+def let_go(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Unbind layers that left a network from the modules in it that they follow.
+
+    Example:
+        >>> import anybatch
+        >>> linear = nn.Linear(2, 3)
+        >>> norm = anybatch.CrossIterationBatchNorm1d(3, window=2).bind(linear)
+        >>> let_go(linear, [norm]); len(linear._forward_hooks)
+        0
+    """
+    bound = [layer for layer in layers if getattr(layer, "geometry", None) is not None]
+    for module in model.modules() if bound else ():
+        for layer in bound:
+            release(module, layer)
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything listens to, or changes, what goes into or comes out of a module."""
-    return any(module.__dict__[name] for name in HOOKS if name.startswith(("_forward", "_back")))
+    """Whether anything listens to, or changes, what goes into or comes out of a module.
+
+    Layers that follow the weights of a convolution do not count.
+    """
+    kinds = [name for name in HOOKS if name.startswith(("_forward", "_back"))]
+    foreign = dict(module._forward_hooks)
+    for key, hook in module._forward_hooks.items():
+        if isinstance(getattr(hook, "__self__", None), NormLayer):
+            del foreign[key]
+    kinds.remove("_forward_hooks")
+    kinds.remove("_forward_hooks_with_kwargs")
+    return bool(foreign) or any(module.__dict__[name] for name in kinds)

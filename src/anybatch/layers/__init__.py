@@ -4,6 +4,11 @@ from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.batch_group import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
 from anybatch.layers.centralization import weight_centralization
 from anybatch.layers.control import Accumulation, accumulate, freeze, no_update, thaw
+from anybatch.layers.cross_iteration import (
+    CrossIterationBatchNorm1d,
+    CrossIterationBatchNorm2d,
+    CrossIterationBatchNorm3d,
+)
 from anybatch.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from anybatch.layers.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
 from anybatch.layers.moving_average import (
@@ -24,6 +29,9 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "CrossIterationBatchNorm1d",
+    "CrossIterationBatchNorm2d",
+    "CrossIterationBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",

@@ -1,0 +1,568 @@
+"""Cross-iteration batch normalization (Yao et al. 2021, cross-iteration-bn)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from anybatch.kernels import INFINITY, patches
+from anybatch.kernels.patches import Geometry
+from anybatch.layers.accumulation import Seen
+from anybatch.layers.arguments import check_between, check_count
+from anybatch.layers.base import Batch, NormLayer
+from anybatch.layers.centralization import centralized_weight, is_centralized
+from anybatch.layers.partition import Partition
+from anybatch.layers.recompute import in_backward
+from anybatch.layers.statistics import Statistics
+
+_ENOUGH = 16  # examples for reliable statistics (cross-iteration-bn, section 4.3)
+_LONGEST = 8  # the longest window that the paper found to help
+
+
+class Feed(NamedTuple):
+    """What a layer's convolution did in this forward.
+
+    Attributes:
+        geometry: How its taps move.
+        x: Its input.
+        rows: The weights it used, one row an output channel.
+        bias: Its bias, or None.
+    """
+
+    geometry: Geometry
+    x: Tensor
+    rows: Tensor
+    bias: Tensor | None
+
+
+class _Batch(NamedTuple):
+    """The normalization batch that a rule is at: its feed, its examples of input and output."""
+
+    feed: Feed | None
+    y: Tensor
+    first: int
+
+
+class _CrossIterationBatchNorm(NormLayer):
+    """Cross-iteration batch normalization: statistics of recent steps at today's weights.
+
+    The layer is bound to the convolution or linear layer that feeds it. Of each of the last
+    `window` - 1 steps it keeps mean and variance and their gradients with respect to the weights,
+    and moves them to the weights ``w`` of this step by a Taylor polynomial::
+
+        mean_t' = mean_t + (d mean_t / d w_t) (w - w_t) + (b - b_t)                     (eq. 7)
+        nu_t'   = nu_t   + (d nu_t / d w_t) (w - w_t)         nu: mean of squares       (eq. 8)
+        mean    = average of mean_t' over the window, this step included                (eq. 9)
+        nu      = average of max(nu_t', mean_t'^2)                                      (eq. 10)
+        y       = weight * (x - mean) / sqrt(nu - mean^2 + eps) + bias                  (eq. 11, 12)
+
+    The averages weigh each step by its values; for batches of one size that is 1 / k each. Earlier
+    steps are constants in the backward pass::
+
+        g  = weight * dy
+        dx = (g - a * mean(g) - a * z * mean(g * z)) / sqrt(var + eps)
+
+    with ``a`` this step's share in the averages, 1 / k. Running statistics follow the batch's own,
+    as in batch normalization. With ``window=1``, and in the burn-in, the layer is batch
+    normalization; the window then grows from 1 by one a step.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default 0.1); None for the
+            average over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics for inference (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        window: Steps k in the averages, this one included (default None: min(ceil(16 / batch
+            size), 8), section 4.3).
+        burn_in_steps: Steps before the window is used (default 0).
+        burn_in: Part of all epochs before the window is used, where `anybatch.NormScheduler` tells
+            the epoch (default 0.25, as in the paper's experiments).
+        order: Terms of the Taylor polynomial: 1 (default), 2 (section 4.4), or 0 for none, the
+            paper's naive variant, which needs no `bind`.
+        gradient_sample: Positions that d nu / d w is estimated from (default 32); None for all,
+            which costs one more convolution weight gradient a step.
+        batch_size: Examples of a step, for ``window=None`` (default None: read from the first
+            batch).
+        norm_batch_size: Normalize in successive batches of so many examples, each a step of the
+            memory.
+        example_weight: Share of an example's own statistics at inference.
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d. Memory a layer: see `memory_numbers`.
+
+    Raises:
+        ValueError: For an argument out of range, an input of another shape, or in training an
+            input that is not what the bound layer put out.
+        TypeError: For an input that is not floating point.
+        RuntimeError: In training where no layer is bound, or did not run before this one.
+
+    Source: cross-iteration-bn, section 3 and appendices A and B.
+
+    Example:
+        >>> import torch, anybatch
+        >>> conv = torch.nn.Conv2d(3, 8, 3)
+        >>> norm = anybatch.CrossIterationBatchNorm2d(8, window=4).bind(conv)
+        >>> norm(conv(torch.randn(2, 3, 7, 7))).shape
+        torch.Size([2, 8, 5, 5])
+    """
+
+    rings = (
+        "mean",
+        "var",
+        "values",
+        "mean_gradient",
+        "var_gradient",
+        "mean_base",
+        "var_base",
+        "weight_rows",
+        "patch_covariance",
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        window: int | None = None,
+        burn_in_steps: int = 0,
+        burn_in: float = 0.25,
+        order: int = 1,
+        gradient_sample: int | None = 32,
+        batch_size: int | None = None,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        for name, count in (
+            ("window", window),
+            ("gradient_sample", gradient_sample),
+            ("batch_size", batch_size),
+        ):
+            if count is not None:
+                check_count(name, count)
+        if burn_in_steps != 0:
+            check_count("burn_in_steps", burn_in_steps)
+        check_between("burn_in", burn_in, 0.0, 1.0)
+        if isinstance(order, bool) or order not in (0, 1, 2):
+            raise ValueError(f"order={order!r}: give 0, 1 or 2")
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+        )
+        self.window, self.order, self.gradient_sample = window, order, gradient_sample
+        self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)
+        self.batch_size = batch_size
+        self.geometry: Geometry | None = None
+        self.burning = False
+        self._used_weight: Tensor | None = None
+        self._feed: Feed | None = None
+        self._batch: _Batch | None = None
+        for name in ("step", "position", "entries", "burning"):
+            self.memory[name] = self._new_counter()
+        if window is None and batch_size is not None:
+            self.window = recommended_window(batch_size)
+        self._make_rings()
+
+    def _make_rings(self) -> None:
+        """One slot a step of the window, the newest one's included."""
+        if self.window is None or self.window == 1 or (self.order and self.geometry is None):
+            return
+        slots, channels = self.window, self.num_features
+        shapes: dict[str, tuple[int, ...]] = {"mean": (channels,), "var": (channels,), "values": ()}
+        if self.order and self.geometry is not None:
+            groups, fan_in = self.geometry.groups, self.geometry.fan_in
+            shapes["mean_base"] = shapes["var_base"] = (channels,)
+            shapes["mean_gradient"], shapes["var_gradient"] = (groups, fan_in), (channels, fan_in)
+            if self.order == 2:
+                shapes["weight_rows"] = (channels, fan_in)
+                shapes["patch_covariance"] = (groups, fan_in, fan_in)
+        for name, shape in shapes.items():
+            self.memory[name] = self._new_memory(slots, *shape)
+
+    @property
+    def memory_numbers(self) -> int:
+        """Numbers that the window holds.
+
+        With fan_in = C_in / groups x K: ``window * (4 C + 1 + groups * fan_in + C * fan_in)`` in
+        the first order. (The paper counts ``2 (window - 1) (C + C * fan_in)``: it keeps the
+        weights too, which here are one number a channel, their product with the gradient.)
+        """
+        return sum(self.memory[name].numel() for name in self.rings if name in self.memory)
+
+    def reset_memory(self) -> None:
+        for tensor in self.memory.values():
+            tensor.zero_()
+        if self.memory:
+            self.memory["burning"].fill_(self.burning)
+
+    def set_progress(self, epoch: int, total_epochs: int) -> None:
+        """Use the window from the first epoch after the burn-in on.
+
+        Args:
+            epoch: From 1 on.
+            total_epochs: T; the burn-in is the first ``burn_in * T`` epochs.
+        """
+        check_count("epoch", epoch)
+        check_count("total_epochs", total_epochs)
+        self.burning = epoch <= round(self.burn_in * total_epochs)
+        self.memory["burning"].fill_(self.burning)
+
+    # --- the layer that feeds this one ----------------------------------------
+
+    def bind(self, module: nn.Module) -> "_CrossIterationBatchNorm":
+        """Follow the convolution or linear layer whose output this layer normalizes.
+
+        The weights that it *uses* count: centralized ones, and those of a parametrization or a
+        weight norm.
+
+        Args:
+            module: ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d`` or ``Linear``.
+
+        Returns:
+            This layer.
+
+        Raises:
+            TypeError: For another layer.
+            ValueError: If it puts out another number of channels, or one is bound already.
+        """
+        if not isinstance(module, (_ConvNd, nn.Linear)):
+            raise TypeError(
+                f"module={type(module).__name__}: give a convolution, a transposed convolution or "
+                "a linear layer"
+            )
+        geometry = patches.geometry_of(module)
+        if geometry.outputs != self.num_features:
+            raise ValueError(
+                f"module={module}: it puts out {geometry.outputs} channels, this layer normalizes "
+                f"{self.num_features}"
+            )
+        if self.geometry is not None:
+            raise ValueError("a layer is bound already: unbind it first")
+        self.geometry = geometry
+        module.register_forward_hook(self._note, with_kwargs=True)
+        if parametrize.is_parametrized(module, "weight"):  # reading the weight may change it
+            module.parametrizations["weight"].register_forward_hook(self._note_weight)  # type: ignore[index,union-attr]
+        self._make_rings()
+        if self.step is not None:
+            self.accumulate(self.step.steps)
+        return self
+
+    def unbind(self, module: nn.Module) -> None:
+        """Undo `bind`; the window is dropped."""
+        release(module, self)
+        self.geometry = None
+        for name in self.rings:
+            self.memory.pop(name, None)
+        self.reset_memory()
+
+    def _note(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """After the bound layer's forward: keep what the next forward of this layer needs."""
+        weight, self._used_weight = self._used_weight, None
+        if not self.training or self.frozen or self.window == 1 or not self.order or self.burning:
+            return
+        if in_backward():  # a recomputed forward finds its statistics
+            return
+        assert self.geometry is not None
+        x = args[0] if args else kwargs["input"]
+        weight = _weight_of(module) if weight is None else weight
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        rows = self.geometry.rows(weight.detach())
+        self._feed = Feed(self.geometry, x.detach(), rows, None if bias is None else bias.detach())
+
+    def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """After a parametrization's forward: the weight it made."""
+        self._used_weight = output.detach()
+
+    def _take_feed(self, y: Tensor) -> Feed | None:
+        """What the bound layer did to make ``y``."""
+        feed, self._feed = self._feed, None
+        if not self.order or self.burning:
+            return None
+        if self.geometry is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is bound to no layer: call .bind(conv) with the layer that "
+                'feeds it, or use anybatch.convert(model, "cbn"), or order=0'
+            )
+        if feed is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: the layer it is bound to has not run in training mode "
+                "since this layer's last forward; both must run in turn"
+            )
+        dims = len(feed.geometry.kernel)
+        fits = y.dim() == 2 + dims == feed.x.dim() and y.shape[0] == feed.x.shape[0]
+        if not fits:
+            raise ValueError(
+                f"input of shape {tuple(y.shape)}: {type(self).__name__} is bound to a layer whose "
+                f"input was {tuple(feed.x.shape)}; it must normalize that layer's output itself"
+            )
+        return feed
+
+    # --- forward -----------------------------------------------------------
+
+    def _live(self, cut: Partition, values: int) -> tuple[bool, ...] | None:
+        """With a window, earlier steps give one value statistics."""
+        return super()._live(cut, values) if self.window == 1 or self.burning else None
+
+    def _choose(
+        self,
+        x: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> Statistics:
+        if self.window is None:
+            self._open_window(cut.batches[0])
+            live = self._live(cut, values)
+        if self.window != 1:
+            self._batch = _Batch(self._take_feed(x), x, 0)
+        try:
+            return super()._choose(x, cut, values, live, update)
+        finally:
+            self._batch = None
+
+    def _open_window(self, examples: int) -> None:
+        """Choose the window by the first batch."""
+        forwards = 1 if self.step is None else self.step.steps or 1
+        self.window = recommended_window(examples * forwards)
+        self._make_rings()
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        values = batch.examples * batch.values
+        if update and (values > 1 or batch.seen is not None):
+            self.track(mean, batch.unbiased(var))
+        if self._batch is None or self.burning:
+            if update:
+                self.memory["step"].add_(1)
+            return Statistics(mean, var)
+        feed, y, first = self._batch
+        self._batch = _Batch(feed, y, first + batch.examples)
+        chosen = self._average(mean, var, batch, feed)
+        if update:
+            examples = slice(first, first + batch.examples)
+            if feed is not None:
+                feed = feed._replace(x=feed.x[examples])
+            self._record(mean, var, batch, feed, y[examples])
+        return chosen
+
+    def _average(self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None) -> Statistics:
+        """Equations 9 to 11, in means and variances."""
+        means, variances = self._compensated(feed, var.dtype)
+        slots = means.shape[0]
+        age = (self.memory["position"] - _range(slots, var)).remainder(slots)
+        used = (age > 0) & (age <= self.memory["entries"])
+        weights = torch.where(used, self.memory["values"], 0).to(var.dtype)
+        own = batch.seen.total if batch.seen is not None else batch.examples * batch.values
+        total = weights.sum() + own
+        weights, share = (weights / total).unsqueeze(1), own / total
+        means = torch.where(used.unsqueeze(1), means, 0)
+        pooled = torch.addcmul((means * weights).sum(0), mean, share)
+        spread = (variances + (means - pooled).square()).mul_(weights).sum(0)
+        spread = torch.addcmul(spread, var + (mean - pooled).square(), share)
+        chosen = Statistics(pooled, spread, share=share)
+        return (
+            chosen if batch.examples * batch.values > 1 else self._or_remembered(total > 1, chosen)
+        )
+
+    def _compensated(self, feed: Feed | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Means and variances of all slots at today's weights (equations 7, 8 and 10).
+
+        In variances equations 8 and 10 are ``max(var + (d var / d w) dw - ((d mean / d w) dw)^2,
+        0)``. The gradients' products with the weights of their step are kept, not the weights:
+        ``(d var / d w) (w - w_t) = (d var / d w) w - var_base``. A bias moves the mean by itself.
+        """
+        slot = {name: self.memory[name].to(dtype) for name in self.rings if name in self.memory}
+        means, variances = slot["mean"], slot["var"]
+        if feed is None:
+            return means, variances
+        rows = feed.rows.to(dtype)
+        grouped = rows.view(feed.geometry.groups, -1, feed.geometry.fan_in)
+        moved = (slot["mean_gradient"].unsqueeze(2) * grouped).sum(-1).flatten(1)
+        shift = moved - slot["mean_base"]
+        change = (slot["var_gradient"] * rows).sum(-1) - slot["var_base"]
+        if self.order == 1:
+            change = change - shift.square()
+        else:
+            apart = (rows - slot["weight_rows"]).unflatten(1, grouped.shape[:2])
+            curved = torch.matmul(apart, slot["patch_covariance"])
+            change = change + (curved * apart).sum(-1).flatten(1)
+        means = means + shift
+        if feed.bias is not None:
+            means = means + feed.bias
+        return means, (variances + change).clamp_(min=0)
+
+    # --- what is kept of a step --------------------------------------------
+
+    def _record(
+        self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None, y: Tensor
+    ) -> None:
+        """Write this step into its slot, unless it is not finite or still burn-in."""
+        assert self.window is not None
+        memory, place = self.memory, self.memory["position"].view(1)
+        values = mean.new_tensor(float(batch.examples * batch.values))
+        new = {"mean": mean, "var": var, "values": values}
+        if batch.seen is not None:
+            new["values"] = batch.seen.total
+        if feed is not None:
+            own = None if batch.seen is None else batch.seen.own_mean
+            new |= self._gradients(feed, y, mean if own is None else own)
+            if batch.seen is not None:
+                self._pool_gradients(new, batch.seen, place)
+            self._settle(new, feed)
+        finite = torch.lt(new["var_base" if feed is not None else "var"].abs(), INFINITY).all()
+        finite = finite & torch.lt(new["var"], INFINITY).all()
+        for name, tensor in new.items():
+            ring = memory[name]
+            old = ring.index_select(0, place)
+            ring.index_copy_(0, place, torch.where(finite, tensor.to(ring.dtype), old))
+        memory["step"].add_(1)
+        kept = finite if batch.seen is None else finite | (batch.seen.share < 1)
+        kept = kept & (memory["step"] > self.burn_in_steps)
+        memory["position"].add_(kept).remainder_(self.window)
+        memory["entries"].add_(kept).clamp_(max=self.window - 1)
+
+    def _gradients(self, feed: Feed, y: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """Gradients of a batch's own mean and variance with respect to the weights (appendix B)."""
+        geometry, dtype = feed.geometry, mean.dtype
+        x, y = feed.x.to(dtype), y.to(dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            patch = patches.mean_patch(geometry, x, y)
+            sample = self.gradient_sample
+            few = sample is not None and sample < y.numel() // y.shape[1]
+            if not few and self.order == 1:
+                slope = patches.var_gradient(geometry, x, y, mean, patch)
+                return {"mean_gradient": patch, "var_gradient": slope}
+            points = self._points(sample, y) if few else patches.all_points(y)
+            values, seen = patches.sampled_patches(geometry, x, y, points)
+            apart, seen = values - mean, (seen - patch).transpose(0, 1)  # (groups, n, fan_in)
+            apart = apart.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0)
+            slope = torch.matmul(apart, seen).flatten(0, 1).mul_(2 / points.shape[1])
+            found = {"mean_gradient": patch, "var_gradient": slope}
+            if self.order == 2:
+                product = torch.matmul(seen.transpose(1, 2), seen)
+                found["patch_covariance"] = product.div_(points.shape[1])
+            return found
+
+    def _points(self, count: int | None, y: Tensor) -> Tensor:
+        """The positions of this step: the next ones of a sequence that covers the unit cube."""
+        assert count is not None
+        first = self.memory["step"] * count
+        return patches.covering_points(first, count, y.dim() - 1)
+
+    def _pool_gradients(self, new: dict[str, Tensor], seen: Seen, place: Tensor) -> None:
+        """Join a micro-batch's gradients with those of the step before it, in its slot."""
+        assert seen.own_mean is not None and seen.earlier_mean is not None
+        share = seen.share
+        both = share * (1 - share)
+        old = {n: self.memory[n].index_select(0, place).squeeze(0).to(share.dtype) for n in new}
+        patch_apart = new["mean_gradient"] - old["mean_gradient"]
+        groups = patch_apart.shape[0]
+        means_apart = (seen.own_mean - seen.earlier_mean).view(groups, -1, 1)
+        across = (means_apart * patch_apart.unsqueeze(1)).flatten(0, 1)
+        for name in ("mean_gradient", "var_gradient", "patch_covariance"):
+            if name in new:
+                new[name] = torch.lerp(old[name], new[name], share)
+        new["var_gradient"] = new["var_gradient"] + across * (2 * both)
+        if "patch_covariance" in new:
+            square = patch_apart.unsqueeze(2) * patch_apart.unsqueeze(1)
+            new["patch_covariance"] = new["patch_covariance"] + square * both
+
+    def _settle(self, new: dict[str, Tensor], feed: Feed) -> None:
+        """Add what the compensation subtracts: the products with the weights of this step."""
+        rows = feed.rows.to(new["var"].dtype)
+        grouped = rows.view(feed.geometry.groups, -1, feed.geometry.fan_in)
+        new["mean_base"] = (new["mean_gradient"].unsqueeze(1) * grouped).sum(-1).flatten()
+        new["var_base"] = (new["var_gradient"] * rows).sum(-1)
+        if feed.bias is not None:
+            new["mean"] = new["mean"] - feed.bias
+        if self.order == 2:
+            new["weight_rows"] = rows
+
+    # --- state -------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        mean = state_dict.get(prefix + "mean")
+        if self.window is None and isinstance(mean, Tensor):
+            self.window = mean.shape[0]
+            self._make_rings()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.burning = bool(self.memory["burning"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_feed": None, "_used_weight": None, "_batch": None}
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        names = ("window", "burn_in_steps", "burn_in", "order", "gradient_sample")
+        bound = {} if self.geometry is not None or not self.order else {"bound": False}
+        return {**{name: getattr(self, name) for name in names}, **bound}
+
+
+def recommended_window(batch_size: int) -> int:
+    """The window for a batch size (cross-iteration-bn, section 4.3).
+
+    >>> [recommended_window(n) for n in (1, 2, 4, 5, 16, 32)]
+    [8, 8, 4, 4, 1, 1]
+    """
+    return min(-(-_ENOUGH // batch_size), _LONGEST)
+
+
+def release(module: nn.Module, layer: nn.Module) -> None:
+    """Take away the hooks by which a layer follows a module."""
+    followed = [module]
+    if parametrize.is_parametrized(module, "weight"):
+        followed.append(module.parametrizations["weight"])  # type: ignore[index,arg-type]
+    for one in followed:
+        for key, hook in list(one._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is layer:
+                del one._forward_hooks[key]
+                one._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """The weights that a layer has just used."""
+    if is_centralized(module):
+        return centralized_weight(module)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight
+
+
+def _range(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
+
+
+class CrossIterationBatchNorm1d(_CrossIterationBatchNorm):
+    __doc__ = _CrossIterationBatchNorm.__doc__
+    dims = 1
+
+
+class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
+    __doc__ = _CrossIterationBatchNorm.__doc__
+    dims = 2
+
+
+class CrossIterationBatchNorm3d(_CrossIterationBatchNorm):
+    __doc__ = _CrossIterationBatchNorm.__doc__
+    dims = 3
