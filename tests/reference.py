@@ -484,3 +484,105 @@ class BatchGroupNorm(GhostBatchNorm):
                 z = (x[i, part] - mean) / torch.sqrt(var + self.eps)
                 y[i, part] = self.weight[part, None] * z + self.bias[part, None]
         return y
+
+
+@dataclass
+class CrossIteration:
+    """CBN: a convolution and the norm of its output, differentiable by autograd.
+
+    Numbers of equations: cross-iteration-bn. ``convolve(x, w)`` is the convolution without its
+    bias, which adds to the mean alone. The Taylor polynomials of eq. 7 and 8 are directional
+    derivatives of the statistics of the old inputs, as functions of the weights.
+    """
+
+    convolve: Callable[[Tensor, Tensor], Tensor]
+    channels: int
+    window: int
+    order: int = 1
+    burn_in_steps: int = 0
+    eps: float = 1e-5
+    momentum: float = 0.1
+    backward_stats: str = "batch"
+    running_stats: str = "batch"
+    running_mean: Tensor = field(init=False)
+    running_var: Tensor = field(init=False)
+    step: int = 0
+    past: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    past_backward: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.running_mean = torch.zeros(self.channels, dtype=torch.float64)
+        self.running_var = torch.ones(self.channels, dtype=torch.float64)
+
+    def statistics(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and mean of squares of the convolution's output, a channel each."""
+        values = self.convolve(x, w).transpose(0, 1).flatten(1)
+        return values.mean(1), values.square().mean(1)
+
+    def taylor(self, x: Tensor, then: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
+        """eq. 7, 8 (and section 4.4 for the second order), then eq. 10's maximum."""
+
+        def along(t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.statistics(x, then + t * (now - then))
+
+        zero, one = torch.tensor(0.0).double(), torch.tensor(1.0).double()
+        mu, nu = along(zero)
+        if self.order >= 1:
+            d_mu, d_nu = torch.func.jvp(along, (zero,), (one,))[1]
+            mu, nu = mu + d_mu, nu + d_nu
+        if self.order == 2:
+
+            def slope(t: Tensor) -> tuple[Tensor, Tensor]:
+                return torch.func.jvp(along, (t,), (one,))[1]
+
+            dd_mu, dd_nu = torch.func.jvp(slope, (zero,), (one,))[1]
+            mu, nu = mu + dd_mu / 2, nu + dd_nu / 2
+        return mu, torch.maximum(nu, mu**2)
+
+    def forward(
+        self, x: Tensor, w: Tensor, b: Tensor | None, gamma: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, and the mean and variance that it was normalized by (eq. 9 to 12)."""
+        self.step += 1
+        out = self.convolve(x, w)
+        shift = torch.zeros(self.channels).double() if b is None else b
+        own_mu, own_nu = self.statistics(x, w)
+        count = float(out.numel() // self.channels)
+        entries = []
+        if self.window > 1 and self.step > self.burn_in_steps:
+            for past_x, past_w, past_b in self.past[-(self.window - 1) :]:
+                with torch.no_grad():
+                    mu, nu = self.taylor(past_x, past_w, w.detach())
+                values = self.convolve(past_x, past_w).numel() // self.channels
+                then = past_b if self.order == 0 else shift.detach()  # naive: not even the bias
+                entries.append((float(values), mu + then, nu + 2 * mu * then + then**2))
+            self.past.append((x.detach(), w.detach().clone(), shift.detach().clone()))
+        entries.append((count, own_mu + shift, own_nu + 2 * own_mu * shift + shift**2))
+        total = sum(n for n, _, _ in entries)
+        mean = sum(n * mu for n, mu, _ in entries) / total
+        var = sum(n * nu for n, _, nu in entries) / total - mean**2
+        own_var = (own_nu - own_mu**2) * count / (count - 1)
+        new = (own_mu + shift, own_var)
+        if self.running_stats == "window":
+            new = (mean, var * total / (total - 1))
+        pace = self.momentum
+        self.running_mean = (1 - pace) * self.running_mean + pace * new[0].detach()
+        self.running_var = (1 - pace) * self.running_var + pace * new[1].detach()
+        column = (1, -1, *(1,) * (out.dim() - 2))
+        out = out + shift.view(column)
+        z = (out - mean.view(column)) / torch.sqrt(var + self.eps).view(column)
+        return gamma.view(column) * z + beta.view(column), mean.detach(), var.detach()
+
+    def windowed_gradient(
+        self, out: Tensor, dy: Tensor, gamma: Tensor, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """moving-average-bn, eq. 13, on both backward statistics."""
+        column = (1, -1, *(1,) * (out.dim() - 2))
+        sigma = torch.sqrt(var + self.eps).view(column)
+        z, g = (out - mean.view(column)) / sigma, dy * gamma.view(column)
+        own = [t.transpose(0, 1).flatten(1).mean(1) for t in (g, g * z)]
+        self.past_backward = [*self.past_backward, (own[0], own[1])][-self.window :]
+        averages = [
+            sum(step[i] for step in self.past_backward) / len(self.past_backward) for i in (0, 1)
+        ]
+        return (g - averages[0].view(column) - z * averages[1].view(column)) / sigma

@@ -133,7 +133,7 @@ class StepMemory:
             Mean, variance, and how they came about.
         """
         before, share = self._weigh("", count, var)
-        old_mean, old_var = (self.tensors[name].to(var.dtype) for name in ("mean", "var"))
+        old_mean, old_var = (self.tensors[n].to(var.dtype, copy=True) for n in ("mean", "var"))
         new_mean, new_var = mean, torch.lerp(old_var, var, share)
         if mean is not None:
             new_mean = torch.lerp(old_mean, mean, share)

@@ -62,12 +62,25 @@ class _BatchNorm(NormLayer):
     def fused(
         self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
     ) -> Kept:
-        means, variances, empty = loops.rows(x.shape[1], 2)
-        running = self._running()
-        loops.batch_norm(
-            x, y, weight, bias, means, variances, running, self._number(), self.eps, update
-        )
-        return Kept(means, variances, empty, empty, empty)
+        return fused_batch_norm(self, loops, x, y, weight, bias, update)
+
+
+def fused_batch_norm(
+    layer: NormLayer,
+    loops: ModuleType,
+    x: Array,
+    y: Array,
+    weight: Array,
+    bias: Array,
+    update: bool,
+) -> Kept:
+    """`NormLayer.fused` of batch normalization."""
+    means, variances, empty = loops.rows(x.shape[1], 2)
+    running = layer._running()
+    loops.batch_norm(
+        x, y, weight, bias, means, variances, running, layer._number(), layer.eps, update
+    )
+    return Kept(means, variances, empty, empty, empty)
 
 
 class BatchNorm1d(_BatchNorm):

@@ -1,6 +1,7 @@
 """Cross-iteration batch normalization (Yao et al. 2021, cross-iteration-bn)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -8,12 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from anybatch.kernels import INFINITY, patches
+from anybatch.kernels import INFINITY, is_watched, patches
 from anybatch.kernels.patches import Geometry
 from anybatch.layers.accumulation import Seen
-from anybatch.layers.arguments import check_between, check_count
+from anybatch.layers.arguments import check_between, check_choice, check_count
+from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
+from anybatch.layers.batch import fused_batch_norm
 from anybatch.layers.centralization import centralized_weight, is_centralized
+from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward
 from anybatch.layers.statistics import Statistics
@@ -30,12 +35,14 @@ class Feed(NamedTuple):
         x: Its input.
         rows: The weights it used, one row an output channel.
         bias: Its bias, or None.
+        output: What it put out.
     """
 
     geometry: Geometry
     x: Tensor
     rows: Tensor
     bias: Tensor | None
+    output: Tensor
 
 
 class _Batch(NamedTuple):
@@ -65,9 +72,8 @@ class _CrossIterationBatchNorm(NormLayer):
         g  = weight * dy
         dx = (g - a * mean(g) - a * z * mean(g * z)) / sqrt(var + eps)
 
-    with ``a`` this step's share in the averages, 1 / k. Running statistics follow the batch's own,
-    as in batch normalization. With ``window=1``, and in the burn-in, the layer is batch
-    normalization; the window then grows from 1 by one a step.
+    with ``a`` this step's share in the averages, 1 / k. With ``window=1``, and in the burn-in, the
+    layer is batch normalization; the window then grows from 1 by one a step.
 
     Args:
         num_features: Channels C.
@@ -87,6 +93,11 @@ class _CrossIterationBatchNorm(NormLayer):
             paper's naive variant, which needs no `bind`.
         gradient_sample: Positions that d nu / d w is estimated from (default 32); None for all,
             which costs one more convolution weight gradient a step.
+        backward_stats: "batch" (default): the batch's own, which is the gradient above; "window":
+            averages of ``mean(g)`` and ``mean(g * z)`` over the window, with a = 1, as in
+            moving-average-bn, equation 13.
+        running_stats: "batch" (default): running statistics follow the batch's own, as in batch
+            normalization; "window": those that the batch was normalized by.
         batch_size: Examples of a step, for ``window=None`` (default None: read from the first
             batch).
         norm_batch_size: Normalize in successive batches of so many examples, each a step of the
@@ -140,6 +151,8 @@ class _CrossIterationBatchNorm(NormLayer):
         burn_in: float = 0.25,
         order: int = 1,
         gradient_sample: int | None = 32,
+        backward_stats: str = "batch",
+        running_stats: str = "batch",
         batch_size: int | None = None,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
@@ -154,6 +167,8 @@ class _CrossIterationBatchNorm(NormLayer):
         if burn_in_steps != 0:
             check_count("burn_in_steps", burn_in_steps)
         check_between("burn_in", burn_in, 0.0, 1.0)
+        check_choice("backward_stats", backward_stats, ("batch", "window"))
+        check_choice("running_stats", running_stats, ("batch", "window"))
         if isinstance(order, bool) or order not in (0, 1, 2):
             raise ValueError(f"order={order!r}: give 0, 1 or 2")
         super().__init__(
@@ -169,6 +184,7 @@ class _CrossIterationBatchNorm(NormLayer):
         )
         self.window, self.order, self.gradient_sample = window, order, gradient_sample
         self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)
+        self.backward_stats, self.running_stats = backward_stats, running_stats
         self.batch_size = batch_size
         self.geometry: Geometry | None = None
         self.burning = False
@@ -196,6 +212,9 @@ class _CrossIterationBatchNorm(NormLayer):
                 shapes["patch_covariance"] = (groups, fan_in, fan_in)
         for name, shape in shapes.items():
             self.memory[name] = self._new_memory(slots, *shape)
+        if self.backward_stats == "window":
+            self.memory["backward_window"] = self._new_memory(slots, 2 * channels)
+            self.memory["backward_step"] = self._new_counter()
 
     @property
     def memory_numbers(self) -> int:
@@ -287,7 +306,8 @@ class _CrossIterationBatchNorm(NormLayer):
         weight = _weight_of(module) if weight is None else weight
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())
-        self._feed = Feed(self.geometry, x.detach(), rows, None if bias is None else bias.detach())
+        bias = None if bias is None else bias.detach()
+        self._feed = Feed(self.geometry, x.detach(), rows, bias, output.detach())
 
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""
@@ -309,11 +329,12 @@ class _CrossIterationBatchNorm(NormLayer):
                 "since this layer's last forward; both must run in turn"
             )
         dims = len(feed.geometry.kernel)
-        fits = y.dim() == 2 + dims == feed.x.dim() and y.shape[0] == feed.x.shape[0]
-        if not fits:
+        itself = is_watched() or y.data_ptr() == feed.output.data_ptr()  # tracers have no pointers
+        if y.shape != feed.output.shape or y.dim() != max(2 + dims, 2) or not itself:
             raise ValueError(
                 f"input of shape {tuple(y.shape)}: {type(self).__name__} is bound to a layer whose "
-                f"input was {tuple(feed.x.shape)}; it must normalize that layer's output itself"
+                f"output has the shape {tuple(feed.output.shape)}; it must normalize that layer's "
+                "latest output, itself and unchanged"
             )
         return feed
 
@@ -350,15 +371,20 @@ class _CrossIterationBatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         values = batch.examples * batch.values
-        if update and (values > 1 or batch.seen is not None):
-            self.track(mean, batch.unbiased(var))
+        tracks = update and (values > 1 or batch.seen is not None)
         if self._batch is None or self.burning:
+            if tracks:
+                self.track(mean, batch.unbiased(var))
             if update:
                 self.memory["step"].add_(1)
             return Statistics(mean, var)
         feed, y, first = self._batch
         self._batch = _Batch(feed, y, first + batch.examples)
-        chosen = self._average(mean, var, batch, feed)
+        chosen, total = self._average(mean, var, batch, feed)
+        if tracks and self.running_stats == "window":
+            self.track(chosen.mean, chosen.var * (total / (total - 1).clamp(min=1)))
+        elif tracks:
+            self.track(mean, batch.unbiased(var))
         if update:
             examples = slice(first, first + batch.examples)
             if feed is not None:
@@ -366,8 +392,10 @@ class _CrossIterationBatchNorm(NormLayer):
             self._record(mean, var, batch, feed, y[examples])
         return chosen
 
-    def _average(self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None) -> Statistics:
-        """Equations 9 to 11, in means and variances."""
+    def _average(
+        self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None
+    ) -> tuple[Statistics, Tensor]:
+        """Equations 9 to 11, in means and variances; and the number of values behind them."""
         means, variances = self._compensated(feed, var.dtype)
         slots = means.shape[0]
         age = (self.memory["position"] - _range(slots, var)).remainder(slots)
@@ -381,9 +409,11 @@ class _CrossIterationBatchNorm(NormLayer):
         spread = (variances + (means - pooled).square()).mul_(weights).sum(0)
         spread = torch.addcmul(spread, var + (mean - pooled).square(), share)
         chosen = Statistics(pooled, spread, share=share)
-        return (
-            chosen if batch.examples * batch.values > 1 else self._or_remembered(total > 1, chosen)
-        )
+        if self.backward_stats == "window":
+            chosen = chosen._replace(share=1.0)
+        if batch.examples * batch.values == 1:
+            chosen = self._or_remembered(total > 1, chosen)
+        return chosen, total
 
     def _compensated(self, feed: Feed | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Means and variances of all slots at today's weights (equations 7, 8 and 10).
@@ -411,6 +441,37 @@ class _CrossIterationBatchNorm(NormLayer):
         if feed.bias is not None:
             means = means + feed.bias
         return means, (variances + change).clamp_(min=0)
+
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        """Whether the compiled kernels know this step: as long as it is batch normalization."""
+        return self.window == 1 or self.burning
+
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        if update:
+            self.memory["step"].add_(1)
+        return fused_batch_norm(self, loops, x, y, weight, bias, update)
+
+    # --- backward -----------------------------------------------------------
+
+    def backward_memory(
+        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
+    ) -> BackwardMemory | None:
+        if "backward_window" not in self.memory or self.burning:
+            return None
+        return BackwardAverage(self, None, live, update)
+
+    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+        """Take the backward statistics of a step, give their average."""
+        window, count = self.memory["backward_window"], self.memory["backward_step"]
+        finite = all_finite(new, self.num_features)
+        average = slide_mean(window.to(new.dtype), count, new, finite, False)
+        if update:
+            slide(window, new.to(window.dtype), finite, True)
+            count.add_(1)
+        return average
 
     # --- what is kept of a step --------------------------------------------
 
@@ -515,7 +576,15 @@ class _CrossIterationBatchNorm(NormLayer):
         return {**super().__getstate__(), "_feed": None, "_used_weight": None, "_batch": None}
 
     def own_arguments(self) -> Mapping[str, Any]:
-        names = ("window", "burn_in_steps", "burn_in", "order", "gradient_sample")
+        names = (
+            "window",
+            "burn_in_steps",
+            "burn_in",
+            "order",
+            "gradient_sample",
+            "backward_stats",
+            "running_stats",
+        )
         bound = {} if self.geometry is not None or not self.order else {"bound": False}
         return {**{name: getattr(self, name) for name in names}, **bound}
 

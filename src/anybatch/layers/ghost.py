@@ -1,6 +1,7 @@
 """Ghost batch normalization (Hoffer et al. 2017; four-things, section 3.2)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.batch import BatchNorm1d
+from anybatch.layers.batch import fused_batch_norm
+from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -95,7 +97,10 @@ class _GhostBatchNorm(NormLayer):
             track_groups(self, mean, var, batch)
         return Statistics(mean, var)
 
-    fused = BatchNorm1d.fused  # one group is batch normalization
+    def fused(
+        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
+    ) -> Kept:
+        return fused_batch_norm(self, loops, x, y, weight, bias, update)  # of one group
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.kernels import INFINITY, scalar
+from anybatch.kernels import scalar
 from anybatch.layers.arguments import check_choice, check_count
+from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import Array, Kept
 from anybatch.layers.normalize import BackwardMemory
@@ -144,7 +145,7 @@ class _MovingAverageBatchNorm(NormLayer):
         new = var if mean is None else torch.cat([mean, var])
         used = new
         if self.forward_stats != "batch":
-            average = self._slide("window", new, update).mean(0)
+            average = slide(self.memory["window"], new, self._finite(new), update).mean(0)
             used = torch.where(warming, new, average)
         used_mean, used_var = (None, used) if mean is None else used.chunk(2)
         r = d = None
@@ -169,17 +170,8 @@ class _MovingAverageBatchNorm(NormLayer):
         d = (mean - self.running_mean).div_(square.sqrt_()).clamp_(-self.clip, self.clip)
         return r, d.masked_fill_(off, 0.0)
 
-    def _slide(self, name: str, new: Tensor, update: bool) -> Tensor:
-        """The window with its oldest step replaced by ``new``; kept where that is finite."""
-        window = self.memory[name]
-        moved = torch.cat([window[1:], new.unsqueeze(0)])
-        if update:
-            window.copy_(torch.where(self._finite(new), moved, window))
-        return moved
-
     def _finite(self, new: Tensor) -> Tensor:
-        finite = torch.lt(new.abs(), INFINITY)
-        return finite.view(2, -1).all(0).repeat(2) if self.centered else finite
+        return all_finite(new, self.num_features)
 
     # --- backward ----------------------------------------------------------
 
@@ -188,14 +180,14 @@ class _MovingAverageBatchNorm(NormLayer):
     ) -> BackwardMemory | None:
         if self.backward_stats == "batch" or statistics.own is None:
             return None
-        return _Backward(self, statistics.own, live, update)
+        return BackwardAverage(self, statistics.own, live, update)
 
     def average_backward(self, new: Tensor, update: bool) -> Tensor:
         """Take the backward statistics of a step, give their average."""
         count = self.memory["backward_step"]
         if self.backward_stats == "sma":
-            moved = self._slide("backward_average", new, update)
-            average = moved.sum(0).div_((count + 1).clamp_(max=self.window))
+            window = self.memory["backward_average"]
+            average = slide_mean(window, count, new, self._finite(new), update)
         else:
             stored = self.memory["backward_average"]
             old = stored.to(new.dtype)
@@ -322,31 +314,6 @@ class _MovingAverageBatchNorm(NormLayer):
         ablations = {"centered": False, "forward_stats": "ema", "backward_stats": "sma"}
         changed = [name for name, value in ablations.items() if getattr(self, name) != value]
         return {name: getattr(self, name) for name in (*names, *changed)}
-
-
-class _Backward(NamedTuple):
-    """The backward statistics of one forward, averaged along its groups."""
-
-    layer: _MovingAverageBatchNorm
-    own: Tensor
-    live: tuple[bool, ...] | None
-    update: bool
-
-    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
-        new = psi if g is None else torch.cat([g, psi], -1)
-        average = torch.where(self.own, new, self._average(new))
-        if g is None:
-            return None, average
-        g, psi = average.chunk(2, -1)
-        return g, psi
-
-    def _average(self, new: Tensor) -> Tensor:
-        if new.dim() == 1:
-            return self.layer.average_backward(new, self.update)
-        live = (True,) * new.shape[0] if self.live is None else self.live
-        rows = zip(new, live, strict=True)
-        take = self.layer.average_backward
-        return torch.stack([take(row, self.update) if alive else row for row, alive in rows])
 
 
 class MovingAverageBatchNorm1d(_MovingAverageBatchNorm):
