@@ -15,13 +15,14 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
-from anybatch.kernels.fused import fused_for, is_watched, use_fused
+from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.scalars import INFINITY, scalar
 
 __all__ = [
     "INFINITY",
     "affine",
+    "cross_iteration_kernels",
     "exact_gradient",
     "expand_groups",
     "fused_for",

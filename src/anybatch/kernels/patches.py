@@ -130,7 +130,8 @@ def _kept(
     return taps.to(device), _meetings(layer, dim, outputs, inputs).to(device, dtype)
 
 
-def _tables(layer: Geometry, dim: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def tables(layer: Geometry, dim: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The input position under each tap, -1 for none, and how often each tap meets a position."""
     sizes = (y.shape[2 + dim], x.shape[2 + dim])
     make = _kept.__wrapped__ if torch.compiler.is_compiling() else _kept
     found: tuple[Tensor, Tensor] = make(layer, dim, *sizes, x.device, x.dtype)
@@ -147,7 +148,7 @@ def mean_patch(layer: Geometry, x: Tensor, y: Tensor) -> Tensor:
     """
     total = x.mean(0)
     for dim in range(len(layer.kernel)):
-        _, meetings = _tables(layer, dim, x, y)
+        _, meetings = tables(layer, dim, x, y)
         total = torch.tensordot(total, meetings, ([1], [1]))  # a dimension becomes its taps, last
     return total.reshape(layer.groups, layer.fan_in)
 
@@ -163,12 +164,12 @@ def var_gradient(layer: Geometry, x: Tensor, y: Tensor, mean: Tensor, patch: Ten
         patch: `mean_patch`.
     """
     count = y.numel() // y.shape[1]
-    product = _weight_gradient(layer, x, y).mul_(2 / count)
+    product = raw_gradient(layer, x, y).mul_(2 / count)
     apart = mean.view(layer.groups, -1, 1) * patch.unsqueeze(1)
     return product.sub_(apart.reshape(product.shape), alpha=2)
 
 
-def _weight_gradient(layer: Geometry, x: Tensor, y: Tensor) -> Tensor:
+def raw_gradient(layer: Geometry, x: Tensor, y: Tensor) -> Tensor:
     """``sum over n, p of y[n, o, p] * patch[n, p, k]``, ``(outputs, fan_in)``."""
     if not layer.kernel:
         return y.t() @ x
@@ -225,7 +226,7 @@ def sampled_patches(layer: Geometry, x: Tensor, y: Tensor, points: Tensor) -> tu
     index: list[Tensor | slice] = [places[0].view(n, *(1,) * dims), slice(None)]
     inside: Tensor | None = None
     for dim, place in enumerate(places[1:]):
-        taps, _ = _tables(layer, dim, x, y)
+        taps, _ = tables(layer, dim, x, y)
         under = taps[place].view(n, *(1,) * dim, -1, *(1,) * (dims - dim - 1))
         index.append(under.clamp(min=0))
         met = under != _OUTSIDE
@@ -258,12 +259,16 @@ def covering_points(first: Tensor, count: int, dims: int) -> Tensor:
     Returns:
         ``(dims, count)``, each from 0 to 1.
     """
-    phi = 2.0
-    for _ in range(64):
-        phi = (1 + phi) ** (1 / (dims + 1))
-    paces = torch.tensor(
-        [round(phi**-power * _CIRCLE) for power in range(1, dims + 1)], device=first.device
-    )
+    paces = torch.tensor(covering_paces(dims), device=first.device)
     number = (first + torch.arange(count, device=first.device)).remainder(_CIRCLE)
     turned = (paces.unsqueeze(1) * number).remainder(_CIRCLE)
     return turned.to(torch.float32) / _CIRCLE
+
+
+@lru_cache(maxsize=8)
+def covering_paces(dims: int) -> tuple[int, ...]:
+    """Whole numbers that `covering_points` multiplies the number of a point by."""
+    phi = 2.0
+    for _ in range(64):
+        phi = (1 + phi) ** (1 / (dims + 1))
+    return tuple(round(phi**-power * _CIRCLE) for power in range(1, dims + 1))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from anybatch.kernels import INFINITY, is_watched, patches
+from anybatch.kernels import INFINITY, cross_iteration_kernels, is_watched, patches
 from anybatch.kernels.patches import Geometry
 from anybatch.layers.accumulation import Seen
 from anybatch.layers.arguments import check_between, check_choice, check_count
@@ -316,7 +316,7 @@ class _CrossIterationBatchNorm(NormLayer):
     def _take_feed(self, y: Tensor) -> Feed | None:
         """What the bound layer did to make ``y``."""
         feed, self._feed = self._feed, None
-        if not self.order or self.burning:
+        if not self.order:
             return None
         if self.geometry is None:
             raise RuntimeError(
@@ -344,21 +344,13 @@ class _CrossIterationBatchNorm(NormLayer):
         """With a window, earlier steps give one value statistics."""
         return super()._live(cut, values) if self.window == 1 or self.burning else None
 
-    def _choose(
-        self,
-        x: Tensor,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
-    ) -> Statistics:
-        if self.window is None:
-            self._open_window(cut.batches[0])
-            live = self._live(cut, values)
-        if self.window != 1:
-            self._batch = _Batch(self._take_feed(x), x, 0)
+    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+        if training and self.window is None:
+            self._open_window(min(x.shape[0], self.norm_batch_size or x.shape[0]))
+        if training and self.window != 1 and not self.burning:
+            self._batch = _Batch(None if in_backward() else self._take_feed(x), x.detach(), 0)
         try:
-            return super()._choose(x, cut, values, live, update)
+            return super()._normalize_batch(x, training)
         finally:
             self._batch = None
 
@@ -442,17 +434,103 @@ class _CrossIterationBatchNorm(NormLayer):
             means = means + feed.bias
         return means, (variances + change).clamp_(min=0)
 
+    # --- in one compiled call ------------------------------------------------
+
     @property
     def fuses(self) -> bool:  # type: ignore[override]
-        """Whether the compiled kernels know this step: as long as it is batch normalization."""
-        return self.window == 1 or self.burning
+        """Whether the compiled kernels know this step."""
+        if self._batch is None:  # it is batch normalization
+            return True
+        feed = self._batch.feed
+        if feed is None:
+            return not self.order
+        plain = feed.x.is_contiguous() and feed.x.dtype == feed.rows.dtype == self._batch.y.dtype
+        return self.order == 1 and plain
 
     def fused(
         self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
     ) -> Kept:
-        if update:
-            self.memory["step"].add_(1)
-        return fused_batch_norm(self, loops, x, y, weight, bias, update)
+        if self._batch is None:
+            if update:
+                self.memory["step"].add_(1)
+            return fused_batch_norm(self, loops, x, y, weight, bias, update)
+        feed, output, first = self._batch
+        self._batch = _Batch(feed, output, first + x.shape[0])
+        kernels = cross_iteration_kernels()
+        memory = {name: tensor.numpy() for name, tensor in self.memory.items()}
+        rings = tuple(memory[name] for name in ("mean", "var", "values"))
+        counters = (memory["step"], memory["position"], memory["entries"])
+        sample = self.gradient_sample or 0
+        arrays, gradients, paces = kernels.no_feed(x.dtype)
+        product = gradients[0]
+        if feed is not None:
+            arrays, paces = _feed_arrays(feed, output, kernels.ONE)
+            names = ("mean_base", "var_base", "mean_gradient", "var_gradient")
+            gradients = tuple(memory[name] for name in names)
+            if update and not 0 < sample < x.shape[0] * x.shape[2]:
+                some = slice(first, first + x.shape[0])
+                whole = patches.raw_gradient(feed.geometry, feed.x[some], output[some])
+                product = whole.contiguous().numpy()
+        means, variances, empty = loops.rows(x.shape[1], 2)
+        settings = (
+            0 if feed is None else 1,
+            sample,
+            self.burn_in_steps,
+            self.running_stats == "window",
+        )
+        share = kernels.cross_iteration_norm(
+            x,
+            y,
+            weight,
+            bias,
+            means,
+            variances,
+            self._running(),
+            self._number(),
+            self.eps,
+            update,
+            counters,
+            (*rings, *gradients),
+            arrays,
+            first,
+            product,
+            settings,
+            paces,
+        )
+        if self.backward_stats == "window" and share > 0:
+            share = 1.0
+        return Kept(means, variances, empty, empty, empty, share)
+
+    def fused_backward(
+        self,
+        loops: ModuleType,
+        dy: Array,
+        x: Array,
+        dx: Array,
+        weight: Array,
+        dw: Array,
+        db: Array,
+        kept: Kept,
+        update: bool,
+    ) -> None:
+        if "backward_window" not in self.memory or self.burning or kept.share == 0:
+            return super().fused_backward(loops, dy, x, dx, weight, dw, db, kept, update)
+        window, count = self.memory["backward_window"], self.memory["backward_step"]
+        cross_iteration_kernels().windowed_backward(
+            dy,
+            x,
+            dx,
+            weight,
+            dw,
+            db,
+            kept.means,
+            kept.variances,
+            self.eps,
+            update,
+            window.numpy(),
+            count.numpy(),
+        )
+        return None
 
     # --- backward -----------------------------------------------------------
 
@@ -616,6 +694,28 @@ def _weight_of(module: nn.Module) -> Tensor:
         return centralized_weight(module)
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight
+
+
+def _feed_arrays(feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, Array]:
+    """A feed as arrays of the compiled kernels, as in three dimensions; and the paces of points."""
+    geometry, dims = feed.geometry, len(feed.geometry.kernel)
+    missing = 3 - dims
+    pairs = [patches.tables(geometry, dim, feed.x, y) for dim in range(dims)]
+    one = (one[0], one[1].astype(feed.x.numpy().dtype))
+    arrays = [one] * missing + [(taps.numpy(), met.numpy()) for taps, met in pairs]
+    shape = (*feed.x.shape[:2], *(1,) * missing, *feed.x.shape[2:])
+    sizes = (*(1,) * missing, *y.shape[2:])
+    bias = feed.rows.new_empty(0) if feed.bias is None else feed.bias
+    paces = patches.covering_paces(1 + dims)
+    return (
+        feed.x.numpy().reshape(shape),
+        feed.rows.contiguous().numpy(),
+        bias.numpy(),
+        tuple(taps for taps, _ in arrays),
+        tuple(met for _, met in arrays),
+        sizes,
+        geometry.groups,
+    ), (paces[0], *(0,) * missing, *paces[1:])
 
 
 def _range(count: int, like: Tensor) -> Tensor:

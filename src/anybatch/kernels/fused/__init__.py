@@ -78,3 +78,11 @@ def _kernels() -> ModuleType | None:
     except ImportError:
         return None
     return loops
+
+
+@lru_cache(maxsize=1)
+def cross_iteration_kernels() -> ModuleType:
+    """The compiled kernels of cross-iteration batch normalization, where `fused_for` gave some."""
+    from anybatch.kernels.fused import cross_iteration
+
+    return cross_iteration
