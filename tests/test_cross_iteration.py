@@ -235,7 +235,7 @@ def test_sampled_gradients_converge_on_the_whole_ones(feeder: str) -> None:
     layer = patches.geometry_of(module)
     mean = y.transpose(0, 1).flatten(1).mean(1)
     whole = patches.var_gradient(layer, x, y, mean, patches.mean_patch(layer, x, y))
-    feed = norm._feed
+    feed = norm._flow.feed
     assert feed is not None
     errors = []
     for sample in (4, 64, 4096):
@@ -376,7 +376,7 @@ def statistics_error(order: int, steps: int = 50, rate: float = 0.05) -> float:
         seen.append(x)
         out = conv(x)
         if step >= 16:
-            means, variances = norm._compensated(norm._feed, torch.float64)
+            means, variances = norm._compensated(norm._flow.feed, torch.float64)
             position = int(norm.memory["position"])
             for age in range(1, 8):
                 true = F.conv2d(seen[-1 - age], conv.weight, conv.bias).detach()
@@ -531,7 +531,7 @@ def test_weights_that_do_not_move_are_not_compensated(how: str) -> None:
         norm(module(torch.randn(2, *shape).double())).sum().backward()
         optimizer.step()
     module(torch.randn(2, *shape).double())
-    means, variances = norm._compensated(norm._feed, torch.float64)
+    means, variances = norm._compensated(norm._flow.feed, torch.float64)
     used = int(norm.memory["position"])
     slots = [i for i in range(4) if i != used]
     still = norm.memory["mean"][slots] + module.bias
@@ -571,7 +571,7 @@ def test_averaged_weights_in_evaluation_leave_the_window_alone() -> None:
     average.eval()(torch.randn(2, *shape).double())
     average.train()(torch.randn(2, *shape).double())  # bound to its own copy of the convolution
     assert all(torch.equal(before[k], v) for k, v in norm.state_dict().items())
-    assert norm._feed is None
+    assert norm._flow.feed is None
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

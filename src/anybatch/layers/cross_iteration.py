@@ -53,6 +53,29 @@ class _Batch(NamedTuple):
     first: int
 
 
+class _Flow:
+    """What passes from the bound layer's forward to this one's; nothing of it lasts.
+
+    Attributes:
+        feed: Of the bound layer's latest forward.
+        weight: That a parametrization has just made.
+        batch: That the rule is at.
+        key: Shapes that `tables` belong to.
+        tables: Of the geometry, as arrays of the compiled kernels.
+        memory: The layer's memory that `views` belong to.
+        views: Rings and counters as arrays of the same storage.
+    """
+
+    def __init__(self) -> None:
+        self.feed: Feed | None = None
+        self.weight: Tensor | None = None
+        self.batch: _Batch | None = None
+        self.key: Any = None
+        self.tables: Any = None
+        self.memory: Any = None
+        self.views: Any = None
+
+
 class _CrossIterationBatchNorm(NormLayer):
     """Cross-iteration batch normalization: statistics of recent steps at today's weights.
 
@@ -128,10 +151,10 @@ class _CrossIterationBatchNorm(NormLayer):
         "mean",
         "var",
         "values",
-        "mean_gradient",
-        "var_gradient",
         "mean_base",
         "var_base",
+        "mean_gradient",
+        "var_gradient",
         "weight_rows",
         "patch_covariance",
     )
@@ -188,9 +211,7 @@ class _CrossIterationBatchNorm(NormLayer):
         self.batch_size = batch_size
         self.geometry: Geometry | None = None
         self.burning = False
-        self._used_weight: Tensor | None = None
-        self._feed: Feed | None = None
-        self._batch: _Batch | None = None
+        self._flow = _Flow()
         for name in ("step", "position", "entries", "burning"):
             self.memory[name] = self._new_counter()
         if window is None and batch_size is not None:
@@ -212,6 +233,7 @@ class _CrossIterationBatchNorm(NormLayer):
                 shapes["patch_covariance"] = (groups, fan_in, fan_in)
         for name, shape in shapes.items():
             self.memory[name] = self._new_memory(slots, *shape)
+        self._flow = _Flow()
         if self.backward_stats == "window":
             self.memory["backward_window"] = self._new_memory(slots, 2 * channels)
             self.memory["backward_step"] = self._new_counter()
@@ -290,13 +312,14 @@ class _CrossIterationBatchNorm(NormLayer):
         self.geometry = None
         for name in self.rings:
             self.memory.pop(name, None)
+        self._flow = _Flow()
         self.reset_memory()
 
     def _note(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         """After the bound layer's forward: keep what the next forward of this layer needs."""
-        weight, self._used_weight = self._used_weight, None
+        weight, self._flow.weight = self._flow.weight, None
         if not self.training or self.frozen or self.window == 1 or not self.order or self.burning:
             return
         if in_backward():  # a recomputed forward finds its statistics
@@ -307,15 +330,15 @@ class _CrossIterationBatchNorm(NormLayer):
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())
         bias = None if bias is None else bias.detach()
-        self._feed = Feed(self.geometry, x.detach(), rows, bias, output.detach())
+        self._flow.feed = Feed(self.geometry, x.detach(), rows, bias, output.detach())
 
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""
-        self._used_weight = output.detach()
+        self._flow.weight = output.detach()
 
     def _take_feed(self, y: Tensor) -> Feed | None:
         """What the bound layer did to make ``y``."""
-        feed, self._feed = self._feed, None
+        feed, self._flow.feed = self._flow.feed, None
         if not self.order:
             return None
         if self.geometry is None:
@@ -348,30 +371,32 @@ class _CrossIterationBatchNorm(NormLayer):
         if training and self.window is None:
             self._open_window(min(x.shape[0], self.norm_batch_size or x.shape[0]))
         if training and self.window != 1 and not self.burning:
-            self._batch = _Batch(None if in_backward() else self._take_feed(x), x.detach(), 0)
+            self._flow.batch = _Batch(None if in_backward() else self._take_feed(x), x.detach(), 0)
         try:
             return super()._normalize_batch(x, training)
         finally:
-            self._batch = None
+            self._flow.batch = self._flow.feed = None
 
     def _open_window(self, examples: int) -> None:
         """Choose the window by the first batch."""
         forwards = 1 if self.step is None else self.step.steps or 1
+        feed = self._flow.feed
         self.window = recommended_window(examples * forwards)
         self._make_rings()
+        self._flow.feed = feed
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         values = batch.examples * batch.values
         tracks = update and (values > 1 or batch.seen is not None)
-        if self._batch is None or self.burning:
+        if self._flow.batch is None or self.burning:
             if tracks:
                 self.track(mean, batch.unbiased(var))
             if update:
                 self.memory["step"].add_(1)
             return Statistics(mean, var)
-        feed, y, first = self._batch
-        self._batch = _Batch(feed, y, first + batch.examples)
+        feed, y, first = self._flow.batch
+        self._flow.batch = _Batch(feed, y, first + batch.examples)
         chosen, total = self._average(mean, var, batch, feed)
         if tracks and self.running_stats == "window":
             self.track(chosen.mean, chosen.var * (total / (total - 1).clamp(min=1)))
@@ -439,50 +464,38 @@ class _CrossIterationBatchNorm(NormLayer):
     @property
     def fuses(self) -> bool:  # type: ignore[override]
         """Whether the compiled kernels know this step."""
-        if self._batch is None:  # it is batch normalization
+        if self._flow.batch is None:  # it is batch normalization
             return True
-        feed = self._batch.feed
+        feed = self._flow.batch.feed
         if feed is None:
             return not self.order
-        plain = feed.x.is_contiguous() and feed.x.dtype == feed.rows.dtype == self._batch.y.dtype
+        plain = (
+            feed.x.is_contiguous() and feed.x.dtype == feed.rows.dtype == self._flow.batch.y.dtype
+        )
         return self.order == 1 and plain
 
     def fused(
         self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
     ) -> Kept:
-        if self._batch is None:
+        if self._flow.batch is None:
             if update:
                 self.memory["step"].add_(1)
             return fused_batch_norm(self, loops, x, y, weight, bias, update)
-        feed, output, first = self._batch
-        self._batch = _Batch(feed, output, first + x.shape[0])
+        feed, output, first = self._flow.batch
+        self._flow.batch = _Batch(feed, output, first + x.shape[0])
         kernels = cross_iteration_kernels()
-        memory = {name: tensor.numpy() for name, tensor in self.memory.items()}
-        rings = tuple(memory[name] for name in ("mean", "var", "values"))
-        counters = (memory["step"], memory["position"], memory["entries"])
-        sample = self.gradient_sample or 0
-        arrays, gradients, paces = kernels.no_feed(x.dtype)
-        product = gradients[0]
+        rings, counters = self._arrays(kernels)
+        arrays, paces = kernels.NO_FEED, None
         if feed is not None:
-            arrays, paces = _feed_arrays(feed, output, kernels.ONE)
-            names = ("mean_base", "var_base", "mean_gradient", "var_gradient")
-            gradients = tuple(memory[name] for name in names)
-            if update and not 0 < sample < x.shape[0] * x.shape[2]:
-                some = slice(first, first + x.shape[0])
-                whole = patches.raw_gradient(feed.geometry, feed.x[some], output[some])
-                product = whole.contiguous().numpy()
-        means, variances, empty = loops.rows(x.shape[1], 2)
-        settings = (
-            0 if feed is None else 1,
-            sample,
-            self.burn_in_steps,
-            self.running_stats == "window",
-        )
+            arrays, paces = self._feed_arrays(feed, output, kernels.ONE)
+        order = 0 if feed is None else 1
+        own, (means, variances, empty) = kernels.table(x.shape[1]), loops.rows(x.shape[1], 2)
         share = kernels.cross_iteration_norm(
             x,
             y,
             weight,
             bias,
+            own,
             means,
             variances,
             self._running(),
@@ -490,16 +503,69 @@ class _CrossIterationBatchNorm(NormLayer):
             self.eps,
             update,
             counters,
-            (*rings, *gradients),
+            rings,
             arrays,
             first,
-            product,
-            settings,
-            paces,
+            (order, self.running_stats == "window"),
         )
+        if update:
+            values = x.shape[0] * x.shape[2]
+            if feed is not None:
+                self._write_slope(kernels, x, own[0], arrays, paces, feed, output, first)
+            kernels.record(own, values, order, arrays, rings, counters, self.burn_in_steps)
         if self.backward_stats == "window" and share > 0:
             share = 1.0
         return Kept(means, variances, empty, empty, empty, share)
+
+    def _write_slope(
+        self,
+        kernels: ModuleType,
+        x: Array,
+        means: Array,
+        arrays: Any,
+        paces: Any,
+        feed: Feed,
+        output: Tensor,
+        first: int,
+    ) -> None:
+        """Write the gradient of the variance into the slot of this step."""
+        (*_, patch_ring, slope_ring), counters = self._arrays(kernels)
+        place, values, count = int(counters[1]), x.shape[0] * x.shape[2], self.gradient_sample
+        if count is None or count >= values:
+            some = slice(first, first + x.shape[0])
+            whole = patches.raw_gradient(feed.geometry, feed.x[some], output[some])
+            product = whole.contiguous().numpy()
+            kernels.from_product(product, values, means, patch_ring, slope_ring, place)
+            return
+        groups, fan_in = patch_ring.shape[1:]
+        apart, seen = kernels.workspace(groups, x.shape[1] // groups, count, fan_in, x.dtype)
+        start = int(counters[0]) * count
+        kernels.sample(x, arrays, first, means, patch_ring, place, paces, start, apart, seen)
+        kernels.product(apart, seen, slope_ring[place])
+
+    def _arrays(self, kernels: ModuleType) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Rings and counters as arrays of the same storage."""
+        flow, memory = self._flow, self.memory
+        if flow.memory is not memory:
+            counters = tuple(memory[name].numpy() for name in ("step", "position", "entries"))
+            names = self.rings[:7] if self.order else self.rings[:3]
+            rings = tuple(memory[name].numpy() for name in names)
+            rings = rings if self.order else (*rings, *kernels.NO_GRADIENTS)
+            flow.memory, flow.views = memory, (rings, counters)
+        views: tuple[tuple[Array, ...], tuple[Array, ...]] = flow.views
+        return views
+
+    def _feed_arrays(self, feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, Any]:
+        """A feed as arrays of the compiled kernels, and the paces of points."""
+        flow, key = self._flow, (feed.x.shape, y.shape, feed.x.dtype)
+        if flow.key != key:
+            flow.key, flow.tables = key, _tables(feed, y, one)
+        taps, meetings, sizes, paces, missing, none = flow.tables
+        x = feed.x.numpy()
+        x = x.reshape(*x.shape[:2], *missing, *x.shape[2:]) if missing else x
+        bias = none if feed.bias is None else feed.bias.numpy()
+        rows = feed.rows.contiguous().numpy()
+        return (x, rows, bias, taps, meetings, sizes, feed.geometry.groups), paces
 
     def fused_backward(
         self,
@@ -651,7 +717,7 @@ class _CrossIterationBatchNorm(NormLayer):
         self.burning = bool(self.memory["burning"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_feed": None, "_used_weight": None, "_batch": None}
+        return {**super().__getstate__(), "_flow": _Flow()}
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = (
@@ -696,26 +762,21 @@ def _weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
-def _feed_arrays(feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, Array]:
-    """A feed as arrays of the compiled kernels, as in three dimensions; and the paces of points."""
+def _tables(feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, ...]:
+    """A geometry's taps, meetings, output sizes and paces of points, as in three dimensions."""
     geometry, dims = feed.geometry, len(feed.geometry.kernel)
     missing = 3 - dims
     pairs = [patches.tables(geometry, dim, feed.x, y) for dim in range(dims)]
-    one = (one[0], one[1].astype(feed.x.numpy().dtype))
-    arrays = [one] * missing + [(taps.numpy(), met.numpy()) for taps, met in pairs]
-    shape = (*feed.x.shape[:2], *(1,) * missing, *feed.x.shape[2:])
-    sizes = (*(1,) * missing, *y.shape[2:])
-    bias = feed.rows.new_empty(0) if feed.bias is None else feed.bias
+    arrays = [one] * missing + [(taps.numpy(), met.double().numpy()) for taps, met in pairs]
     paces = patches.covering_paces(1 + dims)
     return (
-        feed.x.numpy().reshape(shape),
-        feed.rows.contiguous().numpy(),
-        bias.numpy(),
         tuple(taps for taps, _ in arrays),
         tuple(met for _, met in arrays),
-        sizes,
-        geometry.groups,
-    ), (paces[0], *(0,) * missing, *paces[1:])
+        (*(1,) * missing, *y.shape[2:]),
+        (paces[0], *(0,) * missing, *paces[1:]),
+        (1,) * missing,
+        feed.rows.new_empty(0).numpy(),
+    )
 
 
 def _range(count: int, like: Tensor) -> Tensor:

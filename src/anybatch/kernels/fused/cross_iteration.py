@@ -29,24 +29,46 @@ _CIRCLE = 2**31
 ONE = (np.zeros((1, 1), np.int64), np.ones((1, 1)))  # taps and meetings of a missing dimension
 
 
-def no_feed(dtype):
-    """What stands for a feed, and for the window's gradients, in the naive form."""
-    table, row = np.empty((0, 0), dtype), np.empty(0, dtype)
-    taps, met = ONE[0], ONE[1].astype(dtype)
-    shape = np.empty((0, 1, 1, 1, 1), dtype)
-    feed = (shape, table, row, (taps,) * 3, (met,) * 3, (1, 1, 1), 1)
-    cube = np.empty((0, 0, 0), dtype)
-    return feed, (table, table, cube, cube), (0, 0, 0, 0)
+# What stands for a feed and for the window's gradients in the naive form.
+_TABLE, _CUBE = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
+NO_FEED = (
+    np.empty((0, 1, 1, 1, 1), np.float32),
+    _TABLE,
+    np.empty(0, np.float32),
+    (ONE[0],) * 3,
+    (ONE[1],) * 3,
+    (1, 1, 1),
+    1,
+)
+NO_GRADIENTS = (_TABLE, _TABLE, _CUBE, _CUBE)
+
+
+def table(channels):
+    """Room for a batch's own means and variances."""
+    return np.empty((2, channels))
+
+
+def workspace(groups, outputs, count, fan_in, dtype):
+    """Room for a sample's outputs and patches."""
+    return np.empty((groups, outputs, count), dtype), np.empty((groups, count, fan_in), dtype)
+
+
+def product(apart, seen, slope):
+    """Write a sample's gradient of the variance."""
+    if len(apart) == 1:
+        np.dot(apart[0], seen[0], out=slope)
+    else:
+        np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
 
 
 @_jit
-def _mean_patch(feed, first, examples, patch):
-    """Write the mean patch of each channel group, ``(groups, fan_in)``."""
+def _mean_patch(feed, first, examples, patches, place):
+    """Write the mean patch of each channel group into a slot, ``(groups, fan_in)``."""
     inputs, _, _, taps, meetings, _, groups = feed
     channels, depth, height, width = inputs.shape[1:]
     k0, k1, k2 = taps[0].shape[1], taps[1].shape[1], taps[2].shape[1]
     m0, m1, m2 = meetings
-    total = np.empty((depth, height, width))
+    total = np.empty((depth, height, width), inputs.dtype)
     in_width = np.empty((depth, height, k2))
     in_height = np.empty((depth, k1, k2))
     per_group = channels // groups
@@ -77,67 +99,86 @@ def _mean_patch(feed, first, examples, patch):
                     value = 0.0
                     for d in range(depth):
                         value += in_height[d, j, k] * m0[i, d]
-                    patch[c // per_group, at + (i * k1 + j) * k2 + k] = value / examples
+                    tap = (i * k1 + j) * k2 + k
+                    patches[place, c // per_group, at + tap] = value / examples
 
 
 @_jit
-def _sampled_slope(x, feed, first, mean, patch, paces, start, count, slope):
-    """Write the gradient of the variance, from the next points of the covering sequence."""
-    inputs, _, _, taps, _, sizes, groups = feed
+def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
+    """Write outputs and patches, minus their means, at the next points of the covering sequence.
+
+    ``apart`` is ``(groups, outputs / groups, points)``, times 2 / points; ``seen`` is ``(groups,
+    points, fan_in)``: their product is the gradient of the variance.
+    """
+    inputs, _, _, taps, _, sizes, _ = feed
     t0, t1, t2 = taps
-    examples, outputs, _ = x.shape
-    per_group, out_group = inputs.shape[1] // groups, outputs // groups
+    examples = x.shape[0]
+    groups, out_group, count = apart.shape
+    per_group = inputs.shape[1] // groups
     k0, k1, k2 = t0.shape[1], t1.shape[1], t2.shape[1]
-    seen = np.empty((groups, slope.shape[1]), slope.dtype)
-    slope[:] = 0
+    height, width = inputs.shape[3], inputs.shape[4]
+    at = np.zeros(4, np.int64)
+    offsets = np.empty(k0 * k1 * k2, np.int64)
+    flat_inputs = inputs.reshape(inputs.shape[0], inputs.shape[1], -1)
     for s in range(count):
         number = (start + s) % _CIRCLE
-        place = np.zeros(4, np.int64)
         for j in range(4):
             size = examples if j == 0 else sizes[j - 1]
             part = np.float32((paces[j] * number) % _CIRCLE) / np.float32(_CIRCLE)
-            place[j] = min(int(np.float32(part * np.float32(size))), size - 1)
-        at = (place[1] * sizes[1] + place[2]) * sizes[2] + place[3]
+            at[j] = min(int(np.float32(part * np.float32(size))), size - 1)
+        inside = True
+        for a in range(k0):
+            d = t0[at[1], a]
+            for b in range(k1):
+                h = t1[at[2], b]
+                for e in range(k2):
+                    w = t2[at[3], e]
+                    met = d >= 0 and h >= 0 and w >= 0
+                    inside = inside and met
+                    offsets[(a * k1 + b) * k2 + e] = (d * height + h) * width + w if met else -1
+        flat = (at[1] * sizes[1] + at[2]) * sizes[2] + at[3]
+        example = first + at[0]
         for g in range(groups):
+            for i in range(out_group):
+                o = g * out_group + i
+                apart[g, i, s] = 2 * (x[at[0], o, flat] - means[o]) / count
             f = 0
             for c in range(g * per_group, (g + 1) * per_group):
-                for a in range(k0):
-                    d = t0[place[1], a]
-                    for b in range(k1):
-                        h = t1[place[2], b]
-                        for e in range(k2):
-                            w = t2[place[3], e]
-                            value = 0.0
-                            if d >= 0 and h >= 0 and w >= 0:
-                                value = inputs[first + place[0], c, d, h, w]
-                            seen[g, f] = value - patch[g, f]
-                            f += 1
-        for o in range(outputs):
-            apart = slope.dtype.type(2 * (x[place[0], o, at] - mean[o]) / count)
-            g = o // out_group
-            for f in range(slope.shape[1]):
-                slope[o, f] += apart * seen[g, f]
+                for tap in range(offsets.shape[0]):
+                    value = seen.dtype.type(0)
+                    if inside or offsets[tap] >= 0:
+                        value = flat_inputs[example, c, offsets[tap]]
+                    seen[g, s, f] = value - patches[place, g, f]
+                    f += 1
 
 
 @_jit
-def _compensated(c, slot, feed, rings, order):
-    """One channel's mean and variance of an earlier step at today's weights (eq. 7, 8, 10)."""
-    means, variances, _, mean_bases, var_bases, mean_gradients, var_gradients = rings
-    mean, var = np.float64(means[slot, c]), np.float64(variances[slot, c])
-    if order == 0:
-        return mean, var
-    _, rows, bias, _, _, _, groups = feed
-    g = c // (means.shape[1] // groups)
-    of_mean = of_var = 0.0
+def from_product(product, values, means, patches, slopes, place):
+    """Write the gradient of the variance, from the whole convolution weight gradient."""
+    _, channels, fan_in = slopes.shape
+    width = channels // patches.shape[1]
+    for c in range(channels):
+        for k in range(fan_in):
+            slopes[place, c, k] = 2 * (
+                product[c, k] / values - means[c] * patches[place, c // width, k]
+            )
+
+
+@_jit
+def _product(rows, c, gradients, slot, row):
+    """Weights of a channel times a gradient of its statistics, in their own type."""
+    total = rows.dtype.type(0)
     for k in range(rows.shape[1]):
-        of_mean += rows[c, k] * mean_gradients[slot, g, k]
-        of_var += rows[c, k] * var_gradients[slot, c, k]
-    shift = of_mean - mean_bases[slot, c]
-    var += of_var - var_bases[slot, c] - shift * shift
-    mean += shift
-    if bias.shape[0]:
-        mean += bias[c]
-    return mean, max(var, 0.0)
+        total += rows[c, k] * gradients[slot, row, k]
+    return np.float64(total)
+
+
+@_jit
+def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_bases):
+    """How far an earlier step's mean and variance move to today's weights (eq. 7, 8)."""
+    shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]
+    change = _product(rows, c, var_gradients, slot, c) - var_bases[slot, c]
+    return shift, change - shift * shift
 
 
 @_jit
@@ -146,6 +187,7 @@ def cross_iteration_norm(
     y,
     weight,
     bias,
+    own,
     means,
     variances,
     running,
@@ -156,18 +198,18 @@ def cross_iteration_norm(
     rings,
     feed,
     first,
-    product,
     settings,
-    paces,
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
-    `settings` is (order, positions in a gradient's sample, burn-in steps, whether running
-    statistics follow the window). `product` is the whole convolution weight gradient, or empty.
+    `own` takes the batch's own means and variances. With an update, the mean patch is in the slot
+    of this step afterwards. `settings` is (order, whether running statistics follow the window).
     """
-    order, sample, burn_in, window_runs = settings
-    step, position, entries = counters
+    order, window_runs = settings
+    _, position, entries = counters
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
+    _, rows, feed_bias, _, _, _, groups = feed
+    biased, width = feed_bias.shape[0] > 0, ring_mean.shape[1] // groups
     running_mean, running_var, tracked = running
     slots, channels = ring_mean.shape
     values = x.shape[0] * x.shape[2]
@@ -178,16 +220,21 @@ def cross_iteration_norm(
     tracks = update and values > 1
     if tracks:
         pace = _count_batch(tracked, pace)
-    own = np.empty((2, channels))
     earlier = np.empty((2, slots))
-    share = values / total if total > 1 else 0.0
     for c in range(channels):
         own[0, c], own[1, c] = _moments(x, c)
         mean = own[0, c] * values
         for age in range(1, known + 1):
             slot = (place - age) % slots
-            earlier[0, age], earlier[1, age] = _compensated(c, slot, feed, rings, order)
-            mean += earlier[0, age] * ring_values[slot]
+            past_mean, past_var = np.float64(ring_mean[slot, c]), np.float64(ring_var[slot, c])
+            if order > 0:
+                shift, change = _moved(
+                    rows, c, c // width, slot, mean_gradient, var_gradient, mean_base, var_base
+                )
+                past_mean += shift + (feed_bias[c] if biased else 0.0)
+                past_var = max(past_var + change, 0.0)  # eq. 10
+            earlier[0, age], earlier[1, age] = past_mean, past_var
+            mean += past_mean * ring_values[slot]
         mean /= total
         var = (own[1, c] + (own[0, c] - mean) ** 2) * values
         for age in range(1, known + 1):
@@ -202,50 +249,43 @@ def cross_iteration_norm(
         elif tracks:
             _track(c, own[0, c], _unbiased(own[1, c], values), pace, running_mean, running_var)
         _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
-    if not update:
-        return share
+    if update and order > 0:
+        _mean_patch(feed, first, x.shape[0], mean_gradient, place)
+    return values / total if total > 1 else 0.0
+
+
+@_jit
+def record(own, values, order, feed, rings, counters, burn_in):
+    """Write a step's statistics into its slot, and count it if it is finite and counts."""
+    step, position, entries = counters
+    ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
+    slots, channels = ring_mean.shape
+    place = position[()]
     step[()] += 1
     finite = True
     for c in range(channels):
         finite = finite and _fits(own[1, c], ring_var)
-    if order > 0 and finite:
-        _, rows, feed_bias, _, _, _, groups = feed
-        patch = np.empty(mean_gradient.shape[1:], ring_mean.dtype)
-        _mean_patch(feed, first, x.shape[0], patch)
-        slope = np.empty(var_gradient.shape[1:], ring_mean.dtype)
-        if product.shape[0]:
-            for c in range(channels):
-                g = c // (channels // groups)
-                for k in range(slope.shape[1]):
-                    slope[c, k] = 2 * (product[c, k] / values - own[0, c] * patch[g, k])
-        else:
-            start = (step[()] - 1) * sample
-            _sampled_slope(x, feed, first, own[0], patch, paces, start, sample, slope)
-        bases = np.zeros((2, channels))
+    if order > 0:
+        _, rows, bias, _, _, _, groups = feed
         for c in range(channels):
-            g = c // (channels // groups)
-            of_mean = of_var = 0.0
-            for k in range(slope.shape[1]):
-                of_mean += rows[c, k] * patch[g, k]
-                of_var += rows[c, k] * slope[c, k]
-            bases[0, c], bases[1, c] = of_mean, of_var
+            of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
+            of_var = _product(rows, c, var_gradient, place, c)
+            mean_base[place, c], var_base[place, c] = of_mean, of_var
             finite = finite and _fits(of_var, var_base) and _fits(of_mean, var_base)
-        if finite:
-            mean_gradient[place] = patch
-            var_gradient[place] = slope
-            mean_base[place] = bases[0]
-            var_base[place] = bases[1]
-            if feed_bias.shape[0]:
-                for c in range(channels):
-                    own[0, c] -= feed_bias[c]
+            if bias.shape[0]:
+                own[0, c] -= bias[c]
+        if not finite:
+            mean_base[place] = 0
+            var_base[place] = 0
+            mean_gradient[place] = 0
+            var_gradient[place] = 0
     if finite:
         ring_mean[place] = own[0]
         ring_var[place] = own[1]
         ring_values[place] = values
         if step[()] > burn_in:
             position[()] = (place + 1) % slots
-            entries[()] = min(known + 1, slots - 1)
-    return share
+            entries[()] = min(entries[()] + 1, slots - 1)
 
 
 @_jit
