@@ -4,6 +4,7 @@ Layers replace ``torch.nn.BatchNorm`` one for one; `convert` does it for a whole
 network, `to_batchnorm` undoes it for deployment.
 """
 
+from anybatch import theory
 from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
 from anybatch.layers import (
     BatchGroupNorm1d,
@@ -64,6 +65,7 @@ __all__ = [
     "no_update",
     "plan",
     "thaw",
+    "theory",
     "to_batchnorm",
     "weight_centralization",
 ]
