@@ -49,9 +49,11 @@ FUNCTIONS = [
     "freeze",
     "thaw",
     "no_update",
+    "decay_plan",
+    "param_groups",
 ]
 EXPORTED = getattr(anybatch, "__all__", [])
-PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler"]
+PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler", "GammaDecay", "theory"]
 
 
 def modules_loaded_by(statement: str) -> set[str]:
@@ -144,7 +146,7 @@ def own_parameters(thing) -> list[str]:
     return [p.name for p in parameters if p.kind not in skipped]
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "NormScheduler"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, "NormScheduler", "GammaDecay"])
 def test_docstrings_explain_every_argument(name):
     thing = getattr(anybatch, name)
     assert thing.__doc__, f"anybatch.{name} has no docstring"

@@ -5,7 +5,20 @@ network, `to_batchnorm` undoes it for deployment.
 """
 
 from anybatch import theory
-from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
+from anybatch.conversion import (
+    DecayPlan,
+    DecayRow,
+    GammaDecay,
+    NoEffectWarning,
+    Plan,
+    PlanRow,
+    convert,
+    decay_plan,
+    fold,
+    param_groups,
+    plan,
+    to_batchnorm,
+)
 from anybatch.layers import (
     BatchGroupNorm1d,
     BatchGroupNorm2d,
@@ -44,6 +57,9 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "DecayPlan",
+    "DecayRow",
+    "GammaDecay",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -59,10 +75,12 @@ __all__ = [
     "Plan",
     "PlanRow",
     "convert",
+    "decay_plan",
     "fold",
     "freeze",
     "get_method",
     "no_update",
+    "param_groups",
     "plan",
     "thaw",
     "theory",
