@@ -19,6 +19,7 @@ from anybatch.conversion import (
     plan,
     to_batchnorm,
 )
+from anybatch.evaluation import Diagnosis, diagnose
 from anybatch.layers import (
     BatchGroupNorm1d,
     BatchGroupNorm2d,
@@ -59,6 +60,7 @@ __all__ = [
     "BatchRenorm3d",
     "DecayPlan",
     "DecayRow",
+    "Diagnosis",
     "GammaDecay",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
@@ -76,6 +78,7 @@ __all__ = [
     "PlanRow",
     "convert",
     "decay_plan",
+    "diagnose",
     "fold",
     "freeze",
     "get_method",

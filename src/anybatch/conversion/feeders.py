@@ -229,7 +229,7 @@ def trace_graph(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.Graph |
         for name, argument in signature(model.forward).parameters.items()
         if argument.default is not Argument.empty
     }
-    with _restored(model), warnings.catch_warnings():
+    with restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return (tracer or NormTracer()).trace(model, defaults or None)
@@ -439,7 +439,7 @@ def observe(model: nn.Module, example_inputs: Any) -> Any:
     several = isinstance(example_inputs, (tuple, list))
     args = () if named else tuple(example_inputs) if several else (example_inputs,)
     try:
-        with _restored(model), _in_eval(model), torch.no_grad():
+        with restored(model), _in_eval(model), torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -483,7 +483,7 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """After it the model's attributes, buffers' values and torch's random state are as before."""
     saved = [(module, _shallow(module)) for module in model.modules()]
     buffers = [
