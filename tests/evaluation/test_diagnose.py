@@ -141,7 +141,7 @@ def trained(batch_size: int, epochs: int = 3) -> tuple[nn.Module, Any]:
     data = load(run)
     made = training.prepare(run, data)
     for epoch in range(1, epochs + 1):
-        training._epoch(run, made, data, epoch)
+        training.train_epoch(run, made, data, epoch)
     return made.model, training.batches(run, data, epochs + 1)
 
 

@@ -130,11 +130,19 @@ class Diagnosis:
         Returns:
             The path.
         """
+        path = Path(path)
+        path.write_text(self.page(), encoding="utf-8")
+        return path
+
+    def page(self) -> str:
+        """What `report` writes.
+
+        Returns:
+            The HTML.
+        """
         from anybatch.evaluation.pictures import page
 
-        path = Path(path)
-        path.write_text(page(self), encoding="utf-8")
-        return path
+        return page(self)
 
 
 HEAD = (
@@ -445,8 +453,8 @@ def _first_sentence(
         worst = min(noisy, key=_worst)
         some = f"{len(noisy)} of {len(layers)} norms" if len(noisy) < len(layers) else "every norm"
         return (
-            f"Batch normalization is the problem here, in {some}: at worst "
-            f"({worst.name or 'the model'}) a batch's statistics are as noisy as those of "
+            f"Batch normalization is the problem here, in {some}: at worst, in "
+            f"{worst.name or 'the model'!r}, a batch's statistics are as noisy as those of "
             f"{_count(_worst(worst))} independent values; from {QUIET_FROM:.0f} on they do no harm."
         )
     if edge:
