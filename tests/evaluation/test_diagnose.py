@@ -320,6 +320,45 @@ def test_no_more_batches_than_asked_for_and_progress() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+class Checkpointed(nn.Module):
+    """Its body is computed again in the backward pass."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_a_recomputed_forward_counts_once() -> None:
+    torch.manual_seed(1)
+    norms = [nn.BatchNorm1d(8), nn.ReLU(inplace=True), anybatch.BatchNorm1d(8)]
+    body = nn.Sequential(nn.Linear(4, 8), *norms, nn.Linear(8, 3))
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(5)]
+    plain = diagnose(body, batches).to_dict()["layers"]
+    again = diagnose(Checkpointed(body), batches).to_dict()["layers"]
+    assert [layer | {"name": ""} for layer in again] == [layer | {"name": ""} for layer in plain]
+
+
+def test_the_network_inside_a_wrapper_is_measured() -> None:
+    batches = list(gaussian(8, 4, batches=3))
+    wrapped = nn.DataParallel(nn.Sequential(nn.BatchNorm1d(4)))
+    assert [layer.name for layer in diagnose(wrapped, batches).layers] == ["0"]
+
+
+def test_few_batches_are_mentioned() -> None:
+    assert "Only 3 batches" in str(diagnose(nn.BatchNorm1d(4), gaussian(8, 4, batches=3)))
+    assert "Only" not in str(diagnose(nn.BatchNorm1d(4), gaussian(8, 4, batches=20)))
+
+
+def test_one_value_a_channel_has_no_variance_and_no_psi() -> None:
+    found = diagnose(anybatch.BatchNorm1d(8), gaussian(1, 8, batches=20), loss=random_slopes)
+    assert found.layers[0].psi is None
+    assert found.layers[0].var.measured == 0
+    assert found.reading.problem == "yes"
+
+
 # --- left as it was ----------------------------------------------------------------------
 
 
@@ -513,6 +552,11 @@ def test_dead_channels_are_counted_and_left_out() -> None:
             "loss: it gave 3.0",
         ),
         (lambda: diagnose(nn.BatchNorm1d(3), ["x"]), ValueError, "loader: a batch of type str"),
+        (
+            lambda: diagnose(nn.BatchNorm1d(3), ["x"], batch_size=2),
+            ValueError,
+            "holds no tensor",
+        ),
     ],
 )
 def test_errors_name_the_argument_and_what_would_do(call, error, words: str) -> None:

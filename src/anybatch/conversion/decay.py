@@ -119,7 +119,7 @@ def decay_plan(model: nn.Module, example_inputs: Any = None) -> DecayPlan:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: give a torch.nn.Module")
-    inner, prefix = _unwrapped(model)
+    inner, prefix = unwrapped(model)
     found = find_paths(inner, example_inputs)
     if found is None:
         raise ValueError(
@@ -134,8 +134,13 @@ def decay_plan(model: nn.Module, example_inputs: Any = None) -> DecayPlan:
     return DecayPlan(tuple(rows))
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network inside a wrapper, and what its names begin with there."""
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network inside a wrapper, and what its names begin with there.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.ReLU()))
+        (ReLU(), 'module.')
+    """
     prefix = ""
     while (kind := type(model).__name__) in (inside := {**_WRAPPED, **_COMPILED}):
         model, prefix = getattr(model, inside[kind]), f"{prefix}{inside[kind]}."

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anybatch.conversion.decay import unwrapped
 from anybatch.conversion.plan import is_fresh
 from anybatch.evaluation.loaders import (
     Forward,
     OnProgress,
     call,
-    examples_in,
     kept,
     recut,
     to_device,
@@ -30,6 +30,7 @@ from anybatch.methods import METHODS
 NOISY_BELOW = 8.0  # independent values
 QUIET_FROM = 16.0
 WANTED = 32.0  # what a method that averages is set to reach
+ROUGH_BELOW = 20  # batches
 ONE_STEP_TOO_FEW = 4.0  # below it, mabn; from it on, mbn
 _REMEMBER = ("mbn", "mabn", "brn")
 
@@ -242,7 +243,7 @@ def diagnose(
 
     Args:
         model: the network, in the mode that its norms shall be measured in; one in evaluation mode
-            is measured in training mode.
+            is measured in training mode. Of a wrapped or compiled one, the network inside is run.
         loader: gives batches; they are taken to the model's device.
         batch_size: examples in a batch; batches are cut and joined to it (default None: as they
             come).
@@ -279,6 +280,7 @@ def diagnose(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     check_count("max_batches", max_batches)
+    model, _ = unwrapped(model)
     norms, notes = watched(model)
     if not norms:
         raise ValueError(
@@ -306,7 +308,9 @@ def diagnose(
     layers = tuple(watch.summary(fresh) for watch in used if len(watch.batch) > 1)
     if run.losses == [] and not run.has_loss:
         notes.append("No targets and no loss: g and Psi are not measured. Give loss=.")
-    size = batch_size or run.size
+    size = batch_size or used[0].examples
+    if run.done < ROUGH_BELOW:
+        notes.append(f"Only {run.done} batches were seen: the noise is known roughly.")
     train_loss, eval_loss = run.mean_losses()
     reading = read(layers, size, trained=not fresh)
     return Diagnosis(layers, size, run.done, train_loss, eval_loss, reading, tuple(notes))
@@ -325,7 +329,7 @@ class _Run:
     ) -> None:
         self.model, self.watches, self.forward, self.loss = model, watches, forward, loss
         self.fresh = fresh
-        self.done = self.size = 0
+        self.done = 0
         self.losses: list[tuple[float, float | None]] = []
         self.has_loss = False
         self.goal: Tensor | None = None
@@ -352,22 +356,22 @@ class _Run:
                 progress(self.done, max_batches)
 
     def _train(self, batch: Any, device: torch.device | None) -> float | None:
-        self.size = self.size or examples_in(batch)
         with torch.enable_grad():
             self.goal = torch.zeros((), device=device, requires_grad=True)
             output = self.forward(self.model, batch)
-            goal, self.goal = self.goal, None
             loss = self._loss(output, batch)
             if loss is None:
                 return None
             self.has_loss = True
-            torch.autograd.grad(loss, goal, allow_unused=True)
+            if loss.requires_grad:
+                torch.autograd.grad(loss, self.goal, allow_unused=True)
         return float(loss.detach())
 
     def _evaluate(self, batch: Any, modes: list[tuple[nn.Module, bool]]) -> float | None:
         """The loss of the batch in evaluation mode."""
         if self.fresh or any(watch.norm.running_mean is None for watch in self.watches):
             return None
+        self.goal = None
         self.model.eval()
         try:
             with torch.no_grad():

@@ -115,10 +115,19 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     Returns:
         What the network returns.
+
+    Raises:
+        ValueError: the batch is something else.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    given = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(given, Tensor):
+        raise ValueError(
+            f"loader: a batch of type {type(batch).__name__} is no tensor, no mapping and does "
+            "not begin with a tensor; give forward=, which takes the model and a batch"
+        )
+    return model(given)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from anybatch import theory
 from anybatch.layers.base import NormLayer
 from anybatch.layers.partition import partition
+from anybatch.layers.recompute import in_backward
 
 KEPT_EXAMPLES = 1024  # a layer, for what the examples alone let expect
 BINS = 40
@@ -181,8 +182,9 @@ class Watch:
             given = args[0] if args else kwargs["input"]
             if not self.active or not given.numel():
                 return None
-            self.called += 1
-            moments = self._forward(given.detach())
+            recomputed = in_backward()  # by activation checkpointing: seen before
+            self.called += not recomputed
+            moments = self._forward(given.detach(), note=not recomputed)
             goal = source()
             if goal is None:
                 return None
@@ -198,7 +200,7 @@ class Watch:
         return partition(examples, self.norm.norm_batch_size, self.norm.group_size).sizes
 
     @torch.no_grad()
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _forward(self, x: Tensor, note: bool) -> tuple[Tensor, Tensor] | None:
         """Note the statistics of a batch's groups; those of its first group, for backward."""
         rows = _rows(x)
         mean = rows.mean(2).double()
@@ -210,13 +212,15 @@ class Watch:
         self.examples = self.examples or sizes[0]
         for means, variances in zip(mean.split(sizes), var.split(sizes), strict=True):
             if len(means) != self.examples:
-                self.skipped += 1
+                self.skipped += note
                 continue
             whole = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+            first = whole if first is None else first
+            if not note:
+                continue
             self.batch.append((whole[0].cpu(), whole[1].cpu()))
             self.positions += rows.shape[2]
             self.each.append(self._part(means, variances))
-            first = whole if first is None else first
         return first if len(sizes) == 1 else None
 
     def _part(self, *tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,7 +313,7 @@ class Watch:
     def _backward_spreads(self, independent: float) -> tuple[Spread | None, Spread | None]:
         if len(self.back) < 2:
             return None, None
-        spreads = []
+        spreads: list[Spread | None] = []
         for batch, each, squares in zip(
             _table(self.back), _table(self.back_each, cat=True), _table(self.squares), strict=True
         ):
@@ -318,7 +322,8 @@ class Watch:
             unit = torch.where(alive, single, 1.0)
             measured = _rms(batch.var(0) / unit, alive)
             expected = _rms(each.var(0) / unit / self.examples, alive)
-            spreads.append(Spread(measured, expected, independent))
+            spread = Spread(measured, expected, independent)
+            spreads.append(spread if bool(alive.any()) else None)
         return spreads[0], spreads[1]
 
     def _against_running(

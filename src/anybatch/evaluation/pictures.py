@@ -51,8 +51,8 @@ def _noise(axes: Axes, layers: tuple[LayerNoise, ...], title: str, name: str) ->
     spreads: list[Spread | None] = [getattr(layer, name) for layer in layers]
     there = [place for place, spread in enumerate(spreads) if spread is not None]
     kept = [spread for spread in spreads if spread is not None]
-    axes.plot(there, [s.independent for s in kept], "--", color=BLACK, label="independent values")
     axes.plot(there, [s.expected for s in kept], "-", color=BLUE, label="from the examples")
+    axes.plot(there, [s.independent for s in kept], "--", color=BLACK, label="independent values")
     axes.plot(there, [s.measured for s in kept], "o", color=RED, markersize=5, label="measured")
     limit = (2 / 8) ** 0.5 if name == "var" else 8**-0.5  # fewer than 8 values
     axes.axhspan(limit, 100, color=RED, alpha=0.08, linewidth=0)
