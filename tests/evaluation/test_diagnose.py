@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,16 @@ def test_pictures_of_a_norm_without_a_mean_and_of_many(tmp_path: Path) -> None:
     norms = [anybatch.MovingAverageBatchNorm1d(4) for _ in range(30)]
     made = diagnose(nn.Sequential(*norms), gaussian(4, 4, batches=4))
     assert made.plot(tmp_path / "many.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("package", ["matplotlib.figure", "jinja2"])
+def test_without_the_extra_the_error_says_which(
+    found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'anybatch\[experiments\]'"):
+        found.report(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_dead_channels_are_counted_and_left_out() -> None:

@@ -116,6 +116,9 @@ class Diagnosis:
 
         Returns:
             The path.
+
+        Raises:
+            ImportError: Matplotlib is missing.
         """
         from anybatch.evaluation.pictures import figure
 
@@ -130,6 +133,9 @@ class Diagnosis:
 
         Returns:
             The path.
+
+        Raises:
+            ImportError: Matplotlib or Jinja is missing.
         """
         path = Path(path)
         path.write_text(self.page(), encoding="utf-8")

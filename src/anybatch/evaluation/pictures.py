@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from anybatch.evaluation.diagnose import Diagnosis
 
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"  # Okabe and Ito's
+_EXTRA = "pip install 'anybatch[experiments]'"
 NAMED = 24  # norms, up to which their names stand below a plot
 
 
@@ -30,8 +31,10 @@ def figure(diagnosis: Diagnosis) -> Figure:
     Returns:
         The figure.
     """
-    from matplotlib.figure import Figure  # no window, no state: nothing is opened
-
+    try:
+        from matplotlib.figure import Figure  # no window, no state: nothing is opened
+    except ImportError as error:
+        raise ImportError(f"a plot needs Matplotlib: {_EXTRA}") from error
     layers = diagnosis.layers
     backward = any(layer.psi is not None for layer in layers)
     rows = 3 if backward else 2
@@ -108,8 +111,10 @@ def page(diagnosis: Diagnosis) -> str:
     Returns:
         The page; it needs no other file.
     """
-    import jinja2
-
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(f"a report needs Jinja: {_EXTRA}") from error
     from anybatch.evaluation.diagnose import HEAD, cells, word
 
     buffer = io.BytesIO()
