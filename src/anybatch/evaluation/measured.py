@@ -25,7 +25,7 @@ from anybatch.layers.base import NormLayer
 from anybatch.layers.partition import partition
 from anybatch.layers.recompute import in_backward
 
-KEPT_EXAMPLES = 1024  # a layer, for what the examples alone let expect
+KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 BINS = 40
 
 
@@ -226,7 +226,7 @@ class Watch:
     def _part(self, *tables: Tensor) -> tuple[Tensor, Tensor]:
         """As many rows of a batch as may be kept."""
         kept = max(KEPT_EXAMPLES // max(self.total, 1), 2)
-        first, second = (table[:kept].cpu() for table in tables)
+        first, second = (table[:kept].float().cpu() for table in tables)
         return first, second
 
     @torch.no_grad()
@@ -392,7 +392,7 @@ def _rows(x: Tensor) -> Tensor:
 def _table(rows: Sequence[tuple[Tensor, Tensor]], cat: bool = False) -> tuple[Tensor, Tensor]:
     first, second = zip(*rows, strict=True)
     join = torch.cat if cat else torch.stack
-    return join(first), join(second)
+    return join(first).double(), join(second).double()
 
 
 def _variance_of_variance(apart: Tensor, square: Tensor, n: int, centered: bool) -> Tensor:
