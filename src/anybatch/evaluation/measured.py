@@ -275,7 +275,8 @@ class Watch:
         expected = _rms(of_var, alive)
         wanted = 1 / of_mean**2 if self.centered and of_mean else 2 / max(expected, 1e-12) ** 2
         effective = min(wanted, values)
-        alone = plain.var_std if self.centered else math.sqrt(2 / values)
+        if not self.centered:
+            plain = second_moment_noise(values)
         g, psi = self._backward_spreads(plain.mean_std)
         gap, stale = None, None
         if not fresh:
@@ -291,7 +292,7 @@ class Watch:
             values=values,
             effective=effective,
             mean=spread if self.centered else None,
-            var=Spread(_rms(xi_var.var(0), alive), expected, alone),
+            var=Spread(_rms(xi_var.var(0), alive), expected, plain.var_std),
             g=g if self.centered else None,
             psi=psi,
             output=output,
@@ -360,6 +361,16 @@ class _Probe(torch.autograd.Function):
         if ctx.moments is not None:
             ctx.watch.backward(dy.detach(), given, *ctx.moments)
         return dy, torch.zeros_like(goal), None, None, None
+
+
+def second_moment_noise(values: float) -> theory.Noise:
+    """The noise where no mean is subtracted: the second moment is a chi-square over m, all m free.
+
+    Example:
+        >>> second_moment_noise(8).var_std
+        0.5
+    """
+    return theory.Noise(math.sqrt(1 / values), 1.0, math.sqrt(2 / values))
 
 
 def watched(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anybatch import __version__, theory
-from anybatch.evaluation.measured import Histogram, LayerNoise, Spread
+from anybatch.evaluation.measured import Histogram, LayerNoise, Spread, second_moment_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +54,10 @@ def _noise(axes: Axes, layers: tuple[LayerNoise, ...], title: str, name: str) ->
     spreads: list[Spread | None] = [getattr(layer, name) for layer in layers]
     there = [place for place, spread in enumerate(spreads) if spread is not None]
     kept = [spread for spread in spreads if spread is not None]
+    if not kept:
+        axes.set_title(title, fontsize=11)
+        _say_empty(axes)
+        return
     axes.plot(there, [s.expected for s in kept], "-", color=BLUE, label="from the examples")
     axes.plot(there, [s.independent for s in kept], "--", color=BLACK, label="independent values")
     axes.plot(there, [s.measured for s in kept], "o", color=RED, markersize=5, label="measured")
@@ -74,12 +78,15 @@ def _noise(axes: Axes, layers: tuple[LayerNoise, ...], title: str, name: str) ->
 
 def _distributions(axes: Any, layer: LayerNoise) -> None:
     """xi_mu and xi_sigma of one norm, and their densities for independent Gaussian values."""
-    source = theory.noise(layer.values)
+    centered = layer.mean is not None
+    source = theory.noise(layer.values) if centered else second_moment_noise(layer.values)
     name = layer.name or "(the model)"
     if layer.mean_histogram is not None:
         _histogram(axes[0], layer.mean_histogram, source.mean_density)
+    else:
+        _say_empty(axes[0])
     axes[0].set_title(f"xi_mu of {_plain(name)}", fontsize=11)
-    _histogram(axes[1], layer.var_histogram, source.var_density if layer.values > 1 else None)
+    _histogram(axes[1], layer.var_histogram, source.var_density if source.var_std else None)
     axes[1].set_title(f"xi_sigma of {_plain(name)}", fontsize=11)
 
 
@@ -95,6 +102,11 @@ def _histogram(axes: Axes, histogram: Histogram, density: Any) -> None:
     axes.set_ylim(0, 1.2 * max([*heights, 1e-9]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _say_empty(axes: Axes) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "no mean is subtracted", ha="center", transform=axes.transAxes)
 
 
 def _plain(name: str) -> str:
