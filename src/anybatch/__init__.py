@@ -4,7 +4,22 @@ Layers replace ``torch.nn.BatchNorm`` one for one; `convert` does it for a whole
 network, `to_batchnorm` undoes it for deployment.
 """
 
-from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
+from anybatch import theory
+from anybatch.conversion import (
+    DecayPlan,
+    DecayRow,
+    GammaDecay,
+    NoEffectWarning,
+    Plan,
+    PlanRow,
+    convert,
+    decay_plan,
+    fold,
+    param_groups,
+    plan,
+    to_batchnorm,
+)
+from anybatch.evaluation import Diagnosis, diagnose
 from anybatch.layers import (
     Accumulation,
     BatchGroupNorm1d,
@@ -52,6 +67,10 @@ __all__ = [
     "CrossIterationBatchNorm1d",
     "CrossIterationBatchNorm2d",
     "CrossIterationBatchNorm3d",
+    "DecayPlan",
+    "DecayRow",
+    "Diagnosis",
+    "GammaDecay",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -68,12 +87,16 @@ __all__ = [
     "PlanRow",
     "accumulate",
     "convert",
+    "decay_plan",
+    "diagnose",
     "fold",
     "freeze",
     "get_method",
     "no_update",
+    "param_groups",
     "plan",
     "thaw",
+    "theory",
     "to_batchnorm",
     "weight_centralization",
 ]

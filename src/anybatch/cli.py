@@ -1,4 +1,4 @@
-"""The command line: compare methods, train one, list them all."""
+"""The command line: compare methods, train one, diagnose a network, list the methods."""
 
 import json
 import shlex
@@ -262,6 +262,86 @@ def train(
     console.print(f"held-out accuracy [bold]{100 * row['accuracy']:.2f} %[/]  ({run.label})")
     path = (folder / "runs" / f"{run.key}.json").resolve()
     console.print(f"result  {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
+def diagnose(
+    context: typer.Context,
+    data: Data = "digits",
+    root: Root = None,
+    model: Model = None,
+    method: Annotated[
+        str, typer.Option(help="Short name of the method, or torch for torch's batch norm.")
+    ] = "torch",
+    batch_size: BatchSize = 2,
+    norm_batch_size: NormBatchSize = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the network's state_dict. [dim]Default: it is trained first.[/]"
+        ),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training set before; 0 for a fresh network.")
+    ] = 3,
+    max_batches: Annotated[int, typer.Option(help="Batches to measure.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")] = 0,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+    train_size: TrainSize = None,
+    option: Options = None,
+    config: Config = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how noisy a network's batch statistics are, and say what to do.
+
+        anybatch diagnose --batch-size 2
+
+    A network of your own training, on your own data:
+
+        anybatch diagnose --data imagefolder --root pictures --model resnet18
+        --checkpoint weights.pt --batch-size 8
+    """
+    import torch
+
+    from anybatch.experiments import diagnosis
+    from anybatch.experiments.config import parse_options
+    from anybatch.experiments.files import output_folder
+
+    given = _settings(context, config)
+    options = parse_options(given["option"] or [])
+    if set(options) - {given["method"]}:
+        wrong = ", ".join(sorted(set(options) - {given["method"]}))
+        raise ValueError(f"option={wrong}: the method diagnosed is {given['method']!r}")
+    epochs = given["epochs"] if given["checkpoint"] is None else 0
+    if epochs < 0:
+        raise ValueError(f"epochs={epochs}: give a number from 0 on")
+    run = _run({**given, "epochs": max(epochs, 1)}).but(
+        method=given["method"], seed=given["seed"], options=options.get(given["method"], ())
+    )
+    folder = output_folder(Path(given["output"] or f"runs/diagnose-{run.data}"))
+    if run.device == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), 2))
+    weights = None if given["checkpoint"] is None else Path(given["checkpoint"])
+    with _bars(given["as_json"]) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        found = diagnosis.diagnose_run(run, epochs, weights, given["max_batches"], show)
+    page = diagnosis.write(found, folder)
+    if given["as_json"]:
+        print((folder / "diagnosis.json").read_text(encoding="utf-8"), end="")
+        return
+    console.print(diagnosis.terminal_table(found, f"{run.data}, {run.model}, {run.label}"))
+    for sentence in (*found.reading.sentences, *found.notes):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -86,6 +86,70 @@ def convnet() -> nn.Sequential:
     )  # fmt: skip
 
 
+def vgg() -> nn.Sequential:
+    """Convolutions in a chain, as in VGG."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+class Unit(nn.Module):
+    """Convolution, norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+class Inception(nn.Module):
+    """Blocks of three branches, concatenated, and no shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Unit(3, 8, 3)
+        self.blocks = nn.ModuleList(nn.ModuleDict(self._branches(n)) for n in (8, 12))
+        self.head = nn.Linear(12, 4)
+
+    def _branches(self, inputs: int) -> dict[str, nn.Module]:
+        return {
+            "one": Unit(inputs, 4, 1),
+            "three": nn.Sequential(Unit(inputs, 4, 1), Unit(4, 4, 3)),
+            "pool": nn.Sequential(nn.AvgPool2d(3, 1, 1), Unit(inputs, 4, 1)),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.cat([branch(x) for branch in block.values()], 1)
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Residual blocks whose shortcuts hold no norm, as in CIFAR ResNets of the first kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Unit(3, 8, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(Unit(8, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
+            for _ in range(3)
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
 # MONAI
 
 
@@ -193,6 +257,9 @@ NETWORKS: dict[str, Network] = {
     "convnet": Network(convnet, image(3, 12, 12)),
     "tabular": Network(Tabular, image(6)),
     "pre-activation": Network(PreActivation, image(3, 8, 8)),
+    "vgg": Network(vgg, image(3, 8, 8)),
+    "inception": Network(Inception, image(3, 8, 8)),
+    "residual": Network(Residual, image(3, 8, 8)),
     "wave": Network(Wave, image(2, 20)),
     "monai densenet121": Network(densenet, image(1, 32, 32), slow=True),
     "monai resnet 3d": Network(resnet3d, image(1, 16, 16, 16)),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from anybatch import METHODS
@@ -157,13 +158,16 @@ def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
         (["compare", "--train-size", "9999"], "train_size=9999"),
         (["train", "--device", "warp"], "device='warp'"),
         (["train", "--config", "missing.json"], "cannot be read"),
+        (["diagnose", "--checkpoint", "missing.pt"], "checkpoint='missing.pt': cannot be loaded"),
+        (["diagnose", "--max-batches", "0"], "max_batches=0: give a whole number"),
+        (["diagnose", "--option", "mabn.window=3"], "the method diagnosed is 'torch'"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
 def test_a_wrong_argument_is_one_line_and_code_2(
     arguments: list[str], words: str, tmp_path: Path
 ) -> None:
-    quick = QUICK[:4] if arguments[0] == "train" else QUICK
+    quick = QUICK if arguments[0] == "compare" else QUICK[:4]
     extra = [] if "--train-size" in arguments else quick[:2]
     result = run(*arguments, *extra, "--epochs", "1", "--output", str(tmp_path / "out"))
     assert result.exit_code == 2
@@ -230,6 +234,37 @@ def test_without_its_extra_the_command_says_which() -> None:
     assert done.returncode != 0
     assert "pip install 'anybatch[experiments]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- diagnose -----------------------------------------------------------------------
+
+
+def test_diagnose_prints_a_table_and_leaves_everything_whole(tmp_path: Path) -> None:
+    result = run("diagnose", "--epochs", "1", "--max-batches", "30", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "Batch normalization is the problem here" in result.output
+    assert "acts as" in result.output
+    assert "…" not in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html", "diagnosis.json", "diagnosis.png",
+    }  # fmt: skip
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+
+
+def test_diagnose_for_programs_and_from_a_checkpoint(tmp_path: Path) -> None:
+    from anybatch.experiments.models import build
+
+    weights = tmp_path / "weights.pt"
+    torch.save(build("mlp", 10, (64,)).state_dict(), weights)
+    command = ["diagnose", "--checkpoint", str(weights), "--batch-size", "64", "--json"]
+    result = run(*command, "--max-batches", "40", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["reading"]["problem"] == "no"
+    assert found["batches"] == 40  # more than an epoch has
+    assert found["eval_loss"] is None  # running statistics are as they started
 
 
 # --- methods ------------------------------------------------------------------------

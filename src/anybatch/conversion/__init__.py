@@ -1,11 +1,16 @@
 """Putting layers into networks and taking them out again.
 
 `plan` says what `convert` would do; `to_batchnorm` goes back to plain torch; `fold` merges norms
-into the layers before them.
+into the layers before them; `param_groups` gives an optimizer the groups that suit the norms.
 """
 
 from anybatch.conversion.convert import convert as convert
+from anybatch.conversion.decay import DecayPlan as DecayPlan
+from anybatch.conversion.decay import DecayRow as DecayRow
+from anybatch.conversion.decay import decay_plan as decay_plan
+from anybatch.conversion.decay import param_groups as param_groups
 from anybatch.conversion.fold import fold as fold
+from anybatch.conversion.gamma_decay import GammaDecay as GammaDecay
 from anybatch.conversion.plan import Plan as Plan
 from anybatch.conversion.plan import PlanRow as PlanRow
 from anybatch.conversion.plan import plan as plan

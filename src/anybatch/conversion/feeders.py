@@ -181,7 +181,7 @@ def _fed_by_module(module: nn.Module, name: str) -> str:
 # Symbolic traces
 
 
-class _Tracer(fx.Tracer):
+class NormTracer(fx.Tracer):
     """Traces down to norms, convolutions and linear layers, and runs nobody's hooks."""
 
     proxy_buffer_attributes = True
@@ -203,6 +203,25 @@ class _Tracer(fx.Tracer):
 
 def _trace(model: nn.Module, names: Mapping[nn.Module, str]) -> _Observed | None:
     """Trace a network symbolically; None where that fails."""
+    graph = trace_graph(model)
+    return None if graph is None else _read(graph, dict(model.named_modules()), names)
+
+
+def trace_graph(model: nn.Module, tracer: fx.Tracer | None = None) -> fx.Graph | None:
+    """Trace a network symbolically, and leave it as it was.
+
+    Args:
+        model: the network.
+        tracer: what to trace with (default: one that stops at norms, convolutions and linear
+            layers).
+
+    Returns:
+        The graph; None where tracing fails.
+
+    Example:
+        >>> [node.name for node in trace_graph(nn.Sequential(nn.Linear(2, 2))).nodes]
+        ['input_1', '_0', 'output']
+    """
     if "forward" in model.__dict__:  # fx would trace the class's forward, not this one
         return None
     defaults = {
@@ -210,13 +229,12 @@ def _trace(model: nn.Module, names: Mapping[nn.Module, str]) -> _Observed | None
         for name, argument in signature(model.forward).parameters.items()
         if argument.default is not Argument.empty
     }
-    with _restored(model), warnings.catch_warnings():
+    with restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            graph = _Tracer().trace(model, defaults or None)
+            return (tracer or NormTracer()).trace(model, defaults or None)
         except Exception:  # any forward may be run on proxies here, and fail in any way
             return None
-    return _read(graph, dict(model.named_modules()), names)
 
 
 def _read(
@@ -262,12 +280,13 @@ def _count_users(node: fx.Node, modules: Mapping[str, nn.Module]) -> int:
     for user in node.users:
         if user.op == "call_module" and isinstance(modules[user.target], nn.Identity):  # type: ignore[index]
             count += _count_users(user, modules)
-        elif not _only_looks(user):
+        elif not only_looks(user):
             count += 1
     return count
 
 
-def _only_looks(node: fx.Node) -> bool:
+def only_looks(node: fx.Node) -> bool:
+    """Whether a node of a graph asks for a tensor's shape or type, not its values."""
     if node.op == "call_method":
         return node.target in _LOOKS
     attribute = node.args[1] if len(node.args) > 1 else None
@@ -420,7 +439,7 @@ def observe(model: nn.Module, example_inputs: Any) -> Any:
     several = isinstance(example_inputs, (tuple, list))
     args = () if named else tuple(example_inputs) if several else (example_inputs,)
     try:
-        with _restored(model), _in_eval(model), torch.no_grad():
+        with restored(model), _in_eval(model), torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -464,7 +483,7 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """After it the model's attributes, buffers' values and torch's random state are as before."""
     saved = [(module, _shallow(module)) for module in model.modules()]
     buffers = [

@@ -126,7 +126,7 @@ def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         The loss, on the device.
     """
-    loss = F.cross_entropy(_forward(run, training.model, x), y)
+    loss = F.cross_entropy(forward(run, training.model, x), y)
     training.optimizer.zero_grad()
     training.scaler.scale(loss).backward()
     training.scaler.step(training.optimizer)
@@ -134,7 +134,8 @@ def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
     return loss.detach()
 
 
-def _forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
+def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
+    """What a network puts out, in the run's precision."""
     if run.precision == "float32":
         y: Tensor = model(x)
         return y
@@ -159,7 +160,7 @@ def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tupl
     loss = correct = 0.0
     with torch.no_grad():
         for x, y in zip(data.test_x.split(size), data.test_y.split(size), strict=True):
-            scores, target = _forward(run, model, x.to(run.device)), y.to(run.device)
+            scores, target = forward(run, model, x.to(run.device)), y.to(run.device)
             loss += float(F.cross_entropy(scores, target, reduction="sum"))
             correct += int((scores.argmax(1) == target).sum())
     return loss / len(data.test_y), correct / len(data.test_y)
@@ -186,7 +187,7 @@ def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
     training = prepare(run, data)
     rows = _resume(run, training, checkpoint)
     while len(rows) < run.epochs:
-        rows.append(_epoch(run, training, data, len(rows) + 1))
+        rows.append(train_epoch(run, training, data, len(rows) + 1))
         if len(rows) < run.epochs:
             state = _state(run, training, rows)
             write_whole(checkpoint, partial(torch.save, state))
@@ -216,7 +217,8 @@ def stored_result(path: Path, run: Run) -> Row | None:
     return row if same else None
 
 
-def _epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
+def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
+    """Train for one epoch, from 1 on; its row."""
     training.model.train()
     start, total = time.perf_counter(), torch.zeros((), device=run.device)
     for x, y in batches(run, data, epoch):
