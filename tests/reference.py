@@ -508,7 +508,7 @@ class CrossIteration:
     running_var: Tensor = field(init=False)
     step: int = 0
     past: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    past_backward: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    past_backward: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.running_mean = torch.zeros(self.channels, dtype=torch.float64)
@@ -576,13 +576,11 @@ class CrossIteration:
     def windowed_gradient(
         self, out: Tensor, dy: Tensor, gamma: Tensor, mean: Tensor, var: Tensor
     ) -> Tensor:
-        """moving-average-bn, eq. 13, on both backward statistics."""
+        """moving-average-bn, eq. 13: the mean of g * z is its average over the window."""
         column = (1, -1, *(1,) * (out.dim() - 2))
         sigma = torch.sqrt(var + self.eps).view(column)
         z, g = (out - mean.view(column)) / sigma, dy * gamma.view(column)
-        own = [t.transpose(0, 1).flatten(1).mean(1) for t in (g, g * z)]
-        self.past_backward = [*self.past_backward, (own[0], own[1])][-self.window :]
-        averages = [
-            sum(step[i] for step in self.past_backward) / len(self.past_backward) for i in (0, 1)
-        ]
-        return (g - averages[0].view(column) - z * averages[1].view(column)) / sigma
+        own_g, own_psi = (t.transpose(0, 1).flatten(1).mean(1) for t in (g, g * z))
+        self.past_backward = [*self.past_backward, own_psi][-self.window :]
+        psi = sum(self.past_backward) / len(self.past_backward)
+        return (g - own_g.view(column) - z * psi.view(column)) / sigma

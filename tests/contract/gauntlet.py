@@ -12,6 +12,7 @@ from anybatch.methods import METHODS
 QUICK = {
     "mabn": {"window": 3, "warmup_steps": 4, "renorm_warmup_steps": 6},
     "brn": {"warmup_steps": 3},
+    "cbn": {"window": 3, "order": 0, "burn_in": 0.0},  # what needs a convolution is tested with it
     "mbn": {"batch_size": 2},
     "ghost": {"ghost_size": 2},
     "bgn": {"num_groups": 1},

@@ -24,7 +24,7 @@ def test_any_shape_trains(name: str, channels: int, spatial: tuple[int, ...]) ->
     assert layer.eval()(torch.randn(1, channels, *spatial)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", CENTRED)
+@pytest.mark.parametrize("name", [name for name in CENTRED if name != "cbn"])  # has a window
 def test_one_value_a_channel_is_normalized_by_the_running_statistics(name: str) -> None:
     options = {"num_groups": 6} if name == "bgn" else {}
     layer = make(name, dims=1, **options)

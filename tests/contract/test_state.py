@@ -127,7 +127,8 @@ def test_a_layer_made_on_the_meta_device_starts_like_any_other(name: str) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reset_forgets_everything(name: str) -> None:
-    layer = anybatch.METHODS[name].build(6, 2, **({"num_groups": 2} if name == "bgn" else {}))
+    options = {"bgn": {"num_groups": 2}, "cbn": {"order": 0, "window": 4}}.get(name, {})
+    layer = anybatch.METHODS[name].build(6, 2, **options)
     fresh = state(layer)
     train(layer, 5)
     layer.reset_parameters()

@@ -117,8 +117,9 @@ class _CrossIterationBatchNorm(NormLayer):
         gradient_sample: Positions that d nu / d w is estimated from (default 32); None for all,
             which costs one more convolution weight gradient a step.
         backward_stats: "batch" (default): the batch's own, which is the gradient above; "window":
-            averages of ``mean(g)`` and ``mean(g * z)`` over the window, with a = 1, as in
-            moving-average-bn, equation 13.
+            a = 1, and ``mean(g * z)`` is its average over the window, as moving-average-bn,
+            equation 13, has it. It is not the gradient of one step's output: it is nearer to the
+            one that the joined batch would have had.
         running_stats: "batch" (default): running statistics follow the batch's own, as in batch
             normalization; "window": those that the batch was normalized by.
         batch_size: Examples of a step, for ``window=None`` (default None: read from the first
@@ -235,7 +236,7 @@ class _CrossIterationBatchNorm(NormLayer):
             self.memory[name] = self._new_memory(slots, *shape)
         self._flow = _Flow()
         if self.backward_stats == "window":
-            self.memory["backward_window"] = self._new_memory(slots, 2 * channels)
+            self.memory["backward_window"] = self._new_memory(slots, channels)
             self.memory["backward_step"] = self._new_counter()
 
     @property
@@ -605,10 +606,11 @@ class _CrossIterationBatchNorm(NormLayer):
     ) -> BackwardMemory | None:
         if "backward_window" not in self.memory or self.burning:
             return None
-        return BackwardAverage(self, None, live, update)
+        average = BackwardAverage(self, None, live, update)
+        return lambda g, psi: (g, average(None, psi)[1])
 
     def average_backward(self, new: Tensor, update: bool) -> Tensor:
-        """Take the backward statistics of a step, give their average."""
+        """Take a step's ``mean(g * z)``, give its average over the window."""
         window, count = self.memory["backward_window"], self.memory["backward_step"]
         finite = all_finite(new, self.num_features)
         average = slide_mean(window.to(new.dtype), count, new, finite, False)

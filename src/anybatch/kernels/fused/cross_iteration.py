@@ -290,23 +290,19 @@ def record(own, values, order, feed, rings, counters, burn_in):
 
 @_jit
 def windowed_backward(dy, x, dx, weight, dw, db, means, variances, eps, update, window, count):
-    """Gradients with both backward statistics averaged over a window; see `slide_mean`."""
+    """Gradients with the mean of g * z averaged over a window; see `slide_mean`."""
     channels, values = x.shape[1], x.shape[0] * x.shape[2]
-    both, average = np.empty(2 * channels), np.empty(2 * channels)
+    psi, average = np.empty(channels), np.empty(channels)
     for c in range(channels):
-        inverse = 1 / math.sqrt(variances[c] + eps)
         db[c], second = _sums(dy, x, c, means[c])
-        dw[c] = second * inverse
-        both[c], both[channels + c] = weight[c] * db[c] / values, weight[c] * dw[c] / values
-    _slide(window, both, average)
+        dw[c] = second / math.sqrt(variances[c] + eps)
+        psi[c] = weight[c] * dw[c] / values
+    _slide(window, psi, average)
     average /= min(count[()] + 1, window.shape[0])
     if update:
-        for c in range(channels):  # a channel enters with both or not at all
-            if not (_fits(both[c], window) and _fits(both[channels + c], window)):
-                both[c] = both[channels + c] = np.nan
-        _keep(window, both)
+        _keep(window, psi)
         count[()] += 1
     for c in range(channels):
         inverse = 1 / math.sqrt(variances[c] + eps)
-        on_x, constant = -average[channels + c] * inverse * inverse, -average[c] * inverse
+        on_x, constant = -average[c] * inverse * inverse, -weight[c] * db[c] / values * inverse
         _gradient(dy, x, dx, c, means[c], weight[c] * inverse, on_x, constant)
