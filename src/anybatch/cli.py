@@ -92,6 +92,13 @@ BatchSize = Annotated[int, typer.Option(help="Examples in a step.")]
 NormBatchSize = Annotated[
     int | None, typer.Option(help="Examples that share statistics. [dim]Default: the batch.[/]")
 ]
+Accumulate = Annotated[
+    int, typer.Option(help="Micro-batches that a step's examples come in (gradient accumulation).")
+]
+Centralize = Annotated[
+    bool,
+    typer.Option("--centralize", help="Centralize weights before norms, whatever the method."),
+]
 Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast).")]
@@ -121,6 +128,8 @@ def compare(
     ] = None,
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
+    accumulate: Accumulate = 1,
+    centralize: Centralize = False,
     target_batch_size: Annotated[
         int, typer.Option(help="Batch size of the batch norm that shows what can be reached.")
     ] = 32,
@@ -208,6 +217,8 @@ def train(
     model: Model = None,
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
+    accumulate: Accumulate = 1,
+    centralize: Centralize = False,
     epochs: Epochs = 12,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")] = 0,
     device: Device = "cpu",
@@ -237,7 +248,10 @@ def train(
         wrong = ", ".join(sorted(set(options) - {given["method"]}))
         raise ValueError(f"option={wrong}: the method trained is {given['method']!r}")
     run = _run(given).but(
-        method=given["method"], seed=given["seed"], options=options.get(given["method"], ())
+        method=given["method"],
+        seed=given["seed"],
+        centralize=given["centralize"],
+        options=options.get(given["method"], ()),
     )
     folder = output_folder(Path(given["output"] or f"runs/train-{run.data}"))
     if run.device == "cpu":
@@ -276,6 +290,8 @@ def diagnose(
     ] = "torch",
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
+    accumulate: Accumulate = 1,
+    centralize: Centralize = False,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -319,7 +335,10 @@ def diagnose(
     if epochs < 0:
         raise ValueError(f"epochs={epochs}: give a number from 0 on")
     run = _run({**given, "epochs": max(epochs, 1)}).but(
-        method=given["method"], seed=given["seed"], options=options.get(given["method"], ())
+        method=given["method"],
+        seed=given["seed"],
+        centralize=given["centralize"],
+        options=options.get(given["method"], ()),
     )
     folder = output_folder(Path(given["output"] or f"runs/diagnose-{run.data}"))
     if run.device == "cpu":
@@ -394,7 +413,7 @@ def _run(given: dict[str, Any]) -> "Run":
     from anybatch.experiments.config import Run
 
     model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
-    names = ("data", "root", "batch_size", "norm_batch_size", "epochs")
+    names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
     more = ("device", "precision", "train_size")
     _check_device(given["device"])
     return Run(model=model, **{name: given[name] for name in (*names, *more)})
@@ -426,6 +445,7 @@ def _comparison(given: dict[str, Any]) -> "Comparison":
         seeds=_seeds(str(given["seeds"])),
         target_batch_size=given["target_batch_size"],
         options=tuple(options.items()),
+        centralize=given["centralize"],
     )
 
 

@@ -1,7 +1,7 @@
 """The one table of methods: conversion, command line, documentation and tests read it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -40,6 +40,8 @@ class Method:
         folds: Inference is an affine map a channel, which a convolution can absorb.
         scheduled: It needs `anybatch.NormScheduler`.
         binds: It must be bound to the convolution or linear layer that feeds it.
+        suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
+            paper's and others have done better.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Method:
     folds: bool = True
     scheduled: bool = False
     binds: bool = False
+    suggested: Mapping[str, Any] = field(default_factory=dict)
     builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
 
     def layer(self, dims: int) -> type[nn.Module]:
@@ -193,6 +196,7 @@ _TABLE = (
         "Batches of 2 to 8 of convolutional networks, with gradient accumulation too.",
         scheduled=True,
         binds=True,
+        suggested={"backward_stats": "window", "running_stats": "window"},
     ),
     Method(
         "brn",

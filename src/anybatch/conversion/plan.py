@@ -470,8 +470,9 @@ def _takes(method: Method) -> set[str]:
 def _options_for(
     method: Method, options: Mapping[str, Any], batch_size: int | None
 ) -> dict[str, Any]:
-    """Of the options, those that a method takes; with the batch size if it takes that."""
-    chosen = {name: value for name, value in options.items() if name in _takes(method)}
+    """Those of the options that a method takes, over those suggested; and the batch size."""
+    chosen = dict(method.suggested)
+    chosen |= {name: value for name, value in options.items() if name in _takes(method)}
     if batch_size is not None and "batch_size" in method.options:
         chosen.setdefault("batch_size", batch_size)
     return chosen

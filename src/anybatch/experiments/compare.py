@@ -31,6 +31,7 @@ class Comparison:
         seeds: One run each.
         target_batch_size: Of the batch norm that shows what can be reached.
         options: Of each method.
+        centralize: Centralize weights before norms, whatever the method.
     """
 
     base: Run
@@ -38,6 +39,7 @@ class Comparison:
     seeds: tuple[int, ...] = (0, 1, 2)
     target_batch_size: int = 32
     options: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+    centralize: bool = False
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -55,7 +57,8 @@ class Comparison:
     def groups(self) -> dict[str, list[Run]]:
         """The runs, by row of the table: the target, the baseline, then each method."""
         base = self.base.but(options=())
-        target = base.but(method=BASELINE, batch_size=self.target_batch_size, norm_batch_size=None)
+        large = {"batch_size": self.target_batch_size, "norm_batch_size": None, "accumulate": 1}
+        target = base.but(method=BASELINE, **large)
         if base.norm_batch_size is not None:  # the same steps, with larger statistics
             size = min(self.target_batch_size, base.batch_size)
             whole = size == base.batch_size
@@ -63,7 +66,9 @@ class Comparison:
         baseline = base.but(method=BASELINE if base.norm_batch_size is None else "bn")
         rows = {"target": target, "baseline": baseline}
         for name in self.methods:
-            rows[name] = base.but(method=name, options=dict(self.options).get(name, ()))
+            own = dict(self.options).get(name, ())
+            centralize = self.centralize and name != BASELINE
+            rows[name] = base.but(method=name, options=own, centralize=centralize)
         return {row: [run.but(seed=seed) for seed in self.seeds] for row, run in rows.items()}
 
     def runs(self) -> list[Run]:

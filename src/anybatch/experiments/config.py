@@ -37,6 +37,8 @@ class Run:
         method: Short name of the method; "torch" leaves the network's
             ``torch.nn.BatchNorm`` layers as they are.
         batch_size: Examples in a step.
+        accumulate: Micro-batches that a step's examples come in (gradient accumulation).
+        centralize: Centralize the weights of the layers that feed norms, whatever the method.
         norm_batch_size: Examples that share statistics; None is batch_size.
         epochs: Passes over the training set.
         seed: Of weights, order, noise and augmentation.
@@ -58,6 +60,8 @@ class Run:
     method: str = BASELINE
     batch_size: int = 2
     norm_batch_size: int | None = None
+    accumulate: int = 1
+    centralize: bool = False
     epochs: int = 12
     seed: int = 0
     lr: float = 0.1
@@ -75,7 +79,7 @@ class Run:
         _choice("data", self.data, DATA)
         _choice("model", self.model, MODELS)
         _choice("precision", self.precision, PRECISIONS)
-        for name in ("batch_size", "epochs", "image_size"):
+        for name in ("batch_size", "epochs", "image_size", "accumulate"):
             _count(name, getattr(self, name))
         for name in ("norm_batch_size", "train_size"):
             if getattr(self, name) is not None:
@@ -91,6 +95,17 @@ class Run:
                 f"norm_batch_size={self.norm_batch_size}: give a number from 1 to "
                 f"batch_size={self.batch_size}"
             )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate}: give a divisor of batch_size={self.batch_size}"
+            )
+        if self.accumulate > 1 and self.norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: leave it out with "
+                f"accumulate={self.accumulate}"
+            )
+        if self.centralize and self.method == BASELINE:
+            raise ValueError("centralize=True: method 'torch' stays as it is, give 'bn'")
         self._check_method()
 
     def _check_method(self) -> None:
@@ -111,13 +126,19 @@ class Run:
     @property
     def statistics_size(self) -> int:
         """Examples that share statistics."""
-        return self.norm_batch_size or self.batch_size
+        return self.norm_batch_size or self.micro_batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples in a forward."""
+        return self.batch_size // self.accumulate
 
     @property
     def label(self) -> str:
         """The method and its batch size, for a person."""
         title = "BatchNorm (torch)" if self.method == BASELINE else METHODS[self.method].title
-        return f"{title}, {self.statistics_size}"
+        steps = f" x {self.accumulate}" if self.accumulate > 1 else ""
+        return f"{title}, {self.statistics_size}{steps}"
 
     @property
     def adds_noise(self) -> float:

@@ -22,6 +22,8 @@ from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset, augment, load
 from anybatch.experiments.files import write_json, write_whole
+from anybatch.layers import accumulate
+from anybatch.layers.base import NormLayer
 from anybatch.scheduling import NormScheduler
 
 Row = dict[str, Any]
@@ -67,6 +69,8 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual = {"num_groups": 8}
     if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
         usual["norm_batch_size"] = run.norm_batch_size
+    if run.centralize:
+        usual["centralize"] = True
     return usual | dict(run.options)
 
 
@@ -86,7 +90,10 @@ def prepare(run: Run, data: Dataset) -> Training:
     progress = None
     if run.method != BASELINE:
         options = method_options(run, steps)
-        model = convert(model, run.method, batch_size=run.statistics_size, **options)
+        examples = run.norm_batch_size or run.batch_size
+        model = convert(model, run.method, batch_size=examples, **options)
+        if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
+            accumulate(model, run.accumulate)
         progress = NormScheduler(model, run.epochs)
     model = model.to(run.device)
     optimizer = torch.optim.SGD(
@@ -115,7 +122,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
 
 
 def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
-    """One step of training.
+    """One step of training, in as many micro-batches as the run has.
 
     Args:
         run: The run.
@@ -126,12 +133,16 @@ def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         The loss, on the device.
     """
-    loss = F.cross_entropy(forward(run, training.model, x), y)
     training.optimizer.zero_grad()
-    training.scaler.scale(loss).backward()
+    losses = []
+    pairs = zip(x.split(run.micro_batch_size), y.split(run.micro_batch_size), strict=True)
+    for some, classes in pairs:
+        loss = F.cross_entropy(forward(run, training.model, some), classes) / run.accumulate
+        training.scaler.scale(loss).backward()
+        losses.append(loss.detach())
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    return loss.detach()
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:

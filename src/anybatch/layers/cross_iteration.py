@@ -114,7 +114,7 @@ class _CrossIterationBatchNorm(NormLayer):
             the epoch (default 0.25, as in the paper's experiments).
         order: Terms of the Taylor polynomial: 1 (default), 2 (section 4.4), or 0 for none, the
             paper's naive variant, which needs no `bind`.
-        gradient_sample: Positions that d nu / d w is estimated from (default 32); None for all,
+        gradient_sample: Positions that d nu / d w is estimated from (default 16); None for all,
             which costs one more convolution weight gradient a step.
         backward_stats: "batch" (default): the batch's own, which is the gradient above; "window":
             a = 1, and ``mean(g * z)`` is its average over the window, as moving-average-bn,
@@ -174,7 +174,7 @@ class _CrossIterationBatchNorm(NormLayer):
         burn_in_steps: int = 0,
         burn_in: float = 0.25,
         order: int = 1,
-        gradient_sample: int | None = 32,
+        gradient_sample: int | None = 16,
         backward_stats: str = "batch",
         running_stats: str = "batch",
         batch_size: int | None = None,
