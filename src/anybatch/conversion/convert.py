@@ -43,8 +43,8 @@ def convert(
         model: the network.
         method: a method's short name, or a mapping of name patterns to short names, of which the
             first that matches a norm counts.
-        batch_size: the batch size of training, for the methods that use it (default: they read it
-            from the first batch).
+        batch_size: the examples in a training forward, for the methods that use it (default: they
+            read it from the first batch).
         example_inputs: what the network takes (a tensor, a tuple of positional or a mapping of
             keyword arguments), for networks that cannot be traced symbolically.
         where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`

@@ -67,6 +67,8 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual = {"warmup_steps": max(run.epochs * steps // 4, 1), "smooth": True}
     if run.method == "gn" and run.model != "mlp":
         usual = {"num_groups": 8}
+    if run.method == "cbn" and (run.model == "mlp" or run.accumulate > 1):
+        usual = {"burn_in": 0.0}  # the batch norm of a burn-in learns nothing from two values
     if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
         usual["norm_batch_size"] = run.norm_batch_size
     if run.centralize:
@@ -90,8 +92,7 @@ def prepare(run: Run, data: Dataset) -> Training:
     progress = None
     if run.method != BASELINE:
         options = method_options(run, steps)
-        examples = run.norm_batch_size or run.batch_size
-        model = convert(model, run.method, batch_size=examples, **options)
+        model = convert(model, run.method, batch_size=run.statistics_size, **options)
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
         progress = NormScheduler(model, run.epochs)

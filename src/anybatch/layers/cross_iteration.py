@@ -122,7 +122,7 @@ class _CrossIterationBatchNorm(NormLayer):
             one that the joined batch would have had.
         running_stats: "batch" (default): running statistics follow the batch's own, as in batch
             normalization; "window": those that the batch was normalized by.
-        batch_size: Examples of a step, for ``window=None`` (default None: read from the first
+        batch_size: Examples in a forward, for ``window=None`` (default None: read from the first
             batch).
         norm_batch_size: Normalize in successive batches of so many examples, each a step of the
             memory.
@@ -380,9 +380,8 @@ class _CrossIterationBatchNorm(NormLayer):
 
     def _open_window(self, examples: int) -> None:
         """Choose the window by the first batch."""
-        forwards = 1 if self.step is None else self.step.steps or 1
         feed = self._flow.feed
-        self.window = recommended_window(examples * forwards)
+        self.window = recommended_window(examples)
         self._make_rings()
         self._flow.feed = feed
 

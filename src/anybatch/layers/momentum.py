@@ -39,7 +39,8 @@ class _MomentumBatchNorm(NormLayer):
         track_running_stats: Must be True.
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
-        batch_size: Examples in a normalization batch (default None: read from the
+        batch_size: Examples in a normalization batch, of a forward where several make an
+            optimizer step, as `anybatch.accumulate` tells (default None: read from the
             first batch and kept).
         ideal_batch_size: Examples in a batch whose noise is wanted (default 32).
         ideal_decay: Decay of the running statistics at that batch size (default 0.85).
@@ -134,26 +135,36 @@ class _MomentumBatchNorm(NormLayer):
         self.progress = (epoch, total_epochs)
         self.memory["average_weight"].fill_(self._scheduled_weight())
 
+    @property
+    def step_size(self) -> int | None:
+        """Examples whose statistics are averaged at a time: those of an optimizer step."""
+        if self.batch_size is None or self.step is None or self.step.steps is None:
+            return self.batch_size
+        return self.batch_size * self.step.steps
+
+    def accumulate(self, steps: int | None) -> None:
+        super().accumulate(steps)
+        self._set_batch_size(self.batch_size)
+
     def _scheduled_weight(self) -> float:
         epoch, total = self.progress
-        if self.batch_size is None or total == 1:
+        if self.step_size is None or total == 1:
             return 0.0
-        ratio = min(self.batch_size / self.ideal_batch_size, 1.0)  # rho ** T
+        ratio = min(self.step_size / self.ideal_batch_size, 1.0)  # rho ** T
         return float(ratio ** (max(total - epoch, 0) / (total - 1)) - ratio)
 
     def _set_batch_size(self, batch_size: int | None) -> None:
         self.batch_size = batch_size
         self.memory["batch_size"].fill_(batch_size or 0)
-        if self.auto_momentum and batch_size is not None:  # eq. 12
-            self.momentum = 1 - self.ideal_decay ** (batch_size / self.ideal_batch_size)
+        if self.auto_momentum and self.step_size is not None:  # eq. 12
+            self.momentum = 1 - self.ideal_decay ** (self.step_size / self.ideal_batch_size)
         if self.progress[0] > 1:
             self.memory["average_weight"].fill_(self._scheduled_weight())
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update and self.batch_size is None:
-            forwards = 1 if self.step is None else self.step.steps or 1
-            self._set_batch_size(batch.examples * forwards)
+            self._set_batch_size(batch.examples)
         old_mean, old_var = self.memory["mean"], self.memory["var"]
         count, keep = self.memory["count"], self.memory["average_weight"]
         if keep.dtype != var.dtype:
