@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch
 import reference
-from anybatch.kernels import patches
+from anybatch.kernels import patches, use_fused
 from anybatch.layers.cross_iteration import recommended_window
 from anybatch.methods import METHODS
 
@@ -870,3 +870,44 @@ def test_what_a_forward_refuses() -> None:
 def test_what_the_layer_refuses(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         anybatch.CrossIterationBatchNorm2d(6, **options)
+
+
+@pytest.mark.parametrize("feeder", list(FEEDERS))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_sample": 8},
+        {"gradient_sample": 8, "norm_batch_size": 2},
+        {"gradient_sample": 8, "backward_stats": "window", "running_stats": "window"},
+        {"order": 0, "backward_stats": "window"},
+    ],
+    ids=str,
+)
+def test_the_compiled_path_is_the_other_one(feeder: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("numba")
+    module, norm, shape = pair(feeder, **options)
+    other, plain, _ = pair(feeder, **options)
+    other.load_state_dict(module.state_dict())
+    plain.load_state_dict(norm.state_dict())
+    for step in range(9):
+        x = moving(shape, step)
+        dy = torch.randn_like(module.forward(x))
+        results = []
+        for choice, conv, layer in (("auto", module, norm), ("never", other, plain)):
+            use_fused(choice)
+            conv.zero_grad()
+            layer.zero_grad()
+            given = x.clone().requires_grad_()
+            y = layer(conv(given))
+            assert ("Compiled" in y.grad_fn.name()) == (choice == "auto")
+            y.backward(dy)
+            results.append((y, given.grad, layer.weight.grad, conv.weight.grad))
+        use_fused("auto")
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-9)
+        with torch.no_grad():
+            shift = 0.05 * torch.randn_like(module.weight)
+            module.weight += shift
+            other.weight += shift
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(norm.state_dict()[name], tensor, atol=1e-9), name

@@ -259,16 +259,18 @@ def covering_points(first: Tensor, count: int, dims: int) -> Tensor:
     Returns:
         ``(dims, count)``, each from 0 to 1.
     """
-    paces = torch.tensor(covering_paces(dims), device=first.device)
+    paces = torch.tensor(PACES[dims], device=first.device)
     number = (first + torch.arange(count, device=first.device)).remainder(_CIRCLE)
     turned = (paces.unsqueeze(1) * number).remainder(_CIRCLE)
     return turned.to(torch.float32) / _CIRCLE
 
 
-@lru_cache(maxsize=8)
-def covering_paces(dims: int) -> tuple[int, ...]:
-    """Whole numbers that `covering_points` multiplies the number of a point by."""
+def _paces(dims: int) -> tuple[int, ...]:
     phi = 2.0
     for _ in range(64):
         phi = (1 + phi) ** (1 / (dims + 1))
     return tuple(round(phi**-power * _CIRCLE) for power in range(1, dims + 1))
+
+
+# Whole numbers that `covering_points` multiplies the number of a point by, by dimensions.
+PACES = {dims: _paces(dims) for dims in range(1, 5)}

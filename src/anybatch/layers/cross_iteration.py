@@ -114,8 +114,8 @@ class _CrossIterationBatchNorm(NormLayer):
             the epoch (default 0.25, as in the paper's experiments).
         order: Terms of the Taylor polynomial: 1 (default), 2 (section 4.4), or 0 for none, the
             paper's naive variant, which needs no `bind`.
-        gradient_sample: Positions that d nu / d w is estimated from (default 16); None for all,
-            which costs one more convolution weight gradient a step.
+        gradient_sample: Positions that the gradients of a step's statistics are estimated from
+            (default 16); None for all, which costs one more convolution weight gradient a step.
         backward_stats: "batch" (default): the batch's own, which is the gradient above; "window":
             a = 1, and ``mean(g * z)`` is its average over the window, as moving-average-bn,
             equation 13, has it. It is not the gradient of one step's output: it is nearer to the
@@ -489,6 +489,8 @@ class _CrossIterationBatchNorm(NormLayer):
         if feed is not None:
             arrays, paces = self._feed_arrays(feed, output, kernels.ONE)
         order = 0 if feed is None else 1
+        values, count = x.shape[0] * x.shape[2], self.gradient_sample
+        whole = update and order > 0 and (count is None or count >= values)
         own, (means, variances, empty) = kernels.table(x.shape[1]), loops.rows(x.shape[1], 2)
         share = kernels.cross_iteration_norm(
             x,
@@ -506,10 +508,9 @@ class _CrossIterationBatchNorm(NormLayer):
             rings,
             arrays,
             first,
-            (order, self.running_stats == "window"),
+            (order, self.running_stats == "window", whole),
         )
         if update:
-            values = x.shape[0] * x.shape[2]
             if feed is not None:
                 self._write_slope(kernels, x, own[0], arrays, paces, feed, output, first)
             kernels.record(own, values, order, arrays, rings, counters, self.burn_in_steps)
@@ -653,14 +654,15 @@ class _CrossIterationBatchNorm(NormLayer):
         geometry, dtype = feed.geometry, mean.dtype
         x, y = feed.x.to(dtype), y.to(dtype)
         with torch.autocast(y.device.type, enabled=False):
-            patch = patches.mean_patch(geometry, x, y)
             sample = self.gradient_sample
             few = sample is not None and sample < y.numel() // y.shape[1]
             if not few and self.order == 1:
+                patch = patches.mean_patch(geometry, x, y)
                 slope = patches.var_gradient(geometry, x, y, mean, patch)
                 return {"mean_gradient": patch, "var_gradient": slope}
             points = self._points(sample, y) if few else patches.all_points(y)
             values, seen = patches.sampled_patches(geometry, x, y, points)
+            patch = seen.mean(0)
             apart, seen = values - mean, (seen - patch).transpose(0, 1)  # (groups, n, fan_in)
             apart = apart.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0)
             slope = torch.matmul(apart, seen).flatten(0, 1).mul_(2 / points.shape[1])
@@ -768,8 +770,9 @@ def _tables(feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, ...]:
     geometry, dims = feed.geometry, len(feed.geometry.kernel)
     missing = 3 - dims
     pairs = [patches.tables(geometry, dim, feed.x, y) for dim in range(dims)]
-    arrays = [one] * missing + [(taps.numpy(), met.double().numpy()) for taps, met in pairs]
-    paces = patches.covering_paces(1 + dims)
+    arrays = [(one[0], one[1].astype(feed.x.numpy().dtype))] * missing
+    arrays += [(taps.numpy(), met.numpy()) for taps, met in pairs]
+    paces = patches.PACES[1 + dims]
     return (
         tuple(taps for taps, _ in arrays),
         tuple(met for _, met in arrays),

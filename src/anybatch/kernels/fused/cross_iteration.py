@@ -26,7 +26,10 @@ from anybatch.kernels.fused.loops import (
 )
 
 _CIRCLE = 2**31
-ONE = (np.zeros((1, 1), np.int64), np.ones((1, 1)))  # taps and meetings of a missing dimension
+ONE = (
+    np.zeros((1, 1), np.int64),
+    np.ones((1, 1), np.float32),
+)  # taps and meetings of a missing dimension
 
 
 # What stands for a feed and for the window's gradients in the naive form.
@@ -69,11 +72,11 @@ def _mean_patch(feed, first, examples, patches, place):
     k0, k1, k2 = taps[0].shape[1], taps[1].shape[1], taps[2].shape[1]
     m0, m1, m2 = meetings
     total = np.empty((depth, height, width), inputs.dtype)
-    in_width = np.empty((depth, height, k2))
-    in_height = np.empty((depth, k1, k2))
+    in_width = np.empty((depth, height, k2), inputs.dtype)
+    in_height = np.empty((depth, k1, k2), inputs.dtype)
     per_group = channels // groups
     for c in range(channels):
-        total[:] = 0.0
+        total[:] = 0
         for i in range(first, first + examples):
             for d in range(depth):
                 for h in range(height):
@@ -82,11 +85,11 @@ def _mean_patch(feed, first, examples, patches, place):
         for d in range(depth):
             for h in range(height):
                 for k in range(k2):
-                    value = 0.0
+                    value = inputs.dtype.type(0)
                     for w in range(width):
                         value += total[d, h, w] * m2[k, w]
                     in_width[d, h, k] = value
-        in_height[:] = 0.0
+        in_height[:] = 0
         for d in range(depth):
             for j in range(k1):
                 for h in range(height):
@@ -108,7 +111,8 @@ def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
     """Write outputs and patches, minus their means, at the next points of the covering sequence.
 
     ``apart`` is ``(groups, outputs / groups, points)``, times 2 / points; ``seen`` is ``(groups,
-    points, fan_in)``: their product is the gradient of the variance.
+    points, fan_in)``: their product is the gradient of the variance. That of the mean, the mean of
+    these patches, is in the slot afterwards.
     """
     inputs, _, _, taps, _, sizes, _ = feed
     t0, t1, t2 = taps
@@ -148,8 +152,17 @@ def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
                     value = seen.dtype.type(0)
                     if inside or offsets[tap] >= 0:
                         value = flat_inputs[example, c, offsets[tap]]
-                    seen[g, s, f] = value - patches[place, g, f]
+                    seen[g, s, f] = value
                     f += 1
+    for g in range(groups):
+        for f in range(seen.shape[2]):
+            total = seen.dtype.type(0)
+            for s in range(count):
+                total += seen[g, s, f]
+            patches[place, g, f] = total / count
+        for s in range(count):
+            for f in range(seen.shape[2]):
+                seen[g, s, f] -= patches[place, g, f]
 
 
 @_jit
@@ -202,10 +215,10 @@ def cross_iteration_norm(
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
-    `own` takes the batch's own means and variances. With an update, the mean patch is in the slot
-    of this step afterwards. `settings` is (order, whether running statistics follow the window).
+    `own` takes the batch's own means and variances. `settings` is (order, whether running
+    statistics follow the window, whether to write the mean patch of all positions into the slot).
     """
-    order, window_runs = settings
+    order, window_runs, whole = settings
     _, position, entries = counters
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
     _, rows, feed_bias, _, _, _, groups = feed
@@ -249,7 +262,7 @@ def cross_iteration_norm(
         elif tracks:
             _track(c, own[0, c], _unbiased(own[1, c], values), pace, running_mean, running_var)
         _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
-    if update and order > 0:
+    if whole:
         _mean_patch(feed, first, x.shape[0], mean_gradient, place)
     return values / total if total > 1 else 0.0
 
