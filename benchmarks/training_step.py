@@ -1,9 +1,10 @@
 """Time of a training step at batch 2 with each method, relative to torch.nn.BatchNorm.
 
 Forward, backward and SGD of the MLP on digits and of ResNet-8 on 32x32 pictures, fresh networks,
-blocks of all methods in turn in one process on one thread, medians of the ratios by round.
+blocks of all methods in turn in one process on one thread, medians of the ratios by round. With
+``--cbn``, ResNet-20 and the ways of cross-iteration batch norm, beyond its burn-in.
 
-    python benchmarks/training_step.py [--rounds 21] [--batch-size 2] [--output steps.csv]
+    python benchmarks/training_step.py [--rounds 21] [--batch-size 2] [--cbn] [--output steps.csv]
 """
 
 import argparse
@@ -40,11 +41,49 @@ def rows(batch_size: int, rounds: int) -> list[tuple[str, str, int, float, float
     digits = load(Run())
     for model, data, source in (("mlp", digits, "digits"), ("resnet8", pictures(), "cifar10")):
         base = Run(data=source, model=model, batch_size=batch_size, augment=False, noise=0.0)
-        runs = [base.but(method=name) for name in DEFAULT_METHODS]
+        runs = {name: base.but(method=name) for name in DEFAULT_METHODS}
+        if "cbn" in runs:
+            runs["cbn"] = base.but(method="cbn", options=(("burn_in", 0.0),))
         for name, time in time_steps(runs, data, rounds).items():
             microseconds = round(1e6 * time.seconds, 1)
             ratios = (round(value, 3) for value in (time.ratio, time.low, time.high))
             found.append((model, name, batch_size, microseconds, *ratios))
+    return found
+
+
+WAYS = {
+    "cbn": (),
+    "cbn, all positions": (("gradient_sample", None),),
+    "cbn, the paper's": (
+        ("gradient_sample", None),
+        ("backward_stats", "batch"),
+        ("running_stats", "batch"),
+    ),
+    "cbn, naive": (("order", 0),),
+}
+
+
+def cbn_rows(
+    batch_size: int, rounds: int
+) -> list[tuple[str, str, int, float, float, float, float]]:
+    """Measure the ways of cross-iteration batch norm in ResNet-20.
+
+    Args:
+        batch_size: Examples in a step.
+        rounds: Blocks a way.
+
+    Returns:
+        A row a way.
+    """
+    data = pictures()
+    base = Run(data="cifar10", model="resnet20", batch_size=batch_size, augment=False, noise=0.0)
+    runs = {"bn": base.but(method="bn")}
+    for name, options in WAYS.items():
+        runs[name] = base.but(method="cbn", options=(("burn_in", 0.0), *options))
+    found = []
+    for name, time in time_steps(runs, data, rounds).items():
+        ratios = (round(value, 3) for value in (time.ratio, time.low, time.high))
+        found.append(("resnet20", name, batch_size, round(1e6 * time.seconds, 1), *ratios))
     return found
 
 
@@ -53,11 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--cbn", action="store_true")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    found = rows(given.batch_size, given.rounds)
+    found = (cbn_rows if given.cbn else rows)(given.batch_size, given.rounds)
     print(("{:>12} " * len(COLUMNS)).format(*COLUMNS))
     for row in found:
         print(("{!s:>12} " * len(row)).format(*row))

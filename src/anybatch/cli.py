@@ -183,7 +183,7 @@ def compare(
             results = run_all(comparison, folder, _workers(given), show)
         times = {}
         if given["timing"]:
-            timed = [runs[0] for row, runs in comparison.groups().items() if row != "target"]
+            timed = {r: runs[0] for r, runs in comparison.groups().items() if r != "target"}
             quiet = nullcontext() if given["as_json"] else errors.status("timing a step")
             if comparison.base.device == "cpu":
                 torch.set_num_threads(1)  # as the runs had

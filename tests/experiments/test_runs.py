@@ -368,7 +368,9 @@ def test_a_step_in_every_precision(precision: str) -> None:
 
 def test_step_times_are_relative_to_torch() -> None:
     data = load(Run(train_size=24))
-    times = time_steps([Run(method="mabn", train_size=24)], data, rounds=3, block_seconds=0.001)
+    times = time_steps(
+        {"mabn": Run(method="mabn", train_size=24)}, data, rounds=3, block_seconds=0.001
+    )
     assert set(times) == {"torch", "mabn"}
     assert times["torch"].ratio == 1.0
     assert times["mabn"].low <= times["mabn"].ratio <= times["mabn"].high

@@ -42,7 +42,7 @@ def curves(
     Returns:
         The figure.
     """
-    figure = _figure(8, 5)
+    figure = blank(8, 5)
     axes = figure.subplots()
     groups = comparison.groups()
     for index, line in enumerate(lines):
@@ -79,7 +79,7 @@ def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
     Returns:
         The figure.
     """
-    figure = _figure(8, 0.42 * len(lines) + 1.2)
+    figure = blank(8, 0.42 * len(lines) + 1.2)
     axes = figure.subplots()
     for place, line in enumerate(reversed(lines)):
         index = len(lines) - 1 - place
@@ -115,7 +115,7 @@ def cost_bars(lines: list[Line], times: dict[str, StepTime], names: dict[str, st
         The figure.
     """
     timed = [line for line in lines if line.row in times]
-    figure = _figure(8, 0.42 * len(timed) + 1.2)
+    figure = blank(8, 0.42 * len(timed) + 1.2)
     axes = figure.subplots()
     for place, line in enumerate(reversed(timed)):
         time = times[line.row]
@@ -138,7 +138,8 @@ def png(figure: "Figure", dpi: int = 144) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> "Figure":
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches."""
     from matplotlib.figure import Figure  # no window, no state: nothing is opened
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -55,7 +55,7 @@ def row_name(line: Line) -> str:
 
 def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
     """The text of a line of the table."""
-    time = times.get(BASELINE if line.row == "baseline" else line.row)
+    time = times.get(line.row)
     recovered = line.recovered if line.row not in ("target", "baseline") else None
     return (
         row_name(line),
@@ -138,7 +138,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def _time(times: dict[str, StepTime], line: Line) -> dict[str, float] | None:
-    time = times.get(BASELINE if line.row == "baseline" else line.row)
+    time = times.get(line.row)
     return None if time is None else asdict(time)
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -28,21 +29,23 @@ class StepTime:
 
 
 def time_steps(
-    runs: list[Run], data: Dataset, rounds: int = 21, block_seconds: float = 0.05
+    runs: Mapping[str, Run], data: Dataset, rounds: int = 21, block_seconds: float = 0.05
 ) -> dict[str, StepTime]:
-    """Time a training step of each method, interleaved in one process.
+    """Time a training step of each run, interleaved in one process.
 
     Args:
-        runs: One a method, all with the same network and batch size.
+        runs: By name, all with the same network and batch size.
         data: Their data.
-        rounds: Blocks a method; the first is not counted.
+        rounds: Blocks a run; the first is not counted.
         block_seconds: Length of a block of the baseline.
 
     Returns:
-        The time of each method; that of the baseline has a ratio of 1.
+        The time of each run; ratios are to torch's batch norm with the whole batch, which is in
+        the answer by the method's name.
     """
-    base = runs[0].but(method=BASELINE, norm_batch_size=None, options=())
-    everyone = {BASELINE: base, **{run.method: run for run in runs}}
+    plain = {"method": BASELINE, "norm_batch_size": None, "options": (), "centralize": False}
+    base = next(iter(runs.values())).but(**plain)
+    everyone = {BASELINE: base, **runs}
     trainings = {name: prepare(run, data) for name, run in everyone.items()}
     some = list(islice(batches(base, data, 1), 20))
 

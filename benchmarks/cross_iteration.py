@@ -1,0 +1,146 @@
+"""What cross-iteration batch normalization rests on: figure 6, table 9 and section 4.4, small.
+
+Real pictures (scikit-learn's digits as 8x8 images), a chain of three convolutions, and the MLP for
+the orders of the Taylor polynomial. Writes numbers as JSON and plots as PNG.
+
+    python benchmarks/cross_iteration.py [--seeds 3] [--output runs/cross-iteration]
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from anybatch.experiments import cross_iteration as study
+from anybatch.experiments.compare import machine
+from anybatch.experiments.config import Run
+from anybatch.experiments.data import load
+from anybatch.experiments.figures import png
+from anybatch.experiments.files import output_folder, write_json, write_whole
+from anybatch.experiments.training import train
+
+RATES = (0.003, 0.01, 0.03)
+
+
+def decays(x: torch.Tensor, y: torch.Tensor) -> dict[str, study.Decay]:
+    """Figure 6: a chain, fresh and after some hundreds of steps."""
+    torch.manual_seed(0)
+    net = study.Chain((1, 8, 16, 16, 16), 10)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    found, done = {}, 0
+    for stage in (0, 200, 600):
+        for some, classes in study.batches(x, y, 4, stage - done, stage):
+            loss = F.cross_entropy(net(some), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        done = stage
+        plain = torch.nn.Sequential()
+        for conv, norm in net.pairs:
+            plain += torch.nn.Sequential(conv, norm, torch.nn.ReLU())
+        found[f"{stage} steps"] = study.gradient_decay(plain.train(), x[:64], probes=32)
+    return found
+
+
+def orders(seeds: int) -> dict[str, list[float]]:
+    """Table 9: accuracy of the MLP on digits at batch 2 by order."""
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for order in (0, 1, 2):
+            run = Run(method="cbn", options=(("order", order),))
+            rows = [train(run.but(seed=seed), Path(folder)) for seed in range(seeds)]
+            found[str(order)] = [100 * row["accuracy"] for row in rows]
+    return found
+
+
+def chains(x: torch.Tensor, y: torch.Tensor, seeds: int) -> dict[str, list[float]]:
+    """Accuracy of a chain on digits at batch 4 after 300 steps, by kind of compensation."""
+    found: dict[str, list[float]] = {kind: [] for kind in study.KINDS}
+    for kind in study.KINDS:
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            net = study.Chain((1, 8, 8, 16), 10, 8, kind)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+            for some, classes in study.batches(x[:1297], y[:1297], 4, 300, seed):
+                loss = F.cross_entropy(net(some), classes)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            with torch.no_grad():
+                right = net.eval()(x[1297:]).argmax(1) == y[1297:]
+            found[kind].append(100 * float(right.float().mean()))
+    return found
+
+
+def mean_errors(errors: study.Errors) -> dict[str, dict[str, float]]:
+    """Errors averaged over the ages."""
+    return {
+        truth: {kind: statistics.fmean(values) for kind, values in table.items()}
+        for truth, table in asdict(errors).items()
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/cross-iteration"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = output_folder(given.output)
+    digits = load(Run())
+    x = torch.cat([digits.train_x, digits.test_x]).view(-1, 1, 8, 8)
+    y = torch.cat([digits.train_y, digits.test_y])
+    rows: dict[str, Any] = {"machine": machine(), "seeds": given.seeds}
+
+    print("gradients of the statistics over earlier layers", file=sys.stderr)
+    fading = decays(x, y)
+    rows["decay"] = {stage: asdict(decay) for stage, decay in fading.items()}
+    print("errors of old statistics", file=sys.stderr)
+    rows["errors"] = {}
+    for rate in RATES:
+        errors = study.compensation_errors(x, y, rate=rate)
+        rows["errors"][str(rate)] = {"by age": asdict(errors), "mean": mean_errors(errors)}
+        if rate == RATES[1]:
+            _write(folder / "errors.png", png(study.error_figure(errors)))
+    print("time of a step", file=sys.stderr)
+    seconds = study.step_seconds(x, y)
+    rows["step, relative to naive"] = {k: v / seconds["naive"] for k, v in seconds.items()}
+    print("orders of the polynomial", file=sys.stderr)
+    rows["accuracy by order, MLP"] = orders(given.seeds)
+    print("chains", file=sys.stderr)
+    rows["accuracy by kind, chain"] = chains(x, y, given.seeds)
+
+    _write(folder / "decay.png", png(study.decay_figure(fading)))
+    write_json(folder / "cross-iteration.json", rows)
+    for stage, decay in fading.items():
+        print(stage, "mean", _short(decay.mean), "square", _short(decay.square))
+    for rate in RATES:
+        for truth, table in rows["errors"][str(rate)]["mean"].items():
+            print(f"rate {rate}, truth {truth}:", {k: round(v, 4) for k, v in table.items()})
+    print("step:", {k: round(v, 2) for k, v in rows["step, relative to naive"].items()})
+    for name in ("accuracy by order, MLP", "accuracy by kind, chain"):
+        for kind, values in rows[name].items():
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(f"{name}: {kind}: {statistics.fmean(values):.1f} +- {spread:.1f} %")
+    print(f"written to {folder.resolve()}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_whole(path, lambda file: file.write_bytes(data))
+
+
+def _short(values: list[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+if __name__ == "__main__":
+    main()
