@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,9 +27,10 @@ try:
     )
     from rich.table import Table
 except ImportError as error:  # the library itself needs neither
-    raise SystemExit(
-        f"anybatch: the command line needs {error.name}: pip install 'anybatch[experiments]'"
-    ) from error
+    sys.stderr.write(
+        f"anybatch: the command line needs {error.name}: pip install 'anybatch[experiments]'\n"
+    )
+    raise SystemExit(2) from error
 
 if TYPE_CHECKING:
     from anybatch.experiments.compare import Comparison
@@ -505,4 +507,6 @@ def _progress(bars: Progress, comparison: "Comparison") -> Callable[[str, int, "
 
 def main() -> None:
     """Run the command line."""
+    # A request to stop, as of a scheduler, is Ctrl-C: what is done is kept.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     app()

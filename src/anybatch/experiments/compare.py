@@ -47,8 +47,9 @@ class Comparison:
         if not self.seeds:
             raise ValueError("seeds=(): give one or more")
         for name in self.methods:
-            if name != BASELINE:
-                get_method(name)
+            if name == BASELINE:
+                raise ValueError("methods: torch's batch norm is the baseline of every comparison")
+            get_method(name)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: give each once")
         if self.target_batch_size < 1:
@@ -67,8 +68,7 @@ class Comparison:
         rows = {"target": target, "baseline": baseline}
         for name in self.methods:
             own = dict(self.options).get(name, ())
-            centralize = self.centralize and name != BASELINE
-            rows[name] = base.but(method=name, options=own, centralize=centralize)
+            rows[name] = base.but(method=name, options=own, centralize=self.centralize)
         return {row: [run.but(seed=seed) for seed in self.seeds] for row, run in rows.items()}
 
     def runs(self) -> list[Run]:

@@ -45,7 +45,7 @@ def time_steps(
     """
     plain = {"method": BASELINE, "norm_batch_size": None, "options": (), "centralize": False}
     base = next(iter(runs.values())).but(**plain)
-    everyone = {BASELINE: base, **runs}
+    everyone = {BASELINE: base} | {name: run for name, run in runs.items() if run != base}
     trainings = {name: prepare(run, data) for name, run in everyone.items()}
     some = list(islice(batches(base, data, 1), 20))
 
@@ -67,7 +67,8 @@ def time_steps(
         for name in everyone:
             seconds[name].append(block(name, steps))
     times = {name: values[1:] or values for name, values in seconds.items()}
-    return {name: _summary(values, times[BASELINE]) for name, values in times.items()}
+    found = {name: _summary(values, times[BASELINE]) for name, values in times.items()}
+    return found | {name: found[BASELINE] for name, run in runs.items() if run == base}
 
 
 def _summary(values: list[float], base: list[float]) -> StepTime:
