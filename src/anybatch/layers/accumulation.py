@@ -6,8 +6,8 @@ starts from the memory that the step began with and leaves what the step would l
 there. So a step may end after any number of micro-batches; a layer has to be told only that the
 next one begins.
 
-The two batch statistics of the backward pass pool in the same way: a micro-batch gets the gradient
-that it would have in the batch of all micro-batches seen so far.
+The two batch statistics of the backward pass are the micro-batch's own, with full weight. A method
+that averages them over steps averages those of a step's micro-batches first.
 """
 
 from __future__ import annotations
@@ -194,15 +194,14 @@ class StepBackward(NamedTuple):
 
     layer: NormLayer
     step: StepMemory
-    inner: BackwardMemory | None
+    inner: BackwardMemory
     values: int
     update: bool
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
         aside = self.step.rewind(self.layer, BACKWARD, self.update)
         g, psi = self.step.average(BACKWARD, g, psi, self.values, self.update)
-        if self.inner is not None:
-            g, psi = self.inner(g, psi)
+        g, psi = self.inner(g, psi)
         self.step.leave(self.layer, BACKWARD, aside, self.update)
         return g, psi
 

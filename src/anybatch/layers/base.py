@@ -361,9 +361,9 @@ class NormLayer(NormState):
         live: tuple[bool, ...] | None,
         update: bool,
     ) -> BackwardMemory | None:
-        """The method's memory of the backward statistics, and that of an optimizer step."""
+        """The method's memory of the backward statistics, which counts optimizer steps."""
         inner = self.backward_memory(chosen, live, update)
-        if self.step is None or self.group_size is not None:
+        if self.step is None or inner is None:
             return inner
         return StepBackward(self, self.step, inner, cut.sizes[0] * values, update)
 

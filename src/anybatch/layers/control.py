@@ -172,13 +172,13 @@ def accumulate(
     included) and mean and var pooled over all N exactly::
 
         y  = weight * (x - mean) / sqrt(var + eps) + bias
-        dx = (g - mean_N(g) - z * mean_N(g * z)) / sqrt(var + eps),     g = weight * dy
+        dx = (g - mean_n(g) - z * mean_n(g * z)) / sqrt(var + eps),     g = weight * dy
 
-    where ``mean_N`` is the average over the micro-batches that have had their backward: the
-    gradient of one batch of N. A method's memory counts optimizer steps, and running statistics
-    are updated once a step, each micro-batch weighing by its values. A step may end after fewer
-    micro-batches than usual. In `GhostBatchNorm` and `BatchGroupNorm` groups keep statistics of
-    their own; their running statistics alone pool.
+    The means in the gradient are the micro-batch's own, with full weight; where a method averages
+    them over steps, those of a step's micro-batches are averaged first. A method's memory counts
+    optimizer steps, and running statistics are updated once a step, each micro-batch weighing by
+    its values. A step may end after fewer micro-batches than usual. In `GhostBatchNorm` and
+    `BatchGroupNorm` groups keep statistics of their own; their running statistics alone pool.
 
     The first micro-batches of a step know only themselves: `CrossIterationBatchNorm` and
     `MovingAverageBatchNorm` bring what earlier steps know.
