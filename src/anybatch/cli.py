@@ -507,6 +507,10 @@ def _progress(bars: Progress, comparison: "Comparison") -> Callable[[str, int, "
 
 def main() -> None:
     """Run the command line."""
-    # A request to stop, as of a scheduler, is Ctrl-C: what is done is kept.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     app()
+
+
+def _stop(*_: object) -> None:
+    """A request to stop, as a scheduler makes it, is Ctrl-C: what is done is kept."""
+    raise KeyboardInterrupt

@@ -217,7 +217,14 @@ def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
 ) -> None:
     command = [sys.executable, "-m", "anybatch", "compare", "--methods", "mabn", "--seeds", "2"]
     command += ["--workers", "1", "--train-size", "400", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # In the background of a script a process is started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 90
     while not list(tmp_path.glob("out/runs/*.json")):
         assert process.poll() is None, process.stderr.read()
