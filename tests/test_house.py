@@ -16,7 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "anybatch"
 
 # Each part may import itself and what stands before it.
-ORDER = ["kernels", "layers", "methods", "conversion", "scheduling", "experiments", "cli"]
+ORDER = [
+    "kernels",
+    "layers",
+    "methods",
+    "conversion",
+    "scheduling",
+    "evaluation",
+    "experiments",
+    "cli",
+]
 
 LAYERS = [
     f"{prefix}{dims}d"
