@@ -484,3 +484,42 @@ class BatchGroupNorm(GhostBatchNorm):
                 z = (x[i, part] - mean) / torch.sqrt(var + self.eps)
                 y[i, part] = self.weight[part, None] * z + self.bias[part, None]
         return y
+
+
+# --- what is done to a trained network ------------------------------------------------
+
+
+def population(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each channel of ``(N, C, ...)``, all values at once."""
+    flat = values.double().transpose(0, 1).flatten(1)
+    mean = flat.sum(1) / flat.shape[1]
+    return mean, ((flat - mean[:, None]) ** 2).sum(1) / (flat.shape[1] - 1)
+
+
+def recalibrated(model: torch.nn.Module, data: Any, names: list[str]) -> dict[str, Any]:
+    """Population statistics of each layer's input under those of the layers before it.
+
+    The whole data set goes through a float64 model in evaluation mode as one batch,
+    once a layer, in the order in which the layers run.
+
+    Returns:
+        ``{name: (mean, var)}`` of the named layers.
+    """
+    inputs: dict[str, Tensor] = {}
+    layers = dict(model.named_modules())
+    for name in names:
+
+        def keep(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            inputs[name] = args[0] if args else kwargs["input"]
+
+        layers[name].register_forward_pre_hook(keep, with_kwargs=True)
+    found: dict[str, Any] = {}
+    for _ in names:
+        inputs.clear()
+        with torch.no_grad():
+            model(**data) if isinstance(data, dict) else model(data)
+            name = next(name for name in inputs if name not in found)
+            found[name] = population(inputs[name])
+            layers[name].running_mean.copy_(found[name][0])
+            layers[name].running_var.copy_(found[name][1])
+    return found

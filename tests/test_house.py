@@ -48,6 +48,7 @@ FUNCTIONS = [
     "freeze",
     "thaw",
     "no_update",
+    "recalibrate",
 ]
 EXPORTED = getattr(anybatch, "__all__", [])
 PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler"]

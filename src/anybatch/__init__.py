@@ -5,6 +5,7 @@ network, `to_batchnorm` undoes it for deployment.
 """
 
 from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
+from anybatch.evaluation.recalibration import recalibrate
 from anybatch.layers import (
     BatchGroupNorm1d,
     BatchGroupNorm2d,
@@ -63,6 +64,7 @@ __all__ = [
     "get_method",
     "no_update",
     "plan",
+    "recalibrate",
     "thaw",
     "to_batchnorm",
     "weight_centralization",

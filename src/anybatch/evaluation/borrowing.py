@@ -41,7 +41,7 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
         0
     """
     inner = bare(model)
-    undo = [_random_numbers(inner), *(_module(module) for module in model.modules())]
+    undo = [random_numbers(inner), *(_module(module) for module in model.modules())]
     try:
         if training is not None:
             inner.train(training)
@@ -118,7 +118,21 @@ def _restore(tensors: Any, kept: dict[str, tuple[Tensor | None, Tensor | None]])
                 tensor.copy_(values)
 
 
-def _random_numbers(model: nn.Module) -> Undo:
+def random_numbers(model: nn.Module) -> Undo:
+    """Note the states of all random numbers that a network's forward may draw.
+
+    Args:
+        model: Gives the devices.
+
+    Returns:
+        A function that puts them back, as often as it is called.
+
+    Example:
+        >>> rewind = random_numbers(nn.Linear(1, 1))
+        >>> first = torch.rand(1); rewind()
+        >>> torch.equal(first, torch.rand(1))
+        True
+    """
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = getattr(sys.modules.get("numpy"), "random", None)
     arrays = None if numpy is None else numpy.get_state()
