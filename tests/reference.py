@@ -523,3 +523,20 @@ def recalibrated(model: torch.nn.Module, data: Any, names: list[str]) -> dict[st
             layers[name].running_mean.copy_(found[name][0])
             layers[name].running_var.copy_(found[name][1])
     return found
+
+
+def weighed(x: Tensor, norm: Any, groups: int, alpha: float) -> Tensor:
+    """FT eq. 3 of a trained norm, mean and mean square averaged over each channel group."""
+    y, size = torch.empty_like(x), x.shape[1] // groups
+    for i in range(len(x)):
+        for first in range(0, x.shape[1], size):
+            channels = range(first, first + size)
+            mean = second = torch.zeros((), dtype=x.dtype)
+            for c in channels:
+                m, v = norm.running_mean[c], norm.running_var[c]
+                mean = mean + (alpha * x[i, c].mean() + (1 - alpha) * m) / size
+                second = second + (alpha * (x[i, c] ** 2).mean() + (1 - alpha) * (v + m**2)) / size
+            for c in channels:
+                z = (x[i, c] - mean) / torch.sqrt(second - mean**2 + norm.eps)
+                y[i, c] = norm.weight[c] * z + norm.bias[c]
+    return y

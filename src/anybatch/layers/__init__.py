@@ -12,6 +12,7 @@ from anybatch.layers.moving_average import (
     MovingAverageBatchNorm3d,
 )
 from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from anybatch.layers.running_group import RunningGroupNorm
 
 __all__ = [
     "BatchGroupNorm1d",
@@ -32,6 +33,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "RunningGroupNorm",
     "freeze",
     "no_update",
     "thaw",
