@@ -49,6 +49,9 @@ FUNCTIONS = [
     "thaw",
     "no_update",
     "recalibrate",
+    "example_weighing",
+    "set_example_weight",
+    "tune_example_weight",
 ]
 EXPORTED = getattr(anybatch, "__all__", [])
 PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler"]

@@ -5,7 +5,9 @@ network, `to_batchnorm` undoes it for deployment.
 """
 
 from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
-from anybatch.evaluation.recalibration import recalibrate
+from anybatch.evaluation.recalibration import Recalibration, recalibrate
+from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.weighing import example_weighing, set_example_weight
 from anybatch.layers import (
     BatchGroupNorm1d,
     BatchGroupNorm2d,
@@ -25,6 +27,7 @@ from anybatch.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    RunningGroupNorm,
     freeze,
     no_update,
     thaw,
@@ -44,6 +47,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "ExampleWeightTuning",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
@@ -58,15 +62,20 @@ __all__ = [
     "NormScheduler",
     "Plan",
     "PlanRow",
+    "Recalibration",
+    "RunningGroupNorm",
     "convert",
+    "example_weighing",
     "fold",
     "freeze",
     "get_method",
     "no_update",
     "plan",
     "recalibrate",
+    "set_example_weight",
     "thaw",
     "to_batchnorm",
+    "tune_example_weight",
     "weight_centralization",
 ]
 

@@ -57,25 +57,31 @@ def test_pooled_variance_is_exact_for_uneven_batches_and_a_large_mean() -> None:
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_statistics_are_those_of_all_the_data_under_the_final_network(name: str) -> None:
+    """In float64; in float32 a deep network's own rounding may come to 2e-5 of a variance."""
     network = NETWORKS[name]
-    model = randomize(network.build()).eval()
+    model = randomize(network.build()).double().eval()
     torch.manual_seed(1)
-    parts = [network.inputs(size) for size in (3, 1, 4)]
+    parts = [doubled(network.inputs(size)) for size in (3, 1, 4)]
     if isinstance(parts[0], dict):
-        whole = {key: torch.cat([part[key] for part in parts]).double() for key in parts[0]}
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     else:
-        whole = torch.cat(parts).double()
-    slow = copy.deepcopy(model).double()
-    expected = reference.recalibrated(slow, whole, list(norms(slow)))
+        whole = torch.cat(parts)
+    expected = reference.recalibrated(copy.deepcopy(model), whole, list(norms(model)))
     result = recalibrate(model, parts)
     assert {row.status for row in result.layers} == {"recalibrated"}
     assert result.examples == 8
     assert result.settled
+    assert result.passes <= len(expected)
     for layer, module in norms(model).items():
         mean, var = expected[layer]
-        scale = var.sqrt()
-        assert ((module.running_mean - mean).abs() <= 1e-5 * scale + 1e-7).all(), layer
-        assert ((module.running_var - var).abs() <= 1e-5 * var + 1e-10).all(), layer
+        assert ((module.running_mean - mean).abs() <= 1e-6 * var.sqrt()).all(), layer
+        assert ((module.running_var - var).abs() <= 1e-6 * var).all(), layer
+
+
+def doubled(inputs: object) -> object:
+    if isinstance(inputs, dict):
+        return {key: value.double() for key, value in inputs.items()}
+    return inputs.double()
 
 
 def test_the_outcome_does_not_depend_on_the_batches() -> None:
