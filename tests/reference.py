@@ -540,3 +540,19 @@ def weighed(x: Tensor, norm: Any, groups: int, alpha: float) -> Tensor:
                 z = (x[i, c] - mean) / torch.sqrt(second - mean**2 + norm.eps)
                 y[i, c] = norm.weight[c] * z + norm.bias[c]
     return y
+
+
+def foretelling(x: Tensor, mean: Tensor, var: Tensor, eps: float, size: int) -> float:
+    """The alpha that best foretells batches' statistics from their examples', by least squares."""
+    asked, given = [], []
+    for start in range(0, len(x) - size + 1, size):
+        batch = x[start : start + size]
+        for c in range(x.shape[1]):
+            v = var[c] + eps
+            for example in batch[:, c]:
+                given.append((example.mean() - mean[c]) / v.sqrt())
+                asked.append((batch[:, c].mean() - mean[c]) / v.sqrt())
+                given.append((((example - mean[c]) ** 2).mean() + eps) / v - 1)
+                asked.append((((batch[:, c] - mean[c]) ** 2).mean() + eps) / v - 1)
+    matrix, right = torch.stack(given)[:, None], torch.stack(asked)[:, None]
+    return float(torch.linalg.lstsq(matrix, right).solution)

@@ -52,6 +52,7 @@ FUNCTIONS = [
     "example_weighing",
     "set_example_weight",
     "tune_example_weight",
+    "eval_norm",
 ]
 EXPORTED = getattr(anybatch, "__all__", [])
 PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler"]

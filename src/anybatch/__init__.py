@@ -5,6 +5,7 @@ network, `to_batchnorm` undoes it for deployment.
 """
 
 from anybatch.conversion import NoEffectWarning, Plan, PlanRow, convert, fold, plan, to_batchnorm
+from anybatch.evaluation.evalnorm import EvalNorm, eval_norm
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.weighing import example_weighing, set_example_weight
@@ -47,6 +48,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "EvalNorm",
     "ExampleWeightTuning",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
@@ -65,6 +67,7 @@ __all__ = [
     "Recalibration",
     "RunningGroupNorm",
     "convert",
+    "eval_norm",
     "example_weighing",
     "fold",
     "freeze",
