@@ -6,7 +6,6 @@ python benchmarks/ghost_sizes.py cifar100 --root data/cifar100 --size 4000 --out
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ import torch
 from anybatch.experiments.config import Run
 from anybatch.experiments.figures import png
 from anybatch.experiments.ghost_sizes import as_table, figure, ghost_sizes, pictures
-from anybatch.experiments.tuning import Outcome
 
 
 def main() -> None:
@@ -39,9 +37,8 @@ def main() -> None:
         base = Run(data="npz", root=root, model="resnet8")
     base = base.but(batch_size=64, epochs=given.epochs, train_size=given.train_size)
 
-    def show(size: int, seed: int, outcome: Outcome) -> None:
-        print(f"{size:3d} {seed} best {outcome.tuned.best:g} {outcome.seconds:.1f} s")
-        sys.stdout.flush()
+    def show(size: int, seed: int, alphas: tuple[float, ...]) -> None:
+        print(f"ghost size {size}, seed {seed}: tuned weights {alphas}", flush=True)
 
     seeds = [int(seed) for seed in given.seeds.split(",")]
     rows = ghost_sizes(base, given.output, seeds=seeds, on_run=show)

@@ -8,31 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import load
+from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import COLOURS, MARKERS
 from anybatch.experiments.training import train
-from anybatch.experiments.tuning import Outcome, read_checkpoint, tune
+from anybatch.experiments.tuning import build, halves, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZES = (2, 4, 8, 16, 32)
-OnRun = Callable[[int, int, Outcome], None]
+OnRun = Callable[[int, int, tuple[float, ...]], None]
 
 
 @dataclass(frozen=True)
 class GhostSize:
     """What networks trained with one ghost size reach, a value a seed.
 
+    The held-out examples are cut in two halves. The weight is tuned on each of
+    them and judged on the other, so that every example is in the test once, and
+    never with a weight that was tuned on it.
+
     Attributes:
         ghost_size: Examples that share statistics in training.
-        alphas: The weight tuned on one half of the held-out examples.
-        plain_loss: Loss on the other half, without example weighing.
-        tuned_loss: The same with the tuned weight.
-        plain_top1: Accuracy on the other half, without example weighing.
-        tuned_top1: The same with the tuned weight.
-        curves: Loss at every candidate, on the first half, mean over the seeds.
+        alphas: The tuned weights, two a seed.
+        plain_loss: Test loss without example weighing.
+        tuned_loss: Test loss with the weight tuned on the other half.
+        plain_top1: Test accuracy without example weighing.
+        tuned_top1: Test accuracy with the weight tuned on the other half.
+        curves: Held-out loss at every candidate, mean over halves and seeds.
     """
 
     ghost_size: int
@@ -42,6 +47,9 @@ class GhostSize:
     plain_top1: tuple[float, ...]
     tuned_top1: tuple[float, ...]
     curves: dict[float, float]
+
+
+Pair = tuple[ExampleWeightTuning, ExampleWeightTuning]
 
 
 def ghost_sizes(
@@ -61,43 +69,56 @@ def ghost_sizes(
         sizes: Ghost sizes, up to the batch size.
         seeds: One run each.
         metric: What the weight is tuned for.
-        on_run: Called with ghost size, seed and outcome after each run.
+        on_run: Called with ghost size, seed and the two tuned weights after each run.
 
     Returns:
         A row a size.
     """
-    rows = []
+    data, rows = load(base), []
     for size in sizes:
-        outcomes = []
+        pairs = []
         for seed in seeds:
             run = base.but(method="ghost", options=(("ghost_size", size),), seed=seed)
-            train(run, folder, keep_weights=True)
-            weights = folder / "runs" / f"{run.key}.pt"
-            _, state = read_checkpoint(weights)
-            outcome = tune(run, weights, state, metric, None, False, False, "ghost_sizes")
-            outcomes.append(outcome)
+            pairs.append(_tuned(run, folder, data, metric))
             if on_run is not None:
-                on_run(size, seed, outcome)
-        rows.append(_row(size, outcomes))
+                on_run(size, seed, tuple(one.best for one in pairs[-1]))
+        rows.append(_row(size, pairs))
     return rows
 
 
-def _row(size: int, outcomes: list[Outcome]) -> GhostSize:
+def _tuned(run: Run, folder: Path, data: Dataset, metric: str) -> Pair:
+    """Curves of a run on both halves of the held-out examples."""
+    train(run, folder, keep_weights=True)
+    _, state = read_checkpoint(folder / "runs" / f"{run.key}.pt")
+    model = build(run, data, state)
+    one, other = halves(data, run.device)
+    return (
+        tune_example_weight(model, one, metric, progress=False),
+        tune_example_weight(model, other, metric, progress=False),
+    )
+
+
+def _row(size: int, pairs: list[Pair]) -> GhostSize:
+    both = [one for pair in pairs for one in pair]
+
     def test(metric: str, tuned: bool) -> tuple[float, ...]:
         found = []
-        for outcome in outcomes:
-            alpha = outcome.tuned.best if tuned else outcome.tuned.plain
-            found.append(outcome.test.curves[metric][outcome.test.alphas.index(alpha)])
+        for one, other in pairs:
+            values = [
+                judge.curves[metric][judge.alphas.index(guide.best if tuned else guide.plain)]
+                * judge.examples
+                for guide, judge in ((one, other), (other, one))
+            ]
+            found.append(sum(values) / (one.examples + other.examples))
         return tuple(found)
 
-    tuned = [outcome.tuned for outcome in outcomes]
     curves = {
-        alpha: statistics.fmean(one.curves["loss"][k] for one in tuned)
-        for k, alpha in enumerate(tuned[0].alphas)
+        alpha: statistics.fmean(one.curves["loss"][k] for one in both)
+        for k, alpha in enumerate(both[0].alphas)
     }
     return GhostSize(
         size,
-        tuple(one.best for one in tuned),
+        tuple(one.best for one in both),
         test("loss", False),
         test("loss", True),
         test("top1", False),
@@ -112,7 +133,7 @@ def as_table(rows: list[GhostSize]) -> str:
     The gain is of each seed, so that what the seeds have in common is no part of its spread.
     """
     head = (
-        "| ghost size | tuned weights | loss, 0 | loss, tuned | change | top-1, 0 | change |\n"
+        "| ghost size | tuned weights | loss, plain | tuned | change | top-1, plain | change |\n"
         "|---|---|---|---|---|---|---|"
     )
     lines = [head]
@@ -124,7 +145,7 @@ def as_table(rows: list[GhostSize]) -> str:
         accuracy = [100 * value for value in row.plain_top1]
         cells = (
             str(row.ghost_size),
-            ", ".join(f"{alpha:g}" for alpha in sorted(row.alphas)),
+            _counted(row.alphas),
             _spread(row.plain_loss, 3),
             _spread(row.tuned_loss, 3),
             _spread(loss, 4, "+"),
@@ -135,13 +156,19 @@ def as_table(rows: list[GhostSize]) -> str:
     return "\n".join(lines)
 
 
+def _counted(alphas: Sequence[float]) -> str:
+    """Tuned weights, and how often each was found."""
+    times = {alpha: alphas.count(alpha) for alpha in sorted(set(alphas))}
+    return ", ".join(f"{alpha:g}" + (f" ({n})" if n > 1 else "") for alpha, n in times.items())
+
+
 def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     mean = f"{statistics.fmean(values):{sign}.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def figure(rows: list[GhostSize]) -> "Figure":
-    """Loss on the half that is tuned on, over the example weight, a line a ghost size.
+    """Held-out loss over the example weight, a line a ghost size.
 
     Args:
         rows: What `ghost_sizes` gave.
