@@ -584,3 +584,75 @@ class CrossIteration:
         self.past_backward = [*self.past_backward, own_psi][-self.window :]
         psi = sum(self.past_backward) / len(self.past_backward)
         return (g - own_g.view(column) - z * psi.view(column)) / sigma
+
+
+# --- what is done to a trained network ------------------------------------------------
+
+
+def population(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of each channel of ``(N, C, ...)``, all values at once."""
+    flat = values.double().transpose(0, 1).flatten(1)
+    mean = flat.sum(1) / flat.shape[1]
+    return mean, ((flat - mean[:, None]) ** 2).sum(1) / (flat.shape[1] - 1)
+
+
+def recalibrated(model: torch.nn.Module, data: Any, names: list[str]) -> dict[str, Any]:
+    """Population statistics of each layer's input under those of the layers before it.
+
+    The whole data set goes through a float64 model in evaluation mode as one batch,
+    once a layer, in the order in which the layers run.
+
+    Returns:
+        ``{name: (mean, var)}`` of the named layers.
+    """
+    inputs: dict[str, Tensor] = {}
+    layers = dict(model.named_modules())
+    for name in names:
+
+        def keep(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            inputs[name] = args[0] if args else kwargs["input"]
+
+        layers[name].register_forward_pre_hook(keep, with_kwargs=True)
+    found: dict[str, Any] = {}
+    for _ in names:
+        inputs.clear()
+        with torch.no_grad():
+            model(**data) if isinstance(data, dict) else model(data)
+            name = next(name for name in inputs if name not in found)
+            found[name] = population(inputs[name])
+            layers[name].running_mean.copy_(found[name][0])
+            layers[name].running_var.copy_(found[name][1])
+    return found
+
+
+def weighed(x: Tensor, norm: Any, groups: int, alpha: float) -> Tensor:
+    """FT eq. 3 of a trained norm, mean and mean square averaged over each channel group."""
+    y, size = torch.empty_like(x), x.shape[1] // groups
+    for i in range(len(x)):
+        for first in range(0, x.shape[1], size):
+            channels = range(first, first + size)
+            mean = second = torch.zeros((), dtype=x.dtype)
+            for c in channels:
+                m, v = norm.running_mean[c], norm.running_var[c]
+                mean = mean + (alpha * x[i, c].mean() + (1 - alpha) * m) / size
+                second = second + (alpha * (x[i, c] ** 2).mean() + (1 - alpha) * (v + m**2)) / size
+            for c in channels:
+                z = (x[i, c] - mean) / torch.sqrt(second - mean**2 + norm.eps)
+                y[i, c] = norm.weight[c] * z + norm.bias[c]
+    return y
+
+
+def foretelling(x: Tensor, mean: Tensor, var: Tensor, eps: float, size: int) -> float:
+    """The alpha that best foretells batches' statistics from their examples', by least squares."""
+    asked, given = [], []
+    for start in range(0, len(x) - size + 1, size):
+        batch = x[start : start + size]
+        for c in range(x.shape[1]):
+            v = var[c] + eps
+            for example in batch[:, c]:
+                given.append((example.mean() - mean[c]) / v.sqrt())
+                asked.append((batch[:, c].mean() - mean[c]) / v.sqrt())
+                given.append((((example - mean[c]) ** 2).mean() + eps) / v - 1)
+                asked.append((((batch[:, c] - mean[c]) ** 2).mean() + eps) / v - 1)
+    matrix, right = torch.stack(given)[:, None], torch.stack(asked)[:, None]
+    return float(torch.linalg.lstsq(matrix, right).solution)

@@ -52,6 +52,11 @@ FUNCTIONS = [
     "decay_plan",
     "param_groups",
     "diagnose",
+    "recalibrate",
+    "example_weighing",
+    "set_example_weight",
+    "tune_example_weight",
+    "eval_norm",
 ]
 EXPORTED = getattr(anybatch, "__all__", [])
 PUBLIC = [*LAYERS, *FUNCTIONS, "NormScheduler", "GammaDecay", "theory"]

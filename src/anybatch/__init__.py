@@ -19,7 +19,11 @@ from anybatch.conversion import (
     plan,
     to_batchnorm,
 )
-from anybatch.evaluation import Diagnosis, diagnose
+from anybatch.evaluation.diagnose import Diagnosis, diagnose
+from anybatch.evaluation.evalnorm import EvalNorm, eval_norm
+from anybatch.evaluation.recalibration import Recalibration, recalibrate
+from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.weighing import example_weighing, set_example_weight
 from anybatch.layers import (
     Accumulation,
     BatchGroupNorm1d,
@@ -43,6 +47,7 @@ from anybatch.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    RunningGroupNorm,
     accumulate,
     freeze,
     no_update,
@@ -70,6 +75,8 @@ __all__ = [
     "DecayPlan",
     "DecayRow",
     "Diagnosis",
+    "EvalNorm",
+    "ExampleWeightTuning",
     "GammaDecay",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
@@ -85,19 +92,26 @@ __all__ = [
     "NormScheduler",
     "Plan",
     "PlanRow",
+    "Recalibration",
+    "RunningGroupNorm",
     "accumulate",
     "convert",
     "decay_plan",
     "diagnose",
+    "eval_norm",
+    "example_weighing",
     "fold",
     "freeze",
     "get_method",
     "no_update",
     "param_groups",
     "plan",
+    "recalibrate",
+    "set_example_weight",
     "thaw",
     "theory",
     "to_batchnorm",
+    "tune_example_weight",
     "weight_centralization",
 ]
 

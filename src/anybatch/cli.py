@@ -1,4 +1,4 @@
-"""The command line: compare methods, train one, diagnose a network, list the methods."""
+"""The command line: compare methods, train one, diagnose or tune a network, list the methods."""
 
 import json
 import shlex
@@ -82,6 +82,13 @@ def _typed() -> str:
 
 
 Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, imagefolder or npz.")]
+TunedData = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, cifar10, cifar100, imagefolder or npz. "
+        "[dim]Default: the checkpoint's, or digits.[/]"
+    ),
+]
 Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
 Model = Annotated[
     str | None,
@@ -271,13 +278,86 @@ def train(
 
     with locked(folder), _bars(given["as_json"]) as bars:
         bar = bars.add_task(run.label, total=run.epochs)
-        row = train_run(run, folder, show)
+        row = train_run(run, folder, show, keep_weights=True)
     if given["as_json"]:
         print(json.dumps(row, indent=2))
         return
     console.print(f"held-out accuracy [bold]{100 * row['accuracy']:.2f} %[/]  ({run.label})")
     path = (folder / "runs" / f"{run.key}.json").resolve()
     console.print(f"result  {path}", soft_wrap=True, highlight=False)
+    console.print(f"weights {path.with_suffix('.pt')}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
+def tune(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Of anybatch train, or a file with a state_dict.")
+    ],
+    data: TunedData = None,
+    root: Root = None,
+    model: Model = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="The network's method. [dim]Default: the checkpoint's, or torch.[/]"),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="loss, top1 or top5.")] = "loss",
+    candidates: Annotated[
+        str | None, typer.Option(help="Example weights with commas. [dim]Default: 16 of them.[/]")
+    ] = None,
+    recalibrate: Annotated[
+        bool, typer.Option(help="Take running statistics from the training examples first.")
+    ] = False,
+    option: Options = None,
+    device: Device = "cpu",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the example weight with which a trained network does best.
+
+    Tuned on one half of the held-out examples, reported on the other:
+
+        anybatch tune runs/train-digits/runs/*.pt
+
+    A checkpoint of your own, of one of the networks here:
+
+        anybatch tune weights.pt --data cifar10 --root data/cifar10 --model resnet18
+    """
+    from anybatch.evaluation.tuning import METRICS
+    from anybatch.experiments import tuning
+    from anybatch.experiments.config import parse_options
+    from anybatch.experiments.files import output_folder
+    from anybatch.layers.arguments import check_choice
+
+    check_choice("metric", metric, METRICS)
+    _check_device(device)
+    stored, state = tuning.read_checkpoint(checkpoint)
+    options = parse_options(option or [])
+    given = {"data": data, "root": root, "model": model, "method": method}
+    run = _tuned_run(stored, {name: v for name, v in given.items() if v is not None}, device)
+    if options:
+        wrong = ", ".join(sorted(set(options) - {run.method}))
+        if wrong:
+            raise ValueError(f"option={wrong}: the network's method is {run.method!r}")
+        run = run.but(options=options[run.method])
+    folder = output_folder(output or Path(f"runs/tune-{run.data}"))
+    shown = False if as_json else None
+    outcome = tuning.tune(
+        run, checkpoint, state, metric, _numbers(candidates), recalibrate, shown, _typed()
+    )
+    page = tuning.write(outcome, folder)
+    if as_json:
+        print((folder / "tune.json").read_text(encoding="utf-8"), end="")
+        return
+    names = list(outcome.tuned.curves)
+    print(f"{outcome.tuned}\n")
+    table = Table(title=f"on {outcome.test.examples} other examples")
+    for column in ("network", "example weight", *names):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for row in tuning.judged_rows(outcome):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -419,6 +499,32 @@ def _run(given: dict[str, Any]) -> "Run":
     more = ("device", "precision", "train_size")
     _check_device(given["device"])
     return Run(model=model, **{name: given[name] for name in (*names, *more)})
+
+
+def _tuned_run(stored: "Row | None", given: dict[str, Any], device: str) -> "Run":
+    """The run of a checkpoint, with what was typed in its place."""
+    from anybatch.experiments.config import BASELINE, Run
+
+    if stored is not None:
+        try:
+            run = Run.from_dict(stored)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"checkpoint: its run is not one of this version ({error})") from error
+        if given.get("method", run.method) != run.method:
+            run = run.but(options=())
+        return run.but(**given, device=device, precision="float32")
+    data = given.get("data", "digits")
+    usual = {"model": "mlp" if data == "digits" else "resnet8", "method": BASELINE}
+    return Run(**{**usual, **given, "device": device})
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"candidates={text!r}: give numbers with commas, as in 0,0.1") from error
 
 
 def _check_device(name: str) -> None:

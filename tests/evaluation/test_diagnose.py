@@ -544,7 +544,7 @@ def test_dead_channels_are_counted_and_left_out() -> None:
     [
         (lambda: diagnose("x", []), TypeError, "model='x': give a torch.nn.Module"),
         (lambda: diagnose(nn.LayerNorm(3), []), ValueError, "LayerNorm has no batch norm"),
-        (lambda: diagnose(nn.BatchNorm1d(3), []), ValueError, "noise takes two or more"),
+        (lambda: diagnose(nn.BatchNorm1d(3), []), ValueError, "gave no batch"),
         (lambda: diagnose(nn.BatchNorm1d(3), [torch.randn(4, 3)]), ValueError, "1 batch of its"),
         (lambda: diagnose(nn.LazyBatchNorm1d(), []), ValueError, "run one batch through it"),
         (
@@ -562,11 +562,11 @@ def test_dead_channels_are_counted_and_left_out() -> None:
             TypeError,
             "loss: it gave 3.0",
         ),
-        (lambda: diagnose(nn.BatchNorm1d(3), ["x"]), ValueError, "loader: a batch of type str"),
+        (lambda: diagnose(nn.BatchNorm1d(3), ["x"]), TypeError, "loader gave a batch of type str"),
         (
             lambda: diagnose(nn.BatchNorm1d(3), ["x"], batch_size=2),
             ValueError,
-            "holds no tensor",
+            "holds no examples",
         ),
     ],
 )

@@ -16,11 +16,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from anybatch.conversion.reach import Paths, find_paths, scales
+from anybatch.conversion.surgery import unwrapped
 from anybatch.layers.arguments import check_between
 
 _SHOWN = 4  # operations of a path, and norms met, that a table names
-_WRAPPED = {"DistributedDataParallel": "module", "DataParallel": "module"}
-_COMPILED = {"OptimizedModule": "_orig_mod"}
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,6 @@ def decay_plan(model: nn.Module, example_inputs: Any = None) -> DecayPlan:
         if scales(module)
     ]
     return DecayPlan(tuple(rows))
-
-
-def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """The network inside a wrapper, and what its names begin with there.
-
-    Example:
-        >>> unwrapped(nn.DataParallel(nn.ReLU()))
-        (ReLU(), 'module.')
-    """
-    prefix = ""
-    while (kind := type(model).__name__) in (inside := {**_WRAPPED, **_COMPILED}):
-        model, prefix = getattr(model, inside[kind]), f"{prefix}{inside[kind]}."
-    return model, prefix
 
 
 def _row(name: str, module: nn.Module, paths: Paths) -> DecayRow:

@@ -23,6 +23,11 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 class NoEffectWarning(UserWarning):
@@ -32,6 +37,19 @@ class NoEffectWarning(UserWarning):
         >>> issubclass(NoEffectWarning, UserWarning)
         True
     """
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network inside a wrapper, and what its names begin with there.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.ReLU()))
+        (ReLU(), 'module.')
+    """
+    prefix = ""
+    while (inner := _WRAPPERS.get(type(model).__name__)) is not None:
+        model, prefix = getattr(model, inner), f"{prefix}{inner}."
+    return model, prefix
 
 
 def paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:

@@ -1,7 +1,1 @@
-"""Looking at a network with data: what its normalization does to it.
-
-`diagnose` measures the noise of each norm's statistics and reads it.
-"""
-
-from anybatch.evaluation.diagnose import Diagnosis as Diagnosis
-from anybatch.evaluation.diagnose import diagnose as diagnose
+"""Looking at a network with data, and what is done to a trained one with them."""

@@ -12,16 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.conversion.decay import unwrapped
 from anybatch.conversion.plan import is_fresh
-from anybatch.evaluation.loaders import (
-    Forward,
-    OnProgress,
-    call,
-    kept,
-    recut,
-    to_device,
-)
+from anybatch.conversion.surgery import unwrapped
+from anybatch.evaluation.borrowing import borrowed
+from anybatch.evaluation.loaders import Forward, Shown, device_of, reading, recut, run
 from anybatch.evaluation.measured import LayerNoise, Spread, Watch, watched
 from anybatch.layers.arguments import check_count
 from anybatch.layers.control import no_update
@@ -217,7 +211,7 @@ def diagnose(
     forward: Forward | None = None,
     loss: Loss | None = None,
     max_batches: int = 100,
-    progress: OnProgress | None = None,
+    progress: Shown = None,
 ) -> Diagnosis:
     """Measure how noisy the statistics of each batch norm are on data, and say what to do.
 
@@ -260,7 +254,8 @@ def diagnose(
             is no backward pass).
         max_batches: how many batches to measure (default 100); the noise is then known to 7 % for
             one channel, to 1 % for fifty.
-        progress: called with the batches done and their number.
+        progress: show a bar (default None: where standard error is a terminal), or a function
+            that is called with the batches done and their number.
 
     Returns:
         The `Diagnosis`.
@@ -295,9 +290,12 @@ def diagnose(
         )
     watches = [Watch(name, norm, max_batches) for name, norm in norms.items()]
     fresh = is_fresh(model)
-    run = _Run(model, watches, forward or call, loss, fresh)
-    with kept(model), no_update():
-        run.measure(recut(loader, batch_size), max_batches, progress)
+    taken = _Run(model, watches, forward, loss, fresh)
+    cut = loader if batch_size is None else recut(loader, batch_size)
+    device = device_of(model)
+    reader = reading(cut, device=device, max_batches=max_batches, progress=progress)
+    with borrowed(model, None if model.training else True), no_update(), reader as batches:
+        taken.measure(batches)
     used = [watch for watch in watches if watch.batch]
     for watch in watches:
         if not watch.called:
@@ -305,31 +303,31 @@ def diagnose(
             notes.append(f"{watch.name or 'the model'}: {still}; it is not measured.")
         elif watch.skipped:
             notes.append(f"{watch.name}: {watch.skipped} groups of another size are left out.")
-    if run.done < 2:
+    if taken.done < 2:
         raise ValueError(
-            f"loader: {run.done} batch of {batch_size or 'its'} examples; noise takes two or more"
+            f"loader: {taken.done} batch of {batch_size or 'its'} examples; noise takes two or more"
         )
     if not used:
         raise ValueError("model: none of its batch norms uses the statistics of a batch here")
     layers = tuple(watch.summary(fresh) for watch in used if len(watch.batch) > 1)
-    if run.losses == [] and not run.has_loss:
+    if taken.losses == [] and not taken.has_loss:
         notes.append("No targets and no loss: g and Psi are not measured. Give loss=.")
     size = batch_size or used[0].examples
-    if run.done < ROUGH_BELOW:
-        notes.append(f"Only {run.done} batches were seen: the noise is known roughly.")
-    train_loss, eval_loss = run.mean_losses()
-    reading = read(layers, size, trained=not fresh)
-    return Diagnosis(layers, size, run.done, train_loss, eval_loss, reading, tuple(notes))
+    if taken.done < ROUGH_BELOW:
+        notes.append(f"Only {taken.done} batches were seen: the noise is known roughly.")
+    train_loss, eval_loss = taken.mean_losses()
+    said = read(layers, size, trained=not fresh)
+    return Diagnosis(layers, size, taken.done, train_loss, eval_loss, said, tuple(notes))
 
 
 class _Run:
-    """One measurement: forwards, losses, backward passes."""
+    """One taken: forwards, losses, backward passes."""
 
     def __init__(
         self,
         model: nn.Module,
         watches: list[Watch],
-        forward: Forward,
+        forward: Forward | None,
         loss: Loss | None,
         fresh: bool,
     ) -> None:
@@ -340,31 +338,20 @@ class _Run:
         self.has_loss = False
         self.goal: Tensor | None = None
 
-    def measure(
-        self, batches: Iterable[Any], max_batches: int, progress: OnProgress | None
-    ) -> None:
-        model = self.model
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-        if not model.training:
-            model.train()
-        modes = [(module, module.training) for module in model.modules()]
+    def measure(self, batches: Iterable[Any]) -> None:
+        modes = [(module, module.training) for module in self.model.modules()]
         for watch in self.watches:  # running statistics stay as they are
             watch.hold_still()
             watch.attach(lambda: self.goal)
         for batch in batches:
-            if self.done == max_batches:
-                break
-            batch = to_device(batch, device)
-            loss = self._train(batch, device)
+            loss = self._train(batch)
             self.losses += [] if loss is None else [(loss, self._evaluate(batch, modes))]
             self.done += 1
-            if progress is not None:
-                progress(self.done, max_batches)
 
-    def _train(self, batch: Any, device: torch.device | None) -> float | None:
+    def _train(self, batch: Any) -> float | None:
         with torch.enable_grad():
-            self.goal = torch.zeros((), device=device, requires_grad=True)
-            output = self.forward(self.model, batch)
+            self.goal = torch.zeros((), device=device_of(self.model), requires_grad=True)
+            output = run(self.model, batch, self.forward)
             loss = self._loss(output, batch)
             if loss is None:
                 return None
@@ -381,7 +368,7 @@ class _Run:
         self.model.eval()
         try:
             with torch.no_grad():
-                loss = self._loss(self.forward(self.model, batch), batch)
+                loss = self._loss(run(self.model, batch, self.forward), batch)
         finally:
             for module, mode in modes:
                 module.training = mode

@@ -178,21 +178,25 @@ def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tupl
     return loss / len(data.test_y), correct / len(data.test_y)
 
 
-def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
+def train(
+    run: Run, folder: Path, on_epoch: OnEpoch | None = None, keep_weights: bool = False
+) -> Row:
     """Train a run, or go on where it stopped, or give its result if it is finished.
 
     Args:
         run: The run.
         folder: Its result and its checkpoint are kept in ``folder / "runs"``.
         on_epoch: Called with the epochs done so far and the row of the last one.
+        keep_weights: Leave run and trained weights beside the result, in a ``.pt``
+            file; a finished run without one is trained again.
 
     Returns:
         The result: the run, a row an epoch, final loss and accuracy, seconds.
     """
     result = folder / "runs" / f"{run.key}.json"
-    checkpoint = result.with_suffix(".ckpt")
+    checkpoint, weights = result.with_suffix(".ckpt"), result.with_suffix(".pt")
     stored = stored_result(result, run)
-    if stored is not None:
+    if stored is not None and (weights.is_file() or not keep_weights):
         return stored
     result.parent.mkdir(parents=True, exist_ok=True)
     data = load(run)
@@ -214,6 +218,9 @@ def train(run: Run, folder: Path, on_epoch: OnEpoch | None = None) -> Row:
         "seconds": sum(row["seconds"] for row in rows),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if keep_weights:
+        trained = {"run": run.as_dict(), "model": training.model.state_dict()}
+        write_whole(weights, partial(torch.save, trained))
     write_json(result, row)
     checkpoint.unlink(missing_ok=True)
     return row

@@ -17,6 +17,7 @@ from anybatch.layers.moving_average import (
     MovingAverageBatchNorm3d,
 )
 from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from anybatch.layers.running_group import RunningGroupNorm
 
 __all__ = [
     "Accumulation",
@@ -41,6 +42,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "RunningGroupNorm",
     "accumulate",
     "freeze",
     "no_update",

@@ -445,7 +445,8 @@ class NormLayer(NormState):
         given = f"input of shape {tuple(x.shape)}: {type(self).__name__}"
         if x.dim() not in self._ranks:
             wanted = {1: "(N, C) or (N, C, L)", 2: "(N, C, H, W)", 3: "(N, C, D, H, W)"}
-            raise ValueError(f"{given} takes {wanted[self.dims]}")
+            takes = wanted.get(self.dims, "(N, C, ...)")
+            raise ValueError(f"{given} takes {takes}")
         if x.shape[1] != self.num_features:
             raise ValueError(
                 f"{given} has num_features={self.num_features}, "

@@ -1,0 +1,216 @@
+"""Example weights from how training normalized: after EvalNorm (Singh and Shrivastava 2019)."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch import kernels
+from anybatch.evaluation.borrowing import borrowed
+from anybatch.evaluation.loaders import Forward, Shown, device_of, reading, run
+from anybatch.evaluation.tables import text_table
+from anybatch.evaluation.weighing import Where, set_example_weight, weighable
+from anybatch.layers.arguments import check_count
+from anybatch.layers.base import NormLayer
+from anybatch.layers.normalize import normalize
+from anybatch.layers.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class EvalNorm:
+    """What `eval_norm` found; printed, a table.
+
+    Attributes:
+        alphas: Example weight by name of the layer.
+        batch_size: Examples that shared statistics in training.
+        batches: Batches of that size that were measured.
+    """
+
+    alphas: dict[str, float]
+    batch_size: int
+    batches: int
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Give each layer its weight, in place: see `set_example_weight`.
+
+        Args:
+            model: The network.
+
+        Returns:
+            The model.
+        """
+        for name, alpha in self.alphas.items():
+            model = set_example_weight(model, alpha, where=_named(name))
+        return model
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {
+            "batch_size": self.batch_size,
+            "batches": self.batches,
+            "alphas": dict(self.alphas),
+        }
+
+    def __str__(self) -> str:
+        rows = [(name or "(the model)", f"{alpha:.4f}") for name, alpha in self.alphas.items()]
+        table = text_table(("layer", "example weight"), rows)
+        found = f"{self.batches} batches of {self.batch_size}; 1 / {self.batch_size} is"
+        return f"{table}\n{found} {1 / self.batch_size:.4f}"
+
+
+def eval_norm(
+    model: nn.Module,
+    loader: Iterable[Any],
+    batch_size: int,
+    *,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+    where: Where | None = None,
+    progress: Shown = None,
+) -> EvalNorm:
+    """Find each layer's example weight that best foretells the statistics of training batches.
+
+    In training an example i was normalized by the mean m_B and the mean square
+    deviation q_B of its batch, at inference it is by the running mean and variance.
+    With m_i and ``q_i = mean((x_i - running_mean)**2)`` of the example alone,
+    ``running + alpha * (own - running)`` foretells them. This finds, over all
+    examples i and channels, the alpha that does so with the least squared error::
+
+        sum_i  (m_B - M(alpha))**2 / (V + eps)  +  (q_B - Q(alpha))**2 / (V + eps)**2
+        M(alpha) = running_mean + alpha * (m_i - running_mean)
+        Q(alpha) = V + alpha * (q_i - V),    V = running_var
+
+    which has a closed form. For independent examples it is 1 / batch_size; it is more
+    where, behind other norms, the examples of a batch have become alike. The weights
+    are used as those of `example_weighing` are, a layer each, without any labels.
+
+    This is the idea of EvalNorm, not its algorithm: the paper also corrects the
+    statistics of inference towards those of a training batch with the example in it,
+    a few numbers a layer; its own estimate runs online, while the network is trained.
+    What it does was taken from its abstract; its figures are not claimed here.
+
+    Args:
+        model: A network trained with batch norms, whose running statistics are good;
+            else `recalibrate` it first. It is left as it was.
+        loader: Gives training data, mixed as in training; targets are not used.
+        batch_size: Examples that shared statistics in training (the ghost size where
+            there was one). Batches are cut into so many; a rest is left out.
+        forward: Called as ``forward(model, batch)`` (default: see `evaluation.loaders.run`).
+        max_batches: Use only so many of the loader's batches (default None: all).
+        where: Which layers: a name pattern or a predicate ``(name, module)``.
+        progress: Show a bar (default None: where standard error is a terminal), or a
+            function that is called with the batches done and their number.
+
+    Returns:
+        The weights; ``.apply(model)`` sets them.
+
+    Raises:
+        ValueError: For a batch_size below 2, a loader whose batches are smaller, no
+            batch norm that this applies to (centred, without channel groups, not
+            frozen), or activations that are not finite.
+        TypeError: For a batch_size that is no whole number.
+
+    Source: Singh and Shrivastava, EvalNorm: Estimating Batch Normalization Statistics
+    for Evaluation, 2019 (arXiv 1904.06031); four-things, section 3.1.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(3))
+        >>> result = eval_norm(net, torch.randn(4000, 3).split(400), batch_size=4)
+        >>> abs(result.alphas["0"] - 0.25) < 0.03
+        True
+    """
+    check_count("batch_size", batch_size)
+    if batch_size < 2:
+        raise ValueError(
+            "batch_size=1: alone in its batch, an example was normalized by nothing but itself; "
+            "give the batch size of training, from 2 on, or use example_weighing(model, 1.0)"
+        )
+    with borrowed(model, training=False) as inner:
+        layers = {
+            name: module
+            for name, module in weighable(inner, where).items()
+            if not isinstance(module, nn.GroupNorm)
+            if not isinstance(module, NormLayer) or _applies(module)
+        }
+        if not layers:
+            raise ValueError(f"model: {type(model).__name__} has no batch norm to do this for")
+        fits = {name: _Fit(module, batch_size) for name, module in layers.items()}
+        try:
+            for name, module in layers.items():
+                module.__dict__["forward"] = fits[name].forward
+            with torch.no_grad():
+                shown = {"progress": progress, "title": "batches", "max_batches": max_batches}
+                with reading(loader, device=device_of(inner), **shown) as batches:  # type: ignore[arg-type]
+                    for batch in batches:
+                        run(inner, batch, forward)
+        finally:
+            for module in layers.values():
+                module.__dict__.pop("forward", None)
+        found = {name: fit.alpha(name) for name, fit in fits.items() if fit.batches}
+        if not found:
+            raise ValueError(
+                f"batch_size={batch_size}: the loader's batches are smaller; let it give as many "
+                "examples or a multiple"
+            )
+    return EvalNorm(found, batch_size, max(fit.batches for fit in fits.values()))
+
+
+class _Fit:
+    """Normalizes by successive batches, and compares them with the examples in them."""
+
+    def __init__(self, norm: nn.Module, batch_size: int) -> None:
+        self.norm, self.size = norm, batch_size
+        self.shared: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+        self.batches = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer as in training, with statistics of `batch_size` examples each."""
+        x, size = input, self.size
+        whole = x.shape[0] // size
+        if not whole:
+            raise ValueError(
+                f"batch_size={size}: the loader gave a batch of {x.shape[0]}; let it give as many "
+                "examples or a multiple (drop_last=True leaves a smaller last one out)"
+            )
+        rest = x.shape[0] - whole * size
+        sizes = (size,) * whole if rest == 0 else (*(size,) * (whole - 1), size + rest)
+        self._compare(x[: whole * size].double())
+        weight, bias = self.norm._parameters.get("weight"), self.norm._parameters.get("bias")
+        mean, var = kernels.moments(x, sizes)
+        like = [None if p is None else p.to(var.dtype) for p in (weight, bias)]
+        eps = float(self.norm.eps)  # type: ignore[arg-type]
+        return normalize(x, like[0], like[1], sizes, Statistics(mean, var), eps)
+
+    def _compare(self, x: Tensor) -> None:
+        running = [self.norm._buffers[name] for name in ("running_mean", "running_var")]
+        middle, scale = (t.double() for t in running if t is not None)
+        eps = float(self.norm.eps)  # type: ignore[arg-type]
+        scale = scale + eps
+        own_mean, own_var = kernels.moments(x, (1,) * x.shape[0])
+        own_mean, own_var = own_mean.view(x.shape[:2]), own_var.view(x.shape[:2])
+        first = (own_mean - middle) / scale.sqrt()
+        second = (own_var + (own_mean - middle).square() + eps) / scale - 1
+        for own in (first, second):
+            batch = own.view(-1, self.size, own.shape[1]).mean(1)
+            self.shared = self.shared + self.size * batch.square().sum()
+            self.total = self.total + own.square().sum()
+        self.batches += x.shape[0] // self.size
+
+    def alpha(self, name: str) -> float:
+        """The weight with the least squared error."""
+        alpha = float(self.shared / self.total) if float(self.total) else 1 / self.size
+        if not 0 <= alpha <= 1 + 1e-9:
+            raise ValueError(f"model: the input of {name or 'it'} is not finite on these data")
+        return min(alpha, 1.0)
+
+
+def _applies(layer: NormLayer) -> bool:
+    """Whether a layer normalized by mean and variance of the batch in training."""
+    return layer.centered and layer.columns == layer.num_features and not layer.frozen
+
+
+def _named(wanted: str) -> Callable[[str, nn.Module], bool]:
+    return lambda name, _: name == wanted

@@ -1,0 +1,210 @@
+"""Any loader is read, and a borrowed network comes back as it was."""
+
+import random
+from collections import UserDict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from anybatch.evaluation.borrowing import borrowed
+from anybatch.evaluation.loaders import (
+    check_repeatable,
+    examples_in,
+    logits_of,
+    reading,
+    run,
+    target_of,
+    to_device,
+)
+from anybatch.layers import MomentumBatchNorm1d, MovingAverageBatchNorm1d
+
+Pair = namedtuple("Pair", "x y")
+
+
+class TakesNames(nn.Module):
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return x * scale
+
+
+# --- loaders -------------------------------------------------------------------
+
+
+def test_a_data_loader_is_read_whole() -> None:
+    data = DataLoader(TensorDataset(torch.arange(7.0)), batch_size=3)
+    with reading(data, progress=False) as batches:
+        assert [len(batch[0]) for batch in batches] == [3, 3, 1]
+
+
+def test_reading_stops_and_asks_for_no_batch_more() -> None:
+    source = iter(range(9))
+    with reading(source, max_batches=2) as batches:
+        assert list(batches) == [0, 1]
+    assert next(source) == 2
+
+
+@pytest.mark.parametrize("total", [[torch.ones(1)], iter([torch.ones(1)])], ids=["list", "stream"])
+def test_progress_is_shown_where_it_is_wanted(total: object, capsys: pytest.CaptureFixture) -> None:
+    with reading(total, progress=True, title="looking") as batches:
+        list(batches)
+    assert "looking" in capsys.readouterr().err
+
+
+def test_no_progress_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    with reading([1]) as batches:
+        list(batches)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_progress_without_rich(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    with reading([1, 2], progress=True) as batches:
+        assert list(batches) == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("loader", [[], iter([]), DataLoader([1], batch_size=2, drop_last=True)])
+def test_an_empty_loader_says_so(loader: object) -> None:
+    with reading(loader) as batches, pytest.raises(ValueError, match="gave no batch"):
+        list(batches)
+
+
+def test_what_does_not_iterate_is_refused() -> None:
+    with pytest.raises(TypeError, match="loader=3"), reading(3):
+        pass
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_max_batches_is_a_count(wrong: int) -> None:
+    with pytest.raises(ValueError, match=f"max_batches={wrong}"), reading([1], max_batches=wrong):
+        pass
+
+
+def test_a_loader_that_is_read_once_is_refused_where_it_is_read_again() -> None:
+    check_repeatable([1], "2 passes are needed")
+    with pytest.raises(ValueError, match="it can be read once, and 2 passes are needed"):
+        check_repeatable(iter([1]), "2 passes are needed")
+
+
+# --- batches -------------------------------------------------------------------
+
+X = torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [X, (X,), [X, 1], (X, 1, 2), Pair(X, 1), {"x": X, "labels": 1}, ({"x": X}, 1), ((X,), 1)],
+    ids=str,
+)
+def test_any_batch_reaches_the_network(batch: object) -> None:
+    assert torch.equal(run(TakesNames(), batch), X)
+    assert examples_in(batch) == 3
+
+
+def test_positional_and_keyword_arguments_reach_the_network() -> None:
+    assert torch.equal(run(TakesNames(), ((X, 2.0), None)), 2 * X)
+    assert torch.equal(run(TakesNames(), {"x": X, "scale": 3.0, "name": "a"}), 3 * X)
+
+
+def test_a_forward_of_ones_own_takes_any_batch() -> None:
+    assert run(TakesNames(), "abc", forward=lambda model, batch: model(len(batch))) == 3
+
+
+def test_what_a_network_cannot_take_is_refused() -> None:
+    with pytest.raises(TypeError, match="batch of type str"):
+        run(TakesNames(), "abc")
+    with pytest.raises(ValueError, match="mapping of image.*takes scale, x"):
+        run(TakesNames(), {"image": X})
+
+
+def test_targets_are_found() -> None:
+    assert target_of((X, 5, 6)) == 5
+    assert target_of({"x": X, "labels": 4}) == 4
+    for without in (X, (X,), {"x": X}):
+        with pytest.raises(ValueError, match="has no target"):
+            target_of(without)
+
+
+def test_scores_are_found() -> None:
+    for output in (X, (X, 1), {"logits": X}, type("Output", (), {"logits": X})()):
+        assert logits_of(output) is X
+    with pytest.raises(TypeError, match="gave a mapping of loss"):
+        logits_of({"loss": X})
+
+
+def test_batches_keep_their_kind_on_the_way_to_a_device() -> None:
+    for batch in (X, (X, "a"), [X], Pair(X, 1), {"x": X}, UserDict(x=X), "text", None):
+        moved = to_device(batch, "meta")
+        assert type(moved) is type(batch)
+    assert to_device(Pair(X, {"z": [X]}), "meta").y["z"][0].is_meta
+    assert to_device(X, None) is X
+
+
+# --- borrowing -----------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        MovingAverageBatchNorm1d(6, warmup_steps=0),
+        nn.Dropout(),
+        MomentumBatchNorm1d(6),
+    )
+
+
+def everything(model: nn.Module) -> dict[str, object]:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = {f"{name} training": m.training for name, m in model.named_modules()}
+    hooks = {f"{name} hooks": list(m._forward_hooks) for name, m in model.named_modules()}
+    plain = {f"{name} {k}": v for name, m in model.named_modules() for k, v in vars(m).items()
+             if isinstance(v, (int, float, str))}  # fmt: skip
+    return {**state, **flags, **hooks, **plain}
+
+
+def same(one: dict[str, object], other: dict[str, object]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) if isinstance(one[k], torch.Tensor) else one[k] == other[k]
+        for k in one
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_borrowed_network_comes_back_as_it_was(fails: bool) -> None:
+    model = network()
+    model[1].eval()
+    kept = model[0].register_forward_hook(lambda *_: None)
+    for _ in range(3):
+        model(torch.randn(8, 4))
+    before, buffers = everything(model), list(model.buffers())
+    numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    try:
+        with borrowed(model, training=True) as inner:
+            assert inner is model
+            assert model[1].training
+            model[3].register_forward_hook(lambda *_: None)
+            kept.remove()
+            model[1].momentum = model[2].momentum = 0.5
+            model[2].example_weight = 0.5
+            model[2].extra = 1
+            model[4]._buffers["running_mean"] = torch.zeros(6)
+            model.register_buffer("new", torch.ones(1))
+            for _ in range(3):
+                model(torch.randn(8, 4))
+            random.random()
+            np.random.rand()
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert same(before, everything(model))
+    assert all(a is b for a, b in zip(buffers, model.buffers(), strict=True))
+    assert torch.equal(numbers[0], torch.get_rng_state())
+    assert numbers[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert not hasattr(model[2], "extra")
+    kept.remove()
+    assert not model[0]._forward_hooks
