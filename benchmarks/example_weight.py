@@ -1,8 +1,9 @@
-"""Ghost batch size and inference example weighing together, as docs/example-weighing.md has it.
+"""Example weights of networks trained in several ways, as docs/example-weighing.md has it.
 
-python benchmarks/ghost_sizes.py digits --output runs/ghost-digits
-python benchmarks/ghost_sizes.py pictures --train-size 200 --output runs/ghost-pictures
-python benchmarks/ghost_sizes.py cifar100 --root data/cifar100 --size 4000 --output runs/ghost
+python benchmarks/example_weight.py digits ghost --output runs/ghost-digits
+python benchmarks/example_weight.py pictures ghost --train-size 200 --output runs/ghost-pictures
+python benchmarks/example_weight.py cifar100 ghost --root data/cifar100 --output runs/weight-cifar
+python benchmarks/example_weight.py cifar100 methods --root data/cifar100 --output runs/weight-cifar
 """
 
 import argparse
@@ -11,13 +12,14 @@ from pathlib import Path
 import torch
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.example_weight import as_table, figure, pictures, weigh
 from anybatch.experiments.figures import png
-from anybatch.experiments.ghost_sizes import as_table, figure, ghost_sizes, pictures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", choices=("digits", "pictures", "cifar100"))
+    parser.add_argument("networks", choices=("ghost", "methods"))
     parser.add_argument("--root")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--train-size", type=int)
@@ -36,13 +38,21 @@ def main() -> None:
         root = str(path if path.is_file() else pictures(source, path, shape, given.size))
         base = Run(data="npz", root=root, model="resnet8")
     base = base.but(batch_size=64, epochs=given.epochs, train_size=given.train_size)
+    if given.networks == "ghost":
+        runs = {
+            f"ghost size {size}": base.but(method="ghost", options=(("ghost_size", size),))
+            for size in (2, 4, 8, 16, 32)
+        }
+    else:
+        runs = {f"bn, batch {size}": base.but(method="bn", batch_size=size) for size in (2, 8, 64)}
+        runs |= {f"{method}, batch 64": base.but(method=method) for method in ("gn", "bgn")}
 
-    def show(size: int, seed: int, alphas: tuple[float, ...]) -> None:
-        print(f"ghost size {size}, seed {seed}: tuned weights {alphas}", flush=True)
+    def show(label: str, seed: int, alphas: tuple[float, ...]) -> None:
+        print(f"{label}, seed {seed}: tuned weights {alphas}", flush=True)
 
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    rows = ghost_sizes(base, given.output, seeds=seeds, on_run=show)
-    (given.output / "figure.png").write_bytes(png(figure(rows)))
+    rows = weigh(runs, given.output, seeds=seeds, on_run=show)
+    (given.output / f"{given.networks}.png").write_bytes(png(figure(rows)))
     print(as_table(rows))
 
 

@@ -1,37 +1,39 @@
-"""Ghost batch size and inference example weighing together (four-things, figure 4)."""
+"""Networks and the example weight that suits them (four-things, figures 1, 2 and 4)."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
+from anybatch.evaluation.recalibration import recalibrate
 from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset, load
+from anybatch.experiments.data import load
 from anybatch.experiments.figures import COLOURS, MARKERS
 from anybatch.experiments.training import train
-from anybatch.experiments.tuning import build, halves, read_checkpoint
+from anybatch.experiments.tuning import build, halves, read_checkpoint, training_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIZES = (2, 4, 8, 16, 32)
-OnRun = Callable[[int, int, tuple[float, ...]], None]
+OnRun = Callable[[str, int, tuple[float, ...]], None]
 
 
 @dataclass(frozen=True)
-class GhostSize:
-    """What networks trained with one ghost size reach, a value a seed.
+class Weighed:
+    """What networks trained in one way reach, a value a seed.
 
     The held-out examples are cut in two halves. The weight is tuned on each of
     them and judged on the other, so that every example is in the test once, and
     never with a weight that was tuned on it.
 
     Attributes:
-        ghost_size: Examples that share statistics in training.
+        label: How they were trained.
+        plain: The weight that changes nothing: 0, for group norms 1.
         alphas: The tuned weights, two a seed.
         plain_loss: Test loss without example weighing.
         tuned_loss: Test loss with the weight tuned on the other half.
@@ -40,7 +42,8 @@ class GhostSize:
         curves: Held-out loss at every candidate, mean over halves and seeds.
     """
 
-    ghost_size: int
+    label: str
+    plain: float
     alphas: tuple[float, ...]
     plain_loss: tuple[float, ...]
     tuned_loss: tuple[float, ...]
@@ -52,45 +55,44 @@ class GhostSize:
 Pair = tuple[ExampleWeightTuning, ExampleWeightTuning]
 
 
-def ghost_sizes(
-    base: Run,
+def weigh(
+    runs: Mapping[str, Run],
     folder: Path,
-    sizes: Sequence[int] = SIZES,
     seeds: Sequence[int] = (0, 1, 2),
     metric: str = "loss",
     on_run: OnRun | None = None,
-) -> list[GhostSize]:
-    """Train with each ghost size, tune the example weight, and test it on other examples.
+) -> list[Weighed]:
+    """Train networks and tune their example weights.
 
     Args:
-        base: Data, network, batch size and epochs; its method and seed are not used.
-        folder: Results and weights are kept in it; runs that are finished are not
-            trained again.
-        sizes: Ghost sizes, up to the batch size.
+        runs: Ways to train, by label; seeds are set.
+        folder: Where the runs are kept; those that are there are not trained again.
         seeds: One run each.
         metric: What the weight is tuned for.
-        on_run: Called with ghost size, seed and the two tuned weights after each run.
+        on_run: Called with label, seed and the two tuned weights after each run.
 
     Returns:
-        A row a size.
+        A row a way.
     """
-    data, rows = load(base), []
-    for size in sizes:
+    rows = []
+    for label, run in runs.items():
         pairs = []
         for seed in seeds:
-            run = base.but(method="ghost", options=(("ghost_size", size),), seed=seed)
-            pairs.append(_tuned(run, folder, data, metric))
+            pairs.append(_tuned(run.but(seed=seed), folder, metric))
             if on_run is not None:
-                on_run(size, seed, tuple(one.best for one in pairs[-1]))
-        rows.append(_row(size, pairs))
+                on_run(label, seed, tuple(one.best for one in pairs[-1]))
+        rows.append(_row(label, pairs))
     return rows
 
 
-def _tuned(run: Run, folder: Path, data: Dataset, metric: str) -> Pair:
+def _tuned(run: Run, folder: Path, metric: str) -> Pair:
     """Curves of a run on both halves of the held-out examples."""
+    data = load(run)
     train(run, folder, keep_weights=True)
     _, state = read_checkpoint(folder / "runs" / f"{run.key}.pt")
     model = build(run, data, state)
+    if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        recalibrate(model, training_batches(data, run.device), progress=False)
     one, other = halves(data, run.device)
     return (
         tune_example_weight(model, one, metric, progress=False),
@@ -98,7 +100,7 @@ def _tuned(run: Run, folder: Path, data: Dataset, metric: str) -> Pair:
     )
 
 
-def _row(size: int, pairs: list[Pair]) -> GhostSize:
+def _row(label: str, pairs: list[Pair]) -> Weighed:
     both = [one for pair in pairs for one in pair]
 
     def test(metric: str, tuned: bool) -> tuple[float, ...]:
@@ -116,8 +118,9 @@ def _row(size: int, pairs: list[Pair]) -> GhostSize:
         alpha: statistics.fmean(one.curves["loss"][k] for one in both)
         for k, alpha in enumerate(both[0].alphas)
     }
-    return GhostSize(
-        size,
+    return Weighed(
+        label,
+        pairs[0][0].plain,
         tuple(one.best for one in both),
         test("loss", False),
         test("loss", True),
@@ -127,13 +130,13 @@ def _row(size: int, pairs: list[Pair]) -> GhostSize:
     )
 
 
-def as_table(rows: list[GhostSize]) -> str:
+def as_table(rows: list[Weighed]) -> str:
     """The rows as a Markdown table: mean and standard deviation over the seeds.
 
     The gain is of each seed, so that what the seeds have in common is no part of its spread.
     """
     head = (
-        "| ghost size | tuned weights | loss, plain | tuned | change | top-1, plain | change |\n"
+        "| network | tuned weights | loss, plain | tuned | change | top-1, plain | change |\n"
         "|---|---|---|---|---|---|---|"
     )
     lines = [head]
@@ -144,7 +147,7 @@ def as_table(rows: list[GhostSize]) -> str:
         top1 = [100 * (after - before) for before, after in pairs]
         accuracy = [100 * value for value in row.plain_top1]
         cells = (
-            str(row.ghost_size),
+            row.label,
             _counted(row.alphas),
             _spread(row.plain_loss, 3),
             _spread(row.tuned_loss, 3),
@@ -167,11 +170,11 @@ def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def figure(rows: list[GhostSize]) -> "Figure":
-    """Held-out loss over the example weight, a line a ghost size.
+def figure(rows: list[Weighed]) -> "Figure":
+    """Held-out loss over the example weight, a line a row.
 
     Args:
-        rows: What `ghost_sizes` gave.
+        rows: What `weigh` gave.
 
     Returns:
         The figure; beside it the test loss with and without the tuned weight.
@@ -182,13 +185,12 @@ def figure(rows: list[GhostSize]) -> "Figure":
     left, right = drawn.subplots(1, 2)
     for index, row in enumerate(rows):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        base = row.curves[min(row.curves)]
+        base = row.curves[row.plain]
         ratio = [value / base for value in row.curves.values()]
-        label = f"ghost size {row.ghost_size}"
-        left.plot(list(row.curves), ratio, marker=marker, ms=4, color=colour, label=label)
+        left.plot(list(row.curves), ratio, marker=marker, ms=4, color=colour, label=row.label)
     left.set_ylim(0.9, 1.2)
     left.set_xlabel("example weight")
-    left.set_ylabel("loss relative to weight 0")
+    left.set_ylabel("loss relative to the network as it is")
     left.legend(frameon=False, fontsize=8)
     places = range(len(rows))
     for name, shift, colour in (("plain", -0.1, COLOURS[0]), ("tuned", 0.1, COLOURS[5])):
@@ -197,8 +199,7 @@ def figure(rows: list[GhostSize]) -> "Figure":
             right.plot([place + shift] * len(seeds), seeds, "o", ms=3, color=colour, alpha=0.5)
         means = [statistics.fmean(seeds) for seeds in values]
         right.plot([p + shift for p in places], means, "_", ms=14, color=colour, label=name)
-    right.set_xticks(list(places), [str(row.ghost_size) for row in rows])
-    right.set_xlabel("ghost size")
+    right.set_xticks(list(places), [row.label for row in rows], rotation=20)
     right.set_ylabel("test loss; a point is a seed")
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
