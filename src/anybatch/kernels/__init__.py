@@ -15,6 +15,7 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
+from anybatch.kernels.elementary import example_affine, example_moments
 from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.scalars import INFINITY, scalar
@@ -24,6 +25,8 @@ __all__ = [
     "affine",
     "cross_iteration_kernels",
     "exact_gradient",
+    "example_affine",
+    "example_moments",
     "expand_groups",
     "fused_for",
     "gradient",

@@ -404,26 +404,31 @@ class NormLayer(NormState):
         if torch.is_grad_enabled() and not kernels.is_watched():
             mean, var = mean.clone(), var.clone()  # a training forward may come before backward
         weight, bias = self._parameters_like(var)
-        if self.columns == self.num_features and (not self.example_weight or x.numel() == 0):
+        if self.columns == self.num_features and not self.example_weight:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        if kernels.is_watched():  # elementary operators, which every exporter knows
+            own = kernels.example_moments(x, self.centered)
+            statistics = self._mixed(*own, mean, var)
+            return kernels.example_affine(x, *statistics[:2], weight, bias, self.eps)
         if x.numel() == 0:
             return self._empty(x)
         sizes = (1,) * x.shape[0]
         with torch.no_grad():
-            statistics = self._mixed(x.detach(), sizes, mean, var)
+            statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
         return normalize(x, weight, bias, sizes, statistics, self.eps)
 
-    def _mixed(self, x: Tensor, sizes: tuple[int, ...], mean: Tensor, var: Tensor) -> Statistics:
+    def _mixed(
+        self, own_mean: Tensor | None, own_var: Tensor, mean: Tensor, var: Tensor
+    ) -> Statistics:
         """Each example's statistics mixed with the running ones (four-things, equation 3)."""
         alpha = self.example_weight
         check_between("example_weight", alpha, 0.0, 1.0)
-        own_mean, own_var = self._moments(x, sizes)
         if own_mean is None:
             return Statistics(None, torch.lerp(var.expand_as(own_var), own_var, alpha), share=alpha)
         # E[x^2] - E[x]^2 of the mixture, without the difference of two large numbers.
-        apart = (own_mean - mean).square().mul_(alpha * (1 - alpha))
+        apart = (own_mean - mean).square() * (alpha * (1 - alpha))
         mixed_mean = torch.lerp(mean.expand_as(own_mean), own_mean, alpha)
-        mixed_var = torch.lerp(var.expand_as(own_var), own_var, alpha).add_(apart)
+        mixed_var = torch.lerp(var.expand_as(own_var), own_var, alpha) + apart
         if self.columns != self.num_features:
             mixed_mean, mixed_var = kernels.pool_channels(mixed_mean, mixed_var, self.columns)
         return Statistics(mixed_mean, mixed_var, share=alpha)

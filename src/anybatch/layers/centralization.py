@@ -19,15 +19,19 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def centralized_weight(module: nn.Module) -> Tensor:
     """The weights of a convolution or linear layer, minus each output channel's mean."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    centred: Tensor
     if not isinstance(module, _ConvTransposeNd):  # (out, in / groups, ...)
         dims = tuple(range(1, weight.dim()))
-        centred = _Centre.apply(weight, dims)  # type: ignore[no-untyped-call]
-        return centred
+        return _centre(weight, dims)
     # (groups, in / groups, out / groups, ...)
     grouped = weight.unflatten(0, (module.groups, -1))
-    centred = _Centre.apply(grouped, (1, *range(3, grouped.dim())))  # type: ignore[no-untyped-call]
-    return centred.flatten(0, 1)
+    return _centre(grouped, (1, *range(3, grouped.dim()))).flatten(0, 1)
+
+
+def _centre(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return weight - weight.mean(dims, keepdim=True)
+    centred: Tensor = _Centre.apply(weight, dims)  # type: ignore[no-untyped-call]
+    return centred
 
 
 class _Centre(torch.autograd.Function):
