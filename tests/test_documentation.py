@@ -16,6 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+FOREIGN = ["frameworks", "deployment"]
 TABLES = ["README.md", "docs/which-method.md", "docs/methods/index.md"]
 
 HEADINGS = [
@@ -39,7 +40,17 @@ def blocks(page: Path) -> list[str]:
     return ["\n" * text[: match.start(1)].count("\n") + match[1] for match in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
+def example_pages() -> list:
+    """Pages with code; those that run other frameworks may meet warnings of theirs."""
+    theirs = [pytest.mark.filterwarnings("ignore")]
+    return [
+        pytest.param(page, id=name_of(page), marks=theirs if page.stem in FOREIGN else [])
+        for page in PAGES
+        if blocks(page)
+    ]
+
+
+@pytest.mark.parametrize("page", example_pages())
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ ORDER = [
     "scheduling",
     "evaluation",
     "experiments",
+    "integrations",
     "cli",
 ]
 

@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks. Each framework is imported where it is used."""

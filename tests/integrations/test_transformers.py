@@ -1,0 +1,129 @@
+"""The Trainer of transformers with the callback gives the losses of a plain loop, to rounding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anybatch
+
+pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
+transformers = pytest.importorskip("transformers")
+
+from anybatch.integrations.transformers import NormCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(22, 3, 32, 32, generator=GENERATOR)
+Y = torch.randint(4, (22,), generator=GENERATOR)
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": X[index], "labels": Y[index]}
+
+
+def network() -> nn.Module:
+    """A real one, with batch norms: ResNet of transformers, two small stages."""
+    torch.manual_seed(3)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+class InOrder(transformers.Trainer):
+    """Batches in the order of the data, and the loss of each."""
+
+    def _get_train_sampler(self, *_: object) -> None:
+        return None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = found[0] if isinstance(found, tuple) else found
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return found
+
+
+def trainer(model: nn.Module, folder: Path, callback: NormCallback, **options: object) -> InOrder:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        num_train_epochs=3,
+        learning_rate=0.05,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    return InOrder(model, arguments, train_dataset=Pictures(), callbacks=[callback])
+
+
+def plain(model: nn.Module, epochs: int, micro_batches: int = 1, divisor: int = 1) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    scheduler = anybatch.NormScheduler(model, epochs)
+    steps = anybatch.accumulate(model, micro_batches) if micro_batches > 1 else None
+    losses, total = [], len(X) // 2
+    model.train()
+    for _ in range(epochs):
+        for number in range(1, total + 1):
+            rows = slice(2 * number - 2, 2 * number)
+            loss = model(pixel_values=X[rows], labels=Y[rows]).loss
+            losses.append(loss.item())
+            (loss / divisor).backward()
+            if number % micro_batches == 0 or number == total:
+                optimizer.step()
+                optimizer.zero_grad()
+                if steps is not None:
+                    steps.end_step()
+        scheduler.step()
+    return losses
+
+
+@pytest.mark.parametrize("method", ["mbn", "mabn", "cbn"])
+def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
+    model = anybatch.convert(network(), method, batch_size=2)
+    run = trainer(model, tmp_path, NormCallback())
+    run.train()
+    assert run.losses == pytest.approx(
+        plain(anybatch.convert(network(), method, batch_size=2), 3), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["bn", "mabn"])
+def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
+    """Eleven batches by fives: the last step of an epoch has one."""
+    model = anybatch.convert(network(), method)
+    layer = next(m for m in model.modules() if isinstance(m, anybatch.layers.base.NormLayer))
+    run = trainer(model, tmp_path, NormCallback(), gradient_accumulation_steps=5)
+    run.train()
+    # The Trainer leaves the mean over batches to networks whose forward takes **kwargs.
+    divisor = 1 if run.model_accepts_loss_kwargs else 5
+    expected = plain(anybatch.convert(network(), method), 1, 5, divisor)
+    assert run.losses[:11] == pytest.approx(expected, rel=1e-5)
+    assert layer.num_batches_tracked.item() == 9
+    assert layer.step is None
+
+
+def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
+    whole = trainer(
+        anybatch.convert(network(), "mbn", batch_size=2), tmp_path / "a", NormCallback()
+    )
+    whole.train()
+    rest = trainer(anybatch.convert(network(), "mbn", batch_size=2), tmp_path / "a", NormCallback())
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-11"))
+    assert rest.losses == whole.losses[11:]
+
+
+def test_a_model_that_is_not_converted_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no anybatch layer"):
+        trainer(network(), tmp_path, NormCallback()).train()
