@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-FOREIGN = ["frameworks", "deployment"]
+FOREIGN = ["frameworks", "deployment", "volumes"]
 TABLES = ["README.md", "docs/which-method.md", "docs/methods/index.md"]
 
 HEADINGS = [
