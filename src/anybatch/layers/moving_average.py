@@ -145,8 +145,11 @@ class _MovingAverageBatchNorm(NormLayer):
         new = var if mean is None else torch.cat([mean, var])
         used = new
         if self.forward_stats != "batch":
-            average = slide(self.memory["window"], new, self._finite(new), update).mean(0)
-            used = torch.where(warming, new, average)
+            moved = slide(self.memory["window"], new, self._finite(new), update)
+            # A window that steps which were not finite have left with empty places is no average.
+            empty = torch.eq(moved[0, -self.num_features :], 0)
+            empty = empty if mean is None else empty.repeat(2)
+            used = torch.where(empty.logical_or_(warming), new, moved.mean(0))
         used_mean, used_var = (None, used) if mean is None else used.chunk(2)
         r = d = None
         if self.forward_stats == "ema":

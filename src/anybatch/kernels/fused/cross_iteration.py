@@ -58,10 +58,11 @@ def workspace(groups, outputs, count, fan_in, dtype):
 
 def product(apart, seen, slope):
     """Write a sample's gradient of the variance."""
-    if len(apart) == 1:
-        np.dot(apart[0], seen[0], out=slope)
-    else:
-        np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
+    with np.errstate(all="ignore"):  # what is not finite is not remembered: nothing to warn of
+        if len(apart) == 1:
+            np.dot(apart[0], seen[0], out=slope)
+        else:
+            np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
 
 
 @_jit

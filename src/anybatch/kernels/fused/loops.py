@@ -229,8 +229,9 @@ def moving_average_norm(
     average[:] = new
     if settings[0] != BATCH:
         _slide(window, new, average)
-        for c in range(channels):
-            average[c] = new[c] if warming else average[c] / length
+        for c in range(channels):  # an empty place: a step that was not finite
+            alone = warming or (length > 1 and window[1, c] == 0)
+            average[c] = new[c] if alone else average[c] / length
         if update:
             _keep(window, new)
     for c in range(channels):

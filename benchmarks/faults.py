@@ -1,0 +1,37 @@
+"""How many steps each layer remembers a fault, as docs/reliability.md has it.
+
+python benchmarks/faults.py
+"""
+
+import argparse
+import warnings
+
+import torch
+from rich.progress import track
+
+from anybatch.experiments.faults import DOMAIN, FAULTS, GRADIENT, REMEMBERING, recovery
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    methods = ["torch", *REMEMBERING]
+    print(f"| fault | {' | '.join(methods)} |")
+    print("|---|" + "---|" * len(methods))
+    for fault in track([*FAULTS, GRADIENT, DOMAIN]):
+        cells = []
+        for method in methods:
+            found = [recovery(fault, method, seed) for seed in range(given.seeds)]
+            train, evaluate = (
+                [getattr(one, m) for one in found] for m in ("training", "evaluation")
+            )
+            worst = ["never" if None in steps else str(max(steps)) for steps in (train, evaluate)]
+            cells.append(" / ".join(worst))
+        print(f"| {fault} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Processes killed at random moments: a run that goes on gives the numbers of a whole one."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anybatch.experiments.config import Run
+from anybatch.experiments.faults import REMEMBERING
+from anybatch.experiments.training import train
+
+CODE = """
+import json, sys, torch
+from pathlib import Path
+from anybatch.experiments.config import Run
+from anybatch.experiments.training import train
+torch.set_num_threads(1)
+print("ready", flush=True)
+run = Run.from_dict(json.loads(sys.argv[1]))
+train(run, Path(sys.argv[2]), lambda *_: print("epoch", flush=True), keep_weights=True)
+"""
+
+
+def start(run: Run, folder: Path) -> subprocess.Popen:
+    arguments = [json.dumps(run.as_dict()), str(folder)]
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+def kill_and_go_on(run: Run, folder: Path, kills: int, seed: int) -> int:
+    """Kill a run again and again at random moments; how many struck before its end."""
+    chance, struck = random.Random(seed), 0
+    for _ in range(kills):
+        process = start(run, folder)
+        assert process.stdout is not None
+        for _ in range(chance.randint(1, 3)):
+            process.stdout.readline()
+        time.sleep(chance.random() * 0.1)
+        struck += process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    process = start(run, folder)
+    assert process.communicate(timeout=300)[0].startswith("ready")
+    assert process.returncode == 0
+    return struck
+
+
+def result(run: Run, folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    path = folder / "runs" / f"{run.key}.json"
+    epochs = [{**row, "seconds": 0} for row in json.loads(path.read_text())["epochs"]]
+    return epochs, torch.load(path.with_suffix(".pt"), weights_only=True)["model"]
+
+
+def check(run: Run, folder: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    train(run, folder / "whole", keep_weights=True)
+    assert kill_and_go_on(run, folder / "killed", kills, seed) > 0
+    (epochs, state), (other_epochs, other_state) = (
+        result(run, folder / name) for name in ("whole", "killed")
+    )
+    assert epochs == other_epochs
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, other_state[name]), name
+    names = {path.name for path in (folder / "killed" / "runs").iterdir()}
+    assert names == {f"{run.key}.json", f"{run.key}.pt"}
+
+
+@pytest.mark.parametrize("method", ["mbn", "mabn"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
+    check(Run(method=method, epochs=5, train_size=200), tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate": 4},
+        {"norm_batch_size": 2, "batch_size": 16},
+        {"precision": "bfloat16"},
+    ],
+    ids=lambda options: " ".join(options) or "plain",
+)
+@pytest.mark.parametrize("method", [*REMEMBERING, "bgn"])
+def test_every_method_goes_on_bit_for_bit(
+    tmp_path: Path, method: str, options: dict, seed: int
+) -> None:
+    check(Run(method=method, epochs=5, train_size=200, **options), tmp_path, kills=4, seed=seed)
