@@ -21,6 +21,7 @@ _STATISTICS = {  # of the whole training sets, channels red, green, blue
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 _SHARD, _SHARD_ROW, _SIDE = 5000, 100, 32
+_MOST_CLASSES = 100_000  # a label beyond is a mistake, and would ask for a network as wide
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -256,7 +257,13 @@ def _picture(file: Path, size: int | None = None) -> NDArray[np.uint8]:
 
 def _npz(run: Run) -> Dataset:
     names = ("x_train", "y_train", "x_test", "y_test")
-    arrays = [torch.from_numpy(array) for array in _arrays(_root(run), names)]
+    arrays = []
+    for name, array in zip(names, _arrays(_root(run), names), strict=True):
+        if array.dtype.kind not in ("biuf" if name.startswith("x") else "iu"):
+            wanted = "numbers" if name.startswith("x") else "whole numbers from 0 on"
+            raise ValueError(f"root={run.root!r}: {name} is of type {array.dtype}; give {wanted}")
+        plain = array.astype(np.float32) if name.startswith("x") else array.astype(np.int64)
+        arrays.append(torch.from_numpy(plain))
     (train_x, test_x), (train_y, test_y) = arrays[::2], arrays[1::2]
     for kind, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if x.dim() < 2 or y.dim() != 1 or len(x) != len(y) or not len(x):
@@ -270,14 +277,19 @@ def _npz(run: Run) -> Dataset:
             f"those of x_test {tuple(test_x.shape[1:])}"
         )
     labels = torch.cat([train_y, test_y])
-    if labels.is_floating_point() or labels.is_complex() or int(labels.min()) < 0:
-        raise ValueError(f"root={run.root!r}: y_train and y_test need whole numbers from 0 on")
-    train_x, test_x = train_x.float(), test_x.float()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < _MOST_CLASSES:
+        raise ValueError(
+            f"root={run.root!r}: y_train and y_test need whole numbers from 0 on, below "
+            f"{_MOST_CLASSES}; they go from {int(labels.min())} to {int(labels.max())}"
+        )
+    for kind, x in (("train", train_x), ("test", test_x)):
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"root={run.root!r}: x_{kind} has values that are not finite")
     mean, std = train_x.mean(), train_x.std().clamp(min=1e-6)
     classes = int(labels.max()) + 1
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
     name = Path(str(run.root)).stem
-    return Dataset(name, train_x, train_y.long(), test_x, test_y.long(), classes)
+    return Dataset(name, train_x, train_y, test_x, test_y, classes)
 
 
 def _arrays(file: Path, names: tuple[str, ...]) -> list[NDArray[np.generic]]:
