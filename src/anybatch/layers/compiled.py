@@ -69,7 +69,7 @@ class Compiled(torch.autograd.Function):
     ) -> Tensor:
         y = torch.empty_like(x)
         x_, y_ = _flat(x.detach()), _flat(y)
-        w, b = weight.detach().numpy(), bias.detach().numpy()
+        w, b = loops.read(weight), loops.read(bias)
         ctx.save_for_backward(x, weight)
         if len(sizes) == 1:
             kept = [layer.fused(loops, x_, y_, w, b, update)]
@@ -92,7 +92,7 @@ class Compiled(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous()
         x = x.detach().contiguous()
         dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays, w = (_flat(dy), _flat(x), _flat(dx)), weight.detach().numpy()
+        arrays, w = (_flat(dy), _flat(x), _flat(dx)), ctx.loops.read(weight)
         back, loops, update = ctx.layer.fused_backward, ctx.loops, ctx.update
         if len(ctx.sizes) == 1:
             back(loops, *arrays, w, dw.numpy(), db.numpy(), ctx.kept[0], update)

@@ -352,6 +352,12 @@ class _CrossIterationBatchNorm(NormLayer):
                 f"{type(self).__name__}: the layer it is bound to has not run in training mode "
                 "since this layer's last forward; both must run in turn"
             )
+        if not is_watched() and feed.rows.untyped_storage().size() < feed.rows.nbytes:
+            raise RuntimeError(
+                f"{type(self).__name__}: the weight of the layer it is bound to has been given "
+                "back before this forward; shard the block that holds both (fully_shard(block)), "
+                "not each layer by itself"
+            )
         dims = len(feed.geometry.kernel)
         itself = is_watched() or y.data_ptr() == feed.output.data_ptr()  # tracers have no pointers
         if y.shape != feed.output.shape or y.dim() != max(2 + dims, 2) or not itself:
@@ -487,7 +493,7 @@ class _CrossIterationBatchNorm(NormLayer):
         rings, counters = self._arrays(kernels)
         arrays, paces = kernels.NO_FEED, None
         if feed is not None:
-            arrays, paces = self._feed_arrays(feed, output, kernels.ONE)
+            arrays, paces = self._feed_arrays(kernels, feed, output)
         order = 0 if feed is None else 1
         values, count = x.shape[0] * x.shape[2], self.gradient_sample
         whole = update and order > 0 and (count is None or count >= values)
@@ -556,16 +562,16 @@ class _CrossIterationBatchNorm(NormLayer):
         views: tuple[tuple[Array, ...], tuple[Array, ...]] = flow.views
         return views
 
-    def _feed_arrays(self, feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, Any]:
+    def _feed_arrays(self, kernels: ModuleType, feed: Feed, y: Tensor) -> tuple[Any, Any]:
         """A feed as arrays of the compiled kernels, and the paces of points."""
         flow, key = self._flow, (feed.x.shape, y.shape, feed.x.dtype)
         if flow.key != key:
-            flow.key, flow.tables = key, _tables(feed, y, one)
+            flow.key, flow.tables = key, _tables(feed, y, kernels.ONE)
         taps, meetings, sizes, paces, missing, none = flow.tables
         x = feed.x.numpy()
         x = x.reshape(*x.shape[:2], *missing, *x.shape[2:]) if missing else x
-        bias = none if feed.bias is None else feed.bias.numpy()
-        rows = feed.rows.contiguous().numpy()
+        bias = none if feed.bias is None else kernels.read(feed.bias)
+        rows = kernels.read(feed.rows.contiguous())
         return (x, rows, bias, taps, meetings, sizes, feed.geometry.groups), paces
 
     def fused_backward(

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.loops import (
     _count_batch,
     _fits,

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from numba import njit
 
+from anybatch.kernels.fused.arrays import read as read
+
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
 _jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})

@@ -1,0 +1,157 @@
+"""Several processes: DistributedDataParallel and FSDP2 train what a single process trains."""
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import anybatch
+from anybatch.layers.base import NormLayer
+
+pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore")]
+
+METHODS = {
+    "bn": {},
+    "mbn": {"batch_size": 2},
+    "mabn": {"warmup_steps": 2, "renorm_warmup_steps": 3, "window": 3},
+    "cbn": {"window": 3, "burn_in": 0.0},
+    "brn": {"warmup_steps": 1},
+    "ghost": {"ghost_size": 2},
+    "bgn": {"num_groups": 4},
+}
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).flatten(1))
+
+
+def network(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    return anybatch.convert(Network().double(), method, **METHODS[method])
+
+
+def data(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    x = torch.randn(2, 3, 8, 8, generator=generator).double() + rank
+    return x, torch.randint(4, (2,), generator=generator)
+
+
+def memory(model: nn.Module) -> list[Tensor]:
+    layers = [m for m in model.modules() if isinstance(m, NormLayer)]
+    return [t.clone() for layer in layers for t in layer.memory.values()]
+
+
+def spawn(work, folder: Path, *arguments: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_enter, (port, work, str(folder), *arguments), nprocs=2)
+
+
+def _enter(rank: int, port: int, work, *arguments: object) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    work(rank, *arguments)
+    dist.barrier()
+    os._exit(0)  # torch's threads may abort an interpreter that takes its leave
+
+
+def _train_all(rank: int, folder: str) -> None:
+    """DDP and FSDP2 beside loops that average the gradients of both processes by hand.
+
+    DDP also broadcasts rank 0's buffers before each forward: running statistics, by which mabn and
+    brn renormalize.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for method in METHODS:
+        by_hand, with_broadcast, replicated, sharded = (network(method) for _ in range(4))
+        wrapped = nn.parallel.DistributedDataParallel(replicated)
+        for block in (sharded.stem, sharded.body, sharded.head, sharded):
+            fully_shard(block, mesh=mesh)
+        models = [by_hand, with_broadcast, wrapped, sharded]
+        optimizers = [torch.optim.SGD(model.parameters(), 0.05) for model in models]
+        for step in range(6):
+            x, y = data(rank, step)
+            losses = []
+            for model, optimizer in zip(models, optimizers, strict=True):
+                if model is with_broadcast:
+                    for buffer in model.buffers():
+                        dist.broadcast(buffer, 0)
+                loss = F.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                if model in (by_hand, with_broadcast):
+                    for parameter in model.parameters():
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= 2
+                optimizer.step()
+                losses.append(loss.item())
+            assert losses[2] == pytest.approx(losses[1], rel=1e-9), (method, step)
+            assert losses[3] == pytest.approx(losses[0], rel=1e-9), (method, step)
+        for one, other in ((by_hand, sharded), (with_broadcast, replicated)):
+            for mine, theirs in zip(memory(one), memory(other), strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+
+def test_replicas_and_shards_train_as_a_loop_by_hand(tmp_path: Path) -> None:
+    spawn(_train_all, tmp_path)
+
+
+def _memory_is_its_own(rank: int, folder: str) -> None:
+    """What a process remembers is not overwritten by rank 0's, and is in its checkpoint."""
+    for method in ("mbn", "mabn", "cbn"):
+        model = nn.parallel.DistributedDataParallel(network(method))
+        alone = network(method)
+        for step in range(4):
+            x, y = data(rank, step)
+            F.cross_entropy(model(x), y).backward()
+            with torch.no_grad():
+                alone.train()(x)
+        layer = model.module.stem[1]
+        name = {"mbn": "mean", "mabn": "window", "cbn": "var"}[method]
+        mine = layer.memory[name].clone()
+        torch.testing.assert_close(mine, alone.stem[1].memory[name])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        assert not torch.allclose(*both)
+        fresh = network(method)
+        fresh.load_state_dict(copy.deepcopy(model.module.state_dict()))
+        assert torch.equal(fresh.stem[1].memory[name], mine)
+
+
+def test_memory_survives_the_broadcast_of_buffers(tmp_path: Path) -> None:
+    spawn(_memory_is_its_own, tmp_path)
+
+
+def _sharded_apart(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = network("cbn")
+    mesh = init_device_mesh("cpu", (2,))
+    for module in (*model.stem, *model.body):
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(RuntimeError, match="shard the block that holds both"):
+        model(data(rank, 0)[0])
+
+
+def test_a_weight_that_was_given_back_is_named(tmp_path: Path) -> None:
+    spawn(_sharded_apart, tmp_path)
