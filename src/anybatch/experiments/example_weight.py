@@ -183,12 +183,14 @@ def figure(rows: list[Weighed]) -> "Figure":
 
     drawn = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = drawn.subplots(1, 2)
+    lowest = 1.0
     for index, row in enumerate(rows):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         base = row.curves[row.plain]
         ratio = [value / base for value in row.curves.values()]
+        lowest = min(lowest, *ratio)
         left.plot(list(row.curves), ratio, marker=marker, ms=4, color=colour, label=row.label)
-    left.set_ylim(0.9, 1.2)
+    left.set_ylim(lowest - 0.02, 1.2)
     left.set_xlabel("example weight")
     left.set_ylabel("loss relative to the network as it is")
     left.legend(frameon=False, fontsize=8)

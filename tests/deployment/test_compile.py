@@ -1,0 +1,71 @@
+"""A compiled network trains as the plain one: one graph, and no second compilation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import anybatch
+from anybatch.methods import METHODS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS = {
+    "mbn": {"batch_size": 4},
+    "mabn": {"warmup_steps": 2, "renorm_warmup_steps": 3, "window": 3},
+    "cbn": {"window": 3, "burn_in": 0.0},
+    "brn": {"warmup_steps": 2},
+}
+
+
+def network(method: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4)
+    )
+    return anybatch.convert(model, method, **OPTIONS.get(method, {}))
+
+
+def train(model: nn.Module, run: nn.Module, steps: int, seed: int) -> list[float]:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(4, 3, 6, 6, generator=generator)
+        loss = run(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def compare(method: str, backend: str) -> None:
+    torch._dynamo.reset()
+    plain = network(method)
+    compiled = copy.deepcopy(plain)
+    run = torch.compile(compiled, fullgraph=True, backend=backend)
+    schedules = [anybatch.NormScheduler(model, 4) for model in (plain, compiled)]
+    expected, found = train(plain, plain, 2, 1), train(compiled, run, 2, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for epoch in range(3):  # nor does an epoch of the schedule compile anything anew
+            for schedule in schedules:
+                schedule.step()
+            expected += train(plain, plain, 3, epoch)
+            found += train(compiled, run, 3, epoch)
+    assert found == pytest.approx(expected, rel=1e-4)
+    x = torch.randn(4, 3, 6, 6)
+    run.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_graph_for_all_steps_and_epochs(method: str) -> None:
+    compare(method, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_with_the_compiler_of_torch(method: str) -> None:
+    compare(method, "inductor")
