@@ -69,6 +69,13 @@ def test_card_has_every_heading_in_order(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_card_has_its_picture(method):
+    assert f"](pictures/{method}.png)" in card(method)
+    picture = ROOT / "docs" / "methods" / "pictures" / f"{method}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_card_is_titled_after_the_method(method):
     assert card(method).splitlines()[0] == f"# {METHODS[method].title} (`{method}`)"
 
