@@ -17,6 +17,7 @@ from anybatch.kernels.aten import (
 )
 from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
+from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments
 from anybatch.kernels.scalars import INFINITY, scalar
 
 __all__ = [
@@ -25,13 +26,16 @@ __all__ = [
     "cross_iteration_kernels",
     "exact_gradient",
     "expand_groups",
+    "fixed_gradient",
     "fused_for",
     "gradient",
     "is_watched",
     "moments",
     "pool_channels",
     "pool_groups",
+    "put_gradient",
     "row_counts",
+    "sample_moments",
     "scalar",
     "second_moment",
     "statistics_dtype",

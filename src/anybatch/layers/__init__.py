@@ -17,6 +17,7 @@ from anybatch.layers.moving_average import (
     MovingAverageBatchNorm3d,
 )
 from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from anybatch.layers.sampled import SampledBatchNorm1d, SampledBatchNorm2d, SampledBatchNorm3d
 
 __all__ = [
     "Accumulation",
@@ -41,6 +42,9 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "SampledBatchNorm1d",
+    "SampledBatchNorm2d",
+    "SampledBatchNorm3d",
     "accumulate",
     "freeze",
     "no_update",

@@ -266,6 +266,12 @@ class NormLayer(NormState):
         memory = None
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
+        return self._apply_statistics(x, cut, chosen, memory)
+
+    def _apply_statistics(
+        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+    ) -> Tensor:
+        """Normalize by what the rule decided."""
         weight, bias = self._parameters_like(chosen.var)
         return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
 
@@ -296,6 +302,18 @@ class NormLayer(NormState):
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
         mean, var = self._moments(x, cut.sizes)
+        return self._decide(mean, var, cut, values, live, update)
+
+    def _decide(
+        self,
+        mean: Tensor | None,
+        var: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> Statistics:
+        """Decide on given moments how successive normalization batches are normalized."""
         if self.step is not None and self.group_size is None:
             return self._run_pooled(self.step, mean, var, cut, values, update)
         if len(cut.steps) == 1 and live is None:
