@@ -15,7 +15,14 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
-from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
+from anybatch.kernels.fused import (
+    cross_iteration_kernels,
+    fused_for,
+    is_last,
+    is_watched,
+    sampled_kernels_for,
+    use_fused,
+)
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments
 from anybatch.kernels.scalars import INFINITY, scalar
@@ -29,6 +36,7 @@ __all__ = [
     "fixed_gradient",
     "fused_for",
     "gradient",
+    "is_last",
     "is_watched",
     "moments",
     "pool_channels",
@@ -36,6 +44,7 @@ __all__ = [
     "put_gradient",
     "row_counts",
     "sample_moments",
+    "sampled_kernels_for",
     "scalar",
     "second_moment",
     "statistics_dtype",

@@ -1,17 +1,20 @@
 """Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch import kernels
-from anybatch.kernels.samples import Place
+from anybatch.kernels.samples import Box, Place
 from anybatch.layers.arguments import check_between, check_choice, check_count
-from anybatch.layers.base import Batch, NormLayer
+from anybatch.layers.base import Batch, NormLayer, updates
+from anybatch.layers.compiled import Array, is_plain
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
+from anybatch.layers.recompute import in_backward, may_run_again
 from anybatch.layers.sampling import NUMBERS, Part, Size, draw, mixed, part_moments, place, virtual
 from anybatch.layers.statistics import Statistics
 
@@ -257,6 +260,43 @@ class _SampledBatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
+    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+        if training and self.step is None and not in_backward():
+            y = self._normalize_compiled(x)
+            if y is not None:
+                return y
+        return super()._normalize_batch(x, training)
+
+    def _normalize_compiled(self, x: Tensor) -> Tensor | None:
+        """The whole forward in compiled calls, where these can serve it."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        rows = x.shape[0]
+        if bias is None or (self.norm_batch_size is not None and self.norm_batch_size < rows):
+            return None
+        loops = kernels.sampled_kernels_for(x, self._buffers["running_var"], weight)
+        found = None if loops is None else self._parts(x, (rows,))
+        if found is None or sum(part.values for part in found[0]) < 2:
+            return None
+        again = may_run_again()
+        y: Tensor = _Compiled.apply(x, weight, bias, self, loops, found[0], updates.enabled)  # type: ignore[no-untyped-call]
+        if again and self._last is not None:
+            self._recent.note(x, self._last)
+        return y
+
+    def _runs(self, loops: ModuleType, x: Tensor, parts: tuple[Part, ...]) -> Any:
+        """The parts as the compiled kernels take them."""
+        spatial = tuple(x.shape[2:])
+        key = ("runs", x.shape[0], spatial, self.num_virtual)
+        if key not in self._places:
+            tables = [_run_table(loops, part, spatial) for part in parts]
+            shares = [part.share for part in parts]
+            counts = [part.values for part in parts]
+            if len(parts) == 1:
+                tables, shares, counts = [*tables, loops.NO_RUNS], [*shares, 0.0], [*counts, 0]
+            length = x.numel() // (x.shape[0] * x.shape[1])
+            self._places[key] = tuple(tables), tuple(shares), tuple(counts), length
+        return self._places[key]
+
     def _run_rule(
         self,
         x: Tensor,
@@ -333,6 +373,94 @@ def _mean_and_var(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
     var = sum(part.share * var for part, (_, var) in zip(parts, found, strict=True))
     assert isinstance(mean, Tensor) and isinstance(var, Tensor)
     return mean, var
+
+
+def _run_table(loops: ModuleType, part: Part, spatial: tuple[int, ...]) -> Array:
+    if isinstance(part.sample, Box):
+        return loops.box_runs(*part.sample, spatial)
+    return loops.point_runs([place.cpu().numpy() for place in part.sample.where], spatial)
+
+
+def _is_planes(x: Tensor) -> bool:
+    """Whether a channel's values are side by side."""
+    return x.is_contiguous() and x.shape[2:].numel() > 1
+
+
+def _flat(x: Tensor, planes: bool) -> Array:
+    """A dense activation as an array of the same memory: planes or rows of channels."""
+    if planes:
+        return x.numpy().reshape(x.shape[0] * x.shape[1], -1)
+    return x.movedim(1, -1).numpy().reshape(-1, x.shape[1])
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: _SampledBatchNorm,
+        loops: ModuleType,
+        parts: tuple[Part, ...],
+        update: bool,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        planes = _is_planes(x)
+        sample = layer._runs(loops, x, parts)
+        ctx.save_for_backward(x, weight)
+        ctx.kept = loops.forward(
+            _flat(x.detach(), planes),
+            _flat(y, planes),
+            planes,
+            sample,
+            weight.detach().numpy(),
+            bias.detach().numpy(),
+            layer._running(),
+            layer._number(),
+            layer.eps,
+            update,
+            torch.get_num_threads(),
+        )
+        mean, var = torch.from_numpy(ctx.kept.stats).to(weight.dtype)
+        layer._last = ctx.statistics = Statistics(mean, var)
+        ctx.loops, ctx.parts, ctx.eps, ctx.length = loops, parts, layer.eps, sample[3]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight = ctx.saved_tensors
+        needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
+        if not is_plain(dy) or kernels.is_watched():
+            mean, var = ctx.statistics[:2]
+            return *_gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs), *_REST
+        planes = _is_planes(x)
+        if x.is_contiguous():
+            dy = dy.contiguous()
+        else:
+            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            dy = dy.contiguous(memory_format=last)
+        x = x.detach()
+        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
+        ctx.loops.backward(
+            *arrays,
+            planes,
+            ctx.length,
+            weight.detach().numpy(),
+            dw.numpy(),
+            db.numpy(),
+            ctx.kept,
+            ctx.eps,
+            torch.get_num_threads(),
+        )
+        grads = (dx, dw, db)
+        wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
+        return *wanted, *_REST
+
+
+_REST = (None, None, None, None)
 
 
 class _Call(NamedTuple):
