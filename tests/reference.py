@@ -489,6 +489,67 @@ class BatchGroupNorm(GhostBatchNorm):
 
 
 @dataclass
+class L1BatchNorm(BatchNorm):
+    """Wu et al. 2018: the mean absolute deviation, times sqrt(pi / 2), as the spread."""
+
+    def spread(self, x: Tensor, mean: Tensor) -> Tensor:
+        """In the place of the standard deviation."""
+        return math.sqrt(math.pi / 2) * (x - mean).abs().sum() / x.numel()
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        n, channels, length = x.shape
+        if n * length == 1:
+            return self.by_running(x)
+        pace = self.pace()
+        y, backwards = torch.empty_like(x), []
+        for c in range(channels):
+            mean = x[:, c].sum() / (n * length)
+            self.track(c, mean, self.spread(x[:, c], mean) ** 2, pace)
+            y[:, c], back = self.by_autograd(c, x[:, c])
+            backwards.append(back)
+        return y, _by_channel(backwards)
+
+    def by_autograd(self, c: int, x: Tensor) -> tuple[Tensor, Callable]:
+        """The formula, and torch's derivative of it."""
+        leaves = [t.detach().clone().requires_grad_() for t in (x, self.weight[c], self.bias[c])]
+        inner, w, b = leaves
+        with torch.enable_grad():
+            mean = inner.sum() / x.numel()
+            sigma = torch.sqrt(self.spread(inner, mean) ** 2 + self.eps)
+            y = w * (inner - mean) / sigma + b
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.autograd.grad(y, leaves, dy)
+
+        return y.detach(), backward
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Own and running statistics mixed as if the squared spreads were variances."""
+        alpha, rows = self.example_weight, []
+        for i in range(len(x)):
+            for c in range(self.channels):
+                first = x[i, c].mean()
+                second = self.spread(x[i, c], first) ** 2 + first**2
+                running_second = self.running_var[c] + self.running_mean[c] ** 2
+                mean = alpha * first + (1 - alpha) * self.running_mean[c]
+                var = alpha * second + (1 - alpha) * running_second - mean**2
+                z = (x[i, c] - mean) / torch.sqrt(var + self.eps)
+                rows.append(self.weight[c] * z + self.bias[c])
+        return torch.stack(rows).view(x.shape)
+
+
+@dataclass
+class RangeBatchNorm(L1BatchNorm):
+    """Banner et al. 2018: the range of the centred values over sqrt(2 ln n) as the spread."""
+
+    def spread(self, x: Tensor, mean: Tensor) -> Tensor:
+        centred = x - mean
+        if x.numel() == 1:
+            return centred.sum() * 0
+        return (centred.max() - centred.min()) / math.sqrt(2 * math.log(x.numel()))
+
+
+@dataclass
 class SampledBatchNorm(BatchNorm):
     """Chen et al. 2018, eq. 3, 4 and 6: statistics of a set of places (example, pixel).
 

@@ -57,6 +57,10 @@ CASES: dict[str, tuple[str, type[reference.Layer], dict[str, Any]]] = {
     "bgn 6": ("bgn", reference.BatchGroupNorm, {"num_groups": 6}),
     "bgn norm 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 3, "norm_batch_size": 3}),
 }
+for _name, _kind in (("l1", reference.L1BatchNorm), ("range", reference.RangeBatchNorm)):
+    CASES[_name] = (_name, _kind, {})
+    CASES[f"{_name} norm 2"] = (_name, _kind, {"norm_batch_size": 2})
+    CASES[f"{_name} cumulative"] = (_name, _kind, {"momentum": None})
 _S = reference.SampledBatchNorm
 for _name, _sample, _options in (
     ("ns", "naive", {"ratio": 0.4}),

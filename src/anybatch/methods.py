@@ -307,6 +307,23 @@ _TABLE = (
         wraps=True,
     ),
     Method(
+        "l1",
+        "L1 batch normalization",
+        "L1BatchNorm",
+        "Wu et al., L1-Norm Batch Normalization for Efficient Training of Deep Neural Networks, "
+        "2018",
+        "The mean absolute deviation in the place of the standard deviation.",
+        "Hardware without fast squares and roots, and as a baseline.",
+    ),
+    Method(
+        "range",
+        "Range batch normalization",
+        "RangeBatchNorm",
+        "Banner et al., Scalable Methods for 8-bit Training of Neural Networks, 2018",
+        "The range of the values in the place of the standard deviation.",
+        "Training in few bits, and as a baseline.",
+    ),
+    Method(
         "gn",
         "Group normalization",
         "GroupNorm",

@@ -93,6 +93,7 @@ class NormLayer(NormState):
     dims: ClassVar[int] = 0
     centered: bool = True
     needs_running_stats: ClassVar[bool] = False
+    pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
     fuses: bool = False
 
     def __init__(
@@ -429,7 +430,7 @@ class NormLayer(NormState):
         sizes = (1,) * x.shape[0]
         with torch.no_grad():
             statistics = self._mixed(x.detach(), sizes, mean, var)
-        return normalize(x, weight, bias, sizes, statistics, self.eps)
+        return self._apply_statistics(x, partition(x.shape[0], 1), statistics, None)
 
     def _mixed(self, x: Tensor, sizes: tuple[int, ...], mean: Tensor, var: Tensor) -> Statistics:
         """Each example's statistics mixed with the running ones (four-things, equation 3)."""

@@ -134,6 +134,8 @@ class _SampledBatchNorm(NormLayer):
         self.sample, self.ratio, self.size = sample, ratio, size
         self.num_virtual, self.mix = num_virtual, mix
         self.seed = _drawn_seed(seed, generator)
+        self.wrapped_rows: int | None = None
+        self.latest_rows: int | None = None
         self._places: dict[Any, Any] = {}
         self._numbers: tuple[int, ...] = ()
         for name in ("seed", "draw"):
@@ -203,7 +205,7 @@ class _SampledBatchNorm(NormLayer):
         spatial = tuple(x.shape[2:])
         if torch.compiler.is_compiling():  # a graph that holds for every draw
             return self._place(sizes, spatial, tuple(self.memory["index"]), x.device)
-        key = (sizes, spatial, x.device, self.num_virtual)
+        key = (sizes, spatial, x.device, self._virtual_rows())
         if key not in self._places:
             if len(self._places) > 16:
                 self._places = {}
@@ -234,9 +236,8 @@ class _SampledBatchNorm(NormLayer):
         numbers: tuple[Place, ...],
         device: torch.device,
     ) -> tuple[Part, ...]:
-        first, found = 0, []
-        if self.is_virtual:
-            first = min(self._virtual_rows(), rows)
+        first, found = min(self._virtual_rows(), rows), []
+        if first:
             found.append(virtual(first, spatial))
         kind = self.sample.split("+")[0]
         if kind != "virtual" and rows > first:
@@ -245,12 +246,18 @@ class _SampledBatchNorm(NormLayer):
         return mixed(found, self.mix) if len(found) > 1 else tuple(found)
 
     def _virtual_rows(self) -> int:
-        if self.num_virtual is None:
+        """How many of the first rows are virtual."""
+        if not self.is_virtual:
+            return 0
+        rows = self.wrapped_rows if self.num_virtual is None else self.num_virtual
+        if rows is None and in_backward():  # of a checkpointed forward that runs again
+            rows = self.latest_rows
+        if rows is None:
             raise RuntimeError(
                 f"sample={self.sample!r}: training needs virtual examples in front of the batch; "
                 "wrap the network in anybatch.VirtualDataset(model, mean, std)"
             )
-        return self.num_virtual
+        return rows
 
     # --- the course of a forward -------------------------------------------
 
@@ -286,7 +293,7 @@ class _SampledBatchNorm(NormLayer):
     def _runs(self, loops: ModuleType, x: Tensor, parts: tuple[Part, ...]) -> Any:
         """The parts as the compiled kernels take them."""
         spatial = tuple(x.shape[2:])
-        key = ("runs", x.shape[0], spatial, self.num_virtual)
+        key = ("runs", x.shape[0], spatial, self._virtual_rows())
         if key not in self._places:
             tables = [_run_table(loops, part, spatial) for part in parts]
             shares = [part.share for part in parts]
@@ -369,10 +376,9 @@ def _mean_and_var(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
     found = part_moments(x, parts)
     if len(parts) == 1:
         return found[0]
-    mean = sum(part.share * mean for part, (mean, _) in zip(parts, found, strict=True))
-    var = sum(part.share * var for part, (_, var) in zip(parts, found, strict=True))
-    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
-    return mean, var
+    (mean, var), (other_mean, other_var) = found
+    share = parts[1].share
+    return torch.lerp(mean, other_mean, share), torch.lerp(var, other_var, share)
 
 
 def _run_table(loops: ModuleType, part: Part, spatial: tuple[int, ...]) -> Array:
@@ -541,7 +547,7 @@ def _gradients(
         centers = [mean]
         if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
             own = [first for first, _ in part_moments(x, parts)]
-            shift = mean - sum(p.share * m for p, m in zip(parts, own, strict=True))
+            shift = mean - torch.lerp(own[0], own[1], parts[1].share)
             centers = [first + shift for first in own]
         for part, center in zip(parts, centers, strict=True):
             factor = kernels.scalar(-part.share / part.values)

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
 """The compiled loops of batch normalization sampling, for batches of any size.
 
 Statistics come from a few values, so that forward is one pass over the data, and backward another
@@ -37,8 +37,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _jit(function):
     """A serial and a parallel version of a kernel."""
-    options = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": _FAST}
-    return njit(**options)(function), njit(parallel=True, **options)(function)
+    return tuple(
+        njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST, parallel=parallel)(
+            function
+        )
+        for parallel in (False, True)
+    )
 
 
 def version(values: int, threads: int) -> int:
