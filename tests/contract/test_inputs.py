@@ -133,7 +133,8 @@ def test_a_large_mean_costs_no_more_precision_than_in_torch(
     size = 2 if name in ("ghost", "bgn") else norm_batch_size or 4
     one, other = nn.BatchNorm2d(64, affine=False), nn.BatchNorm2d(64, affine=False).double()
     errors = [(one(part) - other(part.double())).abs().mean() for part in x.split(size)]
-    assert error <= 1.5 * torch.stack(errors).mean()
+    roundings = 2.5 if "+" in name else 1.5  # of both parts' means, and of their mixture
+    assert error <= roundings * torch.stack(errors).mean()
 
 
 @pytest.mark.parametrize("name", NAMES)
