@@ -183,6 +183,35 @@ def test_outside_the_sample_the_gradient_is_that_of_constants() -> None:
     assert not torch.allclose(dx[:2], constant[:2], atol=1e-2)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_sample_that_is_not_finite_is_not_remembered(last: bool, bad: float, row: int) -> None:
+    layer = random_layer((40, 40, 8, 8), sample="naive", size=5)
+    x = torch.randn(40, 40, 8, 8)
+    x[row, 3, 0, 0] = bad
+    x = x.contiguous(memory_format=LAST[4]) if last else x
+    with torch.no_grad():
+        layer(x)
+    assert layer.running_mean[3] == 0
+    assert layer.running_var[3] == 1
+    assert (layer.running_var != 1).sum() == 39
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("sample", REAL)
+def test_a_large_mean_costs_no_precision_in_compiled_passes(last: bool, sample: str) -> None:
+    x = (torch.randn(40, 40, 8, 8, dtype=torch.float64) * 1e-2 + 1e3).float()
+    x = x.contiguous(memory_format=LAST[4]) if last else x
+    layer = random_layer(x.shape, sample=sample, ratio=0.3)
+    errors = []
+    for norm in (layer, nn.BatchNorm2d(40)):
+        twin = copy.deepcopy(norm).double()
+        y, exact = norm(x), twin(x.double())
+        errors.append(float((y - exact).detach().abs().mean()))
+    assert errors[0] <= 1.5 * errors[1] * float(layer.weight.abs().mean()) + 1e-4
+
+
 # --- indices -----------------------------------------------------------------
 
 

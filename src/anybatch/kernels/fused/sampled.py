@@ -12,6 +12,7 @@ of adjacent pixels: example, first pixel, length. A second, empty table is none.
 
 import math
 import os
+from types import FunctionType
 
 import numba
 import numpy as np
@@ -23,7 +24,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue
 _FAST = {"reassoc", "contract", "nsz"}
 SMALL = 2**15  # values of a batch up to which one thread is enough
 _CHUNK = 2048  # values of a plane that are summed in the type of the data
-_WIDE = 256  # rows of few channels are taken together, up to so many values
+_WIDE = 512  # rows of few channels are taken together, up to so many values
 _forked = False
 
 
@@ -37,11 +38,12 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def _jit(function):
     """A serial and a parallel version of a kernel."""
+    # The cache on disk goes by the name: under one, either would be taken for the other.
+    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
+    twin.__qualname__ = twin.__name__
     return tuple(
-        njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST, parallel=parallel)(
-            function
-        )
-        for parallel in (False, True)
+        njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST, parallel=parallel)(f)
+        for f, parallel in ((function, False), (twin, True))
     )
 
 
@@ -86,27 +88,28 @@ def _planes_statistics(x, channels, length, first, second, table):
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
 def _row_moments(x, length, runs, begin, end, row_mean, row_var):
-    """The same of channels `begin` to `end`, from rows."""
+    """The same of channels `begin` to `end`, from rows, in one pass about the first values."""
     count = 0
     row_mean, row_var = row_mean[begin:end], row_var[begin:end]
     row_mean[:] = 0.0
     row_var[:] = 0.0
+    shift = x[runs[0, 0] * length + runs[0, 1], begin:end].copy()
     for r in range(runs.shape[0]):
         start = runs[r, 0] * length + runs[r, 1]
         some = x[start : start + runs[r, 2], begin:end]
         for i in range(some.shape[0]):
-            for c in range(some.shape[1]):
-                row_mean[c] += some[i, c]
-        count += runs[r, 2]
-    row_mean /= count
-    for r in range(runs.shape[0]):
-        start = runs[r, 0] * length + runs[r, 1]
-        some = x[start : start + runs[r, 2], begin:end]
-        for i in range(some.shape[0]):
-            for c in range(some.shape[1]):
-                offset = some[i, c] - row_mean[c]
+            row = some[i]
+            for c in range(row.shape[0]):
+                offset = np.float64(row[c]) - np.float64(shift[c])
+                row_mean[c] += offset
                 row_var[c] += offset * offset
-    row_var /= count
+        count += runs[r, 2]
+    for c in range(end - begin):
+        mean = row_mean[c] / count
+        row_var[c] = row_var[c] / count - mean * mean
+        if row_var[c] < 0.0:  # by rounding; what is not a number stays so
+            row_var[c] = 0.0
+        row_mean[c] = mean + shift[c]
 
 
 def _rows_statistics(x, channels, length, first, second, table):
@@ -129,11 +132,13 @@ def _planes_affine(x, y, means, scales, shifts):
             y[p, k] = (x[p, k] - mean) * scale + shift
 
 
-def _rows_affine(x, y, means, scales, shifts):
+def _rows_affine(x, y, scales, shifts):
+    """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
     for i in prange(rows):
+        row_x, row_y = x[i], y[i]
         for c in range(width):
-            y[i, c] = (x[i, c] - means[c]) * scales[c] + shifts[c]
+            row_y[c] = row_x[c] * scales[c] + shifts[c]
 
 
 def _planes_backward(dy, x, dx, means, scales, sums):
@@ -332,12 +337,13 @@ def forward(x, y, planes, sample, weight, bias, running, pace, eps, update, thre
     statistics(x, channels, length, runs[0], runs[1], table)
     count = counts[0] + counts[1]
     _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
-    rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
     if planes:
+        rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
         PLANES_AFFINE[which](x, y, *rows)
     else:
         take = _wide(channels, x.shape[0])
-        rows = [np.tile(row, take) for row in rows]
+        pair = scales, shifts - stats[0] * scales
+        rows = [np.tile(row.astype(dtype), take) for row in pair]
         ROWS_AFFINE[which](x.reshape(-1, take * channels), y.reshape(-1, take * channels), *rows)
     return Kept(runs, shares, counts, stats, table)
 
