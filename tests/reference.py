@@ -587,6 +587,8 @@ class SampledBatchNorm(BatchNorm):
         rest = range(first, n)
         if kind != "virtual" and len(rest):
             parts.append((1 - self.mix, self.chosen(kind, rest, length)))
+        if len(parts) == 1:
+            return [(1.0, parts[0][1])]
         several = [(share, where) for share, where in parts if len(where) > 1 and share > 0]
         kept = several or [part for part in parts if part[0] > 0][:1]
         return kept if len(kept) > 1 else [(1.0, kept[0][1])]
