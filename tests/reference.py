@@ -8,7 +8,9 @@ of the output to the gradients of input, weight and bias.
 Numbers of equations: momentum-bn (MBN), moving-average-bn (MABN), four-things (FT).
 """
 
+import itertools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -484,6 +486,217 @@ class BatchGroupNorm(GhostBatchNorm):
                 z = (x[i, part] - mean) / torch.sqrt(var + self.eps)
                 y[i, part] = self.weight[part, None] * z + self.bias[part, None]
         return y
+
+
+@dataclass
+class L1BatchNorm(BatchNorm):
+    """Wu et al. 2018: the mean absolute deviation, times sqrt(pi / 2), as the spread."""
+
+    def spread(self, x: Tensor, mean: Tensor) -> Tensor:
+        """In the place of the standard deviation."""
+        return math.sqrt(math.pi / 2) * (x - mean).abs().sum() / x.numel()
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        n, channels, length = x.shape
+        if n * length == 1:
+            return self.by_running(x)
+        pace = self.pace()
+        y, backwards = torch.empty_like(x), []
+        for c in range(channels):
+            mean = x[:, c].sum() / (n * length)
+            self.track(c, mean, self.spread(x[:, c], mean) ** 2, pace)
+            y[:, c], back = self.by_autograd(c, x[:, c])
+            backwards.append(back)
+        return y, _by_channel(backwards)
+
+    def by_autograd(self, c: int, x: Tensor) -> tuple[Tensor, Callable]:
+        """The formula, and torch's derivative of it."""
+        leaves = [t.detach().clone().requires_grad_() for t in (x, self.weight[c], self.bias[c])]
+        inner, w, b = leaves
+        with torch.enable_grad():
+            mean = inner.sum() / x.numel()
+            sigma = torch.sqrt(self.spread(inner, mean) ** 2 + self.eps)
+            y = w * (inner - mean) / sigma + b
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.autograd.grad(y, leaves, dy)
+
+        return y.detach(), backward
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Own and running statistics mixed as if the squared spreads were variances."""
+        alpha, rows = self.example_weight, []
+        for i in range(len(x)):
+            for c in range(self.channels):
+                first = x[i, c].mean()
+                second = self.spread(x[i, c], first) ** 2 + first**2
+                running_second = self.running_var[c] + self.running_mean[c] ** 2
+                mean = alpha * first + (1 - alpha) * self.running_mean[c]
+                var = alpha * second + (1 - alpha) * running_second - mean**2
+                z = (x[i, c] - mean) / torch.sqrt(var + self.eps)
+                rows.append(self.weight[c] * z + self.bias[c])
+        return torch.stack(rows).view(x.shape)
+
+
+@dataclass
+class RangeBatchNorm(L1BatchNorm):
+    """Banner et al. 2018: the range of the centred values over sqrt(2 ln n) as the spread."""
+
+    def spread(self, x: Tensor, mean: Tensor) -> Tensor:
+        centred = x - mean
+        if x.numel() == 1:
+            return centred.sum() * 0
+        return (centred.max() - centred.min()) / math.sqrt(2 * math.log(x.numel()))
+
+
+@dataclass
+class SampledBatchNorm(BatchNorm):
+    """Chen et al. 2018, eq. 3, 4 and 6: statistics of a set of places (example, pixel).
+
+    `spatial` is the shape of a map, which ``(N, C, L)`` does not tell. An epoch's numbers are those
+    of Python's generator, seeded with "seed/epoch"; a number below 2 ** 31 scaled to the possible
+    places is the place.
+    """
+
+    sample: str = "batch"
+    ratio: float = 1 / 32
+    size: Any = None
+    num_virtual: int = 0
+    mix: float = 0.5
+    seed: int = 0
+    epoch: int = 1
+    spatial: tuple[int, ...] = ()
+
+    def set_progress(self, epoch: int, total: int) -> None:
+        """The epoch is the number of the draw."""
+        self.epoch = epoch
+
+    def numbers(self) -> list[int]:
+        """Of this epoch."""
+        source = random.Random(f"{self.seed}/{self.epoch}")
+        return [source.getrandbits(31) for _ in range(4)]
+
+    def places(self, n: int, length: int) -> list[tuple[float, list[tuple[int, int]]]]:
+        """Weights, and the places (example, pixel) that have them."""
+        everything = range(length)
+        kind, first = self.sample.split("+")[0], 0
+        parts = []
+        if "virtual" in self.sample:
+            first = min(self.num_virtual, n)
+            parts.append((self.mix, [(i, k) for i in range(first) for k in everything]))
+        rest = range(first, n)
+        if kind != "virtual" and len(rest):
+            parts.append((1 - self.mix, self.chosen(kind, rest, length)))
+        if len(parts) == 1:
+            return [(1.0, parts[0][1])]
+        several = [(share, where) for share, where in parts if len(where) > 1 and share > 0]
+        kept = several or [part for part in parts if part[0] > 0][:1]
+        return kept if len(kept) > 1 else [(1.0, kept[0][1])]
+
+    def chosen(self, kind: str, rows: range, length: int) -> list[tuple[int, int]]:
+        """Places of the sampled part."""
+        numbers, n = self.numbers(), len(rows)
+        if kind == "points":
+            total = n * length
+            s = self.closest(self.ratio * total if self.size is None else self.size, total)
+            s = max(s, min(2, total)) if self.size is None else s
+            order = sorted(range(total), key=lambda p: self.hash(p, numbers[0]))
+            picked = sorted(order[:s]) if s < total else range(total)
+            return [(rows[p // length], p % length) for p in picked]
+        if kind == "feature":
+            patch = self.patch(n)
+            pixels = list(itertools.product(*(range(side) for side in self.spatial)))
+            begins = [
+                numbers[d + 1] * (whole - side + 1) // 2**31
+                for d, (side, whole) in enumerate(zip(patch, self.spatial, strict=True))
+            ]
+            inside = [
+                k
+                for k, pixel in enumerate(pixels)
+                if all(b <= p < b + s for b, p, s in zip(begins, pixel, patch, strict=True))
+            ]
+            return [(i, k) for i in rows for k in inside]
+        s = self.closest(self.ratio * n if self.size is None else self.size, n)
+        if self.size is None and s * length == 1 and n > 1:
+            s = 2
+        begin = numbers[0] * (n - s + 1) // 2**31 if kind == "batch" else 0
+        return [(i, k) for i in rows[begin : begin + s] for k in range(length)]
+
+    def closest(self, wanted: float, most: int) -> int:
+        """The closest count from 1 to `most`, halves up."""
+        return min(max(math.floor(wanted + 0.5), 1), most)
+
+    def patch(self, n: int) -> list[int]:
+        """Sides in turn, the shortest first, each its share of what is left of the area."""
+        if self.size is not None:
+            given = self.size if isinstance(self.size, tuple) else [self.size] * len(self.spatial)
+            return [min(a, b) for a, b in zip(given, self.spatial, strict=True)]
+        area = math.prod(self.spatial)
+        for wanted in (self.ratio * area, 2.0):
+            sides, left = list(self.spatial), wanted
+            order = sorted(range(len(sides)), key=lambda d: self.spatial[d])
+            for k, d in enumerate(order):
+                later = math.prod(self.spatial[e] for e in order[k:])
+                scale = (left / later) ** (1 / (len(order) - k))
+                sides[d] = self.closest(self.spatial[d] * scale, self.spatial[d])
+                left /= sides[d]
+            if n * math.prod(sides) > 1 or area == 1:
+                break
+        return sides
+
+    @staticmethod
+    def hash(position: int, key: int) -> int:
+        """One to one on 31 bits."""
+        value = (position * 0x1E3779B1 + key) % 2**31
+        value = ((value ^ (value >> 15)) * 0x45EBCA6B) % 2**31
+        value = ((value ^ (value >> 13)) * 0x42B2AE35) % 2**31
+        return value ^ (value >> 16)
+
+    def one_batch(self, x: Tensor) -> tuple[Tensor, Backward]:
+        n, channels, length = x.shape
+        parts = self.places(n, length)
+        count = sum(len(where) for _, where in parts)
+        if count == 1:
+            return self.by_running(x)
+        pace = self.pace()
+        y, backwards = torch.empty_like(x), []
+        for c in range(channels):
+            y[:, c], back = self.from_sample(c, x[:, c], parts)
+            backwards.append(back)
+            values = [
+                (share, moments(torch.stack([x[i, c, k] for i, k in w]))) for share, w in parts
+            ]
+            mean, var = (sum(share * pair[j] for share, pair in values) for j in (0, 1))
+            self.track(c, mean, unbiased(var, count), pace)
+        return y, _by_channel(backwards)
+
+    def from_sample(
+        self, c: int, x: Tensor, parts: list[tuple[float, list[tuple[int, int]]]]
+    ) -> tuple[Tensor, Callable]:
+        """Eq. 1 with eq. 3 and 4; backward line by line as eq. 5 and 6."""
+        w = self.weight[c].clone()
+        own = [moments(torch.stack([x[i, k] for i, k in where])) for _, where in parts]
+        mean = sum(share * m for (share, _), (m, _) in zip(parts, own, strict=True))
+        var = sum(share * v for (share, _), (_, v) in zip(parts, own, strict=True))
+        sigma = torch.sqrt(var + self.eps)
+        z = (x - mean) / sigma
+
+        def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dz = dy * w
+            dmean = (dz * -1 / sigma).sum()
+            dvar = (dz * (x - mean) * -0.5 * (var + self.eps) ** -1.5).sum()
+            dx = dz / sigma
+            for (share, where), (m, _) in zip(parts, own, strict=True):
+                for i, k in where:
+                    dx[i, k] += share * dmean / len(where)
+                    dx[i, k] += share * dvar * 2 * (x[i, k] - m) / len(where)
+            return dx, (dy * z).sum(), dy.sum()
+
+        return w * z + self.bias[c], backward
+
+    def state(self) -> dict[str, Any]:
+        own = {"seed": self.seed, "draw": self.epoch, "index": torch.tensor(self.numbers())}
+        return {**super().state(), **own}
 
 
 @dataclass

@@ -57,6 +57,27 @@ CASES: dict[str, tuple[str, type[reference.Layer], dict[str, Any]]] = {
     "bgn 6": ("bgn", reference.BatchGroupNorm, {"num_groups": 6}),
     "bgn norm 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 3, "norm_batch_size": 3}),
 }
+for _name, _kind in (("l1", reference.L1BatchNorm), ("range", reference.RangeBatchNorm)):
+    CASES[_name] = (_name, _kind, {})
+    CASES[f"{_name} norm 2"] = (_name, _kind, {"norm_batch_size": 2})
+    CASES[f"{_name} cumulative"] = (_name, _kind, {"momentum": None})
+_S = reference.SampledBatchNorm
+for _name, _sample, _options in (
+    ("ns", "naive", {"ratio": 0.4}),
+    ("ns", "naive", {"size": 2}),
+    ("bs", "batch", {"ratio": 0.4, "seed": 3}),
+    ("bs", "batch", {"size": 2, "seed": 4, "norm_batch_size": 3}),
+    ("bs", "batch", {"ratio": 0.5, "seed": 5, "momentum": None}),
+    ("fs", "feature", {"ratio": 0.3, "seed": 6}),
+    ("fs", "feature", {"size": 2, "seed": 7}),
+    ("fs", "feature", {"ratio": 0.01, "seed": 8, "norm_batch_size": 2}),
+    ("points", "points", {"ratio": 0.4, "seed": 9}),
+    ("points", "points", {"size": 3, "seed": 10, "norm_batch_size": 3}),
+    ("vdn", "virtual", {"num_virtual": 2}),
+    ("fs+vdn", "feature+virtual", {"num_virtual": 1, "ratio": 0.3, "seed": 11}),
+    ("bs+vdn", "batch+virtual", {"num_virtual": 2, "size": 2, "mix": 0.3, "seed": 12}),
+):
+    CASES[f"{_name} {_options}"] = (_name, _S, _options)
 for _centered, _forward, _backward in product((False, True), *(("ema", "sma", "batch"),) * 2):
     CASES[f"mabn {'centered ' * _centered}{_forward} {_backward}"] = (
         "mabn",
@@ -79,6 +100,8 @@ def pair(
         layer.weight.copy_(torch.rand(CHANNELS) + 0.5)
         layer.bias.copy_(torch.randn(CHANNELS))
     theirs = {"ghost_size" if k == "examples_per_group" else k: v for k, v in options.items()}
+    if "sample" in METHODS[name].fixed:
+        theirs["sample"] = METHODS[name].fixed["sample"]
     if name == "mbn" and "momentum" in options:
         theirs["auto_momentum"] = False
     weight, bias = (p.detach().double() for p in (layer.weight, layer.bias))
@@ -111,8 +134,9 @@ def run(case: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool = Fals
     # without a bound: there eps gives one.
     eps = 1e-2 if dtype == torch.float32 and not shape else 1e-5
     layer, truth = pair(case, max(len(shape), 1), dtype, eps)
+    truth.spatial = shape
     for step in range(STEPS):
-        if step % 10 == 0 and isinstance(truth, reference.MomentumBatchNorm):
+        if step % 10 == 0 and hasattr(truth, "set_progress"):
             layer.set_progress(step // 10 + 1, 5)
             truth.set_progress(step // 10 + 1, 5)
         # The reference gets the input as the layer sees it, rounded to its type.
@@ -172,6 +196,7 @@ def test_channels_last_is_the_papers_equations(case: str) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_inference_gradient_is_that_of_the_equations(case: str, alpha: float) -> None:
     layer, truth = pair(case, 2, torch.float64)
+    truth.spatial = (3, 2)
     for step in range(20):
         x = drifting(step, (3, 2))
         layer(x)

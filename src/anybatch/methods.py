@@ -23,6 +23,7 @@ FOUR_THINGS = (
     "Summers and Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 2020"
 )
 GROUP = "Wu and He, Group Normalization, 2018"
+SAMPLING = "Chen et al., Batch Normalization Sampling, 2018"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Method:
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
             paper's and others have done better.
+        fixed: Arguments of the class that the name stands for; they are no options.
+        wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Method:
     scheduled: bool = False
     binds: bool = False
     suggested: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    wraps: bool = False
     builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
 
     def layer(self, dims: int) -> type[nn.Module]:
@@ -74,8 +79,9 @@ class Method:
     def options(self) -> dict[str, inspect.Parameter]:
         """The method's own arguments, by name."""
         maker = self.builder or self.layer(2).__init__
-        parameters = inspect.signature(maker).parameters
-        return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        parameters = inspect.signature(maker).parameters.items()
+        own = {n: p for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {n: p for n, p in own.items() if n not in self.fixed}
 
     def build(
         self,
@@ -121,6 +127,7 @@ class Method:
             track_running_stats=track_running_stats,
             device=device,
             dtype=dtype,
+            **self.fixed,
             **options,
         )
 
@@ -160,6 +167,9 @@ def _instance_norm(
 ) -> nn.Module:
     return nn.GroupNorm(num_features, num_features, eps, affine, device, dtype)
 
+
+_UNMIXED = {"num_virtual": None, "mix": 0.5}
+_UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5}
 
 _TABLE = (
     Method(
@@ -224,6 +234,94 @@ _TABLE = (
         "Batches of 2, where inference may cost more than batch normalization's.",
         exact_eval=False,
         folds=False,
+    ),
+    Method(
+        "ns",
+        "Naive sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of the first examples of a batch, the same ones in every layer.",
+        "As the baseline of the other ways to sample.",
+        fixed={"sample": "naive", **_UNMIXED, "seed": 0, "generator": None},
+    ),
+    Method(
+        "bs",
+        "Batch sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a few adjacent examples of a batch, others in each layer and epoch.",
+        "Large batches whose training step should be faster; never small ones.",
+        scheduled=True,
+        fixed={"sample": "batch", **_UNMIXED},
+    ),
+    Method(
+        "fs",
+        "Feature sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a patch of every example's map, elsewhere in each layer and epoch.",
+        "Large batches of images whose training step should be faster: the first to try.",
+        scheduled=True,
+        fixed={"sample": "feature", **_UNMIXED},
+    ),
+    Method(
+        "points",
+        "Random sampling of points",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of values at random places, others in each layer and epoch.",
+        "To see what a sample without any pattern estimates, and what its pattern costs.",
+        scheduled=True,
+        fixed={"sample": "points", **_UNMIXED},
+    ),
+    Method(
+        "vdn",
+        "Virtual dataset normalization",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a few random examples that have the dataset's mean and spread.",
+        "Statistics that must not depend on the batch in training, in a VirtualDataset.",
+        fixed={"sample": "virtual", **_UNSAMPLED, "seed": 0, "generator": None},
+        wraps=True,
+    ),
+    Method(
+        "fs+vdn",
+        "Feature sampling with virtual examples",
+        "SampledBatchNorm",
+        SAMPLING,
+        "A weighted mean of the statistics of feature sampling and of virtual examples.",
+        "Where feature sampling alone is too noisy, in a VirtualDataset.",
+        scheduled=True,
+        fixed={"sample": "feature+virtual"},
+        wraps=True,
+    ),
+    Method(
+        "bs+vdn",
+        "Batch sampling with virtual examples",
+        "SampledBatchNorm",
+        SAMPLING,
+        "A weighted mean of the statistics of batch sampling and of virtual examples.",
+        "Where batch sampling alone is too noisy, in a VirtualDataset.",
+        scheduled=True,
+        fixed={"sample": "batch+virtual"},
+        wraps=True,
+    ),
+    Method(
+        "l1",
+        "L1 batch normalization",
+        "L1BatchNorm",
+        "Wu et al., L1-Norm Batch Normalization for Efficient Training of Deep Neural Networks, "
+        "2018",
+        "The mean absolute deviation in the place of the standard deviation.",
+        "Hardware without fast squares and roots, and as a baseline.",
+    ),
+    Method(
+        "range",
+        "Range batch normalization",
+        "RangeBatchNorm",
+        "Banner et al., Scalable Methods for 8-bit Training of Neural Networks, 2018",
+        "The range of the values in the place of the standard deviation.",
+        "Training in few bits, and as a baseline.",
     ),
     Method(
         "gn",

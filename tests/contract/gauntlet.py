@@ -16,7 +16,18 @@ QUICK = {
     "mbn": {"batch_size": 2},
     "ghost": {"ghost_size": 2},
     "bgn": {"num_groups": 1},
+    "ns": {"ratio": 0.5},
+    "bs": {"ratio": 0.5, "seed": 0},
+    "fs": {"ratio": 0.5, "seed": 0},
+    "points": {"ratio": 0.5, "seed": 0},
+    # Who gives the number says that the first rows are virtual, without a VirtualDataset.
+    "vdn": {"num_virtual": 1},
+    "fs+vdn": {"num_virtual": 1, "ratio": 0.5, "seed": 0},
+    "bs+vdn": {"num_virtual": 1, "ratio": 0.5, "seed": 0},
 }
+VIRTUAL = [name for name, method in METHODS.items() if method.wraps]
+SAMPLED = ["ns", "bs", "fs", "points", *VIRTUAL]
+UNPOOLED = ["l1", "range"]  # statistics of micro-batches do not make those of all
 NAMES = [name for name, method in METHODS.items() if method.builder is None]
 CENTRED = [name for name in NAMES if name != "mabn"]
 SPATIAL = {1: (5,), 2: (4, 3), 3: (2, 3, 2)}

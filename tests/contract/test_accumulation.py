@@ -9,9 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch
 from anybatch.layers.base import NormLayer
-from contract.gauntlet import NAMES, batch, finite, make, same, state, step
+from contract.gauntlet import NAMES as ALL
+from contract.gauntlet import SAMPLED, UNPOOLED, VIRTUAL, batch, finite, make, same, state, step
 
+NAMES = [name for name in ALL if name not in UNPOOLED]
 POOLED = [name for name in NAMES if name not in ("ghost", "bgn")]
+# Samples of micro-batches make that of the joined batch where they are patches.
+JOINED = [name for name in POOLED if name not in SAMPLED or name == "fs"]
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -38,7 +42,7 @@ def close(
     return all(torch.allclose(first[k], second[k], atol=1e-12) for k in first if k not in but)
 
 
-@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("name", JOINED)
 def test_memory_after_a_step_is_that_of_the_joined_batch(name: str) -> None:
     whole, parts = pair(name)
     for _ in range(12):
@@ -50,7 +54,7 @@ def test_memory_after_a_step_is_that_of_the_joined_batch(name: str) -> None:
     assert parts.num_batches_tracked == 12
 
 
-@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("name", JOINED)
 def test_the_micro_batches_seen_so_far_pool(name: str) -> None:
     whole, parts = pair(name)
     for _ in range(12):
@@ -74,7 +78,7 @@ def test_groups_keep_their_own_statistics_and_running_ones_pool(name: str) -> No
         assert close(memory(whole), memory(parts))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SAMPLED or name == "fs"])
 def test_a_shorter_step_is_ended_by_hand_or_by_the_optimizer(name: str) -> None:
     whole, by_hand = pair(name, None, momentum=0.1)
     model = nn.Sequential(copy.deepcopy(whole))
@@ -185,7 +189,7 @@ def test_a_micro_batch_that_is_not_finite_is_not_pooled(name: str) -> None:
     assert finite(state(layer))
 
 
-@pytest.mark.parametrize("name", POOLED)
+@pytest.mark.parametrize("name", JOINED)
 def test_micro_batches_of_one_value_pool(name: str) -> None:
     whole, parts = pair(name, 4, dims=1)
     for _ in range(6):
@@ -237,6 +241,38 @@ def test_a_layer_without_running_statistics_accumulates(name: str) -> None:
     layer.accumulate(2)
     y, _ = step(layer, batch(2))
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", UNPOOLED)
+def test_what_does_not_pool_is_refused(name: str) -> None:
+    model = nn.Sequential(anybatch.BatchNorm2d(6), make(name))
+    with pytest.raises(ValueError, match="1: .*do not pool over micro-batches"):
+        anybatch.accumulate(model, 2)
+    assert model[0].step is None
+
+
+@pytest.mark.parametrize("name", ["ns", "bs", "points", *VIRTUAL])
+def test_samples_of_micro_batches_pool(name: str) -> None:
+    """Equal micro-batches: means of means, and of variances about the common mean."""
+    layer = make(name, momentum=None).double()
+    parts = copy.deepcopy(layer)
+    parts.accumulate(3)
+    micro = [batch(4).double() for _ in range(3)]
+    means, variances = [], []
+    for x in micro:
+        layer.reset_running_stats()
+        layer.set_progress(2, 3)
+        layer(x), parts(x)
+        means.append(layer.running_mean)
+        variances.append(layer.running_var)
+        assert parts.num_batches_tracked == 1
+        means[-1], variances[-1] = means[-1].clone(), variances[-1].clone()
+    count = sum(part.values for part in layer._parts(micro[0], (4,))[0])
+    mean = torch.stack(means).mean(0)
+    biased = torch.stack(variances).mean(0) * (count - 1) / count
+    spread = torch.stack([(one - mean) ** 2 for one in means]).mean(0)
+    assert torch.allclose(parts.running_mean, mean)
+    assert torch.allclose(parts.running_var, (biased + spread) * 3 * count / (3 * count - 1))
 
 
 def test_what_accumulate_refuses() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from anybatch.kernels import use_fused
-from contract.gauntlet import CENTRED, NAMES, batch, finite, make, same, state, step, train
+from contract.gauntlet import CENTRED, NAMES, SAMPLED, batch, finite, make, same, state, step, train
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +67,8 @@ def test_a_channel_that_is_not_finite_is_not_remembered(name: str, bad: float) -
     train(layer, 9)
     before = state(layer)
     x = batch(2)
+    if name in SAMPLED:  # one value may not be in the sample
+        x[:, 2] = bad
     x[1, 2, 0, 0] = bad
     with torch.no_grad():
         layer(x)
@@ -157,7 +159,7 @@ def test_momentum_none_averages_over_all_batches(name: str) -> None:
         with torch.no_grad():
             layer(x)
         seen.append(x.mean((0, 2, 3)))
-    if name != "mabn":
+    if name not in ("mabn", *SAMPLED):
         assert torch.allclose(layer.running_mean, torch.stack(seen).mean(0), atol=1e-5)
     assert layer.num_batches_tracked == 7
 

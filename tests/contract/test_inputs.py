@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anybatch.methods import METHODS, get_method
-from contract.gauntlet import CENTRED, NAMES, batch, make, same, state, step
+from contract.gauntlet import CENTRED, NAMES, VIRTUAL, batch, make, same, state, step
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -133,7 +133,8 @@ def test_a_large_mean_costs_no_more_precision_than_in_torch(
     size = 2 if name in ("ghost", "bgn") else norm_batch_size or 4
     one, other = nn.BatchNorm2d(64, affine=False), nn.BatchNorm2d(64, affine=False).double()
     errors = [(one(part) - other(part.double())).abs().mean() for part in x.split(size)]
-    assert error <= 1.5 * torch.stack(errors).mean()
+    roundings = 2.5 if "+" in name else 1.5  # of both parts' means, and of their mixture
+    assert error <= roundings * torch.stack(errors).mean()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,10 +193,22 @@ BAD = [
     ("bgn", {"num_groups": 4}, "num_groups=4 does not divide num_features=6"),
     ("bgn", {"num_groups": 0}, "num_groups=0"),
     ("bgn", {"examples_per_group": 0}, "examples_per_group=0"),
+    ("bs", {"sample": "bach"}, "sample='bach'"),
+    ("bs", {"ratio": 0.0}, "ratio=0"),
+    ("bs", {"ratio": 1.5}, "ratio=1.5"),
+    ("bs", {"size": 0}, "size=0"),
+    ("bs", {"size": (2, 2)}, "size=(2, 2)"),
+    ("fs", {"sample": "feature", "size": (2,)}, "size=(2,)"),
+    ("fs", {"sample": "feature", "size": (2, 0)}, "size=0"),
+    ("bs", {"seed": -1}, "seed=-1"),
+    ("bs", {"seed": 0.5}, "seed=0.5"),
+    ("bs", {"seed": 1, "generator": torch.Generator()}, "seed=1 and a generator"),
+    ("vdn", {"num_virtual": 0}, "num_virtual=0"),
+    ("vdn", {"mix": 1.5}, "mix=1.5"),
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "words"), BAD, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "arguments", "words"), BAD)
 def test_a_bad_argument_is_named_with_its_value(
     name: str, arguments: dict[str, object], words: str
 ) -> None:
@@ -220,6 +233,7 @@ def test_an_unknown_option_gets_those_there_are() -> None:
 def test_the_table_builds_every_method_in_every_dimension(name: str) -> None:
     for dims in (1, 2, 3):
         options = {"bgn": {"num_groups": 4}, "cbn": {"order": 0}}.get(name, {})
+        options = {"num_virtual": 1} if name in VIRTUAL else options
         layer = METHODS[name].build(8, dims, **options)
         shape = (3, 8, *(4,) * dims)
         assert layer(torch.randn(shape)).shape == shape
@@ -238,6 +252,7 @@ def test_shift_and_scale_of_the_input_do_not_matter(
     name: str, n: int, c: int, h: int, scale: float, shift: float
 ) -> None:
     options = {"num_groups": c} if name == "bgn" else {}
+    options = {"num_virtual": 1} if name in VIRTUAL else options
     layer = METHODS[name].build(c, 2, eps=1e-12, **options).double()
     x = torch.randn(n, c, h, 3, dtype=torch.float64)
     assert torch.allclose(layer(x), layer(x * scale + shift), atol=1e-5)

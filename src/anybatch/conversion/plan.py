@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -311,6 +312,8 @@ class _Judge:
         options = _options_for(method, self.options, self.batch_size)
         if _is_already(norm, method, options):
             return self._keep(norm, f"already {method.name}")
+        if "seed" in method.options and options.get("generator") is None:
+            options["seed"] = layer_seed(self.options.get("seed") or 0, names[0])
         return self._convert(norm, kind, method, options)
 
     def _convert(
@@ -332,7 +335,8 @@ class _Judge:
             return self._refuse(norm, f"{absorbs}: give each its own, or leave it out with where=")
         target, why = self._centralization(method, options, feeder)
         bound = f"bound to {feeder.name!r}" if binds else None
-        reason = "; ".join(filter(None, [_effect(method), why, bound]))
+        wrap = "train the network in a VirtualDataset" if method.wraps else None
+        reason = "; ".join(filter(None, [_effect(method), why, bound, wrap]))
         row = self._row(norm, "convert", method.layer(kind.dims or 0).__name__, reason, target)
         module = None if target is None else self.by_name[target]
         if binds:
@@ -482,10 +486,29 @@ def _is_already(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
     """Whether a norm is a layer of the method, with the options that were asked for."""
     if not isinstance(norm, NormLayer) or type(norm) is not method.layer(norm.dims):
         return False
-    wanted = dict(options)
+    wanted = {**options, **method.fixed}
+    if "seed" in method.options and options.get("seed") is not None:
+        return False  # a base for the seeds of all layers: they are drawn again
     if "num_groups" in wanted:
         wanted["num_groups"] = fitting_groups(norm.num_features, wanted["num_groups"])
     return all(getattr(norm, name, value) == value for name, value in wanted.items())
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """The seed of one layer: another for each, the same in every run and on every rank.
+
+    Args:
+        seed: of the network.
+        name: the layer's path in it.
+
+    Returns:
+        A whole number.
+
+    Example:
+        >>> layer_seed(0, "norm1") == layer_seed(0, "norm2")
+        False
+    """
+    return random.Random(f"{seed}/{name}").getrandbits(31)
 
 
 def _matches(where: Where, names: Iterable[str], module: nn.Module) -> bool:

@@ -114,7 +114,13 @@ class Run:
             if options:
                 raise ValueError(f"options={options!r}: method 'torch' has none")
         else:
-            get_method(self.method).check_options(options)
+            method = get_method(self.method)
+            method.check_options(options)
+            if method.wraps and self.norm_batch_size is not None:
+                raise ValueError(
+                    f"norm_batch_size={self.norm_batch_size}: leave it out with "
+                    f"method={self.method!r}, whose virtual examples are in front of the batch"
+                )
 
     @property
     def key(self) -> str:

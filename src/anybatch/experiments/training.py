@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.conversion import convert
+from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset, augment, load
 from anybatch.experiments.files import write_json, write_whole
-from anybatch.layers import accumulate
+from anybatch.layers import VirtualDataset, accumulate
 from anybatch.layers.base import NormLayer
+from anybatch.methods import METHODS
 from anybatch.scheduling import NormScheduler
 
 Row = dict[str, Any]
@@ -73,7 +75,18 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual["norm_batch_size"] = run.norm_batch_size
     if run.centralize:
         usual["centralize"] = True
+    if run.method != BASELINE and "seed" in METHODS[run.method].options:
+        usual["seed"] = run.seed
     return usual | dict(run.options)
+
+
+def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
+    """Put virtual examples in front of a network's batches."""
+    mean, std = dataset_statistics([data.train_x], progress=False)
+    if num_virtual is None:
+        num_virtual = 2 if run.model == "mlp" else 1  # one row is no variance to (N, C)
+    noisy = (std.square() + run.adds_noise**2).sqrt()
+    return VirtualDataset(model, mean, noisy, num_virtual, seed=run.seed)
 
 
 def prepare(run: Run, data: Dataset) -> Training:
@@ -92,7 +105,10 @@ def prepare(run: Run, data: Dataset) -> Training:
     progress = None
     if run.method != BASELINE:
         options = method_options(run, steps)
+        wraps = METHODS[run.method].wraps
+        num_virtual = options.pop("num_virtual", None) if wraps else None
         model = convert(model, run.method, batch_size=run.statistics_size, **options)
+        model = _wrap(run, model, data, num_virtual) if wraps else model
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
         progress = NormScheduler(model, run.epochs)
@@ -223,6 +239,8 @@ def train(
         write_whole(weights, partial(torch.save, trained))
     write_json(result, row)
     checkpoint.unlink(missing_ok=True)
+    for half in result.parent.glob(f".{run.key}.*"):  # of a process that was killed as it wrote
+        half.unlink(missing_ok=True)
     return row
 
 

@@ -16,8 +16,16 @@ from anybatch.kernels.aten import (
     sums,
 )
 from anybatch.kernels.elementary import example_affine, example_moments
-from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
+from anybatch.kernels.fused import (
+    cross_iteration_kernels,
+    fused_for,
+    is_last,
+    is_watched,
+    sampled_kernels_for,
+    use_fused,
+)
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
+from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments
 from anybatch.kernels.scalars import INFINITY, scalar
 
 __all__ = [
@@ -28,13 +36,18 @@ __all__ = [
     "example_affine",
     "example_moments",
     "expand_groups",
+    "fixed_gradient",
     "fused_for",
     "gradient",
+    "is_last",
     "is_watched",
     "moments",
     "pool_channels",
     "pool_groups",
+    "put_gradient",
     "row_counts",
+    "sample_moments",
+    "sampled_kernels_for",
     "scalar",
     "second_moment",
     "statistics_dtype",

@@ -17,7 +17,17 @@ from anybatch.layers.moving_average import (
     MovingAverageBatchNorm3d,
 )
 from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from anybatch.layers.rivals import (
+    L1BatchNorm1d,
+    L1BatchNorm2d,
+    L1BatchNorm3d,
+    RangeBatchNorm1d,
+    RangeBatchNorm2d,
+    RangeBatchNorm3d,
+)
 from anybatch.layers.running_group import RunningGroupNorm
+from anybatch.layers.sampled import SampledBatchNorm1d, SampledBatchNorm2d, SampledBatchNorm3d
+from anybatch.layers.virtual import VirtualDataset
 
 __all__ = [
     "Accumulation",
@@ -36,13 +46,23 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "L1BatchNorm1d",
+    "L1BatchNorm2d",
+    "L1BatchNorm3d",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
     "MomentumBatchNorm3d",
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "RangeBatchNorm1d",
+    "RangeBatchNorm2d",
+    "RangeBatchNorm3d",
     "RunningGroupNorm",
+    "SampledBatchNorm1d",
+    "SampledBatchNorm2d",
+    "SampledBatchNorm3d",
+    "VirtualDataset",
     "accumulate",
     "freeze",
     "no_update",

@@ -93,6 +93,7 @@ class NormLayer(NormState):
     dims: ClassVar[int] = 0
     centered: bool = True
     needs_running_stats: ClassVar[bool] = False
+    pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
     fuses: bool = False
 
     def __init__(
@@ -266,6 +267,12 @@ class NormLayer(NormState):
         memory = None
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
+        return self._apply_statistics(x, cut, chosen, memory)
+
+    def _apply_statistics(
+        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+    ) -> Tensor:
+        """Normalize by what the rule decided."""
         weight, bias = self._parameters_like(chosen.var)
         return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
 
@@ -296,6 +303,18 @@ class NormLayer(NormState):
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
         mean, var = self._moments(x, cut.sizes)
+        return self._decide(mean, var, cut, values, live, update)
+
+    def _decide(
+        self,
+        mean: Tensor | None,
+        var: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> Statistics:
+        """Decide on given moments how successive normalization batches are normalized."""
         if self.step is not None and self.group_size is None:
             return self._run_pooled(self.step, mean, var, cut, values, update)
         if len(cut.steps) == 1 and live is None:
@@ -415,7 +434,7 @@ class NormLayer(NormState):
         sizes = (1,) * x.shape[0]
         with torch.no_grad():
             statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
-        return normalize(x, weight, bias, sizes, statistics, self.eps)
+        return self._apply_statistics(x, partition(x.shape[0], 1), statistics, None)
 
     def _mixed(
         self, own_mean: Tensor | None, own_var: Tensor, mean: Tensor, var: Tensor

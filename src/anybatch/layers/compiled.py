@@ -84,7 +84,7 @@ class Compiled(torch.autograd.Function):
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if not _is_plain(dy) or kernels.is_watched():
+        if not is_plain(dy) or kernels.is_watched():
             statistics = as_statistics(ctx.kept, x)
             memory = ctx.layer.backward_memory(statistics, None, ctx.update)
             call = Call(statistics, ctx.sizes, ctx.layer.eps, memory)
@@ -114,7 +114,7 @@ class Compiled(torch.autograd.Function):
         )
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether a gradient is memory to read: not traced, not one of a batch of gradients."""
     return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
 

@@ -194,8 +194,9 @@ def accumulate(
         An `Accumulation`, to end a step by hand (``end_step()``) or to undo all (``remove()``).
 
     Raises:
-        ValueError: If there is no layer, neither argument is given, or a layer has a
-            `norm_batch_size` (which cuts batches where this joins them).
+        ValueError: If there is no layer, neither argument is given, a layer has a
+            `norm_batch_size` (which cuts batches where this joins them), or its statistics do not
+            pool (`L1BatchNorm`, `RangeBatchNorm`).
         TypeError: If ``steps`` is not a whole number.
 
     Example:
@@ -213,6 +214,11 @@ def accumulate(
         raise ValueError("steps=None: give the forwards in an optimizer step, or the optimizer")
     layers = select(model, None)
     for name, layer in model.named_modules():
+        if isinstance(layer, NormLayer) and not layer.pools and steps != 1:
+            raise ValueError(
+                f"{name}: {type(layer).__name__} has statistics that do not pool over "
+                "micro-batches; convert it to another method, or do not accumulate"
+            )
         if isinstance(layer, NormLayer) and layer.norm_batch_size is not None:
             raise ValueError(
                 f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch where accumulate "

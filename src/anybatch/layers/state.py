@@ -24,7 +24,8 @@ class NormState(_NormBase):
         memory: Tensors beyond torch's buffers, by name. They follow the layer's
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
-        rings: Names of memory that has a slot a step, of which only the newest is written.
+        rings: Names of memory that micro-batches of a step leave alone: what has a slot a step, of
+            which only the newest is written, and what is drawn once an epoch.
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.

@@ -86,3 +86,40 @@ def cross_iteration_kernels() -> ModuleType:
     from anybatch.kernels.fused import cross_iteration
 
     return cross_iteration
+
+
+def sampled_kernels_for(
+    x: Tensor, state: Tensor | None, weight: Tensor | None
+) -> ModuleType | None:
+    """The compiled kernels of batch normalization sampling, where they can serve a batch.
+
+    Args:
+        x: The batch, of any size.
+        state: A running statistic.
+        weight: Scale of the layer.
+
+    Returns:
+        Their module, or None: another device or layout, types that differ, a compiler, tracer or
+        transform at work, no Numba.
+    """
+    if _choice == "never" or state is None or weight is None:
+        return None
+    if x.device.type != "cpu" or type(x) is not Tensor or is_watched() or x.is_neg():
+        return None
+    if not x.dtype == state.dtype == weight.dtype or not (x.is_contiguous() or is_last(x)):
+        return None
+    return None if _kernels() is None else _sampled_kernels()
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether a batch is in the channels-last format of its dimensions."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@lru_cache(maxsize=1)
+def _sampled_kernels() -> ModuleType:
+    from anybatch.kernels.fused import sampled
+
+    return sampled

@@ -1,0 +1,377 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
+"""The compiled loops of batch normalization sampling, for batches of any size.
+
+Statistics come from a few values, so that forward is one pass over the data, and backward another
+that writes the gradient as if statistics were constants and sums what passes through them; the
+sample is written again at the end.
+
+Arrays ``x``, ``y``, ``dy`` and ``dx`` are planes ``(N * C, L)`` of the contiguous format, or rows
+``(N * L, C)`` where a channel's values are not side by side. A sample is a table of runs ``(R, 3)``
+of adjacent pixels: example, first pixel, length. A second, empty table is none.
+"""
+
+import math
+import os
+from types import FunctionType
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.loops import _count_batch, _track, _unbiased
+
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue fights torch's
+_FAST = {"reassoc", "contract", "nsz"}
+SMALL = 2**15  # values of a batch up to which one thread is enough
+_CHUNK = 2048  # values of a plane that are summed in the type of the data
+_WIDE = 512  # rows of few channels are taken together, up to so many values
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _jit(function):
+    """A serial and a parallel version of a kernel."""
+    # The cache on disk goes by the name: under one, either would be taken for the other.
+    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
+    twin.__qualname__ = twin.__name__
+    return tuple(
+        njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST, parallel=parallel)(f)
+        for f, parallel in ((function, False), (twin, True))
+    )
+
+
+def version(values: int, threads: int) -> int:
+    """0 for the serial version of a kernel, 1 for the parallel one, whose threads it sets.
+
+    Args:
+        values: In the batch.
+        threads: That torch uses.
+    """
+    if threads == 1 or values <= SMALL or _forked:
+        return 0
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    return 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+def _plane_moments(x, c, channels, runs):
+    """Count, mean and biased variance of a channel's sampled values, in two passes."""
+    count, total = 0, 0.0
+    for r in range(runs.shape[0]):
+        some = x[runs[r, 0] * channels + c, runs[r, 1] : runs[r, 1] + runs[r, 2]]
+        for k in range(some.shape[0]):
+            total += some[k]
+        count += runs[r, 2]
+    mean, squares = total / max(count, 1), 0.0
+    for r in range(runs.shape[0]):
+        some = x[runs[r, 0] * channels + c, runs[r, 1] : runs[r, 1] + runs[r, 2]]
+        for k in range(some.shape[0]):
+            offset = some[k] - mean
+            squares += offset * offset
+    return count, mean, squares / max(count, 1)
+
+
+def _planes_statistics(x, channels, length, first, second, table):
+    """Write each channel's (mean, variance) of both samples into `table`."""
+    for c in prange(channels):
+        _, table[0, c], table[1, c] = _plane_moments(x, c, channels, first)
+        if second.shape[0] > 0:
+            _, table[2, c], table[3, c] = _plane_moments(x, c, channels, second)
+
+
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+def _row_moments(x, length, runs, begin, end, row_mean, row_var):
+    """The same of channels `begin` to `end`, from rows, in one pass about the first values."""
+    count = 0
+    row_mean, row_var = row_mean[begin:end], row_var[begin:end]
+    row_mean[:] = 0.0
+    row_var[:] = 0.0
+    shift = x[runs[0, 0] * length + runs[0, 1], begin:end].copy()
+    for r in range(runs.shape[0]):
+        start = runs[r, 0] * length + runs[r, 1]
+        some = x[start : start + runs[r, 2], begin:end]
+        for i in range(some.shape[0]):
+            row = some[i]
+            for c in range(row.shape[0]):
+                offset = np.float64(row[c]) - np.float64(shift[c])
+                row_mean[c] += offset
+                row_var[c] += offset * offset
+        count += runs[r, 2]
+    for c in range(end - begin):
+        mean = row_mean[c] / count
+        row_var[c] = row_var[c] / count - mean * mean
+        if row_var[c] < 0.0:  # by rounding; what is not a number stays so
+            row_var[c] = 0.0
+        row_mean[c] = mean + shift[c]
+
+
+def _rows_statistics(x, channels, length, first, second, table):
+    blocks = (channels + 15) // 16
+    for b in prange(blocks):
+        begin, end = b * 16, min(b * 16 + 16, channels)
+        _row_moments(x, length, first, begin, end, table[0], table[1])
+        if second.shape[0] > 0:
+            _row_moments(x, length, second, begin, end, table[2], table[3])
+
+
+def _planes_affine(x, y, means, scales, shifts):
+    """Write y = (x - mean) * scale + shift."""
+    planes, length = x.shape
+    channels = means.shape[0]
+    for p in prange(planes):
+        c = p % channels
+        mean, scale, shift = means[c], scales[c], shifts[c]
+        for k in range(length):
+            y[p, k] = (x[p, k] - mean) * scale + shift
+
+
+def _rows_affine(x, y, scales, shifts):
+    """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
+    rows, width = x.shape
+    for i in prange(rows):
+        row_x, row_y = x[i], y[i]
+        for c in range(width):
+            row_y[c] = row_x[c] * scales[c] + shifts[c]
+
+
+def _planes_backward(dy, x, dx, means, scales, sums):
+    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
+    planes, length = x.shape
+    channels = means.shape[0]
+    dtype = x.dtype.type
+    for p in prange(planes):
+        c = p % channels
+        mean, scale = means[c], scales[c]
+        total, moment = 0.0, 0.0
+        for begin in range(0, length, _CHUNK):
+            one, two = dtype(0), dtype(0)
+            end = min(begin + _CHUNK, length)  # loops from 0 on need no check for negative indices
+            some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
+            for k in range(end - begin):
+                d = some_dy[k]
+                one += d
+                two += d * (some_x[k] - mean)
+                some_dx[k] = d * scale
+            total += one
+            moment += two
+        sums[p, 0, 0] = total
+        sums[p, 1, 0] = moment
+
+
+def _rows_backward(dy, x, dx, means, scales, sums):
+    """The same of rows; `sums` has a row a block of them."""
+    rows, width = x.shape
+    blocks = sums.shape[0]
+    share = (rows + blocks - 1) // blocks
+    for b in prange(blocks):
+        one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
+        total, moment = np.zeros(width), np.zeros(width)
+        end = min(b * share + share, rows)
+        for begin in range(b * share, end, 64):
+            one[:] = 0
+            two[:] = 0
+            for i in range(begin, min(begin + 64, end)):
+                row_dy, row_x, row_dx = dy[i], x[i], dx[i]
+                for c in range(width):
+                    d = row_dy[c]
+                    one[c] += d
+                    two[c] += d * (row_x[c] - means[c])
+                    row_dx[c] = d * scales[c]
+            for c in range(width):
+                total[c] += one[c]
+                moment[c] += two[c]
+        sums[b, 0] = total
+        sums[b, 1] = moment
+
+
+def _planes_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
+    """Write dx = scale * dy + on_x * (x - center) + constant in a sample."""
+    channels = centers.shape[0]
+    for c in prange(channels):
+        center, scale, factor, constant = centers[c], scales[c], on_x[c], constants[c]
+        for r in range(runs.shape[0]):
+            p, begin, end = runs[r, 0] * channels + c, runs[r, 1], runs[r, 1] + runs[r, 2]
+            some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
+            for k in range(end - begin):
+                some_dx[k] = scale * some_dy[k] + factor * (some_x[k] - center) + constant
+
+
+def _rows_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
+    for r in prange(runs.shape[0]):
+        start = runs[r, 0] * length + runs[r, 1]
+        for i in range(start, start + runs[r, 2]):
+            for c in range(centers.shape[0]):
+                d = scales[c] * dy[i, c] + on_x[c] * (x[i, c] - centers[c])
+                dx[i, c] = d + constants[c]
+
+
+PLANES_STATISTICS, ROWS_STATISTICS = _jit(_planes_statistics), _jit(_rows_statistics)
+PLANES_AFFINE, ROWS_AFFINE = _jit(_planes_affine), _jit(_rows_affine)
+PLANES_BACKWARD, ROWS_BACKWARD = _jit(_planes_backward), _jit(_rows_backward)
+PLANES_CORRECT, ROWS_CORRECT = _jit(_planes_correct), _jit(_rows_correct)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts):
+    """The rule of all channels: statistics, running statistics, scale and shift."""
+    running_mean, running_var, tracked = running
+    pace = _count_batch(tracked, pace) if update else pace
+    for c in range(weight.shape[0]):
+        mean, var = table[0, c], table[1, c]
+        if shares[1] > 0:  # bn-sampling eq. 4
+            mean = shares[0] * mean + shares[1] * table[2, c]
+            var = shares[0] * var + shares[1] * table[3, c]
+        stats[0, c], stats[1, c] = mean, var
+        if update:
+            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
+        scales[c], shifts[c] = weight[c] / math.sqrt(var + eps), bias[c]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, work):
+    """Sums over everything, and the factors of both samples' correction, into `work`."""
+    channels = weight.shape[0]
+    for c in range(channels):
+        first = second = 0.0
+        if planes:
+            for p in range(c, sums.shape[0], channels):
+                first += sums[p, 0, 0]
+                second += sums[p, 1, 0]
+        else:
+            for b in range(sums.shape[0]):
+                for w in range(c, sums.shape[2], channels):
+                    first += sums[b, 0, w]
+                    second += sums[b, 1, w]
+        inverse = 1 / math.sqrt(stats[1, c] + eps)
+        # Means are rounded to the type of the data where they are subtracted: so are the sums'.
+        second += (work[0, c] - stats[0, c]) * first
+        dw[c], db[c] = second * inverse, first
+        for s in range(2):
+            if shares[s] > 0:
+                factor = -weight[c] * inverse * shares[s] / counts[s]
+                work[1 + 3 * s, c] = table[2 * s, c]
+                work[2 + 3 * s, c] = factor * inverse * dw[c]
+                work[3 + 3 * s, c] = factor * db[c]
+
+
+def _wide(channels: int, rows: int) -> int:
+    """How many rows of few channels are taken as one."""
+    take = max(_WIDE // channels, 1)
+    while rows % take:
+        take -= 1
+    return take
+
+
+def box_runs(first, sides, spatial):
+    """The runs of a box of examples and pixels.
+
+    Args:
+        first: Where it begins, in examples and each spatial dimension.
+        sides: How far it reaches.
+        spatial: Shape of a map.
+    """
+    pixels = np.arange(math.prod(spatial)).reshape(spatial)
+    patch = pixels[tuple(slice(a, a + n) for a, n in zip(first[1:], sides[1:], strict=True))]
+    patch = patch.reshape(-1)
+    breaks = np.flatnonzero(np.diff(patch) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [len(patch)])))
+    examples = np.arange(first[0], first[0] + sides[0])
+    table = np.empty((len(examples), len(starts), 3), np.int64)
+    table[:, :, 0], table[:, :, 1], table[:, :, 2] = examples[:, None], patch[starts], lengths
+    return table.reshape(-1, 3)
+
+
+def point_runs(where, spatial):
+    """The runs of single values, of the example and the pixel of each."""
+    rows, *pixels = where
+    flat = np.ravel_multi_index(tuple(pixels), spatial) if pixels else np.zeros_like(rows)
+    return np.stack([rows, flat, np.ones_like(rows)], 1).astype(np.int64)
+
+
+NO_RUNS = np.empty((0, 3), np.int64)
+
+
+class Kept:
+    """What one forward leaves for its backward."""
+
+    __slots__ = ("counts", "runs", "shares", "stats", "table")
+
+    def __init__(self, runs, shares, counts, stats, table) -> None:
+        self.runs, self.shares, self.counts = runs, shares, counts
+        self.stats, self.table = stats, table
+
+
+def forward(x, y, planes, sample, weight, bias, running, pace, eps, update, threads):
+    """The whole forward.
+
+    Args:
+        x: Planes ``(N * C, L)`` or rows ``(N * L, C)``.
+        y: The same, to be written.
+        planes: Whether they are planes.
+        sample: Tables of runs, their shares, their counts, and L.
+        weight: Scale.
+        bias: Shift.
+        running: Running mean, variance and number of batches.
+        pace: Momentum, -1 for the mean of all batches.
+        eps: Added to the variance.
+        update: Whether state may change.
+        threads: That torch uses.
+
+    Returns:
+        What `backward` needs.
+    """
+    runs, shares, counts, length = sample
+    channels, dtype = weight.shape[0], x.dtype
+    which = version(x.size, threads)
+    table, stats = np.empty((4, channels)), np.empty((2, channels))
+    scales, shifts = np.empty(channels), np.empty(channels)
+    statistics = (PLANES_STATISTICS if planes else ROWS_STATISTICS)[which]
+    statistics(x, channels, length, runs[0], runs[1], table)
+    count = counts[0] + counts[1]
+    _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
+    if planes:
+        rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
+        PLANES_AFFINE[which](x, y, *rows)
+    else:
+        take = _wide(channels, x.shape[0])
+        pair = scales, shifts - stats[0] * scales
+        rows = [np.tile(row.astype(dtype), take) for row in pair]
+        ROWS_AFFINE[which](x.reshape(-1, take * channels), y.reshape(-1, take * channels), *rows)
+    return Kept(runs, shares, counts, stats, table)
+
+
+def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps, threads):
+    """The whole backward; arrays as in `forward`."""
+    channels, dtype = weight.shape[0], x.dtype
+    which = version(x.size, threads)
+    work = np.zeros((7, channels))
+    mean = kept.stats[0].astype(dtype)
+    scales = (weight / np.sqrt(kept.stats[1] + eps)).astype(dtype)
+    work[0] = mean
+    if planes:
+        sums = np.empty((x.shape[0], 2, 1))
+        PLANES_BACKWARD[which](dy, x, dx, mean, scales, sums)
+    else:
+        take = _wide(channels, x.shape[0])
+        rows = x.shape[0] // take
+        sums = np.empty((min(8 * threads, rows) if which else 1, 2, take * channels))
+        shape = (rows, take * channels)
+        wide = (np.tile(mean, take), np.tile(scales, take))
+        ROWS_BACKWARD[which](dy.reshape(shape), x.reshape(shape), dx.reshape(shape), *wide, sums)
+    _combine(
+        sums, planes, weight, kept.stats, kept.table, kept.shares, kept.counts, eps, dw, db, work
+    )
+    correct = (PLANES_CORRECT if planes else ROWS_CORRECT)[which]
+    for s in range(2):
+        if kept.shares[s] > 0:
+            center, on_x, constant = work[1 + 3 * s : 4 + 3 * s].astype(dtype)
+            correct(dy, x, dx, length, kept.runs[s], center, scales, on_x, constant)

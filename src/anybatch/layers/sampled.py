@@ -1,0 +1,572 @@
+"""Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch import kernels
+from anybatch.kernels.samples import Box, Place
+from anybatch.layers.arguments import check_between, check_choice, check_count
+from anybatch.layers.base import Batch, NormLayer, updates
+from anybatch.layers.compiled import Array, is_plain
+from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
+from anybatch.layers.partition import Partition
+from anybatch.layers.recompute import in_backward, may_run_again
+from anybatch.layers.sampling import NUMBERS, Part, Size, draw, mixed, part_moments, place, virtual
+from anybatch.layers.statistics import Statistics
+
+SAMPLES = ("naive", "batch", "feature", "points", "virtual", "feature+virtual", "batch+virtual")
+
+
+class _SampledBatchNorm(NormLayer):
+    """Batch normalization sampling: statistics from a small part of the batch.
+
+    ::
+
+        y = weight * (x - mean_S) / sqrt(var_S + eps) + bias                          (eq. 1, 3)
+        g = weight * dy / sqrt(var_S + eps),      z = (x - mean_S) / sqrt(var_S + eps)
+        dx = g                                     outside the sample S               (eq. 6)
+        dx = g - sum(g) / s - z * sum(g * z) / s   inside, of s values a channel
+
+    with the sums over the whole batch. The sample S is the same for all channels:
+
+    - "naive": the first examples;
+    - "batch": adjacent examples from a random one on;
+    - "feature": a patch at a random place of every example's map;
+    - "points": values at random places;
+    - "virtual": virtual examples that `anybatch.VirtualDataset` puts in front of the batch;
+    - "feature+virtual" and "batch+virtual": mean and variance are ``mix`` times those of the
+      virtual examples plus ``1 - mix`` times those of the sampled ones (eq. 4).
+
+    Random places are drawn once an epoch, by `anybatch.NormScheduler` or `redraw`. They follow
+    from the layer's seed and the number of the draw alone, on every device; both are in the
+    ``state_dict``. Where a sample is the whole batch, this is `anybatch.BatchNorm`. At inference
+    it is so in any case.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True). Without them
+            inference takes the whole batch.
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        sample: See above (default "batch").
+        ratio: Part of the batch's values in the sample (default 1/32): of its examples, or of a
+            map's area with the map's aspect as nearly as whole pixels allow. A sample has two
+            values a channel at least, where the batch has.
+        size: Instead of ratio: the number of examples ("naive", "batch") or points, or the side or
+            sides of the patch; a sample of one value is normalized by the running statistics.
+        num_virtual: Rows in front of the batch that are virtual (default None: those that
+            `anybatch.VirtualDataset` puts there, without which training raises).
+        mix: Weight of the virtual examples, beta of equation 4 (default 0.5).
+        seed: Of the random places (default None: drawn from `generator`). Layers of a
+            network need different seeds, or their errors go together.
+        generator: What the seed is drawn from (default None: torch's on the CPU).
+        norm_batch_size: Normalize in successive batches of so many examples, each with its
+            own sample (and its own virtual rows in front).
+        example_weight: Share of an example's own statistics at inference.
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d. ``(N, C)`` has no map: feature sampling takes all of it.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+        RuntimeError: In training on virtual examples without a `anybatch.VirtualDataset`.
+
+    Source: bn-sampling, section 4, equations 3, 4 and 6, algorithms 1 to 3.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.SampledBatchNorm2d(4, sample="feature", ratio=1 / 16)
+        >>> norm(torch.randn(8, 4, 16, 16)).shape  # statistics of 4 x 4 pixels
+        torch.Size([8, 4, 16, 16])
+    """
+
+    rings: ClassVar[tuple[str, ...]] = ("seed", "draw", "index")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        sample: str = "batch",
+        ratio: float = 1 / 32,
+        size: Size = None,
+        num_virtual: int | None = None,
+        mix: float = 0.5,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+    ) -> None:
+        check_choice("sample", sample, SAMPLES)
+        check_between("ratio", ratio, 0.0, 1.0)
+        if ratio == 0:
+            raise ValueError("ratio=0: give a number above 0, such as 1/32")
+        _check_size(size, sample, self.dims)
+        if num_virtual is not None:
+            check_count("num_virtual", num_virtual)
+        check_between("mix", mix, 0.0, 1.0)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+        )
+        self.sample, self.ratio, self.size = sample, ratio, size
+        self.num_virtual, self.mix = num_virtual, mix
+        self.seed = _drawn_seed(seed, generator)
+        self.wrapped_rows: int | None = None
+        self.latest_rows: int | None = None
+        self._places: dict[Any, Any] = {}
+        self._numbers: tuple[int, ...] = ()
+        for name in ("seed", "draw"):
+            self.memory[name] = self._new_counter()
+        self.memory["index"] = self._new_memory(NUMBERS).long()
+        self.reset_memory()
+
+    # --- the index ---------------------------------------------------------
+
+    def reset_memory(self) -> None:
+        if self.memory:
+            self.memory["seed"].fill_(self.seed)
+            self._draw(1)
+
+    def set_progress(self, epoch: int, total_epochs: int) -> None:
+        """Take the random places of an epoch.
+
+        Args:
+            epoch: From 1 on; the number of the draw.
+            total_epochs: Of no account here.
+        """
+        check_count("epoch", epoch)
+        self._draw(epoch)
+
+    def redraw(self) -> None:
+        """Take the next random places, where no `anybatch.NormScheduler` does.
+
+        Example:
+            >>> norm = SampledBatchNorm2d(4, seed=1)
+            >>> norm.redraw()
+            >>> int(norm.state_dict()["draw"])
+            2
+        """
+        self._draw(self._drawn + 1)
+
+    def _draw(self, number: int) -> None:
+        self._drawn = number
+        self._numbers = tuple(draw(self.seed, number))
+        self._places = {}
+        self.memory["draw"].fill_(number)
+        self.memory["index"].copy_(torch.tensor(self._numbers, device="cpu"))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args)
+        self.seed, number = (int(self.memory[name]) for name in ("seed", "draw"))
+        self._draw(number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_places": {}}
+
+    # --- the sample --------------------------------------------------------
+
+    @property
+    def is_virtual(self) -> bool:
+        """Whether statistics come from virtual examples, alone or with others."""
+        return self.sample.endswith("virtual")
+
+    def _parts(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[tuple[Part, ...], ...] | None:
+        """The parts behind each normalization batch's statistics; None where these are all of it.
+
+        Args:
+            x: ``(N, C, ...)``.
+            sizes: Examples in each normalization batch.
+        """
+        if not self.training or self.frozen:
+            return None
+        spatial = tuple(x.shape[2:])
+        if torch.compiler.is_compiling():  # a graph that holds for every draw
+            return self._place(sizes, spatial, tuple(self.memory["index"]), x.device)
+        key = (sizes, spatial, x.device, self._virtual_rows())
+        if key not in self._places:
+            if len(self._places) > 16:
+                self._places = {}
+            self._places[key] = self._place(sizes, spatial, self._numbers, x.device)
+        found: tuple[tuple[Part, ...], ...] | None = self._places[key]
+        return found
+
+    def _place(
+        self,
+        sizes: tuple[int, ...],
+        spatial: tuple[int, ...],
+        numbers: tuple[Place, ...],
+        device: torch.device,
+    ) -> tuple[tuple[Part, ...], ...] | None:
+        one_each = {size: self._place_one(size, spatial, numbers, device) for size in sizes}
+        parts = tuple(one_each[size] for size in sizes)
+        values = virtual(1, spatial).values  # of an example
+        whole = all(
+            len(one) == 1 and one[0].values == size * values
+            for one, size in zip(parts, sizes, strict=True)
+        )
+        return None if whole else parts
+
+    def _place_one(
+        self,
+        rows: int,
+        spatial: tuple[int, ...],
+        numbers: tuple[Place, ...],
+        device: torch.device,
+    ) -> tuple[Part, ...]:
+        first, found = min(self._virtual_rows(), rows), []
+        if first:
+            found.append(virtual(first, spatial))
+        kind = self.sample.split("+")[0]
+        if kind != "virtual" and rows > first:
+            shape = (rows - first, *spatial)
+            found.append(place(kind, shape, first, numbers, self.ratio, self.size, device))
+        return mixed(found, self.mix) if len(found) > 1 else tuple(found)
+
+    def _virtual_rows(self) -> int:
+        """How many of the first rows are virtual."""
+        if not self.is_virtual:
+            return 0
+        rows = self.wrapped_rows if self.num_virtual is None else self.num_virtual
+        if rows is None and in_backward():  # of a checkpointed forward that runs again
+            rows = self.latest_rows
+        if rows is None:
+            raise RuntimeError(
+                f"sample={self.sample!r}: training needs virtual examples in front of the batch; "
+                "wrap the network in anybatch.VirtualDataset(model, mean, std)"
+            )
+        return rows
+
+    # --- the course of a forward -------------------------------------------
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            self.track(mean, batch.unbiased(var))
+        return Statistics(mean, var)
+
+    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+        if training and self.step is None and not in_backward():
+            y = self._normalize_compiled(x)
+            if y is not None:
+                return y
+        return super()._normalize_batch(x, training)
+
+    def _normalize_compiled(self, x: Tensor) -> Tensor | None:
+        """The whole forward in compiled calls, where these can serve it."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        rows = x.shape[0]
+        if bias is None or (self.norm_batch_size is not None and self.norm_batch_size < rows):
+            return None
+        loops = kernels.sampled_kernels_for(x, self._buffers["running_var"], weight)
+        found = None if loops is None else self._parts(x, (rows,))
+        if found is None or sum(part.values for part in found[0]) < 2:
+            return None
+        again = may_run_again()
+        y: Tensor = _Compiled.apply(x, weight, bias, self, loops, found[0], updates.enabled)  # type: ignore[no-untyped-call]
+        if again and self._last is not None:
+            self._recent.note(x, self._last)
+        return y
+
+    def _runs(self, loops: ModuleType, x: Tensor, parts: tuple[Part, ...]) -> Any:
+        """The parts as the compiled kernels take them."""
+        spatial = tuple(x.shape[2:])
+        key = ("runs", x.shape[0], spatial, self._virtual_rows())
+        if key not in self._places:
+            tables = [_run_table(loops, part, spatial) for part in parts]
+            shares = [part.share for part in parts]
+            counts = [part.values for part in parts]
+            if len(parts) == 1:
+                tables, shares, counts = [*tables, loops.NO_RUNS], [*shares, 0.0], [*counts, 0]
+            length = x.numel() // (x.shape[0] * x.shape[1])
+            self._places[key] = tuple(tables), tuple(shares), tuple(counts), length
+        return self._places[key]
+
+    def _run_rule(
+        self,
+        x: Tensor,
+        cut: Partition,
+        values: int,
+        live: tuple[bool, ...] | None,
+        update: bool,
+    ) -> Statistics:
+        parts = self._parts(x, cut.sizes)
+        if parts is None:
+            return super()._run_rule(x, cut, values, live, update)
+        rows = [
+            _mean_and_var(piece, one) for piece, one in zip(x.split(cut.sizes), parts, strict=True)
+        ]
+        mean, var = rows[0]
+        if len(rows) > 1:
+            mean, var = (torch.stack(tables) for tables in zip(*rows, strict=True))
+        # To the course of a forward the sample is the batch: so many examples of one value.
+        counts = tuple(sum(part.values for part in one) for one in parts)
+        alive = tuple(count > 1 for count in counts)
+        small = Partition(counts, cut.steps, counts)
+        return self._decide(mean, var, small, 1, None if all(alive) else alive, update)
+
+    def _apply_statistics(
+        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+    ) -> Tensor:
+        parts = self._parts(x, cut.sizes)
+        if parts is None:
+            return super()._apply_statistics(x, cut, chosen, memory)
+        weight, bias = self._parameters_like(chosen.var)
+        call = _Call(chosen, cut.sizes, parts, self.eps)
+        y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+        return y
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        shown: dict[str, Any] = {"sample": repr(self.sample)}
+        if self.sample != "virtual":
+            shown |= {"ratio": self.ratio} if self.size is None else {"size": self.size}
+        if self.is_virtual:
+            shown["num_virtual"] = self.num_virtual
+        return shown | ({"mix": self.mix} if "+" in self.sample else {})
+
+
+def _check_size(size: Size, sample: str, dims: int) -> None:
+    if size is None:
+        return
+    if not isinstance(size, tuple):
+        return check_count("size", size)
+    if not sample.startswith("feature") or len(size) != dims:
+        many = f"{dims} sides of a patch" if sample.startswith("feature") else "a whole number"
+        raise ValueError(f"size={size!r}: give {many} with sample={sample!r}")
+    for side in size:
+        check_count("size", side)
+
+
+def _drawn_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    if seed is not None and generator is not None:
+        raise ValueError(f"seed={seed!r} and a generator: give one of them")
+    if seed is None:
+        return int(torch.randint(2**31, (), generator=generator, device="cpu"))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: give a whole number")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2 ** 63 - 1")
+    return seed
+
+
+def _mean_and_var(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
+    """Statistics of a normalization batch (equations 3 and 4)."""
+    found = part_moments(x, parts)
+    if len(parts) == 1:
+        return found[0]
+    (mean, var), (other_mean, other_var) = found
+    share = parts[1].share
+    return torch.lerp(mean, other_mean, share), torch.lerp(var, other_var, share)
+
+
+def _run_table(loops: ModuleType, part: Part, spatial: tuple[int, ...]) -> Array:
+    if isinstance(part.sample, Box):
+        return loops.box_runs(*part.sample, spatial)
+    return loops.point_runs([place.cpu().numpy() for place in part.sample.where], spatial)
+
+
+def _is_planes(x: Tensor) -> bool:
+    """Whether a channel's values are side by side."""
+    return x.is_contiguous() and x.shape[2:].numel() > 1
+
+
+def _flat(x: Tensor, planes: bool) -> Array:
+    """A dense activation as an array of the same memory: planes or rows of channels."""
+    if planes:
+        return x.numpy().reshape(x.shape[0] * x.shape[1], -1)
+    return x.movedim(1, -1).numpy().reshape(-1, x.shape[1])
+
+
+class _Compiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: _SampledBatchNorm,
+        loops: ModuleType,
+        parts: tuple[Part, ...],
+        update: bool,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        planes = _is_planes(x)
+        sample = layer._runs(loops, x, parts)
+        ctx.save_for_backward(x, weight)
+        ctx.kept = loops.forward(
+            _flat(x.detach(), planes),
+            _flat(y, planes),
+            planes,
+            sample,
+            loops.read(weight),
+            loops.read(bias),
+            layer._running(),
+            layer._number(),
+            layer.eps,
+            update,
+            torch.get_num_threads(),
+        )
+        mean, var = torch.from_numpy(ctx.kept.stats).to(weight.dtype)
+        layer._last = ctx.statistics = Statistics(mean, var)
+        ctx.loops, ctx.parts, ctx.eps, ctx.length = loops, parts, layer.eps, sample[3]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight = ctx.saved_tensors
+        needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
+        if not is_plain(dy) or kernels.is_watched():
+            mean, var = ctx.statistics[:2]
+            return *_gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs), *_REST
+        planes = _is_planes(x)
+        if x.is_contiguous():
+            dy = dy.contiguous()
+        else:
+            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            dy = dy.contiguous(memory_format=last)
+        x = x.detach()
+        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
+        ctx.loops.backward(
+            *arrays,
+            planes,
+            ctx.length,
+            ctx.loops.read(weight),
+            dw.numpy(),
+            db.numpy(),
+            ctx.kept,
+            ctx.eps,
+            torch.get_num_threads(),
+        )
+        grads = (dx, dw, db)
+        wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
+        return *wanted, *_REST
+
+
+_REST = (None, None, None, None)
+
+
+class _Call(NamedTuple):
+    """How one forward normalizes, and what its backward needs beside the input."""
+
+    statistics: Statistics
+    sizes: tuple[int, ...]
+    parts: tuple[tuple[Part, ...], ...]
+    eps: float
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = call
+        mean, var = call.statistics[:2]
+        rows = len(call.sizes)
+        scale, shift = (
+            t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)
+        )
+        return kernels.affine(x, call.sizes, mean, var, scale, shift, call.eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight = ctx.saved_tensors
+        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
+        call, needs = ctx.call, ctx.needs_input_grad
+        chosen, sizes = call.statistics, call.sizes
+        if len(sizes) == 1:
+            table = (chosen.mean, chosen.var, chosen.share)
+            return *_gradients(dy, x, weight, table, call.parts[0], call.eps, needs), None
+        share = chosen.share
+        pieces = [
+            _gradients(
+                one_dy,
+                one_x,
+                weight,
+                (chosen.mean[g], chosen.var[g], share[g] if isinstance(share, Tensor) else share),
+                call.parts[g],
+                call.eps,
+                needs,
+            )
+            for g, (one_dy, one_x) in enumerate(zip(dy.split(sizes), x.split(sizes), strict=True))
+        ]
+        dxs, dws, dbs = zip(*pieces, strict=True)
+        return (
+            torch.cat(dxs) if needs[0] else None,
+            torch.stack(dws).sum(0) if needs[1] else None,
+            torch.stack(dbs).sum(0) if needs[2] else None,
+            None,
+        )
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    table: tuple[Tensor, Tensor, float | Tensor],
+    parts: tuple[Part, ...],
+    eps: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Equation 6: everywhere as by constants, then what passes the statistics, in the sample."""
+    mean, var, share = table
+    inner = needs[0] and not (isinstance(share, float) and share == 0)
+    mask = (needs[0], needs[1] or inner, needs[2] or inner)
+    dx, dw, db = kernels.fixed_gradient(dy, x, mean, var, weight, eps, mask)
+    if inner:
+        assert dx is not None and dw is not None and db is not None
+        inv = torch.rsqrt(var + kernels.scalar(eps))
+        on_dy = inv if weight is None else weight * inv
+        passing = on_dy * share
+        on_x, constant = passing * inv * dw, passing * db
+        centers = [mean]
+        if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
+            own = [first for first, _ in part_moments(x, parts)]
+            shift = mean - torch.lerp(own[0], own[1], parts[1].share)
+            centers = [first + shift for first in own]
+        for part, center in zip(parts, centers, strict=True):
+            factor = kernels.scalar(-part.share / part.values)
+            dx = kernels.put_gradient(
+                dx, dy, x, part.sample, center, on_dy, on_x * factor, constant * factor
+            )
+    return dx, dw if needs[1] else None, db if needs[2] else None
+
+
+class SampledBatchNorm1d(_SampledBatchNorm):
+    __doc__ = _SampledBatchNorm.__doc__
+    dims = 1
+
+
+class SampledBatchNorm2d(_SampledBatchNorm):
+    __doc__ = _SampledBatchNorm.__doc__
+    dims = 2
+
+
+class SampledBatchNorm3d(_SampledBatchNorm):
+    __doc__ = _SampledBatchNorm.__doc__
+    dims = 3
