@@ -22,6 +22,7 @@ OPTIONS = {
     "brn": {"warmup_steps": 15},
     "ghost": {"ghost_size": 2},
     "bgn": {"num_groups": 2},
+    **{name: {"ratio": 1 / 4} for name in ("ns", "bs", "fs", "points", "fs+vdn", "bs+vdn")},
 }
 TRUE, OWN, USED = "#7F7F7F", "#56B4E9", "#D55E00"
 
@@ -45,7 +46,10 @@ def scale_of(x: Tensor, y: Tensor) -> float:
 def stream(method: str) -> tuple[list[float], list[list[float]], list[list[float]]]:
     """The true scale of a channel, and each example's own and used ones, along the steps."""
     model = network(method)
-    scheduler = anybatch.NormScheduler(model, 4) if METHODS[method].scheduled else None
+    run = model
+    if METHODS[method].wraps:
+        run = anybatch.VirtualDataset(model, torch.zeros(3), torch.full((3,), 1.0))
+    scheduler = anybatch.NormScheduler(model, 4)
     generator = torch.Generator().manual_seed(1)
     true, own, used = [], [], []
     for step in range(STEPS):
@@ -53,12 +57,12 @@ def stream(method: str) -> tuple[list[float], list[list[float]], list[list[float
         loudness = torch.rand(BATCH, 1, 1, 1, generator=generator) * 1.2 + 0.4
         x = torch.randn(BATCH, 3, 4, 4, generator=generator) * size * loudness
         between = model[0](x).detach()
-        y = model(x)
+        y = run(x)
         y.sum().backward()
         true.append(size * (0.4**2 + 0.4 * 1.2 + 1.2**2 / 3) ** 0.5)
         own.append([float(between[:, 0].std())])
         used.append([scale_of(between[n, 0], y[n, 0].detach()) for n in range(BATCH)])
-        if scheduler is not None and step % 15 == 14:
+        if step % 15 == 14:
             scheduler.step()
     return true, own, used
 

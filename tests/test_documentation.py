@@ -109,7 +109,7 @@ def test_tables_of_methods_are_complete(page):
 
 def row(text: str, method: str) -> str:
     """The method's row in a page's table."""
-    return re.search(rf"^\| \[`{method}`\].*$", text, re.MULTILINE)[0]
+    return re.search(rf"^\| \[`{re.escape(method)}`\].*$", text, re.MULTILINE)[0]
 
 
 @pytest.mark.parametrize("method", METHODS)

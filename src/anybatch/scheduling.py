@@ -18,7 +18,8 @@ class NormScheduler:
 
     It is used like torch's learning rate schedulers: made before training, which starts epoch 1,
     and stepped once after each epoch. Momentum batch norm takes its momentum from the epoch
-    (momentum-bn, equation 11); the other methods of today do nothing with it.
+    (momentum-bn, equation 11), batch normalization sampling new places (bn-sampling, section 4.1),
+    cross-iteration batch norm its burn-in; the other methods do nothing with it.
 
     To resume a run, load the scheduler's state *before* the model's: loading repeats the method
     switches that were due, so that the model has the layers that its checkpoint was made with.

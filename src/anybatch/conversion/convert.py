@@ -30,7 +30,9 @@ def convert(
 
     Parameters stay the same objects, so an optimizer made before stays valid; statistics,
     train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
-    a trained network stays the same for `bn mbn mabn cbn brn ghost`; `bgn gn ln in` cannot keep it.
+    a trained network stays the same but for `bgn gn ln in`, which cannot keep it.
+    Each layer that samples gets a seed of its own, which follows from the option `seed` (default 0)
+    and the layer's name; a network for `vdn`, `fs+vdn` or `bs+vdn` trains in a `VirtualDataset`.
     For "cbn" each layer is bound to the convolution or linear layer that feeds it; a norm that is
     fed by anything else stays as it is, and `plan` says why.
     For "mabn" the weights of the convolutions that feed the norms are centralized where the
