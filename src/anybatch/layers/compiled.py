@@ -135,15 +135,14 @@ class Compiled(torch.autograd.Function):
         cut: Partition,
         update: bool,
     ) -> Tensor:
-        y = torch.empty_like(x)
-        last = not x.is_contiguous()
-        arrays, row = (_flat(x.detach(), last), _flat(y, last)), weight.detach().numpy()
-        shift, steps, parts = bias.detach().numpy(), _steps(cut), loops.parts(x.numel())
-        kept = []
-        for step in steps:
-            x_, y_ = arrays if len(steps) == 1 else (array[step.rows] for array in arrays)
-            call = ForwardArrays(x_, y_, last, loops.cut(step.sizes), row, shift, parts)
-            kept.append(layer.fused(loops, call, update))
+        y, last = torch.empty_like(x), not x.is_contiguous()
+        x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
+        w, b = weight.detach().numpy(), bias.detach().numpy()
+        steps, kept = _steps(cut), []
+        for rows, sizes in steps:
+            some = (x_, y_) if len(steps) == 1 else (x_[rows], y_[rows])
+            arrays = ForwardArrays(*some, last, loops.cut(sizes), w, b, parts)
+            kept.append(layer.fused(loops, arrays, update))
         ctx.save_for_backward(x, weight)
         ctx.kept = layer._last = kept
         ctx.layer, ctx.loops, ctx.cut, ctx.last, ctx.update = layer, loops, cut, last, update
@@ -161,16 +160,18 @@ class Compiled(torch.autograd.Function):
             return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy, x = _ordered(dy.to(x.dtype), last), _ordered(x.detach(), last)
-        dx = torch.empty_like(x)
-        arrays = [_flat(tensor, last) for tensor in (dy, x, dx)]
-        rows = weight.new_empty(len(steps), 2, weight.shape[0])
-        row, parts = weight.detach().numpy(), loops.parts(x.numel())
-        for step, kept, own in zip(steps, ctx.kept, rows.numpy(), strict=True):
-            dy_, x_, dx_ = arrays if len(steps) == 1 else (a[step.rows] for a in arrays)
-            starts, (dw_, db_) = loops.cut(step.sizes), own
-            back = BackwardArrays(dy_, x_, dx_, last, starts, row, dw_, db_, needs[0], parts)
-            ctx.layer.fused_backward(loops, back, kept, ctx.update)
-        dw, db = rows[0] if len(steps) == 1 else rows.sum(0)
+        dx, one, parts = torch.empty_like(x), len(steps) == 1, loops.parts(x.numel())
+        dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
+        shape = weight.shape if one else (len(steps), *weight.shape)
+        dw, db = weight.new_empty(shape), weight.new_empty(shape)
+        w, dw_, db_ = weight.detach().numpy(), dw.numpy(), db.numpy()
+        for step, (rows, sizes) in enumerate(steps):
+            some = (dy_, x_, dx_) if one else (dy_[rows], x_[rows], dx_[rows])
+            own = (dw_, db_) if one else (dw_[step], db_[step])
+            arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, needs[0], parts)
+            ctx.layer.fused_backward(loops, arrays, ctx.kept[step], ctx.update)
+        if not one:
+            dw, db = dw.sum(0), db.sum(0)
         return (
             dx if needs[0] else None,
             dw if needs[1] else None,

@@ -53,9 +53,9 @@ def fused_for(
     """
     if _choice == "never" or state is None or weight is None:
         return None
-    if x.device.type != "cpu" or type(x) is not Tensor or x.is_neg():
+    if x.device.type != "cpu" or type(x) is not Tensor or is_watched():
         return None
-    if not x.dtype == state.dtype == weight.dtype or is_watched():
+    if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
     large = x.numel() > SERIAL
     if not x.is_contiguous() and (small or not x.movedim(1, -1).is_contiguous()):

@@ -62,7 +62,8 @@ __all__ = [
 ]
 
 _SHORT = 32  # values of a channel side by side, below which vector registers stay half empty
-_ROW = 1024  # values of a row, about
+_FEW = 8  # examples, below which making rows costs more than they save
+_ROW = 256  # values of a row, about
 
 
 NO_COUNT = np.zeros((), np.int64)
@@ -86,6 +87,12 @@ def cut(sizes):
 
 
 @jit
+def _in_rows(x, last):
+    """Whether a batch is taken in rows: where short planes and enough of them make one."""
+    return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
+
+
+@jit
 def _layout(x, last, starts):
     """Length of a row, values of a channel side by side in it, and values of an example."""
     channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
@@ -95,6 +102,20 @@ def _layout(x, last, starts):
     return unit * max(1, min(_ROW, smallest) // unit), inner, example
 
 
+@jit
+def _per_channel(sums, shape):
+    """Sums over parts and over the places of a channel in a row."""
+    repeats, channels, inner = shape
+    places, total = sums.reshape(-1, 2, repeats, channels, inner), np.zeros((2, channels))
+    for part in range(places.shape[0]):
+        for kind in range(2):
+            for repeat in range(repeats):
+                for c in range(channels):
+                    for k in range(inner):
+                        total[kind, c] += places[part, kind, repeat, c, k]
+    return total
+
+
 # --- forward ----------------------------------------------------------------
 
 
@@ -102,18 +123,17 @@ def _layout(x, last, starts):
 def _forward_planes(part, parts, x, y, starts, weight, bias, own, used, rule):
     """Statistics and output of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
-    channels, eps, centered = x.shape[1], rule[1], rule[0] != WINDOW
-    width = channels // columns
-    tasks = groups * columns
-    for task in range(tasks * part // parts, tasks * (part + 1) // parts):
-        g, k = task // columns, task % columns
+    width, eps, centered = x.shape[1] // columns, rule[1], rule[0] != WINDOW
+    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    for g in range(groups):
         first, last = starts[g], starts[g + 1]
-        for c in range(k * width, (k + 1) * width):
-            own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
-        choose(rule, own, used, g, k)
-        for c in range(k * width, (k + 1) * width):
-            mean, scale, shift = factors(used, g, c, channels, weight, bias, eps)
-            plane_write(x, y, c, first, last, mean, scale, shift)
+        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+            for c in range(k * width, (k + 1) * width):
+                own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
+            choose(rule, own, used, g, k, width)
+            for c in range(k * width, (k + 1) * width):
+                mean, scale, shift = factors(used, g, k, c, weight, bias, eps)
+                plane_write(x, y, c, first, last, mean, scale, shift)
 
 
 @jit
@@ -122,28 +142,24 @@ def _forward_group(g, parts, x, y, starts, layout, weight, bias, own, used, rule
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
     channels, eps, centered = own.shape[2], rule[1], rule[0] != WINDOW
-    shift = np.zeros(period, x.dtype)
+    repeats = period // (channels * inner)
+    shift = np.zeros((repeats, channels, inner), x.dtype)
     if centered:
-        for j in range(period):
-            shift[j] = x[first + j // inner % channels * inner]
+        for c in range(channels):
+            shift[:, c] = x[first + c * inner]
     sums = np.zeros((parts, 2, period))
-    fork(row_moments, parts, (x, first, last, shift, sums))
-    count = (last - first) // channels
-    total = np.zeros((2, channels))
-    for part in range(parts):
-        for j in range(period):
-            total[0, j // inner % channels] += sums[part, 0, j]
-            total[1, j // inner % channels] += sums[part, 1, j]
+    fork(row_moments, parts, (x, first, last, shift.reshape(-1), sums))
+    count, total = (last - first) // channels, _per_channel(sums, shift.shape)
     for c in range(channels):
-        away = np.float64(shift[c * inner])
+        away = np.float64(shift[0, c, 0])
         own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
+    on, width = np.empty((3, *shift.shape), x.dtype), channels // used.shape[2]
     for k in range(used.shape[2]):
-        choose(rule, own, used, g, k)
-    on = np.empty((3, period), x.dtype)
-    for j in range(period):
-        c = j // inner % channels
-        on[0, j], on[1, j], on[2, j] = factors(used, g, c, channels, weight, bias, eps)
-    fork(row_write, parts, (x, y, first, last, on))
+        choose(rule, own, used, g, k, width)
+        for c in range(k * width, (k + 1) * width):
+            mean, scale, constant = factors(used, g, k, c, weight, bias, eps)
+            on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
+    fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
 
 
 @jit
@@ -219,7 +235,7 @@ def forward(
         result = 1.0 if warming else 0.0
     rule = (kind, eps, old_mean, old_var, window, first, second)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
-    if last or x.shape[2] < _SHORT:
+    if _in_rows(x, last):
         layout, flat_x, flat_y = _layout(x, last, starts), x.reshape(-1), y.reshape(-1)
         if groups >= parts:
             some = (flat_x, flat_y, starts, layout, weight, bias, own, used, rule)
@@ -263,17 +279,19 @@ def _backward_planes(part, parts, dy, x, dx, starts, weight, used, centers, sums
     """Sums and gradient of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
     width = x.shape[1] // columns
-    tasks = groups * columns
-    for task in range(tasks * part // parts, tasks * (part + 1) // parts):
-        g, k = task // columns, task % columns
-        first, last, center = starts[g], starts[g + 1], centers[g, k]
-        for c in range(k * width, (k + 1) * width):
-            sums[0, g, c], sums[1, g, c] = plane_sums(dy, x, c, first, last, center)
-        flow(rule, sums, used, centers, weight, on, g, k, (last - first) * x.shape[2] * width)
-        if wanted:
+    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    for g in range(groups):
+        first, last = starts[g], starts[g + 1]
+        count = (last - first) * x.shape[2] * width
+        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+            center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
-                on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
-                plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant)
+                sums[0, g, c], sums[1, g, c] = plane_sums(dy, x, c, first, last, center)
+            flow(rule, sums, used, centers, weight, on, g, k, width, count)
+            if wanted:
+                for c in range(k * width, (k + 1) * width):
+                    on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
+                    plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant)
 
 
 @jit
@@ -285,27 +303,24 @@ def _backward_group(
     first, last = starts[g] * example, starts[g + 1] * example
     channels, columns = sums.shape[2], used.shape[2]
     width = channels // columns
-    center = np.empty(period, x.dtype)
-    for j in range(period):
-        center[j] = centers[g, j // inner % channels // width]
+    center = np.empty((period // (channels * inner), channels, inner), x.dtype)
+    for c in range(channels):
+        center[:, c] = centers[g, c // width]
     partial = np.zeros((parts, 2, period))
-    fork(row_sums, parts, (dy, x, first, last, center, partial))
-    sums[:, g] = 0
-    for part in range(parts):
-        for j in range(period):
-            c = j // inner % channels
-            sums[0, g, c] += partial[part, 0, j]
-            sums[1, g, c] += partial[part, 1, j]
-    for c in range(channels):  # the centre was rounded to the type of x
-        sums[1, g, c] += (np.float64(center[c * inner]) - centers[g, c // width]) * sums[0, g, c]
+    fork(row_sums, parts, (dy, x, first, last, center.reshape(-1), partial))
+    total = _per_channel(partial, center.shape)
+    for c in range(channels):
+        rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
+        sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
     for k in range(columns):
-        flow(rule, sums, used, centers, weight, on, g, k, (last - first) // columns)
+        flow(rule, sums, used, centers, weight, on, g, k, width, (last - first) // columns)
     if wanted:
-        table = np.empty((3, period), x.dtype)
-        for j in range(period):
-            c = j // inner % channels
-            table[0, j], table[1, j], table[2, j] = on[0, g, c], on[1, g, c], on[2, g, c]
-        fork(row_gradient, parts, (dy, x, dx, first, last, center, table))
+        table = np.empty((3, *center.shape), x.dtype)
+        for kind in range(3):
+            for c in range(channels):
+                table[kind, :, c] = on[kind, g, c]
+        rows = table.reshape(3, -1)
+        fork(row_gradient, parts, (dy, x, dx, first, last, center.reshape(-1), rows))
 
 
 @jit
@@ -374,7 +389,7 @@ def backward(
     steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
     old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
     rule = (eps, share, centered, memory, steps, old_weight)
-    if last or x.shape[2] < _SHORT:
+    if _in_rows(x, last):
         layout = _layout(x, last, starts)
         above, below, out = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
         if groups >= parts:

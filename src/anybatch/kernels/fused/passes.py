@@ -5,7 +5,7 @@ In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a 
 decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
 channels: sums are kept for each place of a row, a few positions of all channels side by side.
 
-Sums are float64; rows add up four values in the input's type first, which halves their time.
+Sums are float64; rows add up a few values in the input's type first, which halves their time.
 """
 
 import numpy as np
@@ -38,9 +38,8 @@ def plane_moments(x, c, first, last, centered):
     shift = np.float64(x[first, c, 0]) if centered else 0.0
     total = squares = 0.0
     for i in range(first, last):
-        row = x[i, c]
-        for k in range(row.shape[0]):
-            offset = row[k] - shift
+        for k in range(x.shape[2]):
+            offset = x[i, c, k] - shift
             total += offset
             squares += offset * offset
     return settle(total, squares, (last - first) * x.shape[2], shift, centered)
@@ -52,9 +51,8 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
     dtype = x.dtype.type
     mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
     for i in range(first, last):
-        row, out = x[i, c], y[i, c]
-        for k in range(row.shape[0]):
-            out[k] = (row[k] - mean) * scale + shift
+        for k in range(x.shape[2]):
+            y[i, c, k] = (x[i, c, k] - mean) * scale + shift
 
 
 @jit
@@ -62,10 +60,9 @@ def plane_sums(dy, x, c, first, last, center):
     """Return sum(dy) and sum(dy * (x - center))."""
     total = product = 0.0
     for i in range(first, last):
-        above, row = dy[i, c], x[i, c]
-        for k in range(row.shape[0]):
-            total += above[k]
-            product += above[k] * (row[k] - center)
+        for k in range(x.shape[2]):
+            total += dy[i, c, k]
+            product += dy[i, c, k] * (x[i, c, k] - center)
     return total, product
 
 
@@ -75,66 +72,63 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
     dtype = x.dtype.type
     center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
     for i in range(first, last):
-        above, row, out = dy[i, c], x[i, c], dx[i, c]
-        for k in range(row.shape[0]):
-            out[k] = on_dy * above[k] + on_x * (row[k] - center) + constant
+        for k in range(x.shape[2]):
+            dx[i, c, k] = on_dy * dy[i, c, k] + on_x * (x[i, c, k] - center) + constant
 
 
 # --- rows -------------------------------------------------------------------
+#
+# A pass reads from two or four distant places at once: each is a stream that the processor
+# fetches ahead of, and what stands for a place of a row is loaded once for all of them.
 
 
 @jit
-def row_range(part, parts, first, last, period):
-    """Where a part of a stretch begins and ends, in whole rows."""
+def _stretch(part, parts, first, last, period, streams):
+    """Where a part begins and ends, in whole rows, and how long each of its streams is."""
     rows = -(-(last - first) // period)
-    return (
-        first + period * (rows * part // parts),
-        min(last, first + period * (rows * (part + 1) // parts)),
-    )
-
-
-@jit
-def _rows(x, at, period):
-    """Four rows: indices into one array of all four would keep loops out of vector registers."""
-    middle = at + 2 * period
-    return (
-        x[at : at + period],
-        x[at + period : middle],
-        x[middle : middle + period],
-        x[middle + period : middle + 2 * period],
-    )
+    begin = first + period * (rows * part // parts)
+    end = min(last, first + period * (rows * (part + 1) // parts))
+    return begin, end, (end - begin) // streams // period * period
 
 
 @jit
 def row_moments(part, parts, x, first, last, shift, sums):
     """Add up x - shift and its square for each place of a row."""
     period = shift.shape[0]
-    at, end = row_range(part, parts, first, last, period)
+    begin, end, length = _stretch(part, parts, first, last, period, 4)
     totals, squares = sums[part, 0], sums[part, 1]
-    while at + 4 * period <= end:
-        one, two, three, four = _rows(x, at, period)
+    second, third, fourth = begin + length, begin + 2 * length, begin + 3 * length
+    for at in range(0, length, period):
+        one, two = x[begin + at : begin + at + period], x[second + at : second + at + period]
+        three, four = x[third + at : third + at + period], x[fourth + at : fourth + at + period]
         for j in range(period):
             away = shift[j]
             a, b, c, d = one[j] - away, two[j] - away, three[j] - away, four[j] - away
             totals[j] += (a + b) + (c + d)
             squares[j] += (a * a + b * b) + (c * c + d * d)
-        at += 4 * period
-    while at < end:
+    for at in range(begin + 4 * length, end, period):
         row = x[at : min(at + period, end)]
         for j in range(row.shape[0]):
             offset = np.float64(row[j] - shift[j])
             totals[j] += offset
             squares[j] += offset * offset
-        at += period
 
 
 @jit
 def row_write(part, parts, x, y, first, last, table):
-    """Write y = (x - mean) * scale + shift, from the end, which is still in cache."""
+    """Write y = (x - mean) * scale + shift."""
     means, scales, shifts = table[0], table[1], table[2]
     period = means.shape[0]
-    begin, end = row_range(part, parts, first, last, period)
-    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        out, out_two = y[at : at + period], y[far : far + period]
+        for j in range(period):
+            mean, scale, shift = means[j], scales[j], shifts[j]
+            out[j] = (one[j] - mean) * scale + shift
+            out_two[j] = (two[j] - mean) * scale + shift
+    for at in range(begin + 2 * length, end, period):
         row, out = x[at : min(at + period, end)], y[at : min(at + period, end)]
         for j in range(row.shape[0]):
             out[j] = (row[j] - means[j]) * scales[j] + shifts[j]
@@ -144,34 +138,30 @@ def row_write(part, parts, x, y, first, last, table):
 def row_sums(part, parts, dy, x, first, last, center, sums):
     """Add up dy and dy * (x - center) for each place of a row."""
     period = center.shape[0]
-    at, end = row_range(part, parts, first, last, period)
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
-    while at + 4 * period <= end:
-        one, two, three, four = _rows(x, at, period)
-        first_dy, second_dy, third_dy, fourth_dy = _rows(dy, at, period)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        above, above_two = dy[at : at + period], dy[far : far + period]
         for j in range(period):
-            middle = center[j]
-            a, b, c, d = first_dy[j], second_dy[j], third_dy[j], fourth_dy[j]
-            totals[j] += (a + b) + (c + d)
-            a, b = a * (one[j] - middle), b * (two[j] - middle)
-            c, d = c * (three[j] - middle), d * (four[j] - middle)
-            products[j] += (a + b) + (c + d)
-        at += 4 * period
-    while at < end:
+            a, b, middle = above[j], above_two[j], center[j]
+            totals[j] += a + b
+            products[j] += a * (one[j] - middle) + b * (two[j] - middle)
+    for at in range(begin + 2 * length, end, period):
         above, row = dy[at : min(at + period, end)], x[at : min(at + period, end)]
         for j in range(row.shape[0]):
             totals[j] += above[j]
             products[j] += above[j] * (row[j] - center[j])
-        at += period
 
 
 @jit
 def row_gradient(part, parts, dy, x, dx, first, last, center, table):
-    """Write dx = on_dy * dy + on_x * (x - center) + constant, from the end."""
+    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
     on_dy, on_x, constant = table[0], table[1], table[2]
     period = center.shape[0]
-    begin, end = row_range(part, parts, first, last, period)
-    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
+    begin, end, _ = _stretch(part, parts, first, last, period, 1)
+    for at in range(begin, end, period):
         stop = min(at + period, end)
         above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
         for j in range(row.shape[0]):

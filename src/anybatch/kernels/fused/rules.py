@@ -22,21 +22,22 @@ KINDS = {"batch": BATCH, "sma": SMA, "ema": EMA}
 
 
 @jit
-def choose(rule, own, used, g, k):
-    """Decide how a column is normalized.
+def choose(rule, own, used, g, k, width):
+    """Decide how a column, of so many channels, is normalized.
 
     `rule` is (kind, eps, mean, variance, window, first, second): rows and window of the method's
     memory, and two numbers: RENORM's limits of r and d, MOMENTUM's weight of the old averages,
     WINDOW's length (0 for none) and limit of r (0 for none).
     """
     kind, eps, old_mean, old_var, window, first, second = rule
-    width = own.shape[2] // used.shape[2]
-    mean = var = 0.0
-    for c in range(k * width, (k + 1) * width):
-        mean += own[0, g, c] / width
-    for c in range(k * width, (k + 1) * width):
-        apart = own[0, g, c] - mean
-        var += (own[1, g, c] + apart * apart) / width
+    mean, var = own[0, g, k], own[1, g, k]
+    if width > 1:
+        mean = var = 0.0
+        for c in range(k * width, (k + 1) * width):
+            mean += own[0, g, c] / width
+        for c in range(k * width, (k + 1) * width):
+            apart = own[0, g, c] - mean
+            var += (own[1, g, c] + apart * apart) / width
     r, d = 1.0, 0.0
     if kind == RENORM:
         sigma = math.sqrt(old_var[k] + eps)
@@ -58,9 +59,8 @@ def choose(rule, own, used, g, k):
 
 
 @jit
-def factors(used, g, c, channels, weight, bias, eps):
-    """Mean, scale and shift of a channel."""
-    k = c // (channels // used.shape[2])
+def factors(used, g, k, c, weight, bias, eps):
+    """Mean, scale and shift of a channel of a column."""
     scale, shift = np.float64(weight[c]), np.float64(bias[c])
     if used.shape[0] > 2:
         shift += scale * used[3, g, k]
@@ -72,7 +72,7 @@ def factors(used, g, c, channels, weight, bias, eps):
 
 
 @jit
-def flow(rule, sums, used, centers, weight, on, g, k, count):
+def flow(rule, sums, used, centers, weight, on, g, k, width, count):
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
@@ -80,7 +80,6 @@ def flow(rule, sums, used, centers, weight, on, g, k, count):
     Psi, steps in it or 0, weight of its old average).
     """
     eps, share, centered, memory, steps, old = rule
-    width = sums.shape[2] // used.shape[2]
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
     r, d = (used[2, g, k], used[3, g, k]) if used.shape[0] > 2 else (1.0, 0.0)
     apart = centers[g, k] - used[0, g, k]
@@ -89,9 +88,11 @@ def flow(rule, sums, used, centers, weight, on, g, k, count):
         sum_dy = sums[0, g, c]
         sum_dyz = (sums[1, g, c] + apart * sum_dy) * inverse
         sums[1, g, c] = r * sum_dyz + d * sum_dy
-        mean_g += weight[c] * r * sum_dy / count
-        psi += weight[c] * r * sum_dyz / count
+        mean_g += weight[c] * r * sum_dy
+        psi += weight[c] * r * sum_dyz
         on[0, g, c] = weight[c] * r * inverse
+    mean_g /= count
+    psi /= count
     if steps > 0:  # moving-average-bn eq. 13
         for step in range(1, memory.shape[0]):
             psi += memory[step, k]
@@ -142,15 +143,17 @@ def track_groups(own, starts, values, pace, running_mean, running_var, tracked):
         total += size if size * values > 1 else 0
     if total == 0:
         return
-    pace = count_batch(tracked, pace)
+    pace, pooled = count_batch(tracked, pace), np.zeros((2, running_mean.shape[0]))
+    for g in range(starts.shape[0] - 1):
+        size = starts[g + 1] - starts[g]
+        if size * values > 1:
+            share = size / total
+            of_var = unbiased(share, size * values)
+            for c in range(running_mean.shape[0]):
+                pooled[0, c] += own[0, g, c] * share
+                pooled[1, c] += own[1, g, c] * of_var
     for c in range(running_mean.shape[0]):
-        mean = var = 0.0
-        for g in range(starts.shape[0] - 1):
-            size = starts[g + 1] - starts[g]
-            if size * values > 1:
-                mean += own[0, g, c] * size / total
-                var += unbiased(own[1, g, c], size * values) * size / total
-        track(c, mean, var, pace, running_mean, running_var)
+        track(c, pooled[0, c], pooled[1, c], pace, running_mean, running_var)
 
 
 @jit
