@@ -1,4 +1,4 @@
-"""When small CPU batches take the compiled path, and that nothing needs it."""
+"""When CPU batches take the compiled path, and that nothing needs it."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import anybatch
 from anybatch.kernels import fused_for, use_fused
-from anybatch.kernels.fused import LARGEST, LARGEST_FLAT
+from anybatch.kernels.fused import SERIAL
 from contract.gauntlet import NAMES, make, state, step
 
 numba = pytest.importorskip("numba")
@@ -25,8 +25,19 @@ def _auto() -> Iterator[None]:
     use_fused("auto")
 
 
-def test_a_small_contiguous_batch_qualifies() -> None:
-    x, row = torch.zeros(2, 4, 3), torch.zeros(4)
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 4, 3),
+        torch.zeros(2, 4),
+        torch.zeros(2, 3, 4).transpose(1, 2),
+        torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.zeros(2, 4, SERIAL),
+    ],
+    ids=["channels", "flat", "transposed", "channels_last", "large"],
+)
+def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
+    row = torch.zeros(4)
     assert fused_for(x, row, row) is not None
     assert fused_for(x.double(), row.double(), row.double()) is not None
 
@@ -36,31 +47,29 @@ def test_a_small_contiguous_batch_qualifies() -> None:
     [
         torch.zeros(2, 4, 3, dtype=torch.bfloat16),
         torch.zeros(2, 4, 3, dtype=torch.float64),
-        torch.zeros(2, 3, 4).transpose(1, 2),
-        torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
         torch.zeros(2, 4, 3, device="meta"),
-        torch.zeros(2, 4, LARGEST // 8 + 1),
-        torch.zeros(LARGEST_FLAT // 4 + 1, 4),
+        torch.zeros(2, 4, 5)[:, :, ::2],
+        torch.zeros(1, 4, 3).expand(2, 4, 3),
         torch._neg_view(torch.zeros(2, 4, 3)),
         torch.nn.Parameter(torch.zeros(2, 4)),
     ],
-    ids=[
-        "bfloat16",
-        "other type",
-        "transposed",
-        "channels_last",
-        "meta",
-        "large",
-        "flat",
-        "neg",
-        "subclass",
-    ],
+    ids=["bfloat16", "other type", "meta", "strided", "expanded", "neg", "subclass"],
 )
 def test_others_do_not(x: torch.Tensor) -> None:
     row = torch.zeros(4)
     assert fused_for(x, row, row) is None
     assert fused_for(torch.zeros(2, 4), None, row) is None
     assert fused_for(torch.zeros(2, 4), row, None) is None
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(2, 4, SERIAL), torch.zeros(2, 3, 4).transpose(1, 2)],
+    ids=["large", "transposed"],
+)
+def test_loops_for_small_batches_do_not_get_others(x: torch.Tensor) -> None:
+    row = torch.zeros(4)
+    assert fused_for(x, row, row, small=True) is None
 
 
 def test_it_can_be_switched_off() -> None:

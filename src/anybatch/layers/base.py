@@ -18,7 +18,7 @@ from torch import Tensor
 from anybatch import kernels
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.arguments import check_between, check_count
-from anybatch.layers.compiled import Array, Compiled, Kept
+from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
@@ -95,6 +95,7 @@ class NormLayer(NormState):
     needs_running_stats: ClassVar[bool] = False
     pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
     fuses: bool = False
+    fuses_small_only: bool = False
 
     def __init__(
         self,
@@ -189,17 +190,12 @@ class NormLayer(NormState):
         """Statistics a group of examples has: channels, or groups of channels."""
         return self.num_features
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        """The whole forward in one compiled call, for layers with `fuses`.
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        """The forward of one normalization batch in one compiled call, for layers with `fuses`.
 
         Args:
             loops: The compiled kernels.
-            x: Input, ``(N, C, L)``.
-            y: Output, to be written.
-            weight: Scale.
-            bias: Shift.
+            arrays: Input, output and parameters.
             update: Whether state may change.
 
         Returns:
@@ -208,22 +204,12 @@ class NormLayer(NormState):
         raise NotImplementedError
 
     def fused_backward(
-        self,
-        loops: ModuleType,
-        dy: Array,
-        x: Array,
-        dx: Array,
-        weight: Array,
-        dw: Array,
-        db: Array,
-        kept: Kept,
-        update: bool,
+        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
     ) -> None:
-        """The whole backward in one compiled call."""
-        means, variances, centers, rs, ds, share, _ = kept
-        loops.backward(
-            dy, x, dx, weight, dw, db, means, variances, centers, rs, ds, share, self.eps
-        )
+        """The backward of one normalization batch in one compiled call."""
+        centers = kept.used[0] if kept.centers is None else kept.centers
+        unused = (loops.BATCH, loops.none(arrays.x), loops.NO_COUNT, 0.0, True, False)
+        loops.backward(*arrays, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
 
     # --- forward -----------------------------------------------------------
 
@@ -245,12 +231,12 @@ class NormLayer(NormState):
         values = x.numel() // (x.shape[0] * self.num_features)
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
-        one_each = len(cut.sizes) == len(cut.steps)  # group of examples a normalization batch
-        if training and not recomputed and self.fuses and one_each and self.step is None:
+        if training and not recomputed and self.fuses and self.step is None:
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
-            loops = kernels.fused_for(x, self._buffers["running_var"], scale)
+            small = self.fuses_small_only
+            loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
             if loops is not None and shift is not None and self._live(cut, values) is None:
-                y: Tensor = Compiled.apply(x, scale, shift, self, loops, cut.sizes, update)  # type: ignore[no-untyped-call]
+                y: Tensor = Compiled.apply(x, scale, shift, self, loops, cut, update)  # type: ignore[no-untyped-call]
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
                 return y

@@ -5,7 +5,7 @@ from types import ModuleType
 from torch import Tensor
 
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -59,28 +59,20 @@ class _BatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        return fused_batch_norm(self, loops, x, y, weight, bias, update)
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        return fused_groups(self, loops, arrays, update)
 
 
-def fused_batch_norm(
-    layer: NormLayer,
-    loops: ModuleType,
-    x: Array,
-    y: Array,
-    weight: Array,
-    bias: Array,
-    update: bool,
-) -> Kept:
-    """`NormLayer.fused` of batch normalization."""
-    means, variances, empty = loops.rows(x.shape[1], 2)
-    running = layer._running()
-    loops.batch_norm(
-        x, y, weight, bias, means, variances, running, layer._number(), layer.eps, update
-    )
-    return Kept(means, variances, empty, empty, empty)
+def fused_groups(layer: NormLayer, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    """`NormLayer.fused` of layers whose groups of examples are normalized by their own alone."""
+    groups, (mean, var, tracked) = len(arrays.starts) - 1, layer._running()
+    used = loops.table(2, groups, layer.columns)
+    pooled = layer.columns != layer.num_features
+    own = loops.table(2, groups, layer.num_features) if pooled else used
+    memory, running = (mean, var, loops.none(mean)), (mean, var, tracked)
+    constants = (loops.NO_COUNT, loops.NO_SETTINGS, layer._number(), layer.eps, update)
+    loops.forward(loops.PLAIN, *arrays, own, used, running, memory, *constants)
+    return Kept(used)
 
 
 class BatchNorm1d(_BatchNorm):

@@ -9,7 +9,8 @@ from torch import Tensor
 from anybatch.kernels import pool_channels
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.batch import fused_groups
+from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.ghost import track_groups
 from anybatch.layers.statistics import Statistics
 
@@ -116,15 +117,8 @@ class _BatchGroupNorm(NormLayer):
             track_groups(self, mean, var, batch)
         return Statistics(*pool_channels(mean, var, self.num_groups))
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        means, variances, empty = loops.rows(self.num_groups, 2)
-        running = self._running()
-        loops.group_norm(
-            x, y, weight, bias, means, variances, running, self._number(), self.eps, update
-        )
-        return Kept(means, variances, empty, empty, empty)
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        return fused_groups(self, loops, arrays, update)
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}

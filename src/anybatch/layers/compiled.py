@@ -1,5 +1,6 @@
-"""The autograd function around the compiled kernels of small CPU batches."""
+"""The autograd function around the compiled kernels of a CPU."""
 
+from functools import lru_cache
 from itertools import accumulate
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
+from anybatch.layers.partition import Partition
 from anybatch.layers.statistics import Statistics, stack
 
 if TYPE_CHECKING:
@@ -17,28 +19,84 @@ if TYPE_CHECKING:
 Array = Any  # numpy's; the library does not import numpy
 
 
-class Kept(NamedTuple):
-    """Statistics of one forward as arrays of the compiled kernels, see `Statistics`."""
+class ForwardArrays(NamedTuple):
+    """One normalization batch as the compiled kernels take it.
 
-    means: Array
-    variances: Array
-    centers: Array
-    rs: Array
-    ds: Array
+    Attributes:
+        x: Input, ``(N, C, L)``, or ``(N, L, C)`` where channels are `last`.
+        y: Output, to be written.
+        last: Whether channels are.
+        starts: Where groups of examples begin, and the end.
+        weight: Scale.
+        bias: Shift.
+        parts: Threads.
+    """
+
+    x: Array
+    y: Array
+    last: bool
+    starts: Array
+    weight: Array
+    bias: Array
+    parts: int
+
+
+class BackwardArrays(NamedTuple):
+    """One normalization batch of the backward pass, see `ForwardArrays`.
+
+    Attributes:
+        dy: Gradient of the output.
+        x: Input.
+        dx: Gradient of the input, to be written where it is `wanted`.
+        last: Whether channels are.
+        starts: Where groups of examples begin, and the end.
+        weight: Scale.
+        dw: Gradient of the scale, to be written.
+        db: Gradient of the shift, to be written.
+        wanted: Whether the input needs a gradient.
+        parts: Threads.
+    """
+
+    dy: Array
+    x: Array
+    dx: Array
+    last: bool
+    starts: Array
+    weight: Array
+    dw: Array
+    db: Array
+    wanted: bool
+    parts: int
+
+
+class Kept(NamedTuple):
+    """Statistics of one normalization batch as arrays of the compiled kernels, see `Statistics`.
+
+    Attributes:
+        used: Rows of mean and variance, ``(2, G, K)``, or of r and d as well, ``(4, G, K)``.
+        centers: Centres ``(G, K)`` of the groups' own variances, where they are not the means.
+        share: Part of the groups' own statistics in those used.
+        own: Whether the backward statistics are the batch's own.
+        centered: Whether there is a mean.
+    """
+
+    used: Array
+    centers: Array | None = None
     share: float = 1.0
     own: bool = True
+    centered: bool = True
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, for a forward that is computed again."""
-
-        def row(array: Array) -> Tensor | None:
-            return torch.from_numpy(array).to(like.dtype) if len(array) else None
-
-        var = row(self.variances)
+        tables = torch.from_numpy(self.used).to(like.dtype)
+        mean, var, r, d = (*tables, None, None)[:4]
+        center = None if self.centers is None else torch.from_numpy(self.centers).to(like.dtype)
+        row = [mean if self.centered else None, var, r, d if self.centered else None, center]
+        if var.shape[0] == 1:
+            row = [None if table is None else table[0] for table in row]
+        mean, var, r, d, center = row
         assert var is not None
-        mean, r, d, center = row(self.means), row(self.rs), row(self.ds), row(self.centers)
-        own = torch.tensor(self.own)
-        return Statistics(mean, var, r, d, center, self.share, own)
+        return Statistics(mean, var, r, d, center, self.share, torch.tensor(self.own))
 
 
 def as_statistics(kept: list[Kept], like: Tensor) -> Statistics:
@@ -47,14 +105,24 @@ def as_statistics(kept: list[Kept], like: Tensor) -> Statistics:
     return parts[0] if len(parts) == 1 else stack(parts)
 
 
-def _rows(sizes: tuple[int, ...]) -> list[slice]:
-    """The examples of each normalization batch."""
-    ends = list(accumulate(sizes))
-    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+class _Step(NamedTuple):
+    """The examples of a normalization batch, and the sizes of its groups."""
+
+    rows: slice
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _steps(cut: Partition) -> tuple[_Step, ...]:
+    ends, groups = list(accumulate(cut.batches)), list(accumulate(cut.steps))
+    return tuple(
+        _Step(slice(end - size, end), cut.sizes[group - number : group])
+        for end, size, group, number in zip(ends, cut.batches, groups, cut.steps, strict=True)
+    )
 
 
 class Compiled(torch.autograd.Function):
-    """One compiled call forward, one backward."""
+    """One compiled call a normalization batch forward, one backward."""
 
     @staticmethod
     def forward(
@@ -64,19 +132,20 @@ class Compiled(torch.autograd.Function):
         bias: Tensor,
         layer: "NormLayer",
         loops: ModuleType,
-        sizes: tuple[int, ...],
+        cut: Partition,
         update: bool,
     ) -> Tensor:
-        y = torch.empty_like(x)
-        x_, y_ = _flat(x.detach()), _flat(y)
+        y, last = torch.empty_like(x), not x.is_contiguous()
+        x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
         w, b = loops.read(weight), loops.read(bias)
+        steps, kept = _steps(cut), []
+        for rows, sizes in steps:
+            some = (x_, y_) if len(steps) == 1 else (x_[rows], y_[rows])
+            arrays = ForwardArrays(*some, last, loops.cut(sizes), w, b, parts)
+            kept.append(layer.fused(loops, arrays, update))
         ctx.save_for_backward(x, weight)
-        if len(sizes) == 1:
-            kept = [layer.fused(loops, x_, y_, w, b, update)]
-        else:
-            kept = [layer.fused(loops, x_[part], y_[part], w, b, update) for part in _rows(sizes)]
         ctx.kept = layer._last = kept
-        ctx.layer, ctx.loops, ctx.sizes, ctx.update = layer, loops, sizes, update
+        ctx.layer, ctx.loops, ctx.cut, ctx.last, ctx.update = layer, loops, cut, last, update
         return y
 
     @staticmethod
@@ -87,22 +156,22 @@ class Compiled(torch.autograd.Function):
         if not is_plain(dy) or kernels.is_watched():
             statistics = as_statistics(ctx.kept, x)
             memory = ctx.layer.backward_memory(statistics, None, ctx.update)
-            call = Call(statistics, ctx.sizes, ctx.layer.eps, memory)
+            call = Call(statistics, ctx.cut.sizes, ctx.layer.eps, memory)
             return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
-        dy = dy.to(x.dtype).contiguous()
-        x = x.detach().contiguous()
-        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays, w = (_flat(dy), _flat(x), _flat(dx)), ctx.loops.read(weight)
-        back, loops, update = ctx.layer.fused_backward, ctx.loops, ctx.update
-        if len(ctx.sizes) == 1:
-            back(loops, *arrays, w, dw.numpy(), db.numpy(), ctx.kept[0], update)
-        else:
-            steps = weight.new_empty(2, len(ctx.sizes), weight.shape[0])
-            dws, dbs = steps.numpy()
-            for step, part in enumerate(_rows(ctx.sizes)):
-                some = (array[part] for array in arrays)
-                back(loops, *some, w, dws[step], dbs[step], ctx.kept[step], update)
-            dw, db = steps.sum(1)
+        last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
+        dy, x = _ordered(dy.to(x.dtype), last), _ordered(x.detach(), last)
+        dx, one, parts = torch.empty_like(x), len(steps) == 1, loops.parts(x.numel())
+        dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
+        shape = weight.shape if one else (len(steps), *weight.shape)
+        dw, db = weight.new_empty(shape), weight.new_empty(shape)
+        w, dw_, db_ = loops.read(weight), dw.numpy(), db.numpy()
+        for step, (rows, sizes) in enumerate(steps):
+            some = (dy_, x_, dx_) if one else (dy_[rows], x_[rows], dx_[rows])
+            own = (dw_, db_) if one else (dw_[step], db_[step])
+            arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, needs[0], parts)
+            ctx.layer.fused_backward(loops, arrays, ctx.kept[step], ctx.update)
+        if not one:
+            dw, db = dw.sum(0), db.sum(0)
         return (
             dx if needs[0] else None,
             dw if needs[1] else None,
@@ -119,6 +188,14 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def _flat(x: Tensor) -> Array:
-    """A contiguous tensor as an array ``(N, C, L)`` of the same memory."""
-    return x.numpy().reshape(x.shape[0], x.shape[1], -1)
+def _ordered(x: Tensor, last: bool) -> Tensor:
+    """A tensor whose channels lie first or last in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+
+
+def _flat(x: Tensor, last: bool) -> Array:
+    """An ordered tensor as an array ``(N, C, L)`` or ``(N, L, C)`` of the same memory."""
+    examples, channels = x.shape[:2]
+    if last:
+        return x.movedim(1, -1).numpy().reshape(examples, -1, channels)
+    return x.numpy().reshape(examples, channels, -1)

@@ -15,9 +15,9 @@ from anybatch.layers.accumulation import Seen
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.batch import fused_batch_norm
+from anybatch.layers.batch import fused_groups
 from anybatch.layers.centralization import centralized_weight, is_centralized
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.compiled import Array, BackwardArrays, ForwardArrays, Kept
 from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward
@@ -480,49 +480,53 @@ class _CrossIterationBatchNorm(NormLayer):
         )
         return self.order == 1 and plain
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
+    @property
+    def fuses_small_only(self) -> bool:  # type: ignore[override]
+        """Whether it takes the loops of the window, which are for small batches."""
+        return self._flow.batch is not None
+
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         if self._flow.batch is None:
             if update:
                 self.memory["step"].add_(1)
-            return fused_batch_norm(self, loops, x, y, weight, bias, update)
+            return fused_groups(self, loops, arrays, update)
+        x, y, _, _, weight, bias, _ = arrays
         feed, output, first = self._flow.batch
         self._flow.batch = _Batch(feed, output, first + x.shape[0])
         kernels = cross_iteration_kernels()
         rings, counters = self._arrays(kernels)
-        arrays, paces = kernels.NO_FEED, None
+        fed, paces = kernels.NO_FEED, None
         if feed is not None:
-            arrays, paces = self._feed_arrays(kernels, feed, output)
+            fed, paces = self._feed_arrays(kernels, feed, output)
         order = 0 if feed is None else 1
         values, count = x.shape[0] * x.shape[2], self.gradient_sample
         whole = update and order > 0 and (count is None or count >= values)
-        own, (means, variances, empty) = kernels.table(x.shape[1]), loops.rows(x.shape[1], 2)
+        own, used = kernels.table(x.shape[1]), loops.table(2, 1, x.shape[1])
         share = kernels.cross_iteration_norm(
             x,
             y,
             weight,
             bias,
             own,
-            means,
-            variances,
+            used[0, 0],
+            used[1, 0],
             self._running(),
             self._number(),
             self.eps,
             update,
             counters,
             rings,
-            arrays,
+            fed,
             first,
             (order, self.running_stats == "window", whole),
         )
         if update:
             if feed is not None:
-                self._write_slope(kernels, x, own[0], arrays, paces, feed, output, first)
-            kernels.record(own, values, order, arrays, rings, counters, self.burn_in_steps)
+                self._write_slope(kernels, x, own[0], fed, paces, feed, output, first)
+            kernels.record(own, values, order, fed, rings, counters, self.burn_in_steps)
         if self.backward_stats == "window" and share > 0:
             share = 1.0
-        return Kept(means, variances, empty, empty, empty, share)
+        return Kept(used, share=share, own=False)
 
     def _write_slope(
         self,
@@ -575,19 +579,12 @@ class _CrossIterationBatchNorm(NormLayer):
         return (x, rows, bias, taps, meetings, sizes, feed.geometry.groups), paces
 
     def fused_backward(
-        self,
-        loops: ModuleType,
-        dy: Array,
-        x: Array,
-        dx: Array,
-        weight: Array,
-        dw: Array,
-        db: Array,
-        kept: Kept,
-        update: bool,
+        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
     ) -> None:
-        if "backward_window" not in self.memory or self.burning or kept.share == 0:
-            return super().fused_backward(loops, dy, x, dx, weight, dw, db, kept, update)
+        windowed = "backward_window" in self.memory and not self.burning
+        if kept.own or kept.share == 0 or not windowed:
+            return super().fused_backward(loops, arrays, kept, update)
+        dy, x, dx, _, _, weight, dw, db, _, _ = arrays
         window, count = self.memory["backward_window"], self.memory["backward_step"]
         cross_iteration_kernels().windowed_backward(
             dy,
@@ -596,8 +593,7 @@ class _CrossIterationBatchNorm(NormLayer):
             weight,
             dw,
             db,
-            kept.means,
-            kept.variances,
+            *kept.used[:, 0],
             self.eps,
             update,
             window.numpy(),

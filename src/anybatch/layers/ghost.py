@@ -9,8 +9,8 @@ from torch import Tensor
 
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.batch import fused_batch_norm
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.batch import fused_groups
+from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -97,10 +97,8 @@ class _GhostBatchNorm(NormLayer):
             track_groups(self, mean, var, batch)
         return Statistics(mean, var)
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        return fused_batch_norm(self, loops, x, y, weight, bias, update)  # of one group
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        return fused_groups(self, loops, arrays, update)
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}

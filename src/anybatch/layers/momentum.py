@@ -10,7 +10,7 @@ from torch import Tensor
 from anybatch.kernels import INFINITY
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -186,29 +186,26 @@ class _MomentumBatchNorm(NormLayer):
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         if update and self.batch_size is None:
-            self._set_batch_size(x.shape[0])
-        means, variances, centers, empty = loops.rows(x.shape[1], 3)
-        memory = tuple(self.memory[name].numpy() for name in ("mean", "var", "count"))
-        keep = loops.momentum_norm(
-            x,
-            y,
-            weight,
-            bias,
-            means,
-            variances,
-            centers,
+            self._set_batch_size(arrays.x.shape[0])
+        own, used = (loops.table(2, 1, self.num_features) for _ in range(2))
+        mean, var, count = (self.memory[name].numpy() for name in ("mean", "var", "count"))
+        settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
+        keep = loops.forward(
+            loops.MOMENTUM,
+            *arrays,
+            own,
+            used,
             self._running(),
+            (mean, var, loops.none(mean)),
+            count,
+            settings,
             self._number(),
             self.eps,
             update,
-            memory,
-            self.memory["average_weight"].item(),
         )
-        return Kept(means, variances, centers, empty, empty, 1 - keep)
+        return Kept(used, own[0], 1 - keep)
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("batch_size", "ideal_batch_size", "ideal_decay")

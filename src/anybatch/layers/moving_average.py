@@ -11,7 +11,7 @@ from anybatch.kernels import scalar
 from anybatch.layers.arguments import check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.compiled import BackwardArrays, ForwardArrays, Kept
 from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.statistics import Statistics
 
@@ -209,65 +209,49 @@ class _MovingAverageBatchNorm(NormLayer):
         """Whether the compiled kernels know this form."""
         return not self.centered
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        variances, rs, empty = loops.rows(x.shape[1], 2)
-        kind = loops.KINDS[self.forward_stats]
-        window = self.memory["window"].numpy() if "window" in self.memory else loops.NO_WINDOW
-        settings = (kind, self.warmup_steps, self.renorm_warmup_steps, self.clip)
-        own = loops.moving_average_norm(
-            x,
-            y,
-            weight,
-            bias,
-            variances,
-            rs,
-            self._running(),
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        own, used = loops.table(2, 1, self.num_features), loops.table(4, 1, self.num_features)
+        running, averages = self._running(), self.forward_stats != "batch"
+        window = self.memory["window"].numpy() if averages else loops.none(running[0])
+        clip = self.clip if self.forward_stats == "ema" else 0.0
+        steps = (float(self.warmup_steps), float(self.renorm_warmup_steps))
+        warming = loops.forward(
+            loops.WINDOW,
+            *arrays,
+            own,
+            used,
+            running,
+            (*running[:2], window),
+            self.memory["step"].numpy(),
+            (float(self.window), *steps, clip),
             self._number(),
             self.eps,
             update,
-            self.memory["step"].numpy(),
-            window,
-            self.window,
-            settings,
         )
-        return Kept(empty, variances, empty, rs, empty, own=own)
+        return Kept(used, own=warming > 0, centered=False)
 
     def fused_backward(
-        self,
-        loops: ModuleType,
-        dy: Array,
-        x: Array,
-        dx: Array,
-        weight: Array,
-        dw: Array,
-        db: Array,
-        kept: Kept,
-        update: bool,
+        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
     ) -> None:
-        average, count = loops.NO_WINDOW, loops.NO_COUNT
+        average, count = loops.none(arrays.x), loops.NO_COUNT
         if self.backward_stats != "batch":
             average = self.memory["backward_average"].numpy().reshape(-1, self.num_features)
             count = self.memory["backward_step"].numpy()
         assert self.num_batches_tracked is not None
         pace = 1 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
-        loops.moving_average_backward(
-            dy,
-            x,
-            dx,
-            weight,
-            dw,
-            db,
-            kept.variances,
-            kept.rs,
-            kept.own,
+        loops.backward(
+            *arrays,
+            kept.used,
+            kept.used[0],
+            kept.share,
+            kept.centered,
             self.eps,
-            update,
             loops.KINDS[self.backward_stats],
             average,
             count,
-            pace,
+            1.0 - pace,
+            kept.own,
+            update,
         )
 
     # --- from a batch norm -------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 from anybatch.kernels import scalar
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import Array, Kept
+from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -125,28 +125,13 @@ class _BatchRenorm(NormLayer):
             return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
         return (step > self.warmup_steps).to(dtype)
 
-    def fused(
-        self, loops: ModuleType, x: Array, y: Array, weight: Array, bias: Array, update: bool
-    ) -> Kept:
-        means, variances, rs, ds, empty = loops.rows(x.shape[1], 4)
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        used, running = loops.table(4, 1, self.num_features), self._running()
+        memory = (*running[:2], loops.none(running[0]))
         limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
-        loops.renorm(
-            x,
-            y,
-            weight,
-            bias,
-            means,
-            variances,
-            rs,
-            ds,
-            self._running(),
-            self._number(),
-            self.eps,
-            update,
-            self.memory["step"].numpy(),
-            limits,
-        )
-        return Kept(means, variances, empty, rs, ds)
+        constants = (self.memory["step"].numpy(), limits, self._number(), self.eps, update)
+        loops.forward(loops.RENORM, *arrays, used, used, running, memory, *constants)
+        return Kept(used)
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("max_r", "max_d", "warmup_steps", "smooth")

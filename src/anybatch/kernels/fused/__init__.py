@@ -1,10 +1,9 @@
-"""Whole layers in one compiled call, for small batches on a CPU (Numba, an extra).
+"""Whole layers in compiled calls on a CPU (Numba, an extra).
 
-A batch of two is so little work that calls cost more than arithmetic: a rule of
-thirty operators on vectors of a hundred channels takes longer than the data do.
-Here moments, rule, affine pass and state are one call forward, and sums, rule
-and gradient one call backward. The rules are those of the layers, channel by
-channel; sums run in float64.
+Where a batch is small, calls cost more than arithmetic: a rule of thirty operators on vectors of
+a hundred channels takes longer than the data do. Where it is large, memory is the limit, and a
+channel is read once for its statistics and its output. So moments, rule, affine pass and state
+are one call forward, and sums, rule and gradient one call backward, on torch's threads.
 
 Numba is imported when the first batch that qualifies arrives. Where it is not
 installed, or a batch does not qualify, the ATen passes serve.
@@ -17,13 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-LARGEST = 2**16  # values in a batch; from there on torch's parallel passes win
-LARGEST_FLAT = 2**12  # where a channel's values are not side by side, as in (N, C)
+SERIAL = 2**16  # values in a batch, above which torch's threads win where the loops have none
 _choice = os.environ.get("ANYBATCH_FUSED", "auto")
 
 
 def use_fused(choice: str) -> None:
-    """Choose whether small CPU batches take the compiled path.
+    """Choose whether CPU batches take the compiled path.
 
     Args:
         choice: "auto" where Numba is installed, "never" otherwise. The environment
@@ -38,27 +36,32 @@ def use_fused(choice: str) -> None:
     _choice = choice
 
 
-def fused_for(x: Tensor, state: Tensor | None, weight: Tensor | None) -> ModuleType | None:
+def fused_for(
+    x: Tensor, state: Tensor | None, weight: Tensor | None, small: bool = False
+) -> ModuleType | None:
     """The compiled kernels, where they can serve a batch.
 
     Args:
         x: The batch.
         state: A running statistic.
         weight: Scale of the layer.
+        small: Whether only small contiguous batches can be served.
 
     Returns:
-        The module of the kernels, or None: another device or layout, a larger batch,
-        types that differ, a compiler, tracer or transform at work, no Numba.
+        The module of the kernels, or None: another device or layout, types that differ, a
+        compiler, tracer or transform at work, no Numba, or a large batch without threads.
     """
     if _choice == "never" or state is None or weight is None:
         return None
-    if x.device.type != "cpu" or type(x) is not Tensor or not x.is_contiguous():
-        return None
-    if x.numel() > (LARGEST if x.stride(1) >= 4 else LARGEST_FLAT) or is_watched():
+    if x.device.type != "cpu" or type(x) is not Tensor or is_watched():
         return None
     if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
-    return _kernels()
+    large = x.numel() > SERIAL
+    if not x.is_contiguous() and (small or not x.movedim(1, -1).is_contiguous()):
+        return None
+    kernels = None if small and large else _kernels()
+    return None if kernels is None or (large and kernels.without_threads()) else kernels
 
 
 def is_watched() -> bool:

@@ -12,19 +12,14 @@ import math
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
-from anybatch.kernels.fused.loops import (
-    _count_batch,
-    _fits,
-    _gradient,
-    _jit,
-    _keep,
-    _moments,
-    _slide,
-    _sums,
-    _track,
-    _unbiased,
-    _write,
+from anybatch.kernels.fused.passes import (
+    jit,
+    plane_gradient,
+    plane_moments,
+    plane_sums,
+    plane_write,
 )
+from anybatch.kernels.fused.rules import count_batch, fits, keep, slide, track, unbiased
 
 _CIRCLE = 2**31
 ONE = (
@@ -66,7 +61,7 @@ def product(apart, seen, slope):
             np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
 
 
-@_jit
+@jit
 def _mean_patch(feed, first, examples, patches, place):
     """Write the mean patch of each channel group into a slot, ``(groups, fan_in)``."""
     inputs, _, _, taps, meetings, _, groups = feed
@@ -108,7 +103,7 @@ def _mean_patch(feed, first, examples, patches, place):
                     patches[place, c // per_group, at + tap] = value / examples
 
 
-@_jit
+@jit
 def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
     """Write outputs and patches, minus their means, at the next points of the covering sequence.
 
@@ -167,7 +162,7 @@ def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
                 seen[g, s, f] -= patches[place, g, f]
 
 
-@_jit
+@jit
 def from_product(product, values, means, patches, slopes, place):
     """Write the gradient of the variance, from the whole convolution weight gradient."""
     _, channels, fan_in = slopes.shape
@@ -179,7 +174,7 @@ def from_product(product, values, means, patches, slopes, place):
             )
 
 
-@_jit
+@jit
 def _product(rows, c, gradients, slot, row):
     """Weights of a channel times a gradient of its statistics, in their own type."""
     total = rows.dtype.type(0)
@@ -188,7 +183,7 @@ def _product(rows, c, gradients, slot, row):
     return np.float64(total)
 
 
-@_jit
+@jit
 def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_bases):
     """How far an earlier step's mean and variance move to today's weights (eq. 7, 8)."""
     shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]
@@ -196,7 +191,7 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
     return shift, change - shift * shift
 
 
-@_jit
+@jit
 def cross_iteration_norm(
     x,
     y,
@@ -234,10 +229,10 @@ def cross_iteration_norm(
         total += ring_values[(place - age) % slots]
     tracks = update and values > 1
     if tracks:
-        pace = _count_batch(tracked, pace)
+        pace = count_batch(tracked, pace)
     earlier = np.empty((2, slots))
     for c in range(channels):
-        own[0, c], own[1, c] = _moments(x, c)
+        own[0, c], own[1, c] = plane_moments(x, c, 0, x.shape[0], True)
         mean = own[0, c] * values
         for age in range(1, known + 1):
             slot = (place - age) % slots
@@ -260,16 +255,16 @@ def cross_iteration_norm(
             mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
         means[c], variances[c] = mean, var
         if tracks and window_runs:
-            _track(c, mean, _unbiased(var, total), pace, running_mean, running_var)
+            track(c, mean, unbiased(var, total), pace, running_mean, running_var)
         elif tracks:
-            _track(c, own[0, c], _unbiased(own[1, c], values), pace, running_mean, running_var)
-        _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
+            track(c, own[0, c], unbiased(own[1, c], values), pace, running_mean, running_var)
+        plane_write(x, y, c, 0, x.shape[0], mean, weight[c] / math.sqrt(var + eps), bias[c])
     if whole:
         _mean_patch(feed, first, x.shape[0], mean_gradient, place)
     return values / total if total > 1 else 0.0
 
 
-@_jit
+@jit
 def record(own, values, order, feed, rings, counters, burn_in):
     """Write a step's statistics into its slot, and count it if it is finite and counts."""
     step, position, entries = counters
@@ -279,14 +274,14 @@ def record(own, values, order, feed, rings, counters, burn_in):
     step[()] += 1
     finite = True
     for c in range(channels):
-        finite = finite and _fits(own[1, c], ring_var)
+        finite = finite and fits(own[1, c], ring_var)
     if order > 0:
         _, rows, bias, _, _, _, groups = feed
         for c in range(channels):
             of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
             of_var = _product(rows, c, var_gradient, place, c)
             mean_base[place, c], var_base[place, c] = of_mean, of_var
-            finite = finite and _fits(of_var, var_base) and _fits(of_mean, var_base)
+            finite = finite and fits(of_var, var_base) and fits(of_mean, var_base)
             if bias.shape[0]:
                 own[0, c] -= bias[c]
         if not finite:
@@ -303,21 +298,22 @@ def record(own, values, order, feed, rings, counters, burn_in):
             entries[()] = min(entries[()] + 1, slots - 1)
 
 
-@_jit
+@jit
 def windowed_backward(dy, x, dx, weight, dw, db, means, variances, eps, update, window, count):
     """Gradients with the mean of g * z averaged over a window; see `slide_mean`."""
     channels, values = x.shape[1], x.shape[0] * x.shape[2]
     psi, average = np.empty(channels), np.empty(channels)
     for c in range(channels):
-        db[c], second = _sums(dy, x, c, means[c])
+        db[c], second = plane_sums(dy, x, c, 0, x.shape[0], means[c])
         dw[c] = second / math.sqrt(variances[c] + eps)
         psi[c] = weight[c] * dw[c] / values
-    _slide(window, psi, average)
+    slide(window, psi, average)
     average /= min(count[()] + 1, window.shape[0])
     if update:
-        _keep(window, psi)
+        keep(window, psi)
         count[()] += 1
     for c in range(channels):
         inverse = 1 / math.sqrt(variances[c] + eps)
         on_x, constant = -average[c] * inverse * inverse, -weight[c] * db[c] / values * inverse
-        _gradient(dy, x, dx, c, means[c], weight[c] * inverse, on_x, constant)
+        scale = weight[c] * inverse
+        plane_gradient(dy, x, dx, c, 0, x.shape[0], means[c], scale, on_x, constant)

@@ -1,332 +1,439 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
-"""The compiled loops. Arrays ``x``, ``y``, ``dy`` and ``dx`` are ``(N, C, L)``.
+"""A whole layer in one compiled call: passes, rule and state, forward and backward.
 
-Every kernel goes over the channels once forward (statistics, rule, output) and
-once backward (sums, rule, gradient), while a channel's values are in cache.
+Arrays ``x``, ``y``, ``dy`` and ``dx`` are ``(N, C, L)``, or ``(N, L, C)`` where channels are
+`last`. Groups of examples begin at ``starts``. One function serves all methods, so that one
+is compiled.
 """
 
-import math
+from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.passes import (
+    jit,
+    plane_gradient,
+    plane_moments,
+    plane_sums,
+    plane_write,
+    row_gradient,
+    row_moments,
+    row_sums,
+    row_write,
+    settle,
+)
+from anybatch.kernels.fused.rules import (
+    BATCH,
+    EMA,
+    KINDS,
+    MOMENTUM,
+    PLAIN,
+    RENORM,
+    SMA,
+    WINDOW,
+    choose,
+    count_batch,
+    factors,
+    fits,
+    flow,
+    keep,
+    track,
+    track_groups,
+    unbiased,
+)
+from anybatch.kernels.fused.threads import fork, parts, without_threads
 
-# Arrays are taken out of tuples before the loops: doing so counts references.
-# Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+__all__ = [
+    "BATCH",
+    "KINDS",
+    "MOMENTUM",
+    "NO_COUNT",
+    "NO_SETTINGS",
+    "PLAIN",
+    "RENORM",
+    "WINDOW",
+    "backward",
+    "cut",
+    "forward",
+    "none",
+    "parts",
+    "read",
+    "table",
+    "without_threads",
+]
 
-BATCH, SMA, EMA = 0, 1, 2
-KINDS = {"batch": BATCH, "sma": SMA, "ema": EMA}
-NO_WINDOW = np.empty((0, 0), np.float32)
+_SHORT = 32  # values of a channel side by side, below which vector registers stay half empty
+_FEW = 8  # examples, below which making rows costs more than they save
+_ROW = 256  # values of a row, about
+
+
 NO_COUNT = np.zeros((), np.int64)
-_EMPTY = np.empty(0)
+NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
 
 
-def rows(length, number):
-    """Rows of statistics, and an empty one for those that a method does not have."""
-    return (*np.empty((number, length)), _EMPTY)
+def none(like):
+    """An empty window, of the type of an array."""
+    return np.empty((0, 0), like.dtype)
 
 
-@_jit
-def _moments(x, c):
-    """Mean and biased variance of a channel, in two passes."""
-    n, _, length = x.shape
-    total = 0.0
-    for i in range(n):
-        for k in range(length):
-            total += x[i, c, k]
-    mean = total / (n * length)
-    squares = 0.0
-    for i in range(n):
-        for k in range(length):
-            offset = x[i, c, k] - mean
-            squares += offset * offset
-    return mean, squares / (n * length)
+def table(rows, groups, columns):
+    """Room for statistics."""
+    return np.empty((rows, groups, columns))
 
 
-@_jit
-def _second_moment(x, c):
-    n, _, length = x.shape
-    total = 0.0
-    for i in range(n):
-        for k in range(length):
-            value = np.float64(x[i, c, k])
-            total += value * value
-    return total / (n * length)
+@lru_cache(maxsize=256)
+def cut(sizes):
+    """Where groups of examples begin, and the end."""
+    return np.cumsum([0, *sizes])
 
 
-@_jit
-def _write(x, y, c, mean, scale, shift):
-    """Write y = (x - mean) * scale + shift."""
-    n, _, length = x.shape
-    dtype = x.dtype.type
-    mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
-    for i in range(n):
-        for k in range(length):
-            y[i, c, k] = (x[i, c, k] - mean) * scale + shift
+@jit
+def _in_rows(x, last):
+    """Whether a batch is taken in rows: where short planes and enough of them make one."""
+    return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
 
 
-@_jit
-def _sums(dy, x, c, center):
-    """Return sum(dy) and sum(dy * (x - center))."""
-    n, _, length = x.shape
-    first = second = 0.0
-    for i in range(n):
-        for k in range(length):
-            first += dy[i, c, k]
-            second += dy[i, c, k] * (x[i, c, k] - center)
-    return first, second
+@jit
+def _layout(x, last, starts):
+    """Length of a row, values of a channel side by side in it, and values of an example."""
+    channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
+    inner = 1 if last else length
+    unit, example = channels * inner, channels * length
+    smallest = (starts[-1] - starts[-2]) * example  # of all groups, the last one
+    return unit * max(1, min(_ROW, smallest) // unit), inner, example
 
 
-@_jit
-def _gradient(dy, x, dx, c, center, on_dy, on_x, constant):
-    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
-    n, _, length = x.shape
-    dtype = x.dtype.type
-    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
-    for i in range(n):
-        for k in range(length):
-            dx[i, c, k] = on_dy * dy[i, c, k] + on_x * (x[i, c, k] - center) + constant
+@jit
+def _per_channel(sums, shape):
+    """Sums over parts and over the places of a channel in a row."""
+    repeats, channels, inner = shape
+    places, total = sums.reshape(-1, 2, repeats, channels, inner), np.zeros((2, channels))
+    for part in range(places.shape[0]):
+        for kind in range(2):
+            for repeat in range(repeats):
+                for c in range(channels):
+                    for k in range(inner):
+                        total[kind, c] += places[part, kind, repeat, c, k]
+    return total
 
 
-@_jit
-def _count_batch(tracked, pace):
-    """Count a batch; its weight in the running statistics (a negative one: the mean of all)."""
-    tracked[()] += 1
-    return pace if pace >= 0 else 1.0 / tracked[()]
+# --- forward ----------------------------------------------------------------
 
 
-@_jit
-def _fits(value, state):
-    """Whether a number is finite in the type of the state that is to hold it."""
-    return math.isfinite(state.dtype.type(value))
+@jit
+def _forward_planes(part, parts, x, y, starts, weight, bias, own, used, rule):
+    """Statistics and output of some columns, each while it is in cache."""
+    groups, columns = used.shape[1], used.shape[2]
+    width, eps, centered = x.shape[1] // columns, rule[1], rule[0] != WINDOW
+    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    for g in range(groups):
+        first, last = starts[g], starts[g + 1]
+        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+            for c in range(k * width, (k + 1) * width):
+                own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
+            choose(rule, own, used, g, k, width)
+            for c in range(k * width, (k + 1) * width):
+                mean, scale, shift = factors(used, g, k, c, weight, bias, eps)
+                plane_write(x, y, c, first, last, mean, scale, shift)
 
 
-@_jit
-def _track(c, mean, var, pace, running_mean, running_var):
-    if _fits(var, running_var):
-        running_mean[c] += pace * (mean - running_mean[c])
-        running_var[c] += pace * (var - running_var[c])
-
-
-@_jit
-def _unbiased(var, count):
-    return var * count / (count - 1) if count > 1 else var
-
-
-@_jit
-def batch_norm(x, y, weight, bias, means, variances, running, pace, eps, update):
-    """Batch normalization; `running` is (mean, variance, batches seen)."""
-    count = x.shape[0] * x.shape[2]
-    running_mean, running_var, tracked = running
-    pace = _count_batch(tracked, pace) if update else pace
-    for c in range(x.shape[1]):
-        mean, var = _moments(x, c)
-        means[c], variances[c] = mean, var
-        if update:
-            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
-        _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
-
-
-@_jit
-def renorm(x, y, weight, bias, means, variances, rs, ds, running, pace, eps, update, step, limits):
-    """Batch renormalization; `limits` is (max_r, max_d, warmup_steps, smooth)."""
-    count = x.shape[0] * x.shape[2]
-    running_mean, running_var, tracked = running
-    now = step[()] + 1
-    if limits[3] > 0 and limits[2] > 0:
-        opened = min(now / limits[2], 1.0)
-    else:
-        opened = 1.0 if now > limits[2] else 0.0
-    max_r, max_d = 1 + opened * (limits[0] - 1), opened * limits[1]
-    if update:
-        pace = _count_batch(tracked, pace)
-        step[()] = now
-    for c in range(x.shape[1]):
-        mean, var = _moments(x, c)
-        sigma, running_sigma = math.sqrt(var + eps), math.sqrt(running_var[c] + eps)
-        r = min(max(sigma / running_sigma, 1 / max_r), max_r)
-        d = min(max((mean - running_mean[c]) / running_sigma, -max_d), max_d)
-        means[c], variances[c], rs[c], ds[c] = mean, var, r, d
-        if update:
-            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
-        _write(x, y, c, mean, weight[c] * r / sigma, weight[c] * d + bias[c])
-
-
-@_jit
-def momentum_norm(
-    x, y, weight, bias, means, variances, centers, running, pace, eps, update, memory, keep
-):
-    """Momentum batch normalization; `memory` is (mean, variance, batches seen whole)."""
-    count = x.shape[0] * x.shape[2]
-    running_mean, running_var, tracked = running
-    old_mean, old_var, seen = memory
-    if seen[()] == 0:
-        keep = 0.0
-    if update:
-        pace = _count_batch(tracked, pace)
-    whole = True
-    for c in range(x.shape[1]):
-        mean, var = _moments(x, c)
-        used_mean, used_var = mean, var
-        if keep > 0:  # momentum-bn eq. 8
-            used_mean = mean + keep * (old_mean[c] - mean)
-            used_var = var + keep * (old_var[c] - var)
-        means[c], variances[c], centers[c] = used_mean, used_var, mean
-        if update:
-            if _fits(used_var, old_var):
-                old_mean[c], old_var[c] = used_mean, used_var
-            else:
-                whole = False
-            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
-        _write(x, y, c, used_mean, weight[c] / math.sqrt(used_var + eps), bias[c])
-    if update and whole:
-        seen[()] += 1
-    return keep
-
-
-@_jit
-def _slide(window, new, sums):
-    """Push a step into a window where it is finite; `sums` become those with the step in it."""
-    length = window.shape[0]
-    sums[:] = new
-    for k in range(1, length):
-        for c in range(new.shape[0]):
-            sums[c] += window[k, c]
-    return length
-
-
-@_jit
-def _keep(window, new):
-    for k in range(window.shape[0] - 1):
-        for c in range(new.shape[0]):
-            if _fits(new[c], window):
-                window[k, c] = window[k + 1, c]
-    for c in range(new.shape[0]):
-        if _fits(new[c], window):
-            window[window.shape[0] - 1, c] = new[c]
-
-
-@_jit
-def moving_average_norm(
-    x, y, weight, bias, variances, rs, running, pace, eps, update, step, window, length, settings
-):
-    """Uncentred moving average batch normalization.
-
-    `settings` is (forward statistics, warm-up steps, renorm warm-up steps, clip). Whether the
-    averages are still the batch's own is returned.
-    """
-    _, running_var, tracked = running  # the uncentred form has no mean
-    now = step[()] + 1
-    warming = now < max(length + 1, settings[1])
-    plain = settings[0] != EMA or now <= max(settings[2], settings[1])
-    if update:
-        pace = _count_batch(tracked, pace)
-        step[()] = now
-    channels = x.shape[1]
-    new, average = np.empty(channels), np.empty(channels)
-    for c in range(channels):
-        new[c] = _second_moment(x, c)
-    average[:] = new
-    if settings[0] != BATCH:
-        _slide(window, new, average)
-        for c in range(channels):  # an empty place: a step that was not finite
-            alone = warming or (length > 1 and window[1, c] == 0)
-            average[c] = new[c] if alone else average[c] / length
-        if update:
-            _keep(window, new)
-    for c in range(channels):
-        used, r = average[c], 1.0
-        if not plain:  # moving-average-bn eq. 19
-            ratio = math.sqrt((used + eps) / (running_var[c] + eps))
-            r = min(max(ratio, 1 / settings[3]), settings[3])
-        variances[c], rs[c] = used, r
-        if update and _fits(used, running_var):
-            running_var[c] += pace * (used - running_var[c])
-        _write(x, y, c, 0.0, weight[c] * r / math.sqrt(used + eps), bias[c])
-    return warming
-
-
-@_jit
-def group_norm(x, y, weight, bias, means, variances, running, pace, eps, update):
-    """Batch-group normalization of one group of examples; a column a channel group."""
-    channels, columns = x.shape[1], means.shape[0]
-    width, count = channels // columns, x.shape[0] * x.shape[2]
-    update = update and count > 1
-    running_mean, running_var, tracked = running
-    pace = _count_batch(tracked, pace) if update else pace
-    own = np.empty((2, channels))
-    for c in range(channels):
-        own[0, c], own[1, c] = _moments(x, c)
-        if update:
-            var = _unbiased(own[1, c], count)
-            _track(c, own[0, c], var, pace, running_mean, running_var)
-    for k in range(columns):
-        mean = own[0, k * width : (k + 1) * width].mean()
-        var = 0.0
-        for c in range(k * width, (k + 1) * width):
-            var += (own[1, c] + (own[0, c] - mean) ** 2) / width
-        means[k], variances[k] = mean, var
-        for c in range(k * width, (k + 1) * width):
-            _write(x, y, c, mean, weight[c] / math.sqrt(var + eps), bias[c])
-
-
-@_jit
-def backward(dy, x, dx, weight, dw, db, means, variances, centers, rs, ds, share, eps):
-    """Gradients of the centred methods; columns of statistics may be groups of channels.
-
-    `rs` and `ds` are empty for 1 and 0, `centers` is empty for the means.
-    """
-    channels, columns = x.shape[1], means.shape[0]
-    width = channels // columns
-    count = x.shape[0] * x.shape[2] * width
-    renormed, apart = rs.shape[0] > 0, centers.shape[0] > 0
-    for k in range(columns):
-        mean, inverse = means[k], 1 / math.sqrt(variances[k] + eps)
-        center = centers[k] if apart else mean
-        r, d = (rs[k], ds[k]) if renormed else (1.0, 0.0)
-        g = psi = 0.0
-        for c in range(k * width, (k + 1) * width):
-            sum_dy, sum_dyz = _sums(dy, x, c, center)
-            sum_dyz = (sum_dyz + (center - mean) * sum_dy) * inverse
-            dw[c], db[c] = r * sum_dyz + d * sum_dy, sum_dy
-            g += weight[c] * r * sum_dy / count
-            psi += weight[c] * r * sum_dyz / count
-        on_x, constant = -share * psi * inverse * inverse, -share * g * inverse
-        for c in range(k * width, (k + 1) * width):
-            _gradient(dy, x, dx, c, center, weight[c] * r * inverse, on_x, constant)
-
-
-@_jit
-def moving_average_backward(
-    dy, x, dx, weight, dw, db, variances, rs, own, eps, update, kind, memory, count, pace
-):
-    """Gradients of the uncentred moving average form (moving-average-bn eq. 13 and 20).
-
-    `memory` is the window of Psi, its exponential average as a window of one, or empty.
-    """
-    channels, values = x.shape[1], x.shape[0] * x.shape[2]
-    psi, average = np.empty(channels), np.empty(channels)
-    for c in range(channels):
-        db[c], second = _sums(dy, x, c, 0.0)
-        dw[c] = rs[c] * second / math.sqrt(variances[c] + eps)
-        psi[c] = weight[c] * dw[c] / values
-    average[:] = psi
-    if kind == SMA:
-        _slide(memory, psi, average)
-        average /= min(count[()] + 1, memory.shape[0])
-        if update:
-            _keep(memory, psi)
-    elif kind == EMA:
-        old = 0.0 if count[()] == 0 else 1 - pace
+@jit
+def _forward_group(g, parts, x, y, starts, layout, weight, bias, own, used, rule):
+    """Statistics and output of a group of examples."""
+    period, inner, example = layout
+    first, last = starts[g] * example, starts[g + 1] * example
+    channels, eps, centered = own.shape[2], rule[1], rule[0] != WINDOW
+    repeats = period // (channels * inner)
+    shift = np.zeros((repeats, channels, inner), x.dtype)
+    if centered:
         for c in range(channels):
-            average[c] = psi[c] + old * (memory[0, c] - psi[c])
-            if update and _fits(psi[c], memory):
-                memory[0, c] = average[c]
-    if kind != BATCH and update:
-        count[()] += 1
+            shift[:, c] = x[first + c * inner]
+    sums = np.zeros((parts, 2, period))
+    fork(row_moments, parts, (x, first, last, shift.reshape(-1), sums))
+    count, total = (last - first) // channels, _per_channel(sums, shift.shape)
     for c in range(channels):
-        inverse = 1 / math.sqrt(variances[c] + eps)
-        used = psi[c] if own else average[c]
-        _gradient(dy, x, dx, c, 0.0, weight[c] * rs[c] * inverse, -used * inverse * inverse, 0.0)
+        away = np.float64(shift[0, c, 0])
+        own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
+    on, width = np.empty((3, *shift.shape), x.dtype), channels // used.shape[2]
+    for k in range(used.shape[2]):
+        choose(rule, own, used, g, k, width)
+        for c in range(k * width, (k + 1) * width):
+            mean, scale, constant = factors(used, g, k, c, weight, bias, eps)
+            on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
+    fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
+
+
+@jit
+def _forward_groups(part, parts, x, y, starts, layout, weight, bias, own, used, rule):
+    """Some groups of examples, each by one thread."""
+    groups = starts.shape[0] - 1
+    for g in range(groups * part // parts, groups * (part + 1) // parts):
+        _forward_group(g, 1, x, y, starts, layout, weight, bias, own, used, rule)
+
+
+@jit
+def forward(
+    kind,
+    x,
+    y,
+    last,
+    starts,
+    weight,
+    bias,
+    parts,
+    own,
+    used,
+    running,
+    memory,
+    counter,
+    settings,
+    pace,
+    eps,
+    update,
+):
+    """Normalize a batch, and remember it if it is to `update`.
+
+    Args:
+        kind: How statistics are chosen.
+        x: Input.
+        y: Output, to be written.
+        last: Whether channels are.
+        starts: Where groups of examples begin, and the end.
+        weight: Scale.
+        bias: Shift.
+        parts: Threads.
+        own: Takes the groups' own statistics, ``(2, G, C)``; it may be `used`.
+        used: Takes those to normalize by, ``(2 or 4, G, K)``.
+        running: Running mean, running variance, batches tracked.
+        memory: Mean, variance and window of the method.
+        counter: Steps of the method's memory.
+        settings: RENORM's (max_r, max_d, warm-up steps, smooth), MOMENTUM's weight of the old
+            averages, WINDOW's (length, warm-up steps, renorm warm-up steps, clip or 0).
+        pace: Weight of the new running statistics; below 0 for the mean of all.
+        eps: Added to the variance.
+        update: Whether state may change.
+
+    Returns:
+        MOMENTUM's weight of the old averages in what was used; for WINDOW, 1 where the statistics
+        are the batch's own; else 0.
+    """
+    running_mean, running_var, tracked = running
+    old_mean, old_var, window = memory
+    now = counter[()] + 1
+    first = second = result = 0.0
+    if kind == RENORM:
+        if settings[3] > 0 and settings[2] > 0:
+            opened = min(now / settings[2], 1.0)
+        else:
+            opened = 1.0 if now > settings[2] else 0.0
+        first, second = 1 + opened * (settings[0] - 1), opened * settings[1]
+    elif kind == MOMENTUM:
+        first = result = settings[0] if counter[()] > 0 else 0.0
+    elif kind == WINDOW:
+        warming = now < max(settings[0] + 1, settings[1])
+        first = 0.0 if warming or window.shape[0] == 0 else settings[0]
+        second = settings[3] if now > max(settings[2], settings[1]) else 0.0
+        result = 1.0 if warming else 0.0
+    rule = (kind, eps, old_mean, old_var, window, first, second)
+    groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
+    if _in_rows(x, last):
+        layout, flat_x, flat_y = _layout(x, last, starts), x.reshape(-1), y.reshape(-1)
+        if groups >= parts:
+            some = (flat_x, flat_y, starts, layout, weight, bias, own, used, rule)
+            fork(_forward_groups, parts, some)
+        else:
+            for g in range(groups):
+                _forward_group(
+                    g, parts, flat_x, flat_y, starts, layout, weight, bias, own, used, rule
+                )
+    else:
+        fork(_forward_planes, parts, (x, y, starts, weight, bias, own, used, rule))
+    if not update:
+        return result
+    if kind == PLAIN:
+        track_groups(own, starts, values, pace, running_mean, running_var, tracked)
+        return result
+    pace, count, whole = count_batch(tracked, pace), (starts[1] - starts[0]) * values, 1
+    for c in range(running_mean.shape[0]):
+        if kind == WINDOW:
+            if fits(used[1, 0, c], running_var):  # the uncentred form has no mean
+                running_var[c] += pace * (used[1, 0, c] - running_var[c])
+        else:
+            var = unbiased(own[1, 0, c], count)
+            track(c, own[0, 0, c], var, pace, running_mean, running_var)
+        if kind == MOMENTUM:
+            if fits(used[1, 0, c], old_var):
+                old_mean[c], old_var[c] = used[0, 0, c], used[1, 0, c]
+            else:
+                whole = 0
+    if kind == WINDOW and window.shape[0] > 0:
+        keep(window, own[1, 0])
+    counter[()] += whole
+    return result
+
+
+# --- backward ---------------------------------------------------------------
+
+
+@jit
+def _backward_planes(part, parts, dy, x, dx, starts, weight, used, centers, sums, on, rule, wanted):
+    """Sums and gradient of some columns, each while it is in cache."""
+    groups, columns = used.shape[1], used.shape[2]
+    width = x.shape[1] // columns
+    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    for g in range(groups):
+        first, last = starts[g], starts[g + 1]
+        count = (last - first) * x.shape[2] * width
+        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+            center = centers[g, k]
+            for c in range(k * width, (k + 1) * width):
+                sums[0, g, c], sums[1, g, c] = plane_sums(dy, x, c, first, last, center)
+            flow(rule, sums, used, centers, weight, on, g, k, width, count)
+            if wanted:
+                for c in range(k * width, (k + 1) * width):
+                    on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
+                    plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant)
+
+
+@jit
+def _backward_group(
+    g, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+):
+    """Sums and gradient of a group of examples."""
+    period, inner, example = layout
+    first, last = starts[g] * example, starts[g + 1] * example
+    channels, columns = sums.shape[2], used.shape[2]
+    width = channels // columns
+    center = np.empty((period // (channels * inner), channels, inner), x.dtype)
+    for c in range(channels):
+        center[:, c] = centers[g, c // width]
+    partial = np.zeros((parts, 2, period))
+    fork(row_sums, parts, (dy, x, first, last, center.reshape(-1), partial))
+    total = _per_channel(partial, center.shape)
+    for c in range(channels):
+        rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
+        sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
+    for k in range(columns):
+        flow(rule, sums, used, centers, weight, on, g, k, width, (last - first) // columns)
+    if wanted:
+        table = np.empty((3, *center.shape), x.dtype)
+        for kind in range(3):
+            for c in range(channels):
+                table[kind, :, c] = on[kind, g, c]
+        rows = table.reshape(3, -1)
+        fork(row_gradient, parts, (dy, x, dx, first, last, center.reshape(-1), rows))
+
+
+@jit
+def _backward_groups(
+    part, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+):
+    """Some groups of examples, each by one thread."""
+    groups = starts.shape[0] - 1
+    for g in range(groups * part // parts, groups * (part + 1) // parts):
+        _backward_group(
+            g, 1, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+        )
+
+
+@jit
+def backward(
+    dy,
+    x,
+    dx,
+    last,
+    starts,
+    weight,
+    dw,
+    db,
+    wanted,
+    parts,
+    used,
+    centers,
+    share,
+    centered,
+    eps,
+    kind,
+    memory,
+    counter,
+    old,
+    own,
+    update,
+):
+    """Gradients of `forward`.
+
+    Args:
+        dy: Gradient of the output.
+        x: Input.
+        dx: Takes the gradient of the input.
+        last: Whether channels are.
+        starts: Where groups of examples begin, and the end.
+        weight: Scale.
+        dw: Takes the gradient of the scale.
+        db: Takes the gradient of the shift.
+        wanted: Whether to write `dx`.
+        parts: Threads.
+        used: Statistics that it was normalized by.
+        centers: Centres of the groups' own variances, ``(G, K)``.
+        share: Part of the groups' own statistics in `used`.
+        centered: Whether a mean was subtracted.
+        eps: Added to the variance.
+        kind: Which averages of Psi, BATCH for none.
+        memory: A window of them, or an exponential average as a window of one.
+        counter: Steps in them.
+        old: Weight of the old exponential average.
+        own: Whether the batch's own Psi is used whatever is remembered.
+        update: Whether averages may change.
+    """
+    groups, channels = used.shape[1], weight.shape[0]
+    sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
+    steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
+    old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
+    rule = (eps, share, centered, memory, steps, old_weight)
+    if _in_rows(x, last):
+        layout = _layout(x, last, starts)
+        above, below, out = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
+        if groups >= parts:
+            rows = (above, below, out, starts, layout, weight, used, centers, sums, on, rule)
+            fork(_backward_groups, parts, (*rows, wanted))
+        else:
+            for g in range(groups):
+                _backward_group(
+                    g,
+                    parts,
+                    above,
+                    below,
+                    out,
+                    starts,
+                    layout,
+                    weight,
+                    used,
+                    centers,
+                    sums,
+                    on,
+                    rule,
+                    wanted,
+                )
+    else:
+        some = (dy, x, dx, starts, weight, used, centers, sums, on, rule, wanted)
+        fork(_backward_planes, parts, some)
+    for c in range(channels):
+        first = second = 0.0
+        for g in range(groups):
+            first += sums[0, g, c]
+            second += sums[1, g, c]
+        db[c], dw[c] = first, second
+    if update and kind != BATCH:
+        values = x.size // channels
+        psi = np.empty(channels)
+        for c in range(channels):
+            psi[c] = weight[c] * sums[1, 0, c] / values
+        if kind == SMA:
+            keep(memory, psi)
+        else:
+            weight_of_old = old if counter[()] > 0 else 0.0
+            for c in range(channels):
+                if fits(psi[c], memory):
+                    memory[0, c] = psi[c] + weight_of_old * (memory[0, c] - psi[c])
+        counter[()] += 1

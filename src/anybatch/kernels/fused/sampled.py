@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit, prange
 
 from anybatch.kernels.fused.arrays import read as read
-from anybatch.kernels.fused.loops import _count_batch, _track, _unbiased
+from anybatch.kernels.fused.rules import count_batch, track, unbiased
 
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue fights torch's
 _FAST = {"reassoc", "contract", "nsz"}
@@ -223,7 +223,7 @@ PLANES_CORRECT, ROWS_CORRECT = _jit(_planes_correct), _jit(_rows_correct)
 def _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts):
     """The rule of all channels: statistics, running statistics, scale and shift."""
     running_mean, running_var, tracked = running
-    pace = _count_batch(tracked, pace) if update else pace
+    pace = count_batch(tracked, pace) if update else pace
     for c in range(weight.shape[0]):
         mean, var = table[0, c], table[1, c]
         if shares[1] > 0:  # bn-sampling eq. 4
@@ -231,7 +231,7 @@ def _decide(table, shares, count, weight, bias, running, pace, eps, update, stat
             var = shares[0] * var + shares[1] * table[3, c]
         stats[0, c], stats[1, c] = mean, var
         if update:
-            _track(c, mean, _unbiased(var, count), pace, running_mean, running_var)
+            track(c, mean, unbiased(var, count), pace, running_mean, running_var)
         scales[c], shifts[c] = weight[c] / math.sqrt(var + eps), bias[c]
 
 

@@ -1,0 +1,168 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The compiled passes over an activation.
+
+In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a channel is read,
+decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
+channels: sums are kept for each place of a row, a few positions of all channels side by side.
+
+Sums are float64; rows add up a few values in the input's type first, which halves their time.
+"""
+
+import numpy as np
+from numba import njit
+
+# Arrays are taken out of tuples before the loops: doing so counts references.
+# Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
+jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+@jit
+def settle(total, squares, count, shift, centered):
+    """Mean and biased variance from the sums of x - shift and its square; or 0 and mean square."""
+    if not centered:
+        return 0.0, squares / count
+    offset = total / count
+    var = squares / count - offset * offset
+    return shift + offset, 0.0 if var < 0 else var
+
+
+# --- planes -----------------------------------------------------------------
+
+
+@jit
+def plane_moments(x, c, first, last, centered):
+    """Mean and biased variance of a channel in some examples, or 0 and its mean square.
+
+    In one pass: with a value of the channel subtracted, float64 loses nothing by it.
+    """
+    shift = np.float64(x[first, c, 0]) if centered else 0.0
+    total = squares = 0.0
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            offset = x[i, c, k] - shift
+            total += offset
+            squares += offset * offset
+    return settle(total, squares, (last - first) * x.shape[2], shift, centered)
+
+
+@jit
+def plane_write(x, y, c, first, last, mean, scale, shift):
+    """Write y = (x - mean) * scale + shift."""
+    dtype = x.dtype.type
+    mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            y[i, c, k] = (x[i, c, k] - mean) * scale + shift
+
+
+@jit
+def plane_sums(dy, x, c, first, last, center):
+    """Return sum(dy) and sum(dy * (x - center))."""
+    total = product = 0.0
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            total += dy[i, c, k]
+            product += dy[i, c, k] * (x[i, c, k] - center)
+    return total, product
+
+
+@jit
+def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
+    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
+    dtype = x.dtype.type
+    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            dx[i, c, k] = on_dy * dy[i, c, k] + on_x * (x[i, c, k] - center) + constant
+
+
+# --- rows -------------------------------------------------------------------
+#
+# A pass reads from two or four distant places at once: each is a stream that the processor
+# fetches ahead of, and what stands for a place of a row is loaded once for all of them.
+
+
+@jit
+def _stretch(part, parts, first, last, period, streams):
+    """Where a part begins and ends, in whole rows, and how long each of its streams is."""
+    rows = -(-(last - first) // period)
+    begin = first + period * (rows * part // parts)
+    end = min(last, first + period * (rows * (part + 1) // parts))
+    return begin, end, (end - begin) // streams // period * period
+
+
+@jit
+def row_moments(part, parts, x, first, last, shift, sums):
+    """Add up x - shift and its square for each place of a row."""
+    period = shift.shape[0]
+    begin, end, length = _stretch(part, parts, first, last, period, 4)
+    totals, squares = sums[part, 0], sums[part, 1]
+    second, third, fourth = begin + length, begin + 2 * length, begin + 3 * length
+    for at in range(0, length, period):
+        one, two = x[begin + at : begin + at + period], x[second + at : second + at + period]
+        three, four = x[third + at : third + at + period], x[fourth + at : fourth + at + period]
+        for j in range(period):
+            away = shift[j]
+            a, b, c, d = one[j] - away, two[j] - away, three[j] - away, four[j] - away
+            totals[j] += (a + b) + (c + d)
+            squares[j] += (a * a + b * b) + (c * c + d * d)
+    for at in range(begin + 4 * length, end, period):
+        row = x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            offset = np.float64(row[j] - shift[j])
+            totals[j] += offset
+            squares[j] += offset * offset
+
+
+@jit
+def row_write(part, parts, x, y, first, last, table):
+    """Write y = (x - mean) * scale + shift."""
+    means, scales, shifts = table[0], table[1], table[2]
+    period = means.shape[0]
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        out, out_two = y[at : at + period], y[far : far + period]
+        for j in range(period):
+            mean, scale, shift = means[j], scales[j], shifts[j]
+            out[j] = (one[j] - mean) * scale + shift
+            out_two[j] = (two[j] - mean) * scale + shift
+    for at in range(begin + 2 * length, end, period):
+        row, out = x[at : min(at + period, end)], y[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            out[j] = (row[j] - means[j]) * scales[j] + shifts[j]
+
+
+@jit
+def row_sums(part, parts, dy, x, first, last, center, sums):
+    """Add up dy and dy * (x - center) for each place of a row."""
+    period = center.shape[0]
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    totals, products = sums[part, 0], sums[part, 1]
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        above, above_two = dy[at : at + period], dy[far : far + period]
+        for j in range(period):
+            a, b, middle = above[j], above_two[j], center[j]
+            totals[j] += a + b
+            products[j] += a * (one[j] - middle) + b * (two[j] - middle)
+    for at in range(begin + 2 * length, end, period):
+        above, row = dy[at : min(at + period, end)], x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            totals[j] += above[j]
+            products[j] += above[j] * (row[j] - center[j])
+
+
+@jit
+def row_gradient(part, parts, dy, x, dx, first, last, center, table):
+    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
+    on_dy, on_x, constant = table[0], table[1], table[2]
+    period = center.shape[0]
+    begin, end, _ = _stretch(part, parts, first, last, period, 1)
+    for at in range(begin, end, period):
+        stop = min(at + period, end)
+        above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
+        for j in range(row.shape[0]):
+            out[j] = on_dy[j] * above[j] + on_x[j] * (row[j] - center[j]) + constant[j]
