@@ -426,7 +426,6 @@ class _Compiled(torch.autograd.Function):
             layer._number(),
             layer.eps,
             update,
-            torch.get_num_threads(),
         )
         mean, var = torch.from_numpy(ctx.kept.stats).to(weight.dtype)
         layer._last = ctx.statistics = Statistics(mean, var)
@@ -459,7 +458,6 @@ class _Compiled(torch.autograd.Function):
             db.numpy(),
             ctx.kept,
             ctx.eps,
-            torch.get_num_threads(),
         )
         grads = (dx, dw, db)
         wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]

@@ -11,57 +11,19 @@ of adjacent pixels: example, first pixel, length. A second, empty table is none.
 """
 
 import math
-import os
-from types import FunctionType
 
-import numba
 import numpy as np
-from numba import njit, prange
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.passes import jit
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
+from anybatch.kernels.fused.threads import fork, parts
 
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # workqueue fights torch's
-_FAST = {"reassoc", "contract", "nsz"}
-SMALL = 2**15  # values of a batch up to which one thread is enough
 _CHUNK = 2048  # values of a plane that are summed in the type of the data
 _WIDE = 512  # rows of few channels are taken together, up to so many values
-_forked = False
 
 
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _jit(function):
-    """A serial and a parallel version of a kernel."""
-    # The cache on disk goes by the name: under one, either would be taken for the other.
-    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
-    twin.__qualname__ = twin.__name__
-    return tuple(
-        njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST, parallel=parallel)(f)
-        for f, parallel in ((function, False), (twin, True))
-    )
-
-
-def version(values: int, threads: int) -> int:
-    """0 for the serial version of a kernel, 1 for the parallel one, whose threads it sets.
-
-    Args:
-        values: In the batch.
-        threads: That torch uses.
-    """
-    if threads == 1 or values <= SMALL or _forked:
-        return 0
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    return 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+@jit
 def _plane_moments(x, c, channels, runs):
     """Count, mean and biased variance of a channel's sampled values, in two passes."""
     count, total = 0, 0.0
@@ -79,15 +41,16 @@ def _plane_moments(x, c, channels, runs):
     return count, mean, squares / max(count, 1)
 
 
-def _planes_statistics(x, channels, length, first, second, table):
+@jit
+def _planes_statistics(part, parts, x, channels, length, first, second, table):
     """Write each channel's (mean, variance) of both samples into `table`."""
-    for c in prange(channels):
+    for c in range(channels * part // parts, channels * (part + 1) // parts):
         _, table[0, c], table[1, c] = _plane_moments(x, c, channels, first)
         if second.shape[0] > 0:
             _, table[2, c], table[3, c] = _plane_moments(x, c, channels, second)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
+@jit
 def _row_moments(x, length, runs, begin, end, row_mean, row_var):
     """The same of channels `begin` to `end`, from rows, in one pass about the first values."""
     count = 0
@@ -113,41 +76,45 @@ def _row_moments(x, length, runs, begin, end, row_mean, row_var):
         row_mean[c] = mean + shift[c]
 
 
-def _rows_statistics(x, channels, length, first, second, table):
+@jit
+def _rows_statistics(part, parts, x, channels, length, first, second, table):
     blocks = (channels + 15) // 16
-    for b in prange(blocks):
+    for b in range(blocks * part // parts, blocks * (part + 1) // parts):
         begin, end = b * 16, min(b * 16 + 16, channels)
         _row_moments(x, length, first, begin, end, table[0], table[1])
         if second.shape[0] > 0:
             _row_moments(x, length, second, begin, end, table[2], table[3])
 
 
-def _planes_affine(x, y, means, scales, shifts):
+@jit
+def _planes_affine(part, parts, x, y, means, scales, shifts):
     """Write y = (x - mean) * scale + shift."""
     planes, length = x.shape
     channels = means.shape[0]
-    for p in prange(planes):
+    for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale, shift = means[c], scales[c], shifts[c]
         for k in range(length):
             y[p, k] = (x[p, k] - mean) * scale + shift
 
 
-def _rows_affine(x, y, scales, shifts):
+@jit
+def _rows_affine(part, parts, x, y, scales, shifts):
     """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
-    for i in prange(rows):
+    for i in range(rows * part // parts, rows * (part + 1) // parts):
         row_x, row_y = x[i], y[i]
         for c in range(width):
             row_y[c] = row_x[c] * scales[c] + shifts[c]
 
 
-def _planes_backward(dy, x, dx, means, scales, sums):
+@jit
+def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
     """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
     planes, length = x.shape
     channels = means.shape[0]
     dtype = x.dtype.type
-    for p in prange(planes):
+    for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale = means[c], scales[c]
         total, moment = 0.0, 0.0
@@ -166,12 +133,13 @@ def _planes_backward(dy, x, dx, means, scales, sums):
         sums[p, 1, 0] = moment
 
 
-def _rows_backward(dy, x, dx, means, scales, sums):
+@jit
+def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
     """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
-    for b in prange(blocks):
+    for b in range(blocks * part // parts, blocks * (part + 1) // parts):
         one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
         total, moment = np.zeros(width), np.zeros(width)
         end = min(b * share + share, rows)
@@ -192,10 +160,11 @@ def _rows_backward(dy, x, dx, means, scales, sums):
         sums[b, 1] = moment
 
 
-def _planes_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
+@jit
+def _planes_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
     """Write dx = scale * dy + on_x * (x - center) + constant in a sample."""
     channels = centers.shape[0]
-    for c in prange(channels):
+    for c in range(channels * part // parts, channels * (part + 1) // parts):
         center, scale, factor, constant = centers[c], scales[c], on_x[c], constants[c]
         for r in range(runs.shape[0]):
             p, begin, end = runs[r, 0] * channels + c, runs[r, 1], runs[r, 1] + runs[r, 2]
@@ -204,8 +173,9 @@ def _planes_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
                 some_dx[k] = scale * some_dy[k] + factor * (some_x[k] - center) + constant
 
 
-def _rows_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
-    for r in prange(runs.shape[0]):
+@jit
+def _rows_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+    for r in range(runs.shape[0] * part // parts, runs.shape[0] * (part + 1) // parts):
         start = runs[r, 0] * length + runs[r, 1]
         for i in range(start, start + runs[r, 2]):
             for c in range(centers.shape[0]):
@@ -213,13 +183,55 @@ def _rows_correct(dy, x, dx, length, runs, centers, scales, on_x, constants):
                 dx[i, c] = d + constants[c]
 
 
-PLANES_STATISTICS, ROWS_STATISTICS = _jit(_planes_statistics), _jit(_rows_statistics)
-PLANES_AFFINE, ROWS_AFFINE = _jit(_planes_affine), _jit(_rows_affine)
-PLANES_BACKWARD, ROWS_BACKWARD = _jit(_planes_backward), _jit(_rows_backward)
-PLANES_CORRECT, ROWS_CORRECT = _jit(_planes_correct), _jit(_rows_correct)
+@jit
+def planes_statistics(parts, x, channels, length, first, second, table):
+    """`_planes_statistics` on so many threads."""
+    fork(_planes_statistics, parts, (x, channels, length, first, second, table))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@jit
+def rows_statistics(parts, x, channels, length, first, second, table):
+    """`_rows_statistics` on so many threads."""
+    fork(_rows_statistics, parts, (x, channels, length, first, second, table))
+
+
+@jit
+def planes_affine(parts, x, y, means, scales, shifts):
+    """`_planes_affine` on so many threads."""
+    fork(_planes_affine, parts, (x, y, means, scales, shifts))
+
+
+@jit
+def rows_affine(parts, x, y, scales, shifts):
+    """`_rows_affine` on so many threads."""
+    fork(_rows_affine, parts, (x, y, scales, shifts))
+
+
+@jit
+def planes_backward(parts, dy, x, dx, means, scales, sums):
+    """`_planes_backward` on so many threads."""
+    fork(_planes_backward, parts, (dy, x, dx, means, scales, sums))
+
+
+@jit
+def rows_backward(parts, dy, x, dx, means, scales, sums):
+    """`_rows_backward` on so many threads."""
+    fork(_rows_backward, parts, (dy, x, dx, means, scales, sums))
+
+
+@jit
+def planes_correct(parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+    """`_planes_correct` on so many threads."""
+    fork(_planes_correct, parts, (dy, x, dx, length, runs, centers, scales, on_x, constants))
+
+
+@jit
+def rows_correct(parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+    """`_rows_correct` on so many threads."""
+    fork(_rows_correct, parts, (dy, x, dx, length, runs, centers, scales, on_x, constants))
+
+
+@jit
 def _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts):
     """The rule of all channels: statistics, running statistics, scale and shift."""
     running_mean, running_var, tracked = running
@@ -235,7 +247,7 @@ def _decide(table, shares, count, weight, bias, running, pace, eps, update, stat
         scales[c], shifts[c] = weight[c] / math.sqrt(var + eps), bias[c]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, work):
     """Sums over everything, and the factors of both samples' correction, into `work`."""
     channels = weight.shape[0]
@@ -310,7 +322,7 @@ class Kept:
         self.stats, self.table = stats, table
 
 
-def forward(x, y, planes, sample, weight, bias, running, pace, eps, update, threads):
+def forward(x, y, planes, sample, weight, bias, running, pace, eps, update):
     """The whole forward.
 
     Args:
@@ -324,54 +336,55 @@ def forward(x, y, planes, sample, weight, bias, running, pace, eps, update, thre
         pace: Momentum, -1 for the mean of all batches.
         eps: Added to the variance.
         update: Whether state may change.
-        threads: That torch uses.
 
     Returns:
         What `backward` needs.
     """
     runs, shares, counts, length = sample
     channels, dtype = weight.shape[0], x.dtype
-    which = version(x.size, threads)
+    many = parts(x.size)
     table, stats = np.empty((4, channels)), np.empty((2, channels))
     scales, shifts = np.empty(channels), np.empty(channels)
-    statistics = (PLANES_STATISTICS if planes else ROWS_STATISTICS)[which]
-    statistics(x, channels, length, runs[0], runs[1], table)
+    statistics = planes_statistics if planes else rows_statistics
+    statistics(many, x, channels, length, runs[0], runs[1], table)
     count = counts[0] + counts[1]
     _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
     if planes:
         rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
-        PLANES_AFFINE[which](x, y, *rows)
+        planes_affine(many, x, y, *rows)
     else:
         take = _wide(channels, x.shape[0])
         pair = scales, shifts - stats[0] * scales
         rows = [np.tile(row.astype(dtype), take) for row in pair]
-        ROWS_AFFINE[which](x.reshape(-1, take * channels), y.reshape(-1, take * channels), *rows)
+        shape = (-1, take * channels)
+        rows_affine(many, x.reshape(shape), y.reshape(shape), *rows)
     return Kept(runs, shares, counts, stats, table)
 
 
-def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps, threads):
+def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps):
     """The whole backward; arrays as in `forward`."""
     channels, dtype = weight.shape[0], x.dtype
-    which = version(x.size, threads)
+    many = parts(x.size)
     work = np.zeros((7, channels))
     mean = kept.stats[0].astype(dtype)
     scales = (weight / np.sqrt(kept.stats[1] + eps)).astype(dtype)
     work[0] = mean
     if planes:
         sums = np.empty((x.shape[0], 2, 1))
-        PLANES_BACKWARD[which](dy, x, dx, mean, scales, sums)
+        planes_backward(many, dy, x, dx, mean, scales, sums)
     else:
         take = _wide(channels, x.shape[0])
         rows = x.shape[0] // take
-        sums = np.empty((min(8 * threads, rows) if which else 1, 2, take * channels))
+        sums = np.empty((min(8 * many, rows) if many > 1 else 1, 2, take * channels))
         shape = (rows, take * channels)
         wide = (np.tile(mean, take), np.tile(scales, take))
-        ROWS_BACKWARD[which](dy.reshape(shape), x.reshape(shape), dx.reshape(shape), *wide, sums)
+        flat = dy.reshape(shape), x.reshape(shape), dx.reshape(shape)
+        rows_backward(many, *flat, *wide, sums)
     _combine(
         sums, planes, weight, kept.stats, kept.table, kept.shares, kept.counts, eps, dw, db, work
     )
-    correct = (PLANES_CORRECT if planes else ROWS_CORRECT)[which]
+    correct = planes_correct if planes else rows_correct
     for s in range(2):
         if kept.shares[s] > 0:
             center, on_x, constant = work[1 + 3 * s : 4 + 3 * s].astype(dtype)
-            correct(dy, x, dx, length, kept.runs[s], center, scales, on_x, constant)
+            correct(many, dy, x, dx, length, kept.runs[s], center, scales, on_x, constant)
