@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench docs clean
+.PHONY: help demo test test-slow test-gpu check format bench docs package clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,19 @@ bench: $(VENV)/.dev  ## time training steps against nn.BatchNorm, and the import
 
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# torch is installed in an environment of its own, once; then wheel and sdist, one after the other.
+package: $(VENV)/.dev  ## build wheel and sdist, and try both in an empty environment
+	rm -rf dist build/package
+	$(BIN)/python -m build --quiet .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/package
+	build/package/bin/python -m pip install --quiet "$(TORCH)" "hatchling>=1.25"
+	cp tests/package/smoke.py build/smoke.py
+	for file in dist/*.whl dist/*.tar.gz; do \
+		build/package/bin/python -m pip install --quiet --no-deps --no-build-isolation \
+			--force-reinstall $$file && (cd build && package/bin/python smoke.py) || exit 1; \
+	done
 
 clean:  ## remove the environment and every build product
 	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,8 +42,8 @@ class ExampleWeightTuning:
         values: The metric at each of them.
         best: The alpha with the best value; among equals the one with the lowest
             loss, then the one nearest to `plain`.
-        plain: The alpha at which the network is what it was trained to be: 0, or 1
-            where all its norms are group norms.
+        plain: The alpha of the network as it is: 0 for batch norms, 1 for group norms, the
+            layers' own `example_weight` where they have one (0 where its norms differ).
         examples: Examples in the data.
         curves: Every metric that was measured, by name.
         maximize: Whether larger is better.

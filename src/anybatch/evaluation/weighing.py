@@ -129,10 +129,10 @@ class Weighing:
 
     @property
     def plain(self) -> float:
-        """The weight at which the network is what it was trained to be: 1 for group norms alone."""
-        groups = [m for m, _ in self.torchs if isinstance(m, nn.GroupNorm)]
-        groups += [m for m, _ in self.own if isinstance(m, RunningGroupNorm)]  # type: ignore[misc]
-        return 1.0 if len(groups) == len(self.own) + len(self.torchs) else 0.0
+        """The weight of the network as it is: 0 for torch's batch norms, 1 for its group norms."""
+        weights = {alpha for _, alpha in self.own}
+        weights |= {1.0 if isinstance(m, nn.GroupNorm) else 0.0 for m, _ in self.torchs}
+        return weights.pop() if len(weights) == 1 else 0.0
 
     def set(self, alpha: float) -> None:
         """Weigh by alpha from now on."""

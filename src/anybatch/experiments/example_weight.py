@@ -33,7 +33,7 @@ class Weighed:
 
     Attributes:
         label: How they were trained.
-        plain: The weight that changes nothing: 0, for group norms 1.
+        plain: The weight of the network as it is.
         alphas: The tuned weights, two a seed.
         plain_loss: Test loss without example weighing.
         tuned_loss: Test loss with the weight tuned on the other half.
