@@ -69,7 +69,7 @@ def test_curves_are_those_of_the_reference(method: str, metric: str, in_one_pass
     assert result.values == result.curves[metric]
     best = min(expected["loss"]) if metric == "loss" else max(expected[metric])
     assert result.best_value == pytest.approx(best, rel=1e-6)
-    assert result.plain == (1.0 if method == "gn" else 0.0)
+    assert result.plain == {"gn": 1.0, "bgn": 0.5}.get(method, 0.0)
     assert result.examples == 23
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
