@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
     "options",
     [
         {},
-        {"accumulate": 4},
+        {"accumulate": 4, "batch_size": 8},
         {"norm_batch_size": 2, "batch_size": 16},
         {"precision": "bfloat16"},
     ],
