@@ -135,7 +135,8 @@ class Compiled(torch.autograd.Function):
         cut: Partition,
         update: bool,
     ) -> Tensor:
-        y, last = torch.empty_like(x), not x.is_contiguous()
+        y: Tensor = loops.empty_like(x)
+        last = not x.is_contiguous()
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
         w, b = weight.detach().numpy(), bias.detach().numpy()
         steps, kept = _steps(cut), []
@@ -160,7 +161,7 @@ class Compiled(torch.autograd.Function):
             return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy, x = _ordered(dy.to(x.dtype), last), _ordered(x.detach(), last)
-        dx, one, parts = torch.empty_like(x), len(steps) == 1, loops.parts(x.numel())
+        dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
         shape = weight.shape if one else (len(steps), *weight.shape)
         dw, db = weight.new_empty(shape), weight.new_empty(shape)

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
     jit,
     plane_gradient,
@@ -54,6 +55,7 @@ __all__ = [
     "WINDOW",
     "backward",
     "cut",
+    "empty_like",
     "forward",
     "none",
     "parts",
