@@ -15,7 +15,13 @@ from anybatch.kernels.aten import (
     statistics_dtype,
     sums,
 )
-from anybatch.kernels.fused import cross_iteration_kernels, fused_for, is_watched, use_fused
+from anybatch.kernels.fused import (
+    cross_iteration_kernels,
+    fused_for,
+    is_watched,
+    lies_last,
+    use_fused,
+)
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.scalars import INFINITY, scalar
 
@@ -28,6 +34,7 @@ __all__ = [
     "fused_for",
     "gradient",
     "is_watched",
+    "lies_last",
     "moments",
     "pool_channels",
     "pool_groups",

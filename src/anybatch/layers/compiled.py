@@ -191,12 +191,18 @@ def _is_plain(x: Tensor) -> bool:
 
 def _ordered(x: Tensor, last: bool) -> Tensor:
     """A tensor whose channels lie first or last in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+    if not last:
+        return x.contiguous()
+    return x if kernels.lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+_CHANNELS_LAST = {2: (0, 1), 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 
 def _flat(x: Tensor, last: bool) -> Array:
     """An ordered tensor as an array ``(N, C, L)`` or ``(N, L, C)`` of the same memory."""
     examples, channels = x.shape[:2]
     if last:
-        return x.movedim(1, -1).numpy().reshape(examples, -1, channels)
+        array = x.numpy().transpose(_CHANNELS_LAST[x.dim()])
+        return array.reshape(examples, -1, channels)
     return x.numpy().reshape(examples, channels, -1)

@@ -58,10 +58,17 @@ def fused_for(
     if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
     large = x.numel() > SERIAL
-    if not x.is_contiguous() and (small or not x.movedim(1, -1).is_contiguous()):
+    if not x.is_contiguous() and (small or not lies_last(x)):
         return None
     kernels = None if small and large else _kernels()
     return None if kernels is None or (large and kernels.without_threads()) else kernels
+
+
+def lies_last(x: Tensor) -> bool:
+    """Whether the channels of a batch are innermost in memory, without gaps."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def is_watched() -> bool:
