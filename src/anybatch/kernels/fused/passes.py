@@ -5,7 +5,7 @@ In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a 
 decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
 channels: sums are kept for each place of a row, a few positions of all channels side by side.
 
-Sums are float64; rows add up a few values in the input's type first, which halves their time.
+Sums are float64; rows add up a few values in the input's type first, which spares conversions.
 """
 
 from typing import Any
