@@ -1,16 +1,22 @@
 """Time of a layer alone, forward and backward, relative to torch.nn.BatchNorm2d.
 
 Every method beside torch's layers, a ghost batch norm as trainers ship it (a loop over chunks)
-and a batch norm written in tensor operations; all in turn in one process, so that other work on
-the machine meets them alike; medians of the times, and of the ratios by round.
+and a batch norm written in tensor operations; all in turn in one process, in another order each
+round, so that other work on the machine and what the others leave in memory meet them alike;
+medians of the times, and of the ratios by round.
 
     python benchmarks/layers.py [--shapes 2x64x56x56 ...] [--format contiguous channels_last]
-        [--methods bn mabn ...] [--repeats 15] [--threads 2] [--csv layers.csv] [--memory]
+        [--methods bn mabn ...] [--repeats 15] [--threads 2] [--cpu-time] [--csv layers.csv]
+        [--memory]
+
+On a machine that does other work, ``--cpu-time --threads 1`` is steadier: with threads, each waits
+for the one that has to share its core.
 """
 
 import argparse
 import csv
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -115,7 +121,9 @@ def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     return call
 
 
-def measure(shape: str, form: str, names: tuple[str, ...], repeats: int) -> list[Row]:
+def measure(
+    shape: str, form: str, names: tuple[str, ...], repeats: int, clock: Callable[[], float]
+) -> list[Row]:
     """Time all layers on one shape."""
     sizes = tuple(int(size) for size in shape.split("x"))
     x = torch.randn(sizes).contiguous(memory_format=FORMATS[form]).requires_grad_()
@@ -124,12 +132,14 @@ def measure(shape: str, form: str, names: tuple[str, ...], repeats: int) -> list
     saved = {name: saved_bytes(layer, x) for name, layer in timed.items()}
     calls = {name: step(layer, x, dy) for name, layer in timed.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffled = list(calls), random.Random(0)
     for repeat in range(-STEPS, repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
+        shuffled.shuffle(order)  # what one frees is what the next gets
+        for name in order:
+            start = clock()
+            calls[name]()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     base, rows = times["nn.BatchNorm2d"], []
     for name, own in times.items():
         ratios = sorted(a / b for a, b in zip(own, base, strict=True))
@@ -178,16 +188,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHOD_NAMES, choices=METHODS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(f"torch {torch.__version__}, {given.threads} threads, {given.repeats} rounds")
     print(f"first step of a process: {compile_seconds():.1f} s")
-    rows = []
+    rows, clock = [], time.process_time if given.cpu_time else time.perf_counter
     for form in given.format:
         for shape in given.shapes:
-            rows += measure(shape, form, tuple(given.methods), given.repeats)
+            rows += measure(shape, form, tuple(given.methods), given.repeats, clock)
     show(rows)
     if given.memory:
         show_memory(rows)

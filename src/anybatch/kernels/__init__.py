@@ -19,8 +19,8 @@ from anybatch.kernels.elementary import example_affine, example_moments
 from anybatch.kernels.fused import (
     cross_iteration_kernels,
     fused_for,
-    is_last,
     is_watched,
+    lies_last,
     sampled_kernels_for,
     use_fused,
 )
@@ -39,8 +39,8 @@ __all__ = [
     "fixed_gradient",
     "fused_for",
     "gradient",
-    "is_last",
     "is_watched",
+    "lies_last",
     "moments",
     "pool_channels",
     "pool_groups",

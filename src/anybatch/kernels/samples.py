@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels.aten import gradient, moments
-from anybatch.kernels.fused import is_last
+from anybatch.kernels.fused import lies_last
 
 Place = int | Tensor
 _MASK = 2**31 - 1
@@ -90,7 +90,7 @@ def sample_moments(x: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
     # torch sums what is not dense in the type of the data: with a large mean that is too coarse.
     if isinstance(sample, Points):
         values = values.t().contiguous().unsqueeze(0)
-    elif not values.is_contiguous() and not is_last(values):
+    elif not values.is_contiguous() and not (values.dim() > 3 and lies_last(values)):
         values = values.contiguous()
     return moments(values, (values.shape[0],))
 

@@ -135,7 +135,8 @@ class Compiled(torch.autograd.Function):
         cut: Partition,
         update: bool,
     ) -> Tensor:
-        y, last = torch.empty_like(x), not x.is_contiguous()
+        y: Tensor = loops.empty_like(x)
+        last = not x.is_contiguous()
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
         w, b = loops.read(weight), loops.read(bias)
         steps, kept = _steps(cut), []
@@ -160,7 +161,7 @@ class Compiled(torch.autograd.Function):
             return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy, x = _ordered(dy.to(x.dtype), last), _ordered(x.detach(), last)
-        dx, one, parts = torch.empty_like(x), len(steps) == 1, loops.parts(x.numel())
+        dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
         shape = weight.shape if one else (len(steps), *weight.shape)
         dw, db = weight.new_empty(shape), weight.new_empty(shape)
@@ -190,12 +191,18 @@ def is_plain(x: Tensor) -> bool:
 
 def _ordered(x: Tensor, last: bool) -> Tensor:
     """A tensor whose channels lie first or last in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
+    if not last:
+        return x.contiguous()
+    return x if kernels.lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+_CHANNELS_LAST = {2: (0, 1), 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 
 def _flat(x: Tensor, last: bool) -> Array:
     """An ordered tensor as an array ``(N, C, L)`` or ``(N, L, C)`` of the same memory."""
     examples, channels = x.shape[:2]
     if last:
-        return x.movedim(1, -1).numpy().reshape(examples, -1, channels)
+        array = x.numpy().transpose(_CHANNELS_LAST[x.dim()])
+        return array.reshape(examples, -1, channels)
     return x.numpy().reshape(examples, channels, -1)

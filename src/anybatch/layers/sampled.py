@@ -411,7 +411,7 @@ class _Compiled(torch.autograd.Function):
         parts: tuple[Part, ...],
         update: bool,
     ) -> Tensor:
-        y = torch.empty_like(x)
+        y: Tensor = loops.empty_like(x)
         planes = _is_planes(x)
         sample = layer._runs(loops, x, parts)
         ctx.save_for_backward(x, weight)
@@ -447,7 +447,7 @@ class _Compiled(torch.autograd.Function):
             last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
             dy = dy.contiguous(memory_format=last)
         x = x.detach()
-        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        dx, dw, db = ctx.loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
         ctx.loops.backward(
             *arrays,

@@ -58,10 +58,17 @@ def fused_for(
     if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
     large = x.numel() > SERIAL
-    if not x.is_contiguous() and (small or not x.movedim(1, -1).is_contiguous()):
+    if not x.is_contiguous() and (small or not lies_last(x)):
         return None
     kernels = None if small and large else _kernels()
     return None if kernels is None or (large and kernels.without_threads()) else kernels
+
+
+def lies_last(x: Tensor) -> bool:
+    """Whether the channels of a batch are innermost in memory, without gaps."""
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def is_watched() -> bool:
@@ -109,16 +116,11 @@ def sampled_kernels_for(
         return None
     if x.device.type != "cpu" or type(x) is not Tensor or is_watched() or x.is_neg():
         return None
-    if not x.dtype == state.dtype == weight.dtype or not (x.is_contiguous() or is_last(x)):
+    if not x.dtype == state.dtype == weight.dtype or not (
+        x.is_contiguous() or (x.dim() > 3 and lies_last(x))
+    ):
         return None
     return None if _kernels() is None else _sampled_kernels()
-
-
-def is_last(x: Tensor) -> bool:
-    """Whether a batch is in the channels-last format of its dimensions."""
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @lru_cache(maxsize=1)

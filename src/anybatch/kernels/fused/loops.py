@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
     jit,
     plane_gradient,
@@ -55,6 +56,7 @@ __all__ = [
     "WINDOW",
     "backward",
     "cut",
+    "empty_like",
     "forward",
     "none",
     "parts",
@@ -122,7 +124,9 @@ def _per_channel(sums, shape):
 
 
 @jit
-def _forward_planes(part, parts, x, y, starts, weight, bias, own, used, rule):
+def _forward_planes(
+    part, parts, x, y, starts, weight, bias, own, used, rule, old_mean, old_var, window
+):
     """Statistics and output of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
     width, eps, centered = x.shape[1] // columns, rule[1], rule[0] != WINDOW
@@ -132,14 +136,16 @@ def _forward_planes(part, parts, x, y, starts, weight, bias, own, used, rule):
         for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
             for c in range(k * width, (k + 1) * width):
                 own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
-            choose(rule, own, used, g, k, width)
+            choose(rule, old_mean, old_var, window, own, used, g, k, width)
             for c in range(k * width, (k + 1) * width):
                 mean, scale, shift = factors(used, g, k, c, weight, bias, eps)
                 plane_write(x, y, c, first, last, mean, scale, shift)
 
 
 @jit
-def _forward_group(g, parts, x, y, starts, layout, weight, bias, own, used, rule):
+def _forward_group(
+    g, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
+):
     """Statistics and output of a group of examples."""
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
@@ -157,7 +163,7 @@ def _forward_group(g, parts, x, y, starts, layout, weight, bias, own, used, rule
         own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
     on, width = np.empty((3, *shift.shape), x.dtype), channels // used.shape[2]
     for k in range(used.shape[2]):
-        choose(rule, own, used, g, k, width)
+        choose(rule, old_mean, old_var, window, own, used, g, k, width)
         for c in range(k * width, (k + 1) * width):
             mean, scale, constant = factors(used, g, k, c, weight, bias, eps)
             on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
@@ -165,11 +171,15 @@ def _forward_group(g, parts, x, y, starts, layout, weight, bias, own, used, rule
 
 
 @jit
-def _forward_groups(part, parts, x, y, starts, layout, weight, bias, own, used, rule):
+def _forward_groups(
+    part, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
+):
     """Some groups of examples, each by one thread."""
     groups = starts.shape[0] - 1
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _forward_group(g, 1, x, y, starts, layout, weight, bias, own, used, rule)
+        _forward_group(
+            g, 1, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
+        )
 
 
 @jit
@@ -235,20 +245,18 @@ def forward(
         first = 0.0 if warming or window.shape[0] == 0 else settings[0]
         second = settings[3] if now > max(settings[2], settings[1]) else 0.0
         result = 1.0 if warming else 0.0
-    rule = (kind, eps, old_mean, old_var, window, first, second)
+    rule = (kind, eps, first, second)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
-    if _in_rows(x, last):
-        layout, flat_x, flat_y = _layout(x, last, starts), x.reshape(-1), y.reshape(-1)
+    rest = (weight, bias, own, used, rule, old_mean, old_var, window)
+    if not _in_rows(x, last):
+        fork(_forward_planes, parts, (x, y, starts, *rest))
+    else:
+        some = (x.reshape(-1), y.reshape(-1), starts, _layout(x, last, starts), *rest)
         if groups >= parts:
-            some = (flat_x, flat_y, starts, layout, weight, bias, own, used, rule)
             fork(_forward_groups, parts, some)
         else:
             for g in range(groups):
-                _forward_group(
-                    g, parts, flat_x, flat_y, starts, layout, weight, bias, own, used, rule
-                )
-    else:
-        fork(_forward_planes, parts, (x, y, starts, weight, bias, own, used, rule))
+                _forward_group(g, parts, *some)
     if not update:
         return result
     if kind == PLAIN:
@@ -277,7 +285,9 @@ def forward(
 
 
 @jit
-def _backward_planes(part, parts, dy, x, dx, starts, weight, used, centers, sums, on, rule, wanted):
+def _backward_planes(
+    part, parts, dy, x, dx, starts, weight, used, centers, sums, on, rule, memory, wanted
+):
     """Sums and gradient of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
     width = x.shape[1] // columns
@@ -289,7 +299,7 @@ def _backward_planes(part, parts, dy, x, dx, starts, weight, used, centers, sums
             center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
                 sums[0, g, c], sums[1, g, c] = plane_sums(dy, x, c, first, last, center)
-            flow(rule, sums, used, centers, weight, on, g, k, width, count)
+            flow(rule, memory, sums, used, centers, weight, on, g, k, width, count)
             if wanted:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
@@ -298,7 +308,7 @@ def _backward_planes(part, parts, dy, x, dx, starts, weight, used, centers, sums
 
 @jit
 def _backward_group(
-    g, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+    g, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
 ):
     """Sums and gradient of a group of examples."""
     period, inner, example = layout
@@ -315,7 +325,7 @@ def _backward_group(
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
         sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
     for k in range(columns):
-        flow(rule, sums, used, centers, weight, on, g, k, width, (last - first) // columns)
+        flow(rule, memory, sums, used, centers, weight, on, g, k, width, (last - first) // columns)
     if wanted:
         table = np.empty((3, *center.shape), x.dtype)
         for kind in range(3):
@@ -327,13 +337,13 @@ def _backward_group(
 
 @jit
 def _backward_groups(
-    part, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+    part, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
 ):
     """Some groups of examples, each by one thread."""
     groups = starts.shape[0] - 1
     for g in range(groups * part // parts, groups * (part + 1) // parts):
         _backward_group(
-            g, 1, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, wanted
+            g, 1, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
         )
 
 
@@ -390,34 +400,18 @@ def backward(
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
     old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
-    rule = (eps, share, centered, memory, steps, old_weight)
-    if _in_rows(x, last):
-        layout = _layout(x, last, starts)
-        above, below, out = dy.reshape(-1), x.reshape(-1), dx.reshape(-1)
+    rule = (eps, share, centered, steps, old_weight)
+    rest = (weight, used, centers, sums, on, rule, memory, wanted)
+    if not _in_rows(x, last):
+        fork(_backward_planes, parts, (dy, x, dx, starts, *rest))
+    else:
+        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
+        some = (*flat, starts, _layout(x, last, starts), *rest)
         if groups >= parts:
-            rows = (above, below, out, starts, layout, weight, used, centers, sums, on, rule)
-            fork(_backward_groups, parts, (*rows, wanted))
+            fork(_backward_groups, parts, some)
         else:
             for g in range(groups):
-                _backward_group(
-                    g,
-                    parts,
-                    above,
-                    below,
-                    out,
-                    starts,
-                    layout,
-                    weight,
-                    used,
-                    centers,
-                    sums,
-                    on,
-                    rule,
-                    wanted,
-                )
-    else:
-        some = (dy, x, dx, starts, weight, used, centers, sums, on, rule, wanted)
-        fork(_backward_planes, parts, some)
+                _backward_group(g, parts, *some)
     for c in range(channels):
         first = second = 0.0
         for g in range(groups):

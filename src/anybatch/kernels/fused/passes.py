@@ -5,18 +5,23 @@ In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a 
 decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
 channels: sums are kept for each place of a row, a few positions of all channels side by side.
 
-Sums are float64; rows add up a few values in the input's type first, which halves their time.
+Sums are float64; rows add up a few values in the input's type first, which spares conversions.
 """
+
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
-jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+jit = njit(cache=True, **_OPTIONS)
+# For what is called a channel at a time: a call would cost as much as a short channel.
+inlined = njit(forceinline=True, **_OPTIONS)
 
 
-@jit
+@inlined
 def settle(total, squares, count, shift, centered):
     """Mean and biased variance from the sums of x - shift and its square; or 0 and mean square."""
     if not centered:
@@ -29,7 +34,7 @@ def settle(total, squares, count, shift, centered):
 # --- planes -----------------------------------------------------------------
 
 
-@jit
+@inlined
 def plane_moments(x, c, first, last, centered):
     """Mean and biased variance of a channel in some examples, or 0 and its mean square.
 
@@ -45,7 +50,7 @@ def plane_moments(x, c, first, last, centered):
     return settle(total, squares, (last - first) * x.shape[2], shift, centered)
 
 
-@jit
+@inlined
 def plane_write(x, y, c, first, last, mean, scale, shift):
     """Write y = (x - mean) * scale + shift."""
     dtype = x.dtype.type
@@ -55,7 +60,7 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
             y[i, c, k] = (x[i, c, k] - mean) * scale + shift
 
 
-@jit
+@inlined
 def plane_sums(dy, x, c, first, last, center):
     """Return sum(dy) and sum(dy * (x - center))."""
     total = product = 0.0
@@ -66,7 +71,7 @@ def plane_sums(dy, x, c, first, last, center):
     return total, product
 
 
-@jit
+@inlined
 def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
     """Write dx = on_dy * dy + on_x * (x - center) + constant."""
     dtype = x.dtype.type

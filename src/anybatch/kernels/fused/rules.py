@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from anybatch.kernels.fused.passes import jit
+from anybatch.kernels.fused.passes import inlined, jit
 
 PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
 BATCH, SMA, EMA = 0, 1, 2  # which averages a window holds
@@ -21,15 +21,15 @@ KINDS = {"batch": BATCH, "sma": SMA, "ema": EMA}
 # --- forward ----------------------------------------------------------------
 
 
-@jit
-def choose(rule, own, used, g, k, width):
+@inlined
+def choose(rule, old_mean, old_var, window, own, used, g, k, width):
     """Decide how a column, of so many channels, is normalized.
 
-    `rule` is (kind, eps, mean, variance, window, first, second): rows and window of the method's
-    memory, and two numbers: RENORM's limits of r and d, MOMENTUM's weight of the old averages,
-    WINDOW's length (0 for none) and limit of r (0 for none).
+    `rule` is (kind, eps, first, second), with two numbers of the method: RENORM's limits of r and
+    d, MOMENTUM's weight of the old averages, WINDOW's length (0 for none) and limit of r (0 for
+    none). Rows and window are the method's memory.
     """
-    kind, eps, old_mean, old_var, window, first, second = rule
+    kind, eps, first, second = rule
     mean, var = own[0, g, k], own[1, g, k]
     if width > 1:
         mean = var = 0.0
@@ -59,7 +59,7 @@ def choose(rule, own, used, g, k, width):
         used[2, g, k], used[3, g, k] = r, d
 
 
-@jit
+@inlined
 def factors(used, g, k, c, weight, bias, eps):
     """Mean, scale and shift of a channel of a column."""
     scale, shift = np.float64(weight[c]), np.float64(bias[c])
@@ -72,15 +72,15 @@ def factors(used, g, k, c, weight, bias, eps):
 # --- backward ---------------------------------------------------------------
 
 
-@jit
-def flow(rule, sums, used, centers, weight, on, g, k, width, count):
+@inlined
+def flow(rule, memory, sums, used, centers, weight, on, g, k, width, count):
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
-    factors of dy and x, and the constant. `rule` is (eps, share, whether centred, memory of
-    Psi, steps in it or 0, weight of its old average).
+    factors of dy and x, and the constant. `memory` holds averages of Psi; `rule` is (eps, share,
+    whether centred, steps in the memory or 0, weight of its old average).
     """
-    eps, share, centered, memory, steps, old = rule
+    eps, share, centered, steps, old = rule
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
     r, d = (used[2, g, k], used[3, g, k]) if used.shape[0] > 2 else (1.0, 0.0)
     apart = centers[g, k] - used[0, g, k]
@@ -108,26 +108,26 @@ def flow(rule, sums, used, centers, weight, on, g, k, width, count):
 # --- what is remembered -----------------------------------------------------
 
 
-@jit
+@inlined
 def fits(value, state):
     """Whether a number is finite in the type of the state that is to hold it."""
     return math.isfinite(state.dtype.type(value))
 
 
-@jit
+@inlined
 def unbiased(var, count):
     """Bessel's correction."""
     return var * count / (count - 1) if count > 1 else var
 
 
-@jit
+@inlined
 def count_batch(tracked, pace):
     """Count a batch; its weight in the running statistics (a negative one: the mean of all)."""
     tracked[()] += 1
     return pace if pace >= 0 else 1.0 / tracked[()]
 
 
-@jit
+@inlined
 def track(c, mean, var, pace, running_mean, running_var):
     """Move running statistics towards finite ones."""
     if fits(var, running_var):

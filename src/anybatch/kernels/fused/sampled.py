@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.pages import empty_like as empty_like
 from anybatch.kernels.fused.passes import jit
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
 from anybatch.kernels.fused.threads import fork, parts
