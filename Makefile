@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format bench docs package clean
+.PHONY: help demo test test-slow test-gpu test-browser check format bench docs package clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test-slow: $(VENV)/.dev  ## trainings and other tests that take minutes
 
 test-gpu: $(VENV)/.dev  ## tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+test-browser: $(VENV)/.dev  ## the reports in a headless Chromium
+	$(PYTEST) -m browser
 
 check: $(VENV)/.dev  ## lint, format check, strict types
 	$(BIN)/ruff check .
