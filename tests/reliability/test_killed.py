@@ -96,4 +96,6 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
 def test_every_method_goes_on_bit_for_bit(
     tmp_path: Path, method: str, options: dict, seed: int
 ) -> None:
+    if "accumulate" in options and method in ("l1", "range"):
+        pytest.skip("their spreads do not pool: accumulate refuses them")
     check(Run(method=method, epochs=5, train_size=200, **options), tmp_path, kills=4, seed=seed)
