@@ -160,15 +160,18 @@ class Compiled(torch.autograd.Function):
             call = Call(statistics, ctx.cut.sizes, ctx.layer.eps, memory)
             return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
-        dy, x = _ordered(dy.to(x.dtype), last), _ordered(x.detach(), last)
+        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
+        dy, x = _ordered(dy, last), _ordered(x.detach(), last)
         dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
-        shape = weight.shape if one else (len(steps), *weight.shape)
-        dw, db = weight.new_empty(shape), weight.new_empty(shape)
+        if one:
+            dw, db = torch.empty_like(weight), torch.empty_like(weight)
+        else:
+            dw, db = weight.new_empty(2, len(steps), *weight.shape)
         w, dw_, db_ = loops.read(weight), dw.numpy(), db.numpy()
         for step, (rows, sizes) in enumerate(steps):
             some = (dy_, x_, dx_) if one else (dy_[rows], x_[rows], dx_[rows])
-            own = (dw_, db_) if one else (dw_[step], db_[step])
+            own: tuple[Array, Array] = (dw_, db_) if one else (dw_[step], db_[step])
             arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, needs[0], parts)
             ctx.layer.fused_backward(loops, arrays, ctx.kept[step], ctx.update)
         if not one:
@@ -201,8 +204,8 @@ _CHANNELS_LAST = {2: (0, 1), 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 def _flat(x: Tensor, last: bool) -> Array:
     """An ordered tensor as an array ``(N, C, L)`` or ``(N, L, C)`` of the same memory."""
-    examples, channels = x.shape[:2]
+    shape = x.shape
     if last:
-        array = x.numpy().transpose(_CHANNELS_LAST[x.dim()])
-        return array.reshape(examples, -1, channels)
-    return x.numpy().reshape(examples, channels, -1)
+        array = x.numpy().transpose(_CHANNELS_LAST[len(shape)])
+        return array.reshape(shape[0], -1, shape[1])
+    return x.numpy().reshape(shape[0], shape[1], -1)
