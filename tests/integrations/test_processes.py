@@ -1,9 +1,6 @@
 """Several processes: DistributedDataParallel and FSDP2 train what a single process trains."""
 
 import copy
-import os
-import socket
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from torch.nn import functional as F
 
 import anybatch
 from anybatch.layers.base import NormLayer
+from processes import spawn
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore")]
 
@@ -54,23 +52,7 @@ def memory(model: nn.Module) -> list[Tensor]:
     return [t.clone() for layer in layers for t in layer.memory.values()]
 
 
-def spawn(work, folder: Path, *arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (port, work, str(folder), *arguments), nprocs=2)
-
-
-def _enter(rank: int, port: int, work, *arguments: object) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    work(rank, *arguments)
-    dist.barrier()
-    os._exit(0)  # torch's threads may abort an interpreter that takes its leave
-
-
-def _train_all(rank: int, folder: str) -> None:
+def _train_all(rank: int) -> None:
     """DDP and FSDP2 beside loops that average the gradients of both processes by hand.
 
     DDP also broadcasts rank 0's buffers before each forward: running statistics, by which mabn and
@@ -110,11 +92,11 @@ def _train_all(rank: int, folder: str) -> None:
                 torch.testing.assert_close(mine, theirs)
 
 
-def test_replicas_and_shards_train_as_a_loop_by_hand(tmp_path: Path) -> None:
-    spawn(_train_all, tmp_path)
+def test_replicas_and_shards_train_as_a_loop_by_hand() -> None:
+    spawn(_train_all)
 
 
-def _memory_is_its_own(rank: int, folder: str) -> None:
+def _memory_is_its_own(rank: int) -> None:
     """What a process remembers is not overwritten by rank 0's, and is in its checkpoint."""
     for method in ("mbn", "mabn", "cbn"):
         model = nn.parallel.DistributedDataParallel(network(method))
@@ -136,11 +118,11 @@ def _memory_is_its_own(rank: int, folder: str) -> None:
         assert torch.equal(fresh.stem[1].memory[name], mine)
 
 
-def test_memory_survives_the_broadcast_of_buffers(tmp_path: Path) -> None:
-    spawn(_memory_is_its_own, tmp_path)
+def test_memory_survives_the_broadcast_of_buffers() -> None:
+    spawn(_memory_is_its_own)
 
 
-def _sharded_apart(rank: int, folder: str) -> None:
+def _sharded_apart(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -153,5 +135,5 @@ def _sharded_apart(rank: int, folder: str) -> None:
         model(data(rank, 0)[0])
 
 
-def test_a_weight_that_was_given_back_is_named(tmp_path: Path) -> None:
-    spawn(_sharded_apart, tmp_path)
+def test_a_weight_that_was_given_back_is_named() -> None:
+    spawn(_sharded_apart)

@@ -104,11 +104,19 @@ def group_of_processes(group: Any) -> Any:
 
 
 def raise_together(error: BaseException | None, group: Any, device: torch.device | None) -> None:
-    """Raise on every process if one failed, so that none waits for it for ever."""
-    if group is not None:
-        failed = torch.tensor([error is not None], dtype=torch.float32, device=device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-        if error is None and bool(failed):
-            raise RuntimeError("another process failed: nothing was changed here")
-    if error is not None:
-        raise error
+    """Raise on every process if one failed, so that none waits for it for ever.
+
+    The caller should forget its own ``error`` at once (``finally: del error``): an error that is
+    still the variable of a frame in its own traceback lives until the garbage collector comes, and
+    the process group with it, whose threads may then abort an interpreter on its way out.
+    """
+    try:
+        if group is not None:
+            failed = torch.tensor([error is not None], dtype=torch.float32, device=device)
+            dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+            if error is None and bool(failed):
+                raise RuntimeError("another process failed: nothing was changed here")
+        if error is not None:
+            raise error
+    finally:
+        del error

@@ -239,7 +239,10 @@ class _Meter:
                     count += 1
         except BaseException as caught:
             error = caught
-        raise_together(error, group, device_of(model))
+        try:
+            raise_together(error, group, device_of(model))
+        finally:
+            del error
         reused = any(pool.calls > count for pool in self.pools.values())
         if group is not None:
             self.pools = {name: pool_across(pool, group) for name, pool in self.pools.items()}
