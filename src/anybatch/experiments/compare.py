@@ -146,9 +146,29 @@ def run_all(
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
     """
+    return train_runs(comparison.runs(), folder, workers, on_progress)
+
+
+def train_runs(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress
+) -> dict[str, Row]:
+    """Train those of the runs that are not finished, in order, in processes of one thread each.
+
+    Args:
+        runs: What to train, each once.
+        folder: Results are kept in it; a run that was stopped goes on.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
     results: dict[str, Row] = {}
     waiting: list[Run] = []
-    for run in comparison.runs():
+    for run in runs:
         row = stored_result(folder / "runs" / f"{run.key}.json", run)
         if row is None:
             waiting.append(run)
