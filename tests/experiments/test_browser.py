@@ -26,7 +26,7 @@ addEventListener("error", event => faults.push(String(event.message || event.tar
 addEventListener("load", () => {
   const wide = document.documentElement.scrollWidth - innerWidth;
   const images = [...document.images]
-    .map(i => [i.naturalWidth, i.alt, i.clientWidth <= innerWidth]);
+    .map(i => [i.naturalWidth, i.alt, (i.closest(".scroll") || i).clientWidth <= innerWidth]);
   const outer = [...document.querySelectorAll("[src], link[href]")]
     .map(e => e.src || e.href).filter(u => !u.startsWith("data:"));
   const links = [...document.querySelectorAll("a, button, summary, input, select")];

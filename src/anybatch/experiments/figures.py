@@ -24,7 +24,7 @@ COLOURS = (
     "#7F7F7F",
     "#5B2C83",
 )
-MARKERS = "osD^vP*Xh<"
+MARKERS = "osD^vP*Xh<>"  # one more than colours: no two rows of a long table look the same
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -62,6 +62,7 @@ def curves(
         )
         low, high = [min(point) for point in points], [max(point) for point in points]
         axes.fill_between(epochs, low, high, color=colour, alpha=0.1, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("held-out accuracy (%)")
     axes.grid(alpha=0.3)
