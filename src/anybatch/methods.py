@@ -181,6 +181,15 @@ _TABLE = (
         "The batch is 16 or more, or as the baseline.",
     ),
     Method(
+        "sync",
+        "Synchronized batch normalization",
+        "BatchNorm",
+        IOFFE_2015,
+        "Statistics of the batches of all processes together, on CPU and GPU.",
+        "Several devices with a few examples each, whose links are fast.",
+        suggested={"process_group": "world"},
+    ),
+    Method(
         "mbn",
         "Momentum batch normalization",
         "MomentumBatchNorm",

@@ -62,7 +62,7 @@ def curves(
         )
         low, high = [min(point) for point in points], [max(point) for point in points]
         axes.fill_between(epochs, low, high, color=colour, alpha=0.1, linewidth=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("held-out accuracy (%)")
     axes.grid(alpha=0.3)

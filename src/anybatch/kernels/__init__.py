@@ -24,13 +24,20 @@ from anybatch.kernels.fused import (
     sampled_kernels_for,
     use_fused,
 )
+from anybatch.kernels.masked import (
+    all_counts,
+    masked_counts,
+    masked_moments,
+    masked_second_moment,
+)
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
-from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments
+from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments, take_dense
 from anybatch.kernels.scalars import INFINITY, scalar
 
 __all__ = [
     "INFINITY",
     "affine",
+    "all_counts",
     "cross_iteration_kernels",
     "exact_gradient",
     "example_affine",
@@ -41,6 +48,9 @@ __all__ = [
     "gradient",
     "is_watched",
     "lies_last",
+    "masked_counts",
+    "masked_moments",
+    "masked_second_moment",
     "moments",
     "pool_channels",
     "pool_groups",
@@ -52,5 +62,6 @@ __all__ = [
     "second_moment",
     "statistics_dtype",
     "sums",
+    "take_dense",
     "use_fused",
 ]

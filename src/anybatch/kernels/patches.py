@@ -214,13 +214,9 @@ def sampled_patches(layer: Geometry, x: Tensor, y: Tensor, points: Tensor) -> tu
     Returns:
         Outputs ``(n, outputs)`` and patches ``(n, groups, fan_in)``.
     """
-    sizes = (y.shape[0], *y.shape[2:])
-    places = [
-        (row * size).long().clamp_(max=size - 1) for row, size in zip(points, sizes, strict=True)
-    ]
+    places = _places(y, points)
     n, dims = points.shape[1], len(layer.kernel)
-    at: tuple[Tensor | slice, ...] = (places[0], slice(None), *places[1:])
-    values = y[at]
+    values = values_at(y, points)
     if not dims:
         return values, x[places[0]].unsqueeze(1)
     index: list[Tensor | slice] = [places[0].view(n, *(1,) * dims), slice(None)]
@@ -235,6 +231,20 @@ def sampled_patches(layer: Geometry, x: Tensor, y: Tensor, points: Tensor) -> tu
     patches = x[tuple(index)] * inside.unsqueeze(-1)  # (n, taps, inputs)
     patches = patches.flatten(1, -2).transpose(1, 2)  # (n, inputs, taps)
     return values, patches.reshape(n, layer.groups, layer.fan_in)
+
+
+def values_at(y: Tensor, points: Tensor) -> Tensor:
+    """Values ``(n, channels)`` at the points of `sampled_patches`."""
+    first, *others = _places(y, points)
+    at: tuple[Tensor | slice, ...] = (first, slice(None), *others)
+    return y[at]
+
+
+def _places(y: Tensor, points: Tensor) -> list[Tensor]:
+    sizes = (y.shape[0], *y.shape[2:])
+    return [
+        (row * size).long().clamp_(max=size - 1) for row, size in zip(points, sizes, strict=True)
+    ]
 
 
 def all_points(y: Tensor) -> Tensor:

@@ -84,14 +84,20 @@ def take(x: Tensor, sample: Sample) -> Tensor:
     return x
 
 
-def sample_moments(x: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a sample: rows ``(C,)``."""
+def take_dense(x: Tensor, sample: Sample) -> Tensor:
+    """The values of a sample, dense: ``(n, C, ...)`` of a box, ``(1, C, k)`` of points."""
     values = take(x, sample)
     # torch sums what is not dense in the type of the data: with a large mean that is too coarse.
     if isinstance(sample, Points):
-        values = values.t().contiguous().unsqueeze(0)
-    elif not values.is_contiguous() and not (values.dim() > 3 and lies_last(values)):
-        values = values.contiguous()
+        return values.t().contiguous().unsqueeze(0)
+    if not values.is_contiguous() and not (values.dim() > 3 and lies_last(values)):
+        return values.contiguous()
+    return values
+
+
+def sample_moments(x: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a sample: rows ``(C,)``."""
+    values = take_dense(x, sample)
     return moments(values, (values.shape[0],))
 
 
@@ -135,6 +141,7 @@ def put_gradient(
     on_dy: Tensor,
     on_x: Tensor,
     constant: Tensor,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """``dx`` with ``on_dy * dy + on_x * (x - center) + constant`` at a sample's positions.
 
@@ -147,6 +154,7 @@ def put_gradient(
         on_dy: Factor of dy.
         on_x: Factor of x.
         constant: Added.
+        valid: Positions ``(N, 1, ...)`` that are behind the statistics; None for all.
 
     Returns:
         The gradient.
@@ -154,9 +162,12 @@ def put_gradient(
     rows = (center, on_dy, on_x, constant)
     if isinstance(sample, Box) and any(isinstance(first, Tensor) for first in sample.first):
         everywhere = gradient(dy, x, (x.shape[0],), *rows)
-        return torch.where(_inside(x, sample), everywhere, dx)
+        inside = _inside(x, sample)
+        return torch.where(inside if valid is None else inside & valid, everywhere, dx)
     some = take(x, sample)
     new = gradient(take(dy, sample), some, (some.shape[0],), *rows)
+    if valid is not None:
+        new = torch.where(take(valid, sample), new, take(dx, sample))
     if isinstance(sample, Points):
         dx[sample.index] = new
     else:

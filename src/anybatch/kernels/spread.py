@@ -23,35 +23,40 @@ def group_sums(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return _reduce(x, sizes, Tensor.sum)
 
 
-def mean_deviation(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-    """Mean of ``abs(x - mean)`` of each group and channel."""
-    offset = x.to(statistics_dtype(x)) - on_examples(mean, x, sizes)
-    return group_sums(offset.abs_(), sizes) / _counts(x, sizes, mean)
+def deviation_sums(
+    x: Tensor, sizes: tuple[int, ...], mean: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Sum of ``abs(x - mean)`` of each group and channel."""
+    offset = (x.to(statistics_dtype(x)) - on_examples(mean, x, sizes)).abs_()
+    return group_sums(_zeroed(offset, valid), sizes)
 
 
-def deviation_signs(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-    """Derivative of `mean_deviation` by each value, the mean's part included."""
+def deviation_signs(
+    x: Tensor, sizes: tuple[int, ...], mean: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Signs of ``x - mean``, 0 where a value is not valid."""
     signs = (x.to(statistics_dtype(x)) - on_examples(mean, x, sizes)).sign()
-    count = _counts(x, sizes, mean)
-    balance = on_examples(group_sums(signs, sizes) / count, x, sizes)
-    return (signs - balance) / (on_examples(count, x, sizes) if count.dim() else count)
+    return _zeroed(signs, valid)
 
 
-def value_range(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Largest minus smallest value of each group and channel."""
+def largest(x: Tensor, sizes: tuple[int, ...], valid: Tensor | None = None) -> Tensor:
+    """Largest valid value of each group and channel; minus infinity where there is none."""
     values = x.to(statistics_dtype(x))
-    return _reduce(values, sizes, Tensor.amax) - _reduce(values, sizes, Tensor.amin)
+    if valid is not None:
+        values = values.masked_fill(~valid, -torch.inf)
+    if x.numel() == 0:
+        return values.new_full((x.shape[1],), -torch.inf)
+    return _reduce(values, sizes, Tensor.amax)
 
 
-def range_ends(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Derivative of `value_range` by each value; equal ends share it."""
+def hits(x: Tensor, sizes: tuple[int, ...], end: Tensor, valid: Tensor | None = None) -> Tensor:
+    """1 where a valid value is its group's ``end``, else 0."""
     values = x.to(statistics_dtype(x))
-    found = torch.zeros_like(values)
-    for extreme, sign in ((Tensor.amax, 1), (Tensor.amin, -1)):
-        end = on_examples(_reduce(values, sizes, extreme), x, sizes)
-        hits = (values == end).to(values.dtype)
-        found += sign * hits / on_examples(group_sums(hits, sizes), x, sizes)
-    return found
+    return _zeroed((values == on_examples(end, x, sizes)).to(values.dtype), valid)
+
+
+def _zeroed(values: Tensor, valid: Tensor | None) -> Tensor:
+    return values if valid is None else values.masked_fill(~valid, 0)
 
 
 def _reduce(x: Tensor, sizes: tuple[int, ...], how: Callable[..., Tensor]) -> Tensor:
@@ -59,12 +64,3 @@ def _reduce(x: Tensor, sizes: tuple[int, ...], how: Callable[..., Tensor]) -> Te
     rows = how(x, dims) if dims else x
     parts = [how(part, 0) for part in rows.split(sizes)]
     return parts[0] if len(parts) == 1 else torch.stack(parts)
-
-
-def _counts(x: Tensor, sizes: tuple[int, ...], like: Tensor) -> Tensor:
-    """Values behind each row, a number or a table."""
-    values = x.numel() // (x.shape[0] * x.shape[1])
-    if len(set(sizes)) == 1:
-        return like.new_full((), sizes[0] * values)
-    column = torch.stack([like.new_full((), size * values) for size in sizes])
-    return column.unsqueeze(1).expand(len(sizes), x.shape[1])

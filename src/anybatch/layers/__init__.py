@@ -1,9 +1,10 @@
 """The normalization layers, one file a method."""
 
+from anybatch.layers.agreement import average_running_stats
 from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.batch_group import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
 from anybatch.layers.centralization import weight_centralization
-from anybatch.layers.control import Accumulation, accumulate, freeze, no_update, thaw
+from anybatch.layers.control import Accumulation, accumulate, freeze, masked, no_update, thaw
 from anybatch.layers.cross_iteration import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
@@ -64,7 +65,9 @@ __all__ = [
     "SampledBatchNorm3d",
     "VirtualDataset",
     "accumulate",
+    "average_running_stats",
     "freeze",
+    "masked",
     "no_update",
     "thaw",
     "weight_centralization",

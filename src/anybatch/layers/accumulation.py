@@ -117,7 +117,7 @@ class StepMemory:
             self.tensors[way + "micro_batches"].add_(1)
 
     def pool(
-        self, mean: Tensor | None, var: Tensor, count: int, update: bool
+        self, mean: Tensor | None, var: Tensor, count: int | Tensor, update: bool
     ) -> tuple[Tensor | None, Tensor, Seen]:
         """Statistics of all micro-batches of the step, this one included.
 
@@ -143,7 +143,7 @@ class StepMemory:
         return new_mean, new_var, Seen(before + count, share, mean, old_mean)
 
     def average(
-        self, way: str, first: Tensor | None, second: Tensor, count: int, update: bool
+        self, way: str, first: Tensor | None, second: Tensor, count: int | Tensor, update: bool
     ) -> tuple[Tensor | None, Tensor]:
         """Plain averages over the micro-batches of the step, this one included.
 
@@ -166,12 +166,14 @@ class StepMemory:
             self._keep(way, before, count, one, two)
         return one, two
 
-    def _weigh(self, way: str, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _weigh(self, way: str, count: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Values seen before a micro-batch, and its share of all."""
         before = self.tensors[way + "count"].to(like.dtype).masked_fill(self._is_first(way), 0)
-        return before, count / (before + count)
+        return before, count / (before + count).clamp(min=1)
 
-    def _keep(self, way: str, before: Tensor, count: int, mean: Tensor | None, var: Tensor) -> None:
+    def _keep(
+        self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
+    ) -> None:
         finite = torch.lt(var.abs(), INFINITY).all()
         kept = self.tensors[way + "count"]
         kept.copy_(before + count * finite)
@@ -195,7 +197,7 @@ class StepBackward(NamedTuple):
     layer: NormLayer
     step: StepMemory
     inner: BackwardMemory
-    values: int
+    values: int | Tensor
     update: bool
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:

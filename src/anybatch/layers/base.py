@@ -22,6 +22,15 @@ from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Ke
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
+from anybatch.layers.source import (
+    WORLD,
+    HeldGroup,
+    Source,
+    check_group,
+    fit_mask,
+    several,
+    sum_processes,
+)
 from anybatch.layers.state import NormState
 from anybatch.layers.statistics import Statistics, stack
 
@@ -36,21 +45,31 @@ class Batch(NamedTuple):
         values: Values that an example gives to a channel.
         seen: What its optimizer step has seen, where several forwards make one; the statistics
             that a rule gets are then those of all of them.
+        counts: Values a channel behind each group's statistics, a number or a column ``(G, 1)``,
+            where these are not simply those of its examples; see `Source`.
     """
 
     sizes: tuple[int, ...]
     values: int
     seen: Seen | None = None
+    counts: Tensor | None = None
 
     @property
     def examples(self) -> int:
         """Examples in all groups."""
         return sum(self.sizes)
 
+    @property
+    def number(self) -> int | Tensor:
+        """Values a channel behind the statistics of a single group, in this forward."""
+        return self.examples * self.values if self.counts is None else self.counts
+
     def unbiased(self, var: Tensor) -> Tensor:
-        """Bessel's correction of a single group's variance."""
+        """Bessel's correction of a single group's variance; NaN where one value has none."""
         if self.seen is not None:
             return var * (self.seen.total / (self.seen.total - 1).clamp_(min=1))
+        if self.counts is not None:
+            return var * (self.counts / (self.counts - 1))
         count = self.examples * self.values
         return var * kernels.scalar(count / (count - 1)) if count > 1 else var
 
@@ -88,6 +107,8 @@ class NormLayer(NormState):
             of so many examples, memory running along them (default None: as one).
         example_weight: Share of an example's own statistics in its normalization
             at inference, alpha of four-things, equation 3 (default 0.0).
+        process_group: Processes of ``torch.distributed`` whose batches are one in training:
+            a process group, or "world" for all (default None: this process alone).
     """
 
     dims: ClassVar[int] = 0
@@ -109,11 +130,17 @@ class NormLayer(NormState):
         *,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         check_count("num_features", num_features)
         if norm_batch_size is not None:
             check_count("norm_batch_size", norm_batch_size)
         check_between("example_weight", example_weight, 0.0, 1.0)
+        if process_group is not None and norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={norm_batch_size}: it cuts a batch where process_group joins "
+                "batches; leave one of them out"
+            )
         if momentum is not None:
             check_between("momentum", momentum, 0.0, 1.0)
         if not eps > 0:
@@ -138,8 +165,21 @@ class NormLayer(NormState):
         )
         self.norm_batch_size = norm_batch_size
         self.example_weight = float(example_weight)
+        self.process_group = process_group
+        self.mask: Tensor | None = None
         self._last: Statistics | list[Kept] | None = None
         self._recent = Recent()
+
+    @property
+    def process_group(self) -> Any:
+        """Processes whose batches are one in training: a process group, "world" or None."""
+        return self._group.group if isinstance(self._group, HeldGroup) else self._group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        check_group(process_group)
+        named = process_group is None or process_group == WORLD
+        self._group = process_group if named else HeldGroup(process_group)
 
     # --- what a method adds ------------------------------------------------
 
@@ -180,6 +220,9 @@ class NormLayer(NormState):
         self.step = None if steps == 1 else StepMemory(self, steps)
         self._last, self._recent = None, Recent()
 
+    def track_none(self, x: Tensor) -> None:
+        """Take part in what processes track together, with an empty batch of groups."""
+
     @property
     def group_size(self) -> int | None:
         """Examples that share statistics within a normalization batch; None is all."""
@@ -213,25 +256,60 @@ class NormLayer(NormState):
 
     # --- forward -----------------------------------------------------------
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C, ...)``; the output has the input's shape, type and format."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: ``(N, C, ...)``.
+            mask: Where input is valid, true or not 0: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``.
+                Statistics are those of the valid positions; the output is normalized everywhere.
+                None for all; `anybatch.masked` gives it to the layers of a network.
+
+        Returns:
+            A tensor of the input's shape, type and format.
+        """
         shape = input.shape
         if len(shape) not in self._ranks or shape[1] != self.num_features:
             self._refuse(input)
         if not input.is_floating_point():
             self._refuse(input)
-        if not self.training or self.frozen:
-            if self.running_mean is not None:
-                return self._infer(input)
-            return self._normalize_batch(input, False) if input.numel() else self._empty(input)
-        return self._normalize_batch(input, True) if input.numel() else self._empty(input)
+        mask = self.mask if mask is None else mask
+        training = self.training and not self.frozen
+        if not training and self.running_mean is not None:
+            return self._infer(input, mask)
+        source = None
+        if mask is not None or self._group is not None:
+            source = self._source(input, mask, training)
+        if input.numel() or (source is not None and source.group is not None):
+            return self._normalize_batch(input, training, source)
+        return self._empty(input, training)
 
-    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+    def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> Source | None:
+        """Whose values stand behind the statistics; None for all of the batch's own."""
+        valid = None if mask is None else self._fit(mask, x)
+        joins = training and self.group_size is None
+        group = several(self.process_group) if joins else None
+        return None if valid is None and group is None else Source(valid, group)
+
+    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+        return fit_mask(mask, x, type(self).__name__)
+
+    def examples_of_all(self, examples: int) -> int:
+        """Examples in a batch of all processes; where there are several, reading it waits."""
+        group = several(self.process_group)
+        if group is None:
+            return examples
+        (total,) = sum_processes(group, torch.tensor([float(examples)], device=self._device()))
+        assert total is not None
+        return round(float(total))
+
+    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
         cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
-        values = x.numel() // (x.shape[0] * self.num_features)
+        values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
-        if training and not recomputed and self.fuses and self.step is None:
+        plain = source is None and (self._group is None or several(self.process_group) is None)
+        if training and plain and not recomputed and self.fuses and self.step is None:
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             small = self.fuses_small_only
             loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
@@ -240,11 +318,11 @@ class NormLayer(NormState):
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
                 return y
-        live = self._live(cut, values)
+        live = self._live(cut, values) if source is None else None
         chosen = self._recent.find(x, _rows(cut)) if recomputed else None
         if chosen is None:
             with torch.no_grad():
-                chosen = self._choose(x.detach(), cut, values, live, update)
+                chosen = self._choose(x.detach(), cut, values, live, update, source)
             if again and not recomputed:
                 self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
@@ -253,14 +331,19 @@ class NormLayer(NormState):
         memory = None
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
-        return self._apply_statistics(x, cut, chosen, memory)
+        return self._apply_statistics(x, cut, chosen, memory, source)
 
     def _apply_statistics(
-        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+        self,
+        x: Tensor,
+        cut: Partition,
+        chosen: Statistics,
+        memory: BackwardMemory | None,
+        source: Source | None = None,
     ) -> Tensor:
         """Normalize by what the rule decided."""
         weight, bias = self._parameters_like(chosen.var)
-        return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory)
+        return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory, source)
 
     def _choose(
         self,
@@ -269,13 +352,14 @@ class NormLayer(NormState):
         values: int,
         live: tuple[bool, ...] | None,
         update: bool,
+        source: Source | None,
     ) -> Statistics:
         """Decide how a batch is normalized, and remember it."""
         if self.step is None:
-            return self._run_rule(x, cut, values, live, update)
+            return self._run_rule(x, cut, values, live, update, source)
         aside = self.step.rewind(self, "", update)
         try:
-            return self._run_rule(x, cut, values, live, update)
+            return self._run_rule(x, cut, values, live, update, source)
         finally:
             self.step.leave(self, "", aside, update)
 
@@ -286,10 +370,60 @@ class NormLayer(NormState):
         values: int,
         live: tuple[bool, ...] | None,
         update: bool,
+        source: Source | None,
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
+        if source is not None:
+            mean, var, counts = self._source_moments(x, cut.sizes, source)
+            return self._decide_counted(mean, var, counts, cut, values, update)
         mean, var = self._moments(x, cut.sizes)
         return self._decide(mean, var, cut, values, live, update)
+
+    def _decide_counted(
+        self,
+        mean: Tensor | None,
+        var: Tensor,
+        counts: Tensor,
+        cut: Partition,
+        values: int,
+        update: bool,
+    ) -> Statistics:
+        """`_decide` where only the device knows how many values stand behind the moments."""
+        if self.step is not None and self.group_size is None:
+            chosen = self._run_pooled(self.step, mean, var, cut, values, update, counts)
+            return chosen._replace(counts=counts)
+        parts, first = [], 0
+        for groups in cut.steps:
+            one: Any = slice(first, first + groups) if groups > 1 else first
+            one = ... if len(cut.sizes) == 1 else one  # a row, and a number
+            enough = self._enough(counts[one])
+            batch = Batch(cut.sizes[first : first + groups], values, None, counts[one])
+            part_var = torch.where(enough, var[one], torch.nan)  # which no memory takes
+            fallen = self._fallen(part_var.dtype)
+            part = self.rule(None if mean is None else mean[one], part_var, batch, update)
+            parts.append(self._or_remembered(enough, part, fallen)._replace(counts=counts[one]))
+            if update:
+                self._uncount(counts[one])
+            first += groups
+        return stack(parts) if len(parts) > 1 else parts[0]
+
+    def _uncount(self, counts: Tensor) -> None:
+        """Take back the count of a batch of which running statistics could take nothing."""
+        tracked = counts > 1 if self.centered else counts > 0
+        together = self.group_size is not None and several(self.process_group) is not None
+        if self.num_batches_tracked is not None and not together:
+            self.num_batches_tracked.sub_(1 - tracked.any().long())
+
+    def _enough(self, counts: Tensor) -> Tensor:
+        """Where there are values enough for statistics."""
+        shared = self.num_features // self.columns
+        return counts * shared > 1 if self.centered else counts > 0
+
+    def _source_moments(
+        self, x: Tensor, sizes: tuple[int, ...], source: Source
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Moments of given values, and how many they are."""
+        return source.moments(x, sizes, self.centered)
 
     def _decide(
         self,
@@ -330,32 +464,41 @@ class NormLayer(NormState):
         cut: Partition,
         values: int,
         update: bool,
+        counts: Tensor | None = None,
     ) -> Statistics:
         """Run the rule on the statistics of all micro-batches of an optimizer step."""
         count = cut.sizes[0] * values
-        mean, var, seen = step.pool(mean, var, count, update)
-        if mean is None or count > 1:
-            return self.rule(mean, var, Batch(cut.sizes, values, seen), update)
-        enough = seen.total > 1
+        mean, var, seen = step.pool(mean, var, count if counts is None else counts, update)
+        batch = Batch(cut.sizes, values, seen, counts)
+        if counts is None and (mean is None or count > 1):
+            return self.rule(mean, var, batch, update)
+        enough = self._enough(seen.total)
         var = torch.where(enough, var, torch.nan)  # which no memory takes
-        return self._or_remembered(
-            enough, self.rule(mean, var, Batch(cut.sizes, values, seen), update)
-        )
+        fallen = self._fallen(var.dtype)
+        return self._or_remembered(enough, self.rule(mean, var, batch, update), fallen)
 
-    def _or_remembered(self, enough: Tensor, chosen: Statistics) -> Statistics:
+    def _fallen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Copies of the remembered mean and variance, a number a channel group."""
+        mean, var = (row.to(dtype, copy=True) for row in self.remembered())
+        if self.columns != self.num_features:
+            return kernels.pool_channels(mean, var, self.columns)
+        return mean, var
+
+    def _or_remembered(
+        self, enough: Tensor, chosen: Statistics, fallen: tuple[Tensor, Tensor]
+    ) -> Statistics:
         """Statistics where there are enough values for them, else remembered ones."""
-        fallen = self._fall_back(chosen.var)
-        mean, var, r, d, center, share, own = chosen
-        assert mean is not None and fallen.mean is not None
-        mean = torch.where(enough, mean, fallen.mean)
+        old_mean, old_var = fallen
+        mean, var, r, d, center, share, own, counts = chosen
         return Statistics(
-            mean,
-            torch.where(enough, var, fallen.var),
+            None if mean is None else torch.where(enough, mean, old_mean),
+            torch.where(enough, var, old_var),
             None if r is None else torch.where(enough, r, 1.0),
             None if d is None else torch.where(enough, d, 0.0),
-            None if center is None else torch.where(enough, center, fallen.mean),
+            None if center is None else torch.where(enough, center, old_mean),
             enough * share,
             own,
+            counts,
         )
 
     def _backward_memory(
@@ -370,7 +513,8 @@ class NormLayer(NormState):
         inner = self.backward_memory(chosen, live, update)
         if self.step is None or inner is None:
             return inner
-        return StepBackward(self, self.step, inner, cut.sizes[0] * values, update)
+        count = cut.sizes[0] * values if chosen.counts is None else chosen.counts
+        return StepBackward(self, self.step, inner, count, update)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         if self.centered:
@@ -389,8 +533,11 @@ class NormLayer(NormState):
         live = tuple(size > 1 for size in cut.sizes)
         return None if all(live) else live
 
-    def _empty(self, x: Tensor) -> Tensor:
+    def _empty(self, x: Tensor, training: bool = False) -> Tensor:
         """An empty batch: no statistics, no trace, gradients of zero."""
+        if training and self.group_size is not None and updates.enabled and not in_backward():
+            with torch.no_grad():
+                self.track_none(x)
         shape = (1, -1, *(1,) * (x.dim() - 2))
         y = x
         for parameter in (self.weight, self.bias):
@@ -400,7 +547,7 @@ class NormLayer(NormState):
 
     # --- inference ---------------------------------------------------------
 
-    def _infer(self, x: Tensor) -> Tensor:
+    def _infer(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         dtype = kernels.statistics_dtype(x)
         mean, var = self.running_mean, self.running_var
@@ -411,23 +558,35 @@ class NormLayer(NormState):
         weight, bias = self._parameters_like(var)
         if self.columns == self.num_features and not self.example_weight:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        if kernels.is_watched():  # elementary operators, which every exporter knows
+        if kernels.is_watched() and mask is None:  # operators that every exporter knows
             own = kernels.example_moments(x, self.centered)
             statistics = self._mixed(*own, mean, var)
             return kernels.example_affine(x, *statistics[:2], weight, bias, self.eps)
         if x.numel() == 0:
             return self._empty(x)
         sizes = (1,) * x.shape[0]
+        cut = partition(x.shape[0], 1)
         with torch.no_grad():
-            statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
-        return self._apply_statistics(x, partition(x.shape[0], 1), statistics, None)
+            if mask is None:
+                statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
+                return self._apply_statistics(x, cut, statistics, None)
+            source = Source(self._fit(mask, x))
+            own_mean, own_var, counts = self._source_moments(x.detach(), sizes, source)
+            alpha = self.example_weight * (counts > 0).to(counts.dtype)  # none, no statistics
+            statistics = self._mixed(own_mean, own_var, mean, var, alpha)._replace(counts=counts)
+        return self._apply_statistics(x, cut, statistics, None, source)
 
     def _mixed(
-        self, own_mean: Tensor | None, own_var: Tensor, mean: Tensor, var: Tensor
+        self,
+        own_mean: Tensor | None,
+        own_var: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        alpha: float | Tensor | None = None,
     ) -> Statistics:
         """Each example's statistics mixed with the running ones (four-things, equation 3)."""
-        alpha = self.example_weight
-        check_between("example_weight", alpha, 0.0, 1.0)
+        check_between("example_weight", self.example_weight, 0.0, 1.0)
+        alpha = self.example_weight if alpha is None else alpha
         if own_mean is None:
             return Statistics(None, torch.lerp(var.expand_as(own_var), own_var, alpha), share=alpha)
         # E[x^2] - E[x]^2 of the mixture, without the difference of two large numbers.
@@ -479,6 +638,9 @@ class NormLayer(NormState):
         if self.example_weight:
             parts.append(f"example_weight={self.example_weight}")
         parts += [f"{name}={value}" for name, value in self.own_arguments().items()]
+        if self.process_group is not None:
+            named = self.process_group == WORLD
+            parts.append(f"process_group={'world' if named else 'of its own'}")
         if self.frozen or self.affine_frozen:
             frozen = (("statistics", self.frozen), ("affine", self.affine_frozen))
             parts.append("frozen=" + "+".join(name for name, flag in frozen if flag))

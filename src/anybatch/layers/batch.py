@@ -35,6 +35,8 @@ class _BatchNorm(NormLayer):
             (default None: the whole batch).
         example_weight: Share of an example's own statistics at inference, from 0
             to 1 (default 0.0; four-things, section 3.1).
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,

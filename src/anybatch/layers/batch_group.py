@@ -11,7 +11,7 @@ from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
 from anybatch.layers.compiled import ForwardArrays, Kept
-from anybatch.layers.ghost import track_groups
+from anybatch.layers.ghost import track_groups, track_no_groups
 from anybatch.layers.statistics import Statistics
 
 
@@ -45,6 +45,8 @@ class _BatchGroupNorm(NormLayer):
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference (default
             None: ``1 / examples_per_group``).
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -80,6 +82,7 @@ class _BatchGroupNorm(NormLayer):
         examples_per_group: int = 2,
         norm_batch_size: int | None = None,
         example_weight: float | None = None,
+        process_group: Any = None,
     ) -> None:
         check_count("num_features", num_features)
         check_count("num_groups", num_groups)
@@ -100,6 +103,7 @@ class _BatchGroupNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=1 / examples_per_group if example_weight is None else example_weight,
+            process_group=process_group,
         )
         self.num_groups, self.examples_per_group = num_groups, examples_per_group
 
@@ -116,6 +120,9 @@ class _BatchGroupNorm(NormLayer):
         if update:
             track_groups(self, mean, var, batch)
         return Statistics(*pool_channels(mean, var, self.num_groups))
+
+    def track_none(self, x: Tensor) -> None:
+        track_no_groups(self, x)
 
     def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         return fused_groups(self, loops, arrays, update)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from anybatch.layers.arguments import check_count
@@ -124,6 +124,56 @@ def no_update() -> Iterator[None]:
         yield
     finally:
         updates.enabled = before
+
+
+@contextmanager
+def masked(model: nn.Module, mask: Tensor, where: Where | None = None) -> Iterator[None]:
+    """A context in which layers take statistics from valid positions only, for padded input.
+
+    Each layer gets the mask in its own shape: along dimensions in which its input is smaller or
+    larger than the mask, the nearest position counts; where its input has no such dimension, an
+    example with any valid position is valid. With n valid values a channel::
+
+        mean = sum of valid x / n,    var = sum of valid (x - mean)^2 / n
+        y    = weight * (x - mean) / sqrt(var + eps) + bias         everywhere
+
+    which on the valid positions is the layer on the packed tensor: output, gradients and state. At
+    inference a mask makes a difference with an `example_weight` only. What is not valid may be
+    anything finite; it is normalized too, so that evaluation without a mask sees what training saw.
+    A batch without valid values is normalized by the running statistics.
+
+    Args:
+        model: A network with anybatch layers.
+        mask: True, or not 0, where input is valid: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, with
+            the spatial dimensions of the network's input.
+        where: Name pattern or predicate ``(name, module)`` of the layers that get it (default
+            None: all).
+
+    Raises:
+        ValueError: If there is no layer; in a forward, if the mask does not fit a layer's input.
+        TypeError: For a mask of floating point.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.BatchNorm1d(1)
+        >>> x = torch.tensor([[[1.0, 3.0, 0.0, 0.0]], [[5.0, 0.0, 0.0, 0.0]]])
+        >>> with anybatch.masked(norm, x[:, 0] > 0):
+        ...     y = norm(x)
+        >>> norm.running_mean.item() / norm.momentum  # of 1, 3 and 5
+        3.0
+    """
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask of type {what}: give a tensor of bool, true where input is valid")
+    layers = select(model, where)
+    before = [layer.mask for layer in layers]
+    for layer in layers:
+        layer.mask = mask
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.mask = old
 
 
 class Accumulation:

@@ -21,6 +21,7 @@ from anybatch.layers.compiled import Array, BackwardArrays, ForwardArrays, Kept
 from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward
+from anybatch.layers.source import Source
 from anybatch.layers.statistics import Statistics
 
 _ENOUGH = 16  # examples for reliable statistics (cross-iteration-bn, section 4.3)
@@ -51,6 +52,7 @@ class _Batch(NamedTuple):
     feed: Feed | None
     y: Tensor
     first: int
+    source: Source | None = None
 
 
 class _Flow:
@@ -127,6 +129,8 @@ class _CrossIterationBatchNorm(NormLayer):
         norm_batch_size: Normalize in successive batches of so many examples, each a step of the
             memory.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -180,6 +184,7 @@ class _CrossIterationBatchNorm(NormLayer):
         batch_size: int | None = None,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         for name, count in (
             ("window", window),
@@ -205,6 +210,7 @@ class _CrossIterationBatchNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.window, self.order, self.gradient_sample = window, order, gradient_sample
         self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)
@@ -374,13 +380,18 @@ class _CrossIterationBatchNorm(NormLayer):
         """With a window, earlier steps give one value statistics."""
         return super()._live(cut, values) if self.window == 1 or self.burning else None
 
-    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
+    def _enough(self, counts: Tensor) -> Tensor:
+        return super()._enough(counts) if self._flow.batch is None else counts > 0
+
+    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
         if training and self.window is None:
-            self._open_window(min(x.shape[0], self.norm_batch_size or x.shape[0]))
+            examples = min(x.shape[0], self.norm_batch_size or x.shape[0])
+            self._open_window(self.examples_of_all(examples))
         if training and self.window != 1 and not self.burning:
-            self._flow.batch = _Batch(None if in_backward() else self._take_feed(x), x.detach(), 0)
+            feed = None if in_backward() else self._take_feed(x)
+            self._flow.batch = _Batch(feed, x.detach(), 0, source)
         try:
-            return super()._normalize_batch(x, training)
+            return super()._normalize_batch(x, training, source)
         finally:
             self._flow.batch = self._flow.feed = None
 
@@ -389,20 +400,22 @@ class _CrossIterationBatchNorm(NormLayer):
         feed = self._flow.feed
         self.window = recommended_window(examples)
         self._make_rings()
+        if self.step is not None:
+            self.accumulate(self.step.steps)
         self._flow.feed = feed
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
-        values = batch.examples * batch.values
-        tracks = update and (values > 1 or batch.seen is not None)
+        some = batch.seen is not None or batch.counts is not None
+        tracks = update and (some or batch.examples * batch.values > 1)
         if self._flow.batch is None or self.burning:
             if tracks:
                 self.track(mean, batch.unbiased(var))
             if update:
                 self.memory["step"].add_(1)
             return Statistics(mean, var)
-        feed, y, first = self._flow.batch
-        self._flow.batch = _Batch(feed, y, first + batch.examples)
+        feed, y, first, source = self._flow.batch
+        self._flow.batch = _Batch(feed, y, first + batch.examples, source)
         chosen, total = self._average(mean, var, batch, feed)
         if tracks and self.running_stats == "window":
             self.track(chosen.mean, chosen.var * (total / (total - 1).clamp(min=1)))
@@ -412,7 +425,9 @@ class _CrossIterationBatchNorm(NormLayer):
             examples = slice(first, first + batch.examples)
             if feed is not None:
                 feed = feed._replace(x=feed.x[examples])
-            self._record(mean, var, batch, feed, y[examples])
+            if source is not None and source.mask is not None:
+                source = source._replace(mask=source.mask[examples])
+            self._record(mean, var, batch, feed, y[examples], source)
         return chosen
 
     def _average(
@@ -424,7 +439,7 @@ class _CrossIterationBatchNorm(NormLayer):
         age = (self.memory["position"] - _range(slots, var)).remainder(slots)
         used = (age > 0) & (age <= self.memory["entries"])
         weights = torch.where(used, self.memory["values"], 0).to(var.dtype)
-        own = batch.seen.total if batch.seen is not None else batch.examples * batch.values
+        own = batch.seen.total if batch.seen is not None else batch.number
         total = weights.sum() + own
         weights, share = (weights / total).unsqueeze(1), own / total
         means = torch.where(used.unsqueeze(1), means, 0)
@@ -434,8 +449,8 @@ class _CrossIterationBatchNorm(NormLayer):
         chosen = Statistics(pooled, spread, share=share)
         if self.backward_stats == "window":
             chosen = chosen._replace(share=1.0)
-        if batch.examples * batch.values == 1:
-            chosen = self._or_remembered(total > 1, chosen)
+        if batch.counts is not None or batch.examples * batch.values == 1:
+            chosen = self._or_remembered(total > 1, chosen, self._fallen(chosen.var.dtype))
         return chosen, total
 
     def _compensated(self, feed: Feed | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -491,7 +506,7 @@ class _CrossIterationBatchNorm(NormLayer):
                 self.memory["step"].add_(1)
             return fused_groups(self, loops, arrays, update)
         x, y, _, _, weight, bias, _ = arrays
-        feed, output, first = self._flow.batch
+        feed, output, first, _ = self._flow.batch
         self._flow.batch = _Batch(feed, output, first + x.shape[0])
         kernels = cross_iteration_kernels()
         rings, counters = self._arrays(kernels)
@@ -624,18 +639,30 @@ class _CrossIterationBatchNorm(NormLayer):
     # --- what is kept of a step --------------------------------------------
 
     def _record(
-        self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None, y: Tensor
+        self,
+        mean: Tensor,
+        var: Tensor,
+        batch: Batch,
+        feed: Feed | None,
+        y: Tensor,
+        source: Source | None = None,
     ) -> None:
         """Write this step into its slot, unless it is not finite or still burn-in."""
         assert self.window is not None
         memory, place = self.memory, self.memory["position"].view(1)
-        values = mean.new_tensor(float(batch.examples * batch.values))
+        values = batch.number
+        if not isinstance(values, Tensor):
+            values = mean.new_tensor(float(values))
         new = {"mean": mean, "var": var, "values": values}
         if batch.seen is not None:
             new["values"] = batch.seen.total
         if feed is not None:
-            own = None if batch.seen is None else batch.seen.own_mean
-            new |= self._gradients(feed, y, mean if own is None else own)
+            own = mean if batch.seen is None else batch.seen.own_mean
+            assert own is not None
+            if source is None:
+                new |= self._gradients(feed, y, own)
+            else:
+                new |= self._source_gradients(feed, y, own, source)
             if batch.seen is not None:
                 self._pool_gradients(new, batch.seen, place)
             self._settle(new, feed)
@@ -673,6 +700,71 @@ class _CrossIterationBatchNorm(NormLayer):
                 product = torch.matmul(seen.transpose(1, 2), seen)
                 found["patch_covariance"] = product.div_(points.shape[1])
             return found
+
+    def _source_gradients(
+        self, feed: Feed, y: Tensor, mean: Tensor, source: Source
+    ) -> dict[str, Tensor]:
+        """`_gradients` of the values that stand behind statistics, of all processes.
+
+        Args:
+            feed: What the bound layer did in this process.
+            y: What it put out.
+            mean: Of all processes' values.
+            source: Which these are.
+        """
+        geometry, dtype = feed.geometry, mean.dtype
+        x, y = feed.x.to(dtype), y.to(dtype)
+        with torch.autocast(y.device.type, enabled=False):
+            weight, *sums = self._gradient_sums(geometry, x, y, mean, source.mask)
+            count = mean.new_tensor(float(y.numel() // y.shape[1]))
+            if source.mask is not None:
+                count = source.mask.sum().to(dtype)
+            count = count * (weight > 0)  # a sample may have missed what is valid
+            scale = count / weight.clamp(min=1)
+            total, *summed = source.sum(count, *(table * scale for table in sums))
+            assert total is not None
+            patch, slope, apart, *square = (t / total.clamp(min=1) for t in summed if t is not None)
+            apart = apart.view(geometry.groups, -1, 1) * patch.unsqueeze(1)
+            found = {"mean_gradient": patch, "var_gradient": 2 * (slope - apart.flatten(0, 1))}
+            if square:
+                outer = patch.unsqueeze(2) * patch.unsqueeze(1)
+                found["patch_covariance"] = square[0] - outer
+            return found
+
+    def _gradient_sums(
+        self, geometry: Geometry, x: Tensor, y: Tensor, mean: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
+        """The number of valid positions, or of some of them, and sums over them.
+
+        Of patches; of ``y - mean`` times patches; of ``y - mean``; in the second order of products
+        of patches.
+        """
+        groups, fan_in, sample = geometry.groups, geometry.fan_in, self.gradient_sample
+        if y.numel() == 0:
+            shapes: list[tuple[int, ...]] = [(groups, fan_in), (y.shape[1], fan_in), (y.shape[1],)]
+            shapes += [(groups, fan_in, fan_in)] if self.order == 2 else []
+            return [mean.new_zeros(()), *(mean.new_zeros(shape) for shape in shapes)]
+        few = sample is not None and sample < y.numel() // y.shape[1]
+        offset = y - mean.view(1, -1, *(1,) * (y.dim() - 2))
+        if not few and self.order == 1:
+            valid = torch.ones_like(y) if mask is None else mask.to(y.dtype).expand_as(y)
+            met = patches.raw_gradient(geometry, x, valid.contiguous())
+            offset = offset * valid
+            slope = patches.raw_gradient(geometry, x, offset)
+            aside = offset.transpose(0, 1).flatten(1).sum(1)
+            return [valid[:, 0].sum(), met.unflatten(0, (groups, -1))[:, 0], slope, aside]
+        points = self._points(sample, y) if few else patches.all_points(y)
+        values, seen = patches.sampled_patches(geometry, x, offset, points)
+        if mask is not None:
+            weights = patches.values_at(mask, points).to(values.dtype)  # (n, 1)
+            values, seen = values * weights, seen * weights.unsqueeze(2)
+        number = values.new_tensor(float(len(values))) if mask is None else weights.sum()
+        grouped = values.unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, outputs, n)
+        rows = seen.transpose(0, 1)  # (groups, n, fan_in)
+        sums = [number, seen.sum(0), torch.matmul(grouped, rows).flatten(0, 1), values.sum(0)]
+        if self.order == 2:
+            sums.append(torch.matmul(rows.transpose(1, 2), rows))
+        return sums
 
     def _points(self, count: int | None, y: Tensor) -> Tensor:
         """The positions of this step: the next ones of a sequence that covers the unit cube."""

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.kernels import statistics_dtype
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
 from anybatch.layers.compiled import ForwardArrays, Kept
+from anybatch.layers.source import several, sum_processes
 from anybatch.layers.statistics import Statistics
 
 
@@ -39,6 +41,8 @@ class _GhostBatchNorm(NormLayer):
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference; it gains
             as ghost_size falls (four-things, figure 4).
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -72,6 +76,7 @@ class _GhostBatchNorm(NormLayer):
         ghost_size: int = 32,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         check_count("ghost_size", ghost_size)
         super().__init__(
@@ -84,6 +89,7 @@ class _GhostBatchNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.ghost_size = ghost_size
 
@@ -97,6 +103,9 @@ class _GhostBatchNorm(NormLayer):
             track_groups(self, mean, var, batch)
         return Statistics(mean, var)
 
+    def track_none(self, x: Tensor) -> None:
+        track_no_groups(self, x)
+
     def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         return fused_groups(self, loops, arrays, update)
 
@@ -109,11 +118,13 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
 
     Groups with one value a channel have no variance to track and are left out.
     """
+    if batch.counts is not None or several(layer.process_group) is not None:
+        return _track_counted(layer, mean, var, batch)
     sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last
     if not sizes:
         return
     if mean.dim() == 1:
-        return _track_step(layer, mean, batch.unbiased(var), sizes)
+        return _track_step(layer, mean, batch.unbiased(var), sum(sizes))
     pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
     first = 0
     for size in sorted(set(sizes), reverse=True):
@@ -122,13 +133,46 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
         pooled_mean += mean[rows].sum(0) * share
         pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
         first = rows.stop
-    _track_step(layer, pooled_mean, pooled_var, sizes)
+    _track_step(layer, pooled_mean, pooled_var, sum(sizes))
 
 
-def _track_step(layer: NormLayer, mean: Tensor, var: Tensor, sizes: list[int]) -> None:
+def _track_counted(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
+    """`track_groups` of counts that only the device knows, or of several processes."""
+    counts = batch.counts
+    if counts is None:
+        counts = torch.stack([var.new_full((1,), n * batch.values) for n in batch.sizes])
+    mean, var = mean.view(-1, mean.shape[-1]), var.view(-1, var.shape[-1])
+    counts = counts.view(-1, 1)
+    live = counts > 1
+    weights = torch.where(live, counts, 0)
+    unbiased = var * (counts / (counts - 1).clamp(min=1))
+    first = (torch.where(live, mean, 0) * weights).sum(0)
+    second = (torch.where(live, unbiased, 0) * weights).sum(0)
+    _track_sums(layer, first, second, weights.sum())
+
+
+def _track_sums(layer: NormLayer, first: Tensor, second: Tensor, total: Tensor) -> None:
+    """Track sums of means and variances that weigh `total` together, over all processes."""
+    group = several(layer.process_group)
+    if group is not None:
+        sums = sum_processes(group, first, second, total)
+        first, second, total = (table for table in sums if table is not None)
+    some = total.clamp(min=1)
+    nothing = total == 0  # of which no memory takes a trace
+    _track_step(layer, first / some, (second / some).masked_fill(nothing, torch.nan), total)
+
+
+def track_no_groups(layer: NormLayer, x: Tensor) -> None:
+    """Take part in what processes track together, with an empty batch."""
+    if several(layer.process_group) is not None:
+        zeros = torch.zeros(3, x.shape[1], dtype=statistics_dtype(x), device=x.device)
+        _track_sums(layer, zeros[0], zeros[1], zeros[2, 0])
+
+
+def _track_step(layer: NormLayer, mean: Tensor, var: Tensor, weight: int | Tensor) -> None:
     """Track once for all micro-batches of an optimizer step, each weighing by its examples."""
     if layer.step is not None:
-        first, var = layer.step.average("", mean, var, sum(sizes), True)
+        first, var = layer.step.average("", mean, var, weight, True)
         assert first is not None
         mean = first
     layer.track(mean, var)

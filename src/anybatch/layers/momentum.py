@@ -46,6 +46,8 @@ class _MomentumBatchNorm(NormLayer):
         ideal_decay: Decay of the running statistics at that batch size (default 0.85).
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -83,6 +85,7 @@ class _MomentumBatchNorm(NormLayer):
         ideal_decay: float = 0.85,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         if batch_size is not None:
             check_count("batch_size", batch_size)
@@ -101,6 +104,7 @@ class _MomentumBatchNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
         self.progress: tuple[int, int] = (1, 1)
@@ -164,7 +168,7 @@ class _MomentumBatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update and self.batch_size is None:
-            self._set_batch_size(batch.examples)
+            self._set_batch_size(self.examples_of_all(batch.examples))
         old_mean, old_var = self.memory["mean"], self.memory["var"]
         count, keep = self.memory["count"], self.memory["average_weight"]
         if keep.dtype != var.dtype:

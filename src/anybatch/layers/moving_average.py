@@ -60,6 +60,8 @@ class _MovingAverageBatchNorm(NormLayer):
         norm_batch_size: Normalize in successive batches of so many examples, each
             a step of the memory.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -100,6 +102,7 @@ class _MovingAverageBatchNorm(NormLayer):
         backward_stats: str = "sma",
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         check_count("window", window)
         if not clip >= 1:
@@ -119,6 +122,7 @@ class _MovingAverageBatchNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.window, self.clip, self.centered = window, float(clip), bool(centered)
         self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from anybatch import kernels
+from anybatch.layers.source import Source
 from anybatch.layers.statistics import Statistics
 
 
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     sizes: tuple[int, ...]
     eps: float
     memory: BackwardMemory | None
+    source: Source | None = None
 
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -51,6 +53,7 @@ def normalize(
     statistics: Statistics,
     eps: float,
     memory: BackwardMemory | None = None,
+    source: Source | None = None,
 ) -> Tensor:
     """Normalize ``x`` by given statistics, with the gradient that belongs to them.
 
@@ -62,11 +65,12 @@ def normalize(
         statistics: See `Statistics`.
         eps: Added to the variance.
         memory: Averages of the backward statistics, or None for the batch's own.
+        source: Whose values stand behind the statistics; None for all of the batch's own.
 
     Returns:
         A tensor of the shape, type and memory format of ``x``.
     """
-    call = Call(statistics, sizes, eps, memory)
+    call = Call(statistics, sizes, eps, memory, source)
     y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
     return y
 
@@ -78,6 +82,8 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.call = call
+        if x.numel() == 0:  # of one process of several
+            return torch.empty_like(x)
         mean, var, r, d = call.statistics[:4]
         channels = x.shape[1]
         scale, shift = _scale(weight, r, channels, call), bias
@@ -141,8 +147,14 @@ def _scale(weight: Tensor | None, table: Tensor | None, channels: int, call: Cal
 
 def _is_exact(x: Tensor, call: Call) -> bool:
     """Whether one group's own statistics, and they alone, normalize it."""
-    mean, var, _, _, center, share, _ = call.statistics
-    own = mean is not None and center is None and not isinstance(share, Tensor) and share == 1.0
+    mean, var, _, _, center, share, *_ = call.statistics
+    own = (
+        call.source is None
+        and mean is not None
+        and center is None
+        and not isinstance(share, Tensor)
+        and share == 1.0
+    )
     return own and len(call.sizes) == 1 and call.memory is None and var.shape[-1] == x.shape[1]
 
 
@@ -163,14 +175,17 @@ def _one_pass(
 def _two_passes(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
 ) -> _Gradients:
-    (mean, var, r, d, center, share, _), sizes, eps, memory = call
+    (mean, var, r, d, center, share, _, counted), sizes, eps, memory, source = call
     channels, columns = x.shape[1], var.shape[-1]
     center = mean if center is None else center
     wide_center = _wide(center, channels)
     inv = torch.rsqrt(var + kernels.scalar(eps))
     wide_inv = kernels.expand_groups(inv, channels)
 
-    sum_dy, sum_dyz = kernels.sums(dy, x, sizes, wide_center)
+    if x.numel():
+        sum_dy, sum_dyz = kernels.sums(dy, x, sizes, wide_center)
+    else:
+        sum_dy, sum_dyz = var.new_zeros(2, channels)
     if center is not None and mean is not None and center is not mean:
         sum_dyz = sum_dyz + sum_dy * kernels.expand_groups(center - mean, channels)
     sum_dyz = sum_dyz * wide_inv
@@ -186,10 +201,17 @@ def _two_passes(
         return None, dw, db
 
     scale = _scale(weight, r, channels, call)
-    values = x.numel() // (x.shape[0] * columns)
-    count = kernels.row_counts(sizes, values, var)
-    g = None if mean is None else _weighted_sum(sum_dy, scale, columns) / count
-    psi = _weighted_sum(sum_dyz, scale, columns) / count
+    if counted is None:
+        count = kernels.row_counts(sizes, x.numel() // (x.shape[0] * columns), var)
+    else:
+        count = counted.clamp(min=1) * (channels // columns)
+    g = None if mean is None else _weighted_sum(sum_dy, scale, columns)
+    psi = _weighted_sum(sum_dyz, scale, columns)
+    if source is not None:
+        g, total = source.sum(g, psi)
+        assert total is not None
+        psi = total
+    g, psi = None if g is None else g / count, psi / count
     if memory is not None:
         g, psi = memory(g, psi)
     if not needs[0]:
@@ -201,7 +223,10 @@ def _two_passes(
     constant = None
     if g is not None:
         constant = kernels.expand_groups((g * inv).mul_(share).neg_(), channels)
-    return kernels.gradient(dy, x, sizes, wide_center, on_dy, on_x, constant), dw, db
+    dx = kernels.gradient(dy, x, sizes, wide_center, on_dy, on_x, constant)
+    if source is not None and source.mask is not None:
+        dx = source.gradient(dx, kernels.gradient(dy, x, sizes, None, on_dy, None, None))
+    return dx, dw, db
 
 
 def _weighted_sum(table: Tensor, scale: Tensor | None, columns: int) -> Tensor:

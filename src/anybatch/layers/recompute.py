@@ -73,7 +73,7 @@ class Recent:
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    return x.detach()[0].flatten()[:_FINGERPRINT].to(torch.float32, copy=True)
+    return x.detach()[:1].flatten()[:_FINGERPRINT].to(torch.float32, copy=True)
 
 
 def _tables(kept: Statistics | list[Kept], like: Tensor) -> Statistics:
@@ -97,4 +97,4 @@ def _select(choices: list[Statistics], index: Tensor) -> Statistics:
         assert chosen is not None
         share = chosen
     assert var is not None
-    return Statistics(mean, var, r, d, pick("center"), share, pick("own"))
+    return Statistics(mean, var, r, d, pick("center"), share, pick("own"), pick("counts"))

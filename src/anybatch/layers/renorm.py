@@ -43,6 +43,8 @@ class _BatchRenorm(NormLayer):
             from 1 and 0 at its end (default False).
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -81,6 +83,7 @@ class _BatchRenorm(NormLayer):
         smooth: bool = False,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         if not max_r >= 1:
             raise ValueError(f"max_r={max_r!r}: give a number from 1 on")
@@ -98,6 +101,7 @@ class _BatchRenorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.max_r, self.max_d = float(max_r), float(max_d)
         self.warmup_steps, self.smooth = warmup_steps, smooth

@@ -11,9 +11,46 @@ from anybatch.kernels import spread
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
+from anybatch.layers.source import Source
 from anybatch.layers.statistics import Statistics
 
 _L1 = math.sqrt(math.pi / 2)
+
+
+class _Values(NamedTuple):
+    """The values behind spreads.
+
+    Attributes:
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group.
+        mean: Of each group and channel.
+        counts: Values a channel behind each, a number or ``(G, 1)``.
+        source: Which of ``x`` they are, and of which processes.
+    """
+
+    x: Tensor
+    sizes: tuple[int, ...]
+    mean: Tensor
+    counts: Tensor
+    source: Source
+
+    @classmethod
+    def of(cls, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> "_Values":
+        """Those of a batch; where the source is None, all."""
+        source = Source() if source is None else source
+        mean, _, counts = source.moments(x, sizes, True)
+        assert mean is not None
+        return cls(x, sizes, mean, counts, source)
+
+    def total(self, table: Tensor) -> Tensor:
+        """Sum of a table over all processes."""
+        (summed,) = self.source.sum(table)
+        assert summed is not None
+        return summed
+
+    def on_examples(self, table: Tensor) -> Tensor:
+        """A table of groups, to be broadcast over the values."""
+        return spread.on_examples(table.expand_as(self.mean), self.x, self.sizes)
 
 
 class _SpreadNorm(NormLayer):
@@ -22,13 +59,13 @@ class _SpreadNorm(NormLayer):
     pools: ClassVar[bool] = False
 
     @staticmethod
-    def spread(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
+    def spread(values: _Values) -> Tensor:
         """The spread of each group and channel, in the place of a standard deviation."""
         raise NotImplementedError
 
     @staticmethod
-    def slope(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-        """Derivative of the spread by each value."""
+    def slope(values: _Values) -> Tensor:
+        """Derivative of the spread by each value; 0 by those that do not stand behind it."""
         raise NotImplementedError
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
@@ -38,14 +75,25 @@ class _SpreadNorm(NormLayer):
         return Statistics(mean, var)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-        mean, _ = kernels.moments(x, sizes)
-        return mean, self.spread(x, sizes, mean).square()
+        values = _Values.of(x, sizes, None)
+        return values.mean, self.spread(values).square()
+
+    def _source_moments(
+        self, x: Tensor, sizes: tuple[int, ...], source: Source
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        values = _Values.of(x, sizes, source)
+        return values.mean, self.spread(values).square(), values.counts
 
     def _apply_statistics(
-        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+        self,
+        x: Tensor,
+        cut: Partition,
+        chosen: Statistics,
+        memory: BackwardMemory | None,
+        source: Source | None = None,
     ) -> Tensor:
         weight, bias = self._parameters_like(chosen.var)
-        call = _Call(chosen, cut.sizes, self.eps, type(self))
+        call = _Call(chosen, cut.sizes, self.eps, type(self), source)
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
@@ -57,6 +105,7 @@ class _Call(NamedTuple):
     sizes: tuple[int, ...]
     eps: float
     kind: type[_SpreadNorm]
+    source: Source | None
 
 
 class _Normalize(torch.autograd.Function):
@@ -66,6 +115,8 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.call = call
+        if x.numel() == 0:  # of one process of several
+            return torch.empty_like(x)
         mean, var = call.statistics[:2]
         rows = len(call.sizes)
         scale, shift = (
@@ -77,26 +128,30 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
-        (mean, var, *_), sizes, eps, kind = ctx.call
+        (mean, var, *_), sizes, eps, kind, source = ctx.call
         share, needs = ctx.call.statistics.share, ctx.needs_input_grad
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         inv = torch.rsqrt(var + kernels.scalar(eps))
-        total, moment = kernels.sums(dy, x, sizes, mean)
+        if x.numel():
+            total, moment = kernels.sums(dy, x, sizes, mean)
+        else:
+            total, moment = var.new_zeros(2, *var.shape)
         moment = moment * inv
         dx = dw = db = None
         if needs[0]:
             on_dy = inv if weight is None else inv * weight
             # Own statistics: at inference those used are a mixture of them and the running ones.
-            own, _ = kernels.moments(x, sizes)
-            own_spread = kind.spread(x, sizes, own)
-            values = x.numel() // (x.shape[0] * x.shape[1])
-            count = kernels.row_counts(sizes, values, var)
-            on_var = on_dy * inv * moment * share * -0.5
-            constant = (2 * on_var * (own - mean) - on_dy * share * total) / count
-            slope = kind.slope(x, sizes, own)
-            slope.mul_(spread.on_examples(2 * on_var * own_spread, x, sizes))
-            slope.add_(spread.on_examples(constant, x, sizes))
-            dx = slope.addcmul_(dy, spread.on_examples(on_dy, x, sizes)).to(x.dtype)
+            own = _Values.of(x, sizes, source)
+            own_spread, count = kind.spread(own), own.counts.clamp(min=1)
+            all_dy, all_moment = own.source.sum(total, moment)
+            assert all_dy is not None and all_moment is not None
+            on_var = on_dy * inv * all_moment * share * -0.5
+            constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
+            inner = kind.slope(own).mul_(own.on_examples(2 * on_var * own_spread))
+            inner.add_(own.on_examples(constant))
+            if own.source.mask is not None:
+                inner = inner.masked_fill(~own.source.mask, 0)
+            dx = inner.addcmul_(dy, own.on_examples(on_dy)).to(x.dtype)
         if needs[1]:
             dw = moment if len(sizes) == 1 else moment.sum(0)
         if needs[2]:
@@ -127,6 +182,8 @@ class _L1BatchNorm(_SpreadNorm):
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -148,12 +205,18 @@ class _L1BatchNorm(_SpreadNorm):
     """
 
     @staticmethod
-    def spread(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-        return _L1 * spread.mean_deviation(x, sizes, mean)
+    def spread(values: _Values) -> Tensor:
+        x, sizes, mean, counts, source = values
+        sums = spread.deviation_sums(x, sizes, mean, source.mask)
+        return _L1 * values.total(sums) / counts.clamp(min=1)
 
     @staticmethod
-    def slope(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-        return _L1 * spread.deviation_signs(x, sizes, mean)
+    def slope(values: _Values) -> Tensor:
+        x, sizes, mean, counts, source = values
+        signs = spread.deviation_signs(x, sizes, mean, source.mask)
+        counts = counts.clamp(min=1)
+        balance = values.total(spread.group_sums(signs, sizes)) / counts  # by way of the mean
+        return _L1 * (signs - values.on_examples(balance)) / values.on_examples(counts)
 
 
 class _RangeBatchNorm(_SpreadNorm):
@@ -179,6 +242,8 @@ class _RangeBatchNorm(_SpreadNorm):
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -200,25 +265,36 @@ class _RangeBatchNorm(_SpreadNorm):
     """
 
     @staticmethod
-    def spread(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-        return spread.value_range(x, sizes) * _range_factors(x, sizes, mean)
+    def spread(values: _Values) -> Tensor:
+        high, low = _ends(values)
+        some = values.counts > 0
+        return torch.where(some, high - low, 0) * _range_factors(values.counts)
 
     @staticmethod
-    def slope(x: Tensor, sizes: tuple[int, ...], mean: Tensor) -> Tensor:
-        factors = _range_factors(x, sizes, mean)
-        if factors.dim():
-            factors = spread.on_examples(factors.expand_as(mean), x, sizes)
-        return spread.range_ends(x, sizes) * factors
+    def slope(values: _Values) -> Tensor:
+        x, sizes, _, counts, source = values
+        found = torch.zeros_like(x, dtype=values.mean.dtype)
+        for end, sign in zip(_ends(values), (1, -1), strict=True):
+            hits = spread.hits(x, sizes, end, source.mask)
+            many = values.total(spread.group_sums(hits, sizes)).clamp(min=1)
+            found += sign * hits / values.on_examples(many)  # equal ends share it
+        return found * values.on_examples(_range_factors(counts))
 
 
-def _range_factors(x: Tensor, sizes: tuple[int, ...], like: Tensor) -> Tensor:
-    """1 / sqrt(2 ln n), a number or a column; 0 for one value, whose range is 0."""
-    values = x.numel() // (x.shape[0] * x.shape[1])
-    logs = [math.log(size * values) for size in sizes]
-    factors = [1 / math.sqrt(2 * log) if log else 0.0 for log in logs]
-    if len(set(factors)) == 1:
-        return kernels.scalar(factors[0])
-    return torch.stack([like.new_full((1,), factor) for factor in factors])
+def _ends(values: _Values) -> tuple[Tensor, Tensor]:
+    """Largest and smallest value of each group and channel, over all processes."""
+    x, sizes, _, _, source = values
+    ends = torch.stack(
+        [spread.largest(x, sizes, source.mask), spread.largest(-x, sizes, source.mask)]
+    )
+    high, negative_low = source.largest(ends)
+    return high, -negative_low
+
+
+def _range_factors(counts: Tensor) -> Tensor:
+    """1 / sqrt(2 ln n); 0 for one value, whose range is 0."""
+    logs = counts.clamp(min=1).log()
+    return torch.where(logs > 0, (2 * logs).rsqrt(), 0)
 
 
 class L1BatchNorm1d(_L1BatchNorm):

@@ -77,11 +77,11 @@ class RunningGroupNorm(_BatchGroupNorm):
             example_weight=example_weight,
         )
 
-    def _infer(self, x: Tensor) -> Tensor:
-        if self.example_weight == 1.0:
+    def _infer(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.example_weight == 1.0 and mask is None:
             weight, bias = self.weight, self.bias
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-        return super()._infer(x)
+        return super()._infer(x, mask)
 
     def inference_obstacle(self) -> str | None:
         return super().inference_obstacle() or "it is made for inputs of any rank"

@@ -15,7 +15,18 @@ from anybatch.layers.compiled import Array, is_plain
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward, may_run_again
-from anybatch.layers.sampling import NUMBERS, Part, Size, draw, mixed, part_moments, place, virtual
+from anybatch.layers.sampling import (
+    NUMBERS,
+    Part,
+    Size,
+    draw,
+    draw_ranks,
+    mixed,
+    part_moments,
+    place,
+    virtual,
+)
+from anybatch.layers.source import Source, first_of, rank_in, size_of
 from anybatch.layers.statistics import Statistics
 
 SAMPLES = ("naive", "batch", "feature", "points", "virtual", "feature+virtual", "batch+virtual")
@@ -68,9 +79,13 @@ class _SampledBatchNorm(NormLayer):
         seed: Of the random places (default None: drawn from `generator`). Layers of a
             network need different seeds, or their errors go together.
         generator: What the seed is drawn from (default None: torch's on the CPU).
+        ranks: With a process group, how many of its processes are sampled, others in each draw
+            (default None: all; section 4.3). The first one's seed is then that of all.
         norm_batch_size: Normalize in successive batches of so many examples, each with its
             own sample (and its own virtual rows in front).
         example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -109,8 +124,10 @@ class _SampledBatchNorm(NormLayer):
         mix: float = 0.5,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        ranks: int | None = None,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
+        process_group: Any = None,
     ) -> None:
         check_choice("sample", sample, SAMPLES)
         check_between("ratio", ratio, 0.0, 1.0)
@@ -120,6 +137,10 @@ class _SampledBatchNorm(NormLayer):
         if num_virtual is not None:
             check_count("num_virtual", num_virtual)
         check_between("mix", mix, 0.0, 1.0)
+        if ranks is not None:
+            check_count("ranks", ranks)
+            if process_group is None:
+                raise ValueError(f"ranks={ranks}: give the process_group that they are of")
         super().__init__(
             num_features,
             eps,
@@ -130,9 +151,11 @@ class _SampledBatchNorm(NormLayer):
             dtype,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
+            process_group=process_group,
         )
         self.sample, self.ratio, self.size = sample, ratio, size
-        self.num_virtual, self.mix = num_virtual, mix
+        self.num_virtual, self.mix, self.ranks = num_virtual, mix, ranks
+        self._agreed = False
         self.seed = _drawn_seed(seed, generator)
         self.wrapped_rows: int | None = None
         self.latest_rows: int | None = None
@@ -184,7 +207,7 @@ class _SampledBatchNorm(NormLayer):
         self._draw(number)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_places": {}}
+        return {**super().__getstate__(), "_places": {}, "_agreed": False}
 
     # --- the sample --------------------------------------------------------
 
@@ -259,6 +282,51 @@ class _SampledBatchNorm(NormLayer):
             )
         return rows
 
+    def _shared_parts(
+        self, rows: int, spatial: tuple[int, ...], device: torch.device, group: Any
+    ) -> tuple[Part | None, ...]:
+        """The parts of a normalization batch of which this process may have none."""
+        first = min(self._virtual_rows(), rows)
+        key = ("shared", rows, spatial, device, first)
+        if key not in self._places or torch.compiler.is_compiling():
+            compiling = torch.compiler.is_compiling()
+            numbers = tuple(self.memory["index"]) if compiling else self._numbers
+            found: list[Part | None] = []
+            if self.is_virtual:
+                found.append(virtual(first, spatial) if first else None)
+            kind = self.sample.split("+")[0]
+            if kind != "virtual":
+                shape = (rows - first, *spatial)
+                part = None
+                if rows > first:
+                    part = place(kind, shape, first, numbers, self.ratio, self.size, device)
+                found.append(part)
+            if compiling:
+                return tuple(found)
+            self._places[key] = tuple(found)
+        parts: tuple[Part | None, ...] = self._places[key]
+        if self.ranks is not None and group is not None and not self._is_sampled(group):
+            parts = (*parts[:-1], None) if self.sample != "virtual" else parts
+        return parts
+
+    def _is_sampled(self, group: Any) -> bool:
+        """Whether this process is one of those sampled in this draw."""
+        assert self.ranks is not None
+        if not self._agreed:
+            seed = int(first_of(group, self.memory["seed"]))
+            if seed != self.seed:
+                self.seed = seed
+                self.memory["seed"].fill_(seed)
+                self._draw(self._drawn)
+            self._agreed = True
+        return rank_in(group) in draw_ranks(self.seed, self._drawn, size_of(group), self.ranks)
+
+    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+        rows = self.wrapped_rows or 0
+        if rows and mask.dim() and mask.shape[0] == x.shape[0] - rows:  # virtual ones are valid
+            mask = torch.cat([mask.new_ones(rows, *mask.shape[1:]), mask])
+        return super()._fit(mask, x)
+
     # --- the course of a forward -------------------------------------------
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
@@ -267,12 +335,12 @@ class _SampledBatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def _normalize_batch(self, x: Tensor, training: bool) -> Tensor:
-        if training and self.step is None and not in_backward():
+    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
+        if training and source is None and self.step is None and not in_backward():
             y = self._normalize_compiled(x)
             if y is not None:
                 return y
-        return super()._normalize_batch(x, training)
+        return super()._normalize_batch(x, training, source)
 
     def _normalize_compiled(self, x: Tensor) -> Tensor | None:
         """The whole forward in compiled calls, where these can serve it."""
@@ -311,10 +379,13 @@ class _SampledBatchNorm(NormLayer):
         values: int,
         live: tuple[bool, ...] | None,
         update: bool,
+        source: Source | None,
     ) -> Statistics:
-        parts = self._parts(x, cut.sizes)
+        if source is not None and self.training:
+            return self._run_shared(x, cut, values, update, source)
+        parts = None if source is not None else self._parts(x, cut.sizes)
         if parts is None:
-            return super()._run_rule(x, cut, values, live, update)
+            return super()._run_rule(x, cut, values, live, update, source)
         rows = [
             _mean_and_var(piece, one) for piece, one in zip(x.split(cut.sizes), parts, strict=True)
         ]
@@ -327,14 +398,50 @@ class _SampledBatchNorm(NormLayer):
         small = Partition(counts, cut.steps, counts)
         return self._decide(mean, var, small, 1, None if all(alive) else alive, update)
 
+    def _run_shared(
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source
+    ) -> Statistics:
+        """The rule on samples of valid positions, or of several processes."""
+        found = self._shared_moments(x, cut.sizes, source)
+        table = _table([_mix(*one, self.mix)[:2] for one in found])
+        counts = torch.stack([counts for _, _, counts in found])  # of each group's parts
+        total = counts.sum(1) if len(found) == 1 else counts.sum(1, keepdim=True)
+        total = total[0] if len(found) == 1 else total
+        chosen = self._decide_counted(*table, total, cut, values, update)
+        return chosen._replace(counts=counts)
+
+    def _shared_moments(
+        self, x: Tensor, sizes: tuple[int, ...], source: Source
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Means and variances ``(P, C)`` and counts ``(P,)`` of each group's parts."""
+        masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)
+        found = []
+        for piece, mask in zip(x.split(sizes), masks, strict=True):
+            spatial, group = tuple(piece.shape[2:]), source.group
+            parts = self._shared_parts(piece.shape[0], spatial, piece.device, group)
+            rows = [_part_source_moments(piece, part, mask, group) for part in parts]
+            means, variances, counts = (torch.stack(column) for column in zip(*rows, strict=True))
+            found.append((means, variances, counts))
+        return found
+
     def _apply_statistics(
-        self, x: Tensor, cut: Partition, chosen: Statistics, memory: BackwardMemory | None
+        self,
+        x: Tensor,
+        cut: Partition,
+        chosen: Statistics,
+        memory: BackwardMemory | None,
+        source: Source | None = None,
     ) -> Tensor:
-        parts = self._parts(x, cut.sizes)
+        parts: tuple[tuple[Part | None, ...], ...] | None = None
+        if source is None:
+            parts = self._parts(x, cut.sizes)
+        elif self.training and not self.frozen:
+            spatial = tuple(x.shape[2:])
+            parts = tuple(self._shared_parts(n, spatial, x.device, source.group) for n in cut.sizes)
         if parts is None:
-            return super()._apply_statistics(x, cut, chosen, memory)
+            return super()._apply_statistics(x, cut, chosen, memory, source)
         weight, bias = self._parameters_like(chosen.var)
-        call = _Call(chosen, cut.sizes, parts, self.eps)
+        call = _Call(chosen, cut.sizes, parts, self.eps, source, self.mix)
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
@@ -344,6 +451,8 @@ class _SampledBatchNorm(NormLayer):
             shown |= {"ratio": self.ratio} if self.size is None else {"size": self.size}
         if self.is_virtual:
             shown["num_virtual"] = self.num_virtual
+        if self.ranks is not None:
+            shown["ranks"] = self.ranks
         return shown | ({"mix": self.mix} if "+" in self.sample else {})
 
 
@@ -472,8 +581,10 @@ class _Call(NamedTuple):
 
     statistics: Statistics
     sizes: tuple[int, ...]
-    parts: tuple[tuple[Part, ...], ...]
+    parts: tuple[tuple[Part | None, ...], ...]
     eps: float
+    source: Source | None = None
+    mix: float = 0.5
 
 
 class _Normalize(torch.autograd.Function):
@@ -483,6 +594,8 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.call = call
+        if x.numel() == 0:  # of one process of several
+            return torch.empty_like(x)
         mean, var = call.statistics[:2]
         rows = len(call.sizes)
         scale, shift = (
@@ -497,6 +610,8 @@ class _Normalize(torch.autograd.Function):
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         call, needs = ctx.call, ctx.needs_input_grad
         chosen, sizes = call.statistics, call.sizes
+        if call.source is not None:
+            return *_shared_gradients(dy, x, weight, call, needs), None
         if len(sizes) == 1:
             table = (chosen.mean, chosen.var, chosen.share)
             return *_gradients(dy, x, weight, table, call.parts[0], call.eps, needs), None
@@ -553,6 +668,90 @@ def _gradients(
                 dx, dy, x, part.sample, center, on_dy, on_x * factor, constant * factor
             )
     return dx, dw if needs[1] else None, db if needs[2] else None
+
+
+def _part_source_moments(
+    x: Tensor, part: Part | None, mask: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and count of a part, of valid positions, of all processes."""
+    if part is None:
+        values = x.new_empty(0, x.shape[1])
+        valid = None
+    else:
+        values = kernels.take_dense(x, part.sample)
+        valid = None if mask is None else kernels.take_dense(mask, part.sample)
+    mean, var, count = Source(valid, group).moments(values, (values.shape[0],), True)
+    assert mean is not None
+    return mean, var, count
+
+
+def _mix(
+    means: Tensor, variances: Tensor, counts: Tensor, mix: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation 4 over parts ``(P, C)``; one of a single value has no share. Shares come last."""
+    shares = (counts > 1).to(means.dtype)
+    if len(counts) > 1:
+        shares = shares * torch.tensor([mix, 1 - mix], dtype=means.dtype, device=means.device)
+    shares = (shares / shares.sum().clamp(min=1e-30)).unsqueeze(1)
+    return (means * shares).sum(0), (variances * shares).sum(0), shares
+
+
+def _table(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows of several groups as tables; one stays a row."""
+    if len(rows) == 1:
+        return rows[0]
+    means, variances = zip(*rows, strict=True)
+    return torch.stack(means), torch.stack(variances)
+
+
+def _shared_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Equation 6 where only valid positions are sampled, or those of several processes."""
+    chosen, sizes, source = call.statistics, call.sizes, call.source
+    assert source is not None and chosen.mean is not None and chosen.counts is not None
+    masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)
+    shape = (len(sizes), x.shape[1])
+    means, variances = chosen.mean.view(shape), chosen.var.view(shape)
+    given = torch.as_tensor(chosen.share, dtype=means.dtype, device=means.device)
+    given = given.expand(len(sizes), 1) if given.dim() == 0 else given.view(-1, 1)
+    grads: list[tuple[Tensor, Tensor, Tensor]] = []
+    pieces = zip(dy.split(sizes), x.split(sizes), masks, call.parts, strict=True)
+    for g, (one_dy, one_x, mask, parts) in enumerate(pieces):
+        mean, var = means[g], variances[g]
+        if one_x.numel():
+            all_three = (True, True, True)
+            dx, dw, db = kernels.fixed_gradient(
+                one_dy, one_x, mean, var, weight, call.eps, all_three
+            )
+            assert dx is not None and dw is not None and db is not None
+        else:
+            dx, (dw, db) = torch.empty_like(one_x), mean.new_zeros(2, *mean.shape)
+        if needs[0]:
+            found = [_part_source_moments(one_x, part, mask, source.group) for part in parts]
+            own, own_var, counts = (torch.stack(column) for column in zip(*found, strict=True))
+            middle, _, shares = _mix(own, own_var, counts, call.mix)
+            all_dw, all_db = source.sum(dw, db)
+            assert all_dw is not None and all_db is not None
+            inv = torch.rsqrt(var + kernels.scalar(call.eps))
+            on_dy = inv if weight is None else weight * inv
+            passing = on_dy * given[g]
+            for p, part in enumerate(parts):
+                if part is None:
+                    continue
+                factor = -shares[p] / counts[p].clamp(min=1)
+                # Of the part's own variance; micro-batches pool by moving all of them.
+                center = own[p] + (mean - middle)
+                on_x, constant = passing * inv * all_dw * factor, passing * all_db * factor
+                rows = (center, on_dy, on_x, constant)
+                dx = kernels.put_gradient(dx, one_dy, one_x, part.sample, *rows, mask)
+        grads.append((dx, dw, db))
+    dxs, dws, dbs = zip(*grads, strict=True)
+    return (
+        torch.cat(dxs) if needs[0] else None,
+        torch.stack(dws).sum(0) if needs[1] else None,
+        torch.stack(dbs).sum(0) if needs[2] else None,
+    )
 
 
 class SampledBatchNorm1d(_SampledBatchNorm):

@@ -38,6 +38,16 @@ def draw(seed: int, number: int) -> list[int]:
     return [source.getrandbits(_BITS) for _ in range(NUMBERS)]
 
 
+def draw_ranks(seed: int, number: int, world: int, count: int) -> frozenset[int]:
+    """The processes of a group that are sampled in a draw (bn-sampling, section 4.3).
+
+    >>> len(draw_ranks(7, 1, world=8, count=2))
+    2
+    """
+    source = random.Random(f"{seed}/{number}/ranks")
+    return frozenset(source.sample(range(world), min(count, world)))
+
+
 def nearest(wanted: float, least: int, most: int) -> int:
     """The nearest whole number within limits."""
     return min(max(int(wanted + 0.5), least), most)

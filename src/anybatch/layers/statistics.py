@@ -21,6 +21,8 @@ class Statistics(NamedTuple):
         share: Part of the batch's own statistics in `mean` and `var`.
         own: Whether the backward statistics are the batch's own, a number or
             ``(G, 1)``; None where the method does not ask.
+        counts: Values a channel behind them, a number or ``(G, 1)``; None where these are all of
+            the batch's.
     """
 
     mean: Tensor | None
@@ -30,6 +32,7 @@ class Statistics(NamedTuple):
     center: Tensor | None = None
     share: float | Tensor = 1.0
     own: Tensor | None = None
+    counts: Tensor | None = None
 
 
 def stack(parts: list[Statistics]) -> Statistics:
@@ -53,7 +56,10 @@ def stack(parts: list[Statistics]) -> Statistics:
     own = None
     if any(part.own is not None for part in parts):
         own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
-    return Statistics(mean, var, r, d, center, share, own)
+    counts = None
+    if parts[0].counts is not None:
+        counts = torch.cat([_column(p.var, 1.0 if p.counts is None else p.counts) for p in parts])
+    return Statistics(mean, var, r, d, center, share, own, counts)
 
 
 def _blank(part: Statistics, name: str) -> Tensor:

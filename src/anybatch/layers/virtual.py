@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from anybatch.layers.arguments import check_count
@@ -40,10 +41,13 @@ class VirtualDataset(nn.Module):
             It belongs to the first floating-point tensor otherwise. Other tensors with as many
             rows get their own first rows as virtual ones.
         std: Standard deviation, likewise.
-        num_virtual: Virtual examples (default 1). Where a batch norm sees ``(N, C)``, one example
-            is one value a channel, which has no variance: give 2 or more.
+        num_virtual: Virtual examples (default 1), of each process. Where a batch norm sees
+            ``(N, C)``, one example is one value a channel, which has no variance: give 2 or more.
         seed: Of the virtual examples (default None: drawn from `generator`).
         generator: What the seed is drawn from (default None: torch's on the CPU).
+        ranks: Processes of ``torch.distributed``, by rank, that have virtual examples (default
+            None: each; section 4.3). The layers must synchronize: convert with a
+            `process_group`.
 
     Raises:
         ValueError: For an argument out of range, a network without layers that look at virtual
@@ -69,9 +73,13 @@ class VirtualDataset(nn.Module):
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_count("num_virtual", num_virtual)
+        if ranks is not None and not list(ranks):
+            raise ValueError("ranks=[]: give the processes that have virtual examples")
+        self.ranks = None if ranks is None else tuple(ranks)
         self.model, self.num_virtual = model, num_virtual
         self.mean, self.std = _by_input("mean", mean), _by_input("std", std)
         if self.mean.keys() != self.std.keys():
@@ -92,8 +100,11 @@ class VirtualDataset(nn.Module):
         given.update(named)
         rows = _rows(given, self.mean)
         self.step += not in_backward()  # a checkpointed forward that runs again draws the same
+        if not self._is_here(layers):
+            with _virtual_rows(layers.values(), 0):
+                return self.model(*inputs, **named)
         grown = {key: self._grow(key, value, rows, given) for key, value in given.items()}
-        with _virtual_rows(layers, self.num_virtual):
+        with _virtual_rows(layers.values(), self.num_virtual):
             output = self.model(
                 *(grown[position] for position in range(len(inputs))),
                 **{name: grown[name] for name in named},
@@ -108,7 +119,20 @@ class VirtualDataset(nn.Module):
             )
         return output
 
-    def _layers(self) -> list[_SampledBatchNorm]:
+    def _is_here(self, layers: Mapping[str, _SampledBatchNorm]) -> bool:
+        """Whether this process has virtual examples."""
+        if self.ranks is None:
+            return True
+        for name, layer in layers.items():
+            if layer.process_group is None:
+                raise ValueError(
+                    f"ranks={list(self.ranks)}: {name} does not synchronize with the processes "
+                    "that have virtual examples; convert the network with process_group='world'"
+                )
+        together = dist.is_available() and dist.is_initialized()
+        return (dist.get_rank() if together else 0) in self.ranks
+
+    def _layers(self) -> dict[str, _SampledBatchNorm]:
         """The layers that look at virtual examples."""
         modules = self.model.named_modules()
         found = {n: m for n, m in modules if isinstance(m, _SampledBatchNorm) and m.is_virtual}
@@ -128,7 +152,7 @@ class VirtualDataset(nn.Module):
                     f"{name}: num_virtual={layer.num_virtual}, but the network has "
                     f"{self.num_virtual} virtual examples; leave it None"
                 )
-        return list(found.values())
+        return found
 
     def _grow(self, key: int | str, value: Any, rows: int, given: Mapping[int | str, Any]) -> Any:
         """An input with the virtual rows in front."""
@@ -179,7 +203,7 @@ class VirtualDataset(nn.Module):
 
 
 @contextmanager
-def _virtual_rows(layers: list[_SampledBatchNorm], rows: int) -> Iterator[None]:
+def _virtual_rows(layers: Collection[_SampledBatchNorm], rows: int) -> Iterator[None]:
     """Within it the first rows of what the layers see are virtual."""
     for layer in layers:
         layer.wrapped_rows = layer.latest_rows = rows
