@@ -169,7 +169,7 @@ def _instance_norm(
 
 
 _UNMIXED = {"num_virtual": None, "mix": 0.5}
-_UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5}
+_UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5, "ranks": None}
 
 _TABLE = (
     Method(
