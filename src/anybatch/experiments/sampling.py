@@ -154,7 +154,8 @@ def estimation_errors(
     if len(some) < 2:
         raise ValueError(f"inputs: {len(some)} batches, give two or more")
     known = get_method(METHODS[sample]).options
-    options = {n: v for n, v in {"ratio": ratio, "seed": seed}.items() if n in known}
+    given: dict[str, Any] = {"ratio": ratio, "seed": seed}
+    options = {name: value for name, value in given.items() if name in known}
     converted = convert(nn.Sequential(copy.deepcopy(model)), METHODS[sample], **options).train()
     layers = {n: m for n, m in converted.named_modules() if isinstance(m, _SAMPLED)}
     if not layers:
@@ -324,6 +325,11 @@ def _distances(found: list[Tensor], truth: list[Tensor]) -> tuple[float, float]:
 # --- time ----------------------------------------------------------------------
 
 
+def _clock() -> float:
+    """Seconds: of work on one thread, which other processes do not lengthen; else on the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 @dataclass(frozen=True)
 class PassTime:
     """Time of a pass.
@@ -354,8 +360,9 @@ def regularity_and_speed(
     """What regular places and a static index are worth in time.
 
     As many values, taken from adjacent examples, from a patch of every map, or one by one; with the
-    index as it was or drawn anew before each pass. All in turn, after two rounds that do not count.
-    The statistics alone are torch's operators; the layer is as it ships.
+    index as it was or drawn anew before each pass. All in turn, after two rounds that do not count;
+    on one thread in processor time, else in wall time. The statistics alone are torch's operators;
+    the layer is as it ships.
 
     Args:
         shape: Of the activation.
@@ -388,9 +395,9 @@ def regularity_and_speed(
     for _ in range(rounds + 2):
         for key, one in passes.items():
             x.grad = None
-            start = time.perf_counter()
+            start = _clock()
             one()
-            seconds[key].append(time.perf_counter() - start)
+            seconds[key].append(_clock() - start)
     rows = []
     for key, values in seconds.items():
         base = seconds[key[0], "torch", "static"]
@@ -442,8 +449,9 @@ class NormShare:
 def norm_share(runs: Mapping[str, Run], data: Dataset, *, rounds: int = 15) -> list[NormShare]:
     """The norms' share of a training step: with them, and with nothing in their place.
 
-    Steps of all networks in turn on the same batches, after two rounds that do not count. Nothing
-    is learned (the learning rate is 0), so that a network without norms stays finite.
+    Steps of all networks in turn on the same batches, after two rounds that do not count; on one
+    thread in processor time, else in wall time. Nothing is learned (the learning rate is 0), so
+    that a network without norms stays finite.
 
     Args:
         runs: By name, all with the same network and batch size.
@@ -489,14 +497,14 @@ def _remove_norms(model: nn.Module) -> None:
 def _timed_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> dict[str, float]:
-    times = [time.perf_counter()]
+    times = [_clock()]
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
-    times.append(time.perf_counter())
+    times.append(_clock())
     loss.backward()
-    times.append(time.perf_counter())
+    times.append(_clock())
     optimizer.step()
-    times.append(time.perf_counter())
+    times.append(_clock())
     return {
         "forward": times[1] - times[0],
         "backward": times[2] - times[1],

@@ -67,7 +67,9 @@ def average_figure(averages: Sequence[Averages]) -> "Figure":
         right.plot(momenta, [row.loss for row in one.rows], **style)
         right.axhline(one.loss, color=style["color"], linewidth=1, linestyle=":")
     left.set(title="error of the running variance", ylabel="relative error", yscale="log")
-    right.set(title="with them, at inference", ylabel="held-out loss (dotted: population)")
+    right.set(
+        title="with them, at inference", ylabel="held-out loss (dotted: population)", yscale="log"
+    )
     for axes in (left, right):
         axes.set(xlabel="weight of the newest batch (momentum)", xscale="log")
         axes.grid(alpha=0.3)
