@@ -153,13 +153,13 @@ def estimation_errors(
     some = list(inputs)
     if len(some) < 2:
         raise ValueError(f"inputs: {len(some)} batches, give two or more")
+    if not any(is_batch_norm(module) for module in model.modules()):
+        raise ValueError(f"model: {type(model).__name__} has no batch norm: give one that has")
     known = get_method(METHODS[sample]).options
     given: dict[str, Any] = {"ratio": ratio, "seed": seed}
     options = {name: value for name, value in given.items() if name in known}
     converted = convert(nn.Sequential(copy.deepcopy(model)), METHODS[sample], **options).train()
     layers = {n: m for n, m in converted.named_modules() if isinstance(m, _SAMPLED)}
-    if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no batch norm: give one that has")
     network: nn.Module = converted
     virtual_rows = 0
     if sample == "virtual":

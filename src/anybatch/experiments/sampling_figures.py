@@ -26,7 +26,7 @@ def error_figure(errors: Sequence[SampleErrors]) -> "Figure":
         for index, one in enumerate(errors):
             spread = one.spread(statistic)
             layers = range(1, len(spread) + 1)
-            style = _style(index)
+            style = _style(index + 1)  # black is torch's in the other plots
             axes.plot(layers, [s.middle for s in spread], label=one.sample, markersize=4, **style)
             low, high = [s.low for s in spread], [s.high for s in spread]
             axes.fill_between(layers, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -44,7 +44,11 @@ def correlation_figure(errors: Sequence[SampleErrors]) -> "Figure":
     for row, statistic in enumerate(STATISTICS):
         for column, one in enumerate(errors):
             drawn = axes[row, column].imshow(
-                one.correlation(statistic), cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest"
+                one.correlation(statistic).numpy(),
+                cmap="PuOr_r",
+                vmin=-1,
+                vmax=1,
+                interpolation="nearest",
             )
             name = "mean" if statistic == "mean" else "variance"
             title = f"{one.sample}, {name}\non average {one.between(statistic):.2f}"
