@@ -1,12 +1,12 @@
 """What sampling estimates and what it costs, as docs/sampling.md has it.
 
 Errors of sampled statistics in a ResNet-20, fresh and after each epoch of a short training, and how
-they go together in its layers; running statistics with every weight of the newest batch; time of
+they go together in its layers; the same in networks that each sampling has trained itself; running statistics with every weight of the newest batch; time of
 regular and irregular samples; the norms' share of a training step of ResNet-20 and ResNet-56. On
 CIFAR-10, or without a root on scikit-learn's digits as 8x8 pictures. Writes tables as CSV and plots
 as PNG, and prints the tables.
 
-    python benchmarks/sampling_analyses.py [errors averages regularity share] [--root data/cifar10]
+    python benchmarks/sampling_analyses.py [errors own averages regularity share] [--root data/cifar10]
         [--epochs 2] [--draws 60] [--rounds 21] [--threads 1] [--output runs/sampling]
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from anybatch.conversion import to_batchnorm
 from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import sampling as study
 from anybatch.experiments import sampling_figures as figures
@@ -29,8 +30,9 @@ from anybatch.experiments.example_weight import pictures
 from anybatch.experiments.figures import png
 from anybatch.experiments.files import output_folder, write_whole
 from anybatch.experiments.training import batches, prepare, step
+from anybatch.layers import VirtualDataset
 
-PARTS = ("errors", "averages", "regularity", "share")
+PARTS = ("errors", "own", "averages", "regularity", "share")
 RATIO = 1 / 32
 RATIOS = (1 / 128, 1 / 32, 1 / 8)
 SHAPES = ((128, 16, 32, 32), (32, 64, 56, 56))
@@ -79,6 +81,36 @@ def errors(run: Run, data: Dataset, draws: int, folder: Path) -> None:
     _table(folder / "errors-outside.csv", head, outside)
 
 
+def own(run: Run, data: Dataset, draws: int, folder: Path) -> None:
+    """Figures 6 and 7, each sampling in a network that it has trained for an epoch."""
+    moments = dataset_statistics([data.train_x], progress=False)
+    rows = []
+    for sample, way in _ways(run.but(epochs=1)).items():
+        training = prepare(way, data)
+        training.model.train()
+        for x, y in batches(way, data, 1):
+            step(way, training, x, y)
+            training.learning_rate.step()
+        wrapped = isinstance(training.model, VirtualDataset)
+        model = to_batchnorm(training.model.model if wrapped else training.model)
+        some = [x for x, _ in _endless(run, data, 2, draws)]
+        one = study.estimation_errors(model, some, sample, ratio=RATIO, moments=moments)
+        rows.append(_error_row(one))
+    head = ("sample", "mean", "variance", "correlation, mean", "correlation, variance")
+    _table(folder / "errors-own.csv", head, rows)
+
+
+def _ways(run: Run) -> dict[str, Run]:
+    """A run of each sampling, all of one size."""
+    virtual = ("num_virtual", round(RATIO * run.batch_size))
+    return {
+        sample: run.but(
+            method=method, options=(virtual if sample == "virtual" else ("ratio", RATIO),)
+        )
+        for sample, method in study.METHODS.items()
+    }
+
+
 def _error_row(one: study.SampleErrors) -> tuple[str, ...]:
     errors = (f"{one.typical(name):.3f}" for name in study.STATISTICS)
     together = (f"{one.between(name):.2f}" for name in study.STATISTICS)
@@ -108,10 +140,7 @@ def _endless(run: Run, data: Dataset, epoch: int, count: int):
 def averages(run: Run, data: Dataset, folder: Path) -> None:
     """Figure 10."""
     part = replace(data, test_x=data.test_x[:HELD_OUT], test_y=data.test_y[:HELD_OUT])
-    ways = {"torch": run}
-    for method in study.METHODS.values():
-        name, value = ("num_virtual", 4) if method == "vdn" else ("ratio", RATIO)
-        ways[method] = run.but(method=method, options=((name, value),))
+    ways = {BASELINE: run} | {way.method: way for way in _ways(run).values()}
     ways["bs, 1/128"] = run.but(method="bs", options=(("ratio", 1 / 128),))
     found = []
     for name, way in ways.items():
@@ -227,6 +256,8 @@ def main() -> None:
     print(f"{data.name}, {len(data.train_x)} pictures, threads: {given.threads}", flush=True)
     if "errors" in parts:
         errors(run, data, given.draws, folder)
+    if "own" in parts:
+        own(run, data, given.draws, folder)
     if "averages" in parts:
         averages(run, data, folder)
     if "regularity" in parts:
