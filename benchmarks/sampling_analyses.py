@@ -1,13 +1,14 @@
 """What sampling estimates and what it costs, as docs/sampling.md has it.
 
 Errors of sampled statistics in a ResNet-20, fresh and after each epoch of a short training, and how
-they go together in its layers; the same in networks that each sampling has trained itself; running statistics with every weight of the newest batch; time of
-regular and irregular samples; the norms' share of a training step of ResNet-20 and ResNet-56. On
-CIFAR-10, or without a root on scikit-learn's digits as 8x8 pictures. Writes tables as CSV and plots
-as PNG, and prints the tables.
+they go together in its layers (errors); the same in networks that each sampling has trained itself
+(own); running statistics with every weight of the newest batch (averages); time of regular and of
+irregular samples (regularity); the norms' share of a training step of ResNet-20 and ResNet-56
+(share). On CIFAR-10, or without a root on scikit-learn's digits as 8x8 pictures. Writes tables as
+CSV and plots as PNG, and prints the tables.
 
-    python benchmarks/sampling_analyses.py [errors own averages regularity share] [--root data/cifar10]
-        [--epochs 2] [--draws 60] [--rounds 21] [--threads 1] [--output runs/sampling]
+    python benchmarks/sampling_analyses.py [PART ...] [--root data/cifar10] [--epochs 2]
+        [--draws 60] [--rounds 21] [--threads 1] [--output runs/sampling]
 """
 
 import argparse
