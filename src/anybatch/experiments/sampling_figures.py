@@ -62,7 +62,7 @@ def correlation_figure(errors: Sequence[SampleErrors]) -> "Figure":
 
 def average_figure(averages: Sequence[Averages]) -> "Figure":
     """Errors of running statistics and held-out loss over the newest batch's weight."""
-    figure = blank(10, 4.2)
+    figure = blank(10, 4.8)
     left, right = figure.subplots(1, 2)
     for index, one in enumerate(averages):
         style = _style(index)
@@ -71,13 +71,14 @@ def average_figure(averages: Sequence[Averages]) -> "Figure":
         right.plot(momenta, [row.loss for row in one.rows], **style)
         right.axhline(one.loss, color=style["color"], linewidth=1, linestyle=":")
     left.set(title="error of the running variance", ylabel="relative error", yscale="log")
-    right.set(
-        title="with them, at inference", ylabel="held-out loss (dotted: population)", yscale="log"
-    )
+    right.set(title="with them, at inference", ylabel="held-out loss (dotted: population)")
+    lowest = min(one.best.loss for one in averages)
+    right.set_ylim(0.9 * lowest, 3 * lowest)  # one that is far off must not flatten the others
     for axes in (left, right):
         axes.set(xlabel="weight of the newest batch (momentum)", xscale="log")
         axes.grid(alpha=0.3)
-    left.legend()
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(averages))
     return figure
 
 
