@@ -379,6 +379,37 @@ def test_running_statistics_are_averaged_on_demand() -> None:
     spawn(_average)
 
 
+def _compiled(rank: int) -> None:
+    for method in ("bn", "mabn", "mbn", "brn", "l1", "fs"):
+        options = {"mabn": SHORT, "mbn": {"batch_size": 4}}.get(method, {})
+        layer = layer_of(method, options, process_group="world")
+        twin = copy.deepcopy(layer)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for step in range(3):
+            x, dy, _ = whole_batch(step, 4, 4, 3)
+            pieces = (cut(x, [2, 2], rank), cut(dy, [2, 2], rank))
+            y, dx = one_step(compiled, *pieces)
+            expected, grad = one_step(twin, *pieces)
+            close(y, expected, method)
+            close(dx, grad, method)
+    # What is read from the first batch runs outside a graph: whole, it is refused.
+    for whole in (True, False):
+        torch._dynamo.reset()
+        layer = layer_of("mbn", {}, process_group="world")
+        compiled = torch.compile(layer, fullgraph=whole, backend="aot_eager")
+        if whole:
+            with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+                compiled(pieces[0])
+        else:
+            compiled(pieces[0])
+            assert layer.batch_size == 4
+
+
+def test_a_synchronized_layer_compiles_whole() -> None:
+    spawn(_compiled)
+
+
 # --- what it refuses, and one process ---------------------------------------------------
 
 

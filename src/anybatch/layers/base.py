@@ -27,6 +27,7 @@ from anybatch.layers.source import (
     HeldGroup,
     Source,
     check_group,
+    check_same,
     fit_mask,
     several,
     sum_processes,
@@ -167,6 +168,7 @@ class NormLayer(NormState):
         self.example_weight = float(example_weight)
         self.process_group = process_group
         self.mask: Tensor | None = None
+        self._compared = False
         self._last: Statistics | list[Kept] | None = None
         self._recent = Recent()
 
@@ -289,7 +291,17 @@ class NormLayer(NormState):
         valid = None if mask is None else self._fit(mask, x)
         joins = training and self.group_size is None
         group = several(self.process_group) if joins else None
-        return None if valid is None and group is None else Source(valid, group)
+        if group is not None and not self._compared and not torch.compiler.is_compiling():
+            check_same(group, self._described(), self._device())
+            self._compared = True
+        if valid is None and group is None:
+            return None
+        return Source(valid, group, f"{type(self).__name__}({self.num_features})")
+
+    def _described(self) -> str:
+        """What processes that synchronize must agree on."""
+        own = ", ".join(f"{name}={value}" for name, value in self.own_arguments().items())
+        return f"{type(self).__name__}({self.num_features}, eps={self.eps}, {own})"
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
         return fit_mask(mask, x, type(self).__name__)
@@ -299,6 +311,12 @@ class NormLayer(NormState):
         group = several(self.process_group)
         if group is None:
             return examples
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__} reads the batch size of all processes from the first batch, "
+                "which a compiled graph cannot: give the examples of all processes' batches, "
+                "batch_size=, or run a step before torch.compile"
+            )
         (total,) = sum_processes(group, torch.tensor([float(examples)], device=self._device()))
         assert total is not None
         return round(float(total))

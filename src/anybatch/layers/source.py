@@ -1,5 +1,8 @@
 """Whose values stand behind a batch's statistics, where they are not simply all of its own."""
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +20,24 @@ class Source(NamedTuple):
     Attributes:
         mask: Valid positions ``(N, 1, ...)``; None for all.
         group: Processes whose batches are one; None for this one alone.
+        name: Of the layer, for errors.
     """
 
     mask: Tensor | None = None
     group: Any = None
+    name: str = ""
 
     def moments(
         self, x: Tensor, sizes: tuple[int, ...], centered: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Mean (None in the uncentred form), variance or second moment, and values behind them."""
         mean, var, counts = self._own(x, sizes, centered)
-        if self.group is not None:
+        if self.group is None:
+            return mean, var, counts
+        if torch.compiler.is_compiling():
             return pool_processes(mean, var, counts, self.group)
-        return mean, var, counts
+        with answering(self.name):
+            return pool_processes(mean, var, counts, self.group)
 
     def _own(
         self, x: Tensor, sizes: tuple[int, ...], centered: bool
@@ -55,7 +63,12 @@ class Source(NamedTuple):
 
     def sum(self, *tables: Tensor | None) -> list[Tensor | None]:
         """Sums over all processes."""
-        return list(tables) if self.group is None else sum_processes(self.group, *tables)
+        if self.group is None:
+            return list(tables)
+        if torch.compiler.is_compiling():
+            return sum_processes(self.group, *tables)
+        with answering(self.name):
+            return sum_processes(self.group, *tables)
 
     def largest(self, table: Tensor) -> Tensor:
         """Largest values over all processes."""
@@ -106,6 +119,41 @@ def several(process_group: Any) -> Any:
         return None
     group = dist.group.WORLD if process_group == WORLD else process_group
     return group if dist.get_world_size(group) > 1 else None
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """A context in which a process that does not answer is an error that says which layer asked."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).strip().splitlines()
+        raise RuntimeError(
+            f"{name}: a process of its group did not answer, or ran other layers than this one "
+            f"({what[-1] if what else type(error).__name__})"
+        ) from error
+
+
+def check_same(group: Any, description: str, device: torch.device | None) -> None:
+    """Raise on every process if they do not describe a layer alike.
+
+    Args:
+        group: The processes.
+        description: Of the layer.
+        device: Where a collective takes its numbers from.
+
+    Raises:
+        ValueError: If another process describes it otherwise.
+    """
+    own = zlib.crc32(description.encode())
+    ends = torch.tensor([own, -own], dtype=torch.float64, device=device)
+    with answering(description):
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    if ends.tolist() != [own, -own]:
+        raise ValueError(
+            f"process_group: the processes disagree on a layer; here it is {description}: give all "
+            "of them the same network, method and options"
+        )
 
 
 def rank_in(group: Any) -> int:
