@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -67,6 +68,24 @@ def _original(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+def require(network: Listed, library: str, version: str) -> None:
+    """Skip a network that needs a package that is not there.
+
+    Also skip one that this version of its library does not have, or builds from other settings,
+    unless it is the version that the list was made with.
+    """
+    for package in network.needs:
+        pytest.importorskip(package)
+    installed = import_module(library).__version__
+    if installed.startswith(f"{version}."):
+        return
+    try:
+        outputs(built(network), network.inputs(network.batch))
+    except Exception as error:  # any difference of another version
+        first = str(error).partition("\n")[0]
+        pytest.skip(f"{library} {installed}, not {version}: {type(error).__name__}: {first}")
+
+
 def step(model: nn.Module, inputs: object) -> float:
     """One step of SGD on a random projection of the outputs; checks the gradients."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
@@ -101,7 +120,7 @@ def check_conversion(network: Listed, method: str) -> None:
     """Convert a trained network, compare its inference, train a step, go back, compare again."""
     if (words := network.refused.get(method)) is not None:
         with pytest.raises(ValueError, match=words):
-            convert(built(network), method, example_inputs=network.inputs(2))
+            convert(built(network), method, example_inputs=network.inputs(network.batch))
         return
     model = built(network)
     row = METHODS[method]
@@ -165,5 +184,5 @@ def _of_norms(model: nn.Module) -> set[str]:
 def check_batch_of_one(network: Listed, method: str) -> None:
     """A step at batch 1, where torch's batch norm may have a single value a channel."""
     model = built(network)
-    convert(model, method, example_inputs=network.inputs(2))
+    convert(model, method, example_inputs=network.inputs(network.batch))
     check_training(model, method, network.inputs(1))

@@ -5,7 +5,7 @@ import inspect
 import pytest
 from torch import nn
 
-from zoo.checks import check_batch_of_one, check_conversion
+from zoo.checks import check_batch_of_one, check_conversion, require
 from zoo.listing import Listed, cases, each
 from zoo.monai_networks import LEFT_OUT, NETWORKS, VERSION
 
@@ -16,16 +16,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MONAI's own
 
 @pytest.mark.parametrize(("network", "method"), cases(NETWORKS))
 def test_converts_trains_and_goes_back(network: Listed, method: str) -> None:
-    for package in network.needs:
-        pytest.importorskip(package)
+    require(network, "monai", VERSION)
     check_conversion(network, method)
 
 
 @pytest.mark.parametrize("method", ["bn", "mabn"])
 @pytest.mark.parametrize("network", each(NETWORKS))
 def test_trains_at_batch_1(network: Listed, method: str) -> None:
-    for package in network.needs:
-        pytest.importorskip(package)
+    require(network, "monai", VERSION)
     check_batch_of_one(network, method)
 
 

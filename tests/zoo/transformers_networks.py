@@ -147,6 +147,20 @@ LCNET4 = {
                       [[3, 16, 16, 2, True]]],
     "stem_channels": [3, 8, 8],
 }  # fmt: skip
+INTRACLASS = {
+    "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0],
+    **{f"{name}_{ratio}ratio": [[k if high else 1, k if wide else 1], [1, 1],
+                                [k // 2 if high else 0, k // 2 if wide else 0]]
+       for name, high, wide in (("vertical_long_to_small_conv", True, False),
+                                ("horizontal_small_to_long_conv", False, True),
+                                ("symmetric_conv_long", True, True))
+       for ratio, k in (("long", 7), ("mid", 5), ("short", 3))},
+}  # fmt: skip
+LINES4 = config(
+    "PPLCNetV4Config", stem_channels=[3, 8, 8], out_features=["stage4"], block_configs=[
+        [[3, 8, 8, 1, True]], [[3, 8, 8, 1, False]], [[3, 8, 16, [2, 1], False]],
+        [[3, 16, 16, [2, 1], True]]],
+)  # fmt: skip
 STAGES4 = ["stage1", "stage2", "stage3", "stage4"]
 LINE = {"hidden_size": 16, "depth": 1, "head_out_channels": 20, "num_attention_heads": 2}
 CONFORMER = {
@@ -178,7 +192,7 @@ NETWORKS: dict[str, Listed] = {
         "ClapAudioModel", _fused_sounds,
         config("ClapAudioConfig", num_mel_bins=16, spec_size=64, window_size=4, depths=[1, 1],
                num_attention_heads=[2, 2], hidden_size=16, patch_embeds_hidden_size=8,
-               enable_fusion=True, fusion_type="channel_map", projection_dim=8),
+               enable_fusion=True, fusion_type="aff_2d", projection_dim=8),
     ),
     "cvt": hf(
         "CvtModel", pixels(3, 64, 64),
@@ -216,7 +230,7 @@ NETWORKS: dict[str, Listed] = {
         config("EfficientLoFTRConfig", stage_num_blocks=[1, 1, 1], out_features=[8, 8, 16],
                stage_stride=[2, 1, 2], hidden_size=16, num_attention_layers=1,
                q_aggregation_kernel_size=1, kv_aggregation_kernel_size=1,
-               q_aggregation_stride=1, kv_aggregation_stride=1, num_attention_heads=2),
+               q_aggregation_stride=1, kv_aggregation_stride=1, num_attention_heads=8),
     ),
     "efficientnet": hf(
         "EfficientNetModel", pixels(3, 32, 32),
@@ -224,10 +238,11 @@ NETWORKS: dict[str, Listed] = {
                hidden_dim=256),
     ),
     "emu3": hf(
-        "Emu3VQVAE", lambda n: (torch.randn(n, 2, 3, 16, 16), torch.full((n, 2), 16)),
+        "Emu3VQVAEEncoder", named(pixel_values=(2, 3, 16, 16)),
         config("Emu3VQVAEConfig", codebook_size=16, base_channels=32, channel_multiplier=[1, 1],
                num_res_blocks=1, attn_resolutions=[], hidden_size=32, num_attention_heads=1,
                temporal_downsample_factor=2),
+        module="transformers.models.emu3.modeling_emu3",
     ),
     "fastspeech2_conformer": hf(
         "FastSpeech2ConformerModel", _spoken,
@@ -303,7 +318,7 @@ NETWORKS: dict[str, Listed] = {
     ),
     "maskformer of resnet": hf(
         "MaskFormerModel", pixels(3, 64, 64),
-        config("MaskFormerConfig", fpn_feature_size=16, mask_feature_size=16,
+        config("MaskFormerConfig", fpn_feature_size=32, mask_feature_size=32,
                backbone_config=config("ResNetConfig", **RESNET_SIZES, layer_type="basic",
                                       out_features=STAGES4),
                decoder_config=config("DetrConfig", d_model=16, decoder_layers=1,
@@ -335,10 +350,10 @@ NETWORKS: dict[str, Listed] = {
     "omdet_turbo": hf(
         "OmDetTurboForObjectDetection", _classes,
         config("OmDetTurboConfig", backbone_config=RESNET, use_timm_backbone=False,
-               text_config=config("CLIPTextConfig", **TEXT, projection_dim=16),
+               text_config=config("CLIPTextConfig", **{**TEXT, "hidden_size": 24}, projection_dim=24),
                apply_layernorm_after_vision_backbone=False, image_size=64,
-               text_projection_in_dim=16, text_projection_out_dim=16, task_encoder_hidden_dim=16,
-               class_embed_dim=16, num_queries=6, d_model=16, encoder_hidden_dim=16,
+               text_projection_in_dim=24, text_projection_out_dim=24, task_encoder_hidden_dim=16,
+               class_embed_dim=24, num_queries=6, d_model=16, encoder_hidden_dim=16,
                vision_features_channels=[16, 16, 16], encoder_in_channels=[16, 16, 24],
                encoder_attention_heads=2, encoder_dim_feedforward=16, decoder_hidden_dim=16,
                decoder_num_heads=2, decoder_num_layers=1, decoder_dim_feedforward=16,
@@ -398,7 +413,7 @@ NETWORKS: dict[str, Listed] = {
                                       stem_channels=8, out_features=STAGES)),
     ),
     "pp_ocrv5_mobile_rec": hf(
-        "PPOCRV5MobileRecForTextRecognition", pixels(3, 48, 64),
+        "PPOCRV5MobileRecForTextRecognition", pixels(3, 24, 64),
         config("PPOCRV5MobileRecConfig", **LINE,
                backbone_config=config(
                    "PPLCNetV3Config", stem_channels=8, out_features=["stage5"], block_configs=[
@@ -407,11 +422,13 @@ NETWORKS: dict[str, Listed] = {
     ),
     "pp_ocrv5_server_det": hf(
         "PPOCRV5ServerDetForObjectDetection", pixels(3, 64, 64),
-        config("PPOCRV5ServerDetConfig", neck_out_channels=16, intraclass_block_number=1,
+        config("PPOCRV5ServerDetConfig", neck_out_channels=16, intraclass_block_number=4,
+               intraclass_block_config=INTRACLASS, scale_factor_list=[1, 2, 4, 8],
+               kernel_list=[3, 2, 2],
                backbone_config=config("HGNetV2Config", **HGNET_SIZES, out_features=STAGES4)),
     ),
     "pp_ocrv5_server_rec": hf(
-        "PPOCRV5ServerRecForTextRecognition", pixels(3, 48, 64),
+        "PPOCRV5ServerRecForTextRecognition", pixels(3, 12, 64),
         config("PPOCRV5ServerRecConfig", **LINE,
                backbone_config=config(
                    "HGNetV2Config", **{**HGNET_SIZES, "stage_downsample": [False] * 4},
@@ -419,7 +436,9 @@ NETWORKS: dict[str, Listed] = {
     ),
     "pp_ocrv6_medium_det": hf(
         "PPOCRV6MediumDetForObjectDetection", pixels(3, 64, 64),
-        config("PPOCRV6MediumDetConfig", neck_out_channels=16, intraclass_block_number=1,
+        config("PPOCRV6MediumDetConfig", neck_out_channels=16, intraclass_block_number=4,
+               intraclass_block_config=INTRACLASS, scale_factor_list=[1, 2, 4, 8],
+               kernel_list=[3, 2, 2],
                backbone_config=config("PPLCNetV4Config", **LCNET4, out_features=STAGES4)),
     ),
     "pp_ocrv6_small_det": hf(
@@ -431,12 +450,12 @@ NETWORKS: dict[str, Listed] = {
     "pp_ocrv6_small_rec": hf(
         "PPOCRV6SmallRecForTextRecognition", pixels(3, 48, 64),
         config("PPOCRV6SmallRecConfig", **LINE,
-               backbone_config=config("PPLCNetV4Config", **LCNET4, out_features=["stage4"])),
+               backbone_config=LINES4),
     ),
     "pp_ocrv6_tiny_rec": hf(
-        "PPOCRV6TinyRecForTextRecognition", pixels(3, 64, 128),
+        "PPOCRV6TinyRecForTextRecognition", pixels(3, 48, 64),
         config("PPOCRV6TinyRecConfig", hidden_size=16, head_out_channels=20,
-               backbone_config=config("PPLCNetV4Config", **LCNET4, out_features=["stage4"])),
+               backbone_config=LINES4),
     ),
     "regnet": hf(
         "RegNetModel", pixels(3, 32, 32),
@@ -447,7 +466,9 @@ NETWORKS: dict[str, Listed] = {
         "ResNetForImageClassification", pixels(3, 32, 32),
         config("ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2]), core=True,
     ),
-    "rt_detr": hf("RTDetrModel", pixels(3, 64, 64), config("RTDetrConfig", **DETECTOR, **OF_RESNET)),
+    "rt_detr": hf(
+        "RTDetrModel", pixels(3, 64, 64), config("RTDetrConfig", **DETECTOR, **OF_RESNET)
+    ),
     "rt_detr_v2": hf(
         "RTDetrV2Model", pixels(3, 64, 64), config("RTDetrV2Config", **DETECTOR, **OF_RESNET)
     ),
@@ -512,6 +533,7 @@ NETWORKS: dict[str, Listed] = {
         config("TvpConfig", **TEXT, max_img_size=64, num_frames=2, visual_prompt_size=8,
                backbone_config=config("ResNetConfig", **RESNET_SIZES, layer_type="basic",
                                       out_features=["stage4"])),
+        batch=1, skipped=dict.fromkeys(VIRTUAL, "it takes one example at a time"),
     ),
     "upernet": hf(
         "UperNetForSemanticSegmentation", pixels(3, 64, 64),
@@ -523,11 +545,11 @@ NETWORKS: dict[str, Listed] = {
     "uvdoc": hf(
         "UVDocModel", pixels(3, 64, 64),
         config("UVDocConfig", bridge_connector=[16, 8], out_point_positions2D=[[8, 4], [4, 2]],
-               backbone_config={
-                   "resnet_head": [[3, 4], [4, 4]],
-                   "resnet_configs": [[[4, 4, 1, False]], [[4, 8, 1, True]], [[8, 16, 1, True]]],
-                   "stage_configs": [[[16, 1]], [[16, 2]], [[16, 3], [16, 2]]],
-                   "kernel_size": 3, "out_features": ["stage1", "stage2", "stage3"]}),
+               backbone_config=config(
+                   "UVDocBackboneConfig", resnet_head=[[3, 4], [4, 4]], kernel_size=5,
+                   resnet_configs=[[[4, 4, 1, False]], [[4, 8, 1, True]], [[8, 16, 1, True]]],
+                   stage_configs=[[[16, 1]], [[16, 2]], [[16, 3], [16, 2]]],
+                   out_features=["stage1", "stage2", "stage3"])),
     ),
     "vitmatte": hf(
         "VitMatteForImageMatting", pixels(4, 64, 64),
@@ -558,3 +580,21 @@ NETWORKS: dict[str, Listed] = {
                                       reshape_hidden_states=False)),
     ),
 }  # fmt: skip
+
+# Listed though they build no batch norm of their own: it is in the backbone.
+BACKBONES = {"maskformer", "tvp"}
+
+LEFT_OUT: dict[str, str] = {
+    "conditional_detr": "its backbone's batch norms are frozen, or it needs timm",
+    "dab_detr": "its backbone's batch norms are frozen, or it needs timm",
+    "deformable_detr": "its backbone's batch norms are frozen, or it needs timm",
+    "detr": "its backbone's batch norms are frozen, which a test of its own tries",
+    "grounding_dino": "its backbone's batch norms are frozen, or it has none",
+    "layoutlmv2": "it needs detectron2",
+    "mask2former": "its backbone as in maskformer",
+    "mm_grounding_dino": "its backbone's batch norms are frozen, or it has none",
+    "oneformer": "its backbone as in maskformer",
+    "table_transformer": "its backbone's batch norms are frozen, or it needs timm",
+    "timm_backbone": "it builds a network of timm",
+    "timm_wrapper": "it builds a network of timm",
+}
