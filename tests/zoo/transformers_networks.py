@@ -350,7 +350,8 @@ NETWORKS: dict[str, Listed] = {
     "omdet_turbo": hf(
         "OmDetTurboForObjectDetection", _classes,
         config("OmDetTurboConfig", backbone_config=RESNET, use_timm_backbone=False,
-               text_config=config("CLIPTextConfig", **{**TEXT, "hidden_size": 24}, projection_dim=24),
+               text_config=config("CLIPTextConfig", **{**TEXT, "hidden_size": 24},
+                                  projection_dim=24),
                apply_layernorm_after_vision_backbone=False, image_size=64,
                text_projection_in_dim=24, text_projection_out_dim=24, task_encoder_hidden_dim=16,
                class_embed_dim=24, num_queries=6, d_model=16, encoder_hidden_dim=16,
