@@ -28,10 +28,13 @@ def floats(value: object) -> list[Tensor]:
     return [t for t in tensors_in(value) if t.is_floating_point()]
 
 
-def outputs(model: nn.Module, inputs: object) -> list[Tensor]:
+def outputs(model: nn.Module, network: Listed, inputs: Any) -> list[Tensor]:
     """What a network gives in inference, from the same random numbers each time."""
     torch.manual_seed(11)
-    return floats(observe(model, inputs))
+    if network.look is None:
+        return floats(observe(model, inputs))
+    with torch.no_grad():
+        return floats(network.look(model.eval(), inputs))
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
@@ -68,22 +71,22 @@ def _original(build: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def require(network: Listed, library: str, version: str) -> None:
+def require(network: Listed, library: str, version: str | None = None) -> None:
     """Skip a network that needs a package that is not there.
 
     Also skip one that this version of its library does not have, or builds from other settings,
-    unless it is the version that the list was made with.
+    unless it is the version that the list was made with (None: it was made from documentation).
     """
     for package in network.needs:
         pytest.importorskip(package)
     installed = import_module(library).__version__
-    if installed.startswith(f"{version}."):
+    if version is not None and installed.startswith(f"{version}."):
         return
     try:
-        outputs(built(network), network.inputs(network.batch))
+        outputs(built(network), network, network.inputs(network.batch))
     except Exception as error:  # any difference of another version
         first = str(error).partition("\n")[0]
-        pytest.skip(f"{library} {installed}, not {version}: {type(error).__name__}: {first}")
+        pytest.skip(f"{library} {installed}: {type(error).__name__}: {first}")
 
 
 def step(model: nn.Module, inputs: object) -> float:
@@ -125,19 +128,19 @@ def check_conversion(network: Listed, method: str) -> None:
     model = built(network)
     row = METHODS[method]
     inputs = network.inputs(network.batch)
-    before = outputs(model, inputs)
+    before = outputs(model, network, inputs)
     keys = set(model.state_dict())
     where = chosen(model, method)
     expected = [n for n in norms_of(model) if where is None or where(n, model.get_submodule(n))]
     convert(model, method, batch_size=network.batch, example_inputs=inputs, where=where)
     check_converted(model, method, expected)
     if row.exact_eval:
-        assert distance(outputs(model, inputs), before) <= network.tolerance
+        assert distance(outputs(model, network, inputs), before) <= network.tolerance
         assert keys <= set(model.state_dict())
 
     check_training(model, method, inputs)
 
-    after = outputs(model, inputs)
+    after = outputs(model, network, inputs)
     ours = [name for name, module in model.named_modules() if isinstance(module, NormLayer)]
     if ours and not row.folds:
         with pytest.raises(ValueError, match="nothing was changed") as refusal:
@@ -145,7 +148,7 @@ def check_conversion(network: Listed, method: str) -> None:
         assert all(f"  {name}: " in str(refusal.value) for name in ours)
         return
     to_batchnorm(model)
-    assert distance(outputs(model, inputs), after) <= network.tolerance
+    assert distance(outputs(model, network, inputs), after) <= network.tolerance
     assert not any(type(m).__module__.startswith("anybatch") for m in model.modules())
     if row.exact_eval:
         assert set(model.state_dict()) == keys
@@ -167,18 +170,9 @@ def check_training(model: nn.Module, method: str, inputs: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own
         assert math.isfinite(step(run.train(), inputs))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        assert not (tensor.is_floating_point() and name in _of_norms(model) and _wild(tensor)), name
-
-
-def _of_norms(model: nn.Module) -> set[str]:
-    """Names of the parameters and buffers of a network's norms."""
-    return {
-        f"{name}.{own}"
-        for name, module in model.named_modules()
-        if is_batch_norm(module)
-        for own, _ in (*module.named_parameters(), *module.named_buffers())
-    }
+    for norm in norms_of(model):
+        for name, tensor in model.get_submodule(norm).state_dict().items():
+            assert not (tensor.is_floating_point() and _wild(tensor)), f"{norm}.{name}"
 
 
 def check_batch_of_one(network: Listed, method: str) -> None:

@@ -59,6 +59,8 @@ class Listed:
         refused: methods that must refuse it, and words of the message.
         needs: packages that it needs besides the library.
         batch: examples in a training step.
+        look: what is compared of it in inference, from the model and its inputs, where its output
+            is no continuous function of its input (default: all that it returns).
         tolerance: of the output in inference, as a share of the largest value.
     """
 
@@ -69,6 +71,7 @@ class Listed:
     refused: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     batch: int = 2
+    look: Callable[[nn.Module, Any], Any] | None = None
     tolerance: float = 1e-5
 
     @property
@@ -113,22 +116,21 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
-def cases(networks: Mapping[str, Listed], *marks: pytest.MarkDecorator) -> list[Any]:
+def cases(networks: Mapping[str, Listed]) -> list[Any]:
     """Every network with every method as parameters of a test; all but the core are slow."""
     return [
-        pytest.param(network, method, id=f"{name}-{method}", marks=_marks(network, marks))
+        pytest.param(network, method, id=f"{name}-{method}", marks=_marks(network))
         for name, network in networks.items()
         for method in network.methods
     ]
 
 
-def each(networks: Mapping[str, Listed], *marks: pytest.MarkDecorator) -> list[Any]:
+def each(networks: Mapping[str, Listed]) -> list[Any]:
     """Every network as a parameter of a test; all but the core are slow."""
     return [
-        pytest.param(network, id=name, marks=_marks(network, marks))
-        for name, network in networks.items()
+        pytest.param(network, id=name, marks=_marks(network)) for name, network in networks.items()
     ]
 
 
-def _marks(network: Listed, marks: tuple[pytest.MarkDecorator, ...]) -> list[pytest.MarkDecorator]:
-    return [*marks, *([] if network.core or marks else [pytest.mark.slow])]
+def _marks(network: Listed) -> list[pytest.MarkDecorator]:
+    return [] if network.core else [pytest.mark.slow]
