@@ -105,17 +105,14 @@ class Detector(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.backbone = Maps()
-        self.rpn = nn.ModuleDict({"head": Heads()})
-        self.roi_heads = nn.ModuleDict(
-            {"box_head": nn.Sequential(nn.Flatten(1), nn.Linear(294, classes))}
-        )
-        self.rpn.head, self.roi_heads.box_head = self.rpn["head"], self.roi_heads["box_head"]
+        self.backbone, self.rpn, self.roi_heads = Maps(), nn.Module(), nn.Module()
+        self.rpn.head = Heads()
+        self.roi_heads.box_head = nn.Sequential(nn.Flatten(1), nn.Linear(6 * 7 * 7, classes))
 
     def forward(self, pictures: list[Tensor], targets: Any = None) -> Any:
         assert isinstance(pictures, list)
         maps = list(self.backbone(torch.stack(pictures)).values())
-        scores, boxes = self.rpn["head"](maps)
+        scores, boxes = self.rpn.head(maps)
         if self.training:
             assert {"boxes", "labels", "masks", "keypoints"} <= set(targets[0])
             return {"loss_objectness": scores[0].mean(), "loss_box": boxes[0].square().mean()}

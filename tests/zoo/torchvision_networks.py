@@ -55,9 +55,7 @@ def _maps(model: nn.Module, scene: tuple[list[Tensor], Any]) -> list[Tensor]:
     maps = list(model.backbone(pictures).values())
     rpn = getattr(model, "rpn", None)
     found = model.head(maps) if rpn is None else rpn.head(maps)
-    nested = (
-        list(found.values()) if isinstance(found, dict) else [t for part in found for t in part]
-    )
+    nested = list(found.values() if isinstance(found, dict) else found)
     if rpn is not None:
         crops = torch.randn(2, maps[0].shape[1], 7, 7)
         nested.append(model.roi_heads.box_head(crops))
