@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from anybatch.conversion import convert, fold, plan, to_batchnorm
 from anybatch.conversion.activation import apply_activation
 from anybatch.methods import METHODS
-from conversion.networks import randomize
+from zoo.listing import randomize
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
