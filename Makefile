@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-browser check format bench docs package clean
+.PHONY: help demo test test-slow test-zoo test-gpu test-browser check format bench docs package clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ test: $(VENV)/.dev  ## fast tests, doctests and documentation examples
 
 test-slow: $(VENV)/.dev  ## trainings and other tests that take minutes
 	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
+
+# Into an environment that has them: installing torchvision or timm here could replace torch.
+test-zoo: $(VENV)/.dev  ## networks of torchvision, timm and segmentation-models-pytorch, if there
+	$(PYTEST) -n $(WORKERS) -m zoo
 
 test-gpu: $(VENV)/.dev  ## tests that need a CUDA device
 	$(PYTEST) -m gpu

@@ -1,5 +1,6 @@
 """Every Python block in README.md and docs/ runs, and every method has a complete card."""
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -131,3 +132,12 @@ def test_command_line_page_lists_every_option_of_compare():
 def test_readme_marks_where_measured_results_go():
     text = (ROOT / "README.md").read_text()
     assert text.index("<!-- results:start -->") < text.index("<!-- results:end -->")
+
+
+def test_tables_of_networks_are_those_of_the_lists():
+    spec = importlib.util.spec_from_file_location("networks_page", ROOT / "docs" / "networks.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
+    assert script.filled(page) == page, "run: python docs/networks.py"
+    assert all(f"| {name} |" in page for lists in script.TABLES.values() for name in lists.NETWORKS)

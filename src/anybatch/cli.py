@@ -5,7 +5,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import wraps
@@ -81,12 +81,70 @@ def _typed() -> str:
     return shlex.join(["anybatch", *sys.argv[1:]])
 
 
-Data = Annotated[str, typer.Option(help="digits, cifar10, cifar100, imagefolder or npz.")]
+# What a shell completes. `anybatch.experiments` is imported when it is needed, as everywhere here.
+
+
+def _beginning(incomplete: str, choices: Iterable[str]) -> list[str]:
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def _complete_data(incomplete: str) -> list[str]:
+    from anybatch.experiments.config import DATA
+
+    return _beginning(incomplete, DATA)
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from anybatch.experiments.config import MODELS
+
+    return _beginning(incomplete, MODELS)
+
+
+def _complete_precision(incomplete: str) -> list[str]:
+    from anybatch.experiments.config import PRECISIONS
+
+    return _beginning(incomplete, PRECISIONS)
+
+
+def _complete_metric(incomplete: str) -> list[str]:
+    from anybatch.evaluation.tuning import METRICS
+
+    return _beginning(incomplete, METRICS)
+
+
+def _complete_method(incomplete: str) -> list[tuple[str, str]]:
+    """Short names with what the methods do; torch is torch's own batch norm."""
+    from anybatch.experiments.config import BASELINE
+
+    known = {name: method.title for name, method in METHODS.items()}
+    known[BASELINE] = "torch's batch norm"
+    return [(name, known[name]) for name in _beginning(incomplete, known)]
+
+
+def _complete_methods(incomplete: str) -> list[tuple[str, str]]:
+    """Short names with commas: the last one, of those that are not there yet."""
+    there, comma, last = incomplete.rpartition(",")
+    names = [name for name in _beginning(last, METHODS) if name not in there.split(",")]
+    return [(f"{there}{comma}{name}", METHODS[name].title) for name in names]
+
+
+def _complete_option(incomplete: str) -> list[str]:
+    """METHOD.NAME= for every option of every method."""
+    return _beginning(incomplete, (f"{m.name}.{n}=" for m in METHODS.values() for n in m.options))
+
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, cifar10, cifar100, imagefolder or npz.", autocompletion=_complete_data
+    ),
+]
 TunedData = Annotated[
     str | None,
     typer.Option(
         help="digits, cifar10, cifar100, imagefolder or npz. "
-        "[dim]Default: the checkpoint's, or digits.[/]"
+        "[dim]Default: the checkpoint's, or digits.[/]",
+        autocompletion=_complete_data,
     ),
 ]
 Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
@@ -94,7 +152,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11 or vgg16. "
-        "[dim]Default: mlp for digits, else resnet8.[/]"
+        "[dim]Default: mlp for digits, else resnet8.[/]",
+        autocompletion=_complete_model,
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples in a step.")]
@@ -110,11 +169,20 @@ Centralize = Annotated[
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-Precision = Annotated[str, typer.Option(help="float32, bfloat16 or float16 (autocast).")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16 (autocast).", autocompletion=_complete_precision
+    ),
+]
 TrainSize = Annotated[int | None, typer.Option(help="Use only so many training examples.")]
 Options = Annotated[
     list[str] | None,
-    typer.Option("--option", help="An option of a method, as in mabn.window=8; repeatable."),
+    typer.Option(
+        "--option",
+        help="An option of a method, as in mabn.window=8; repeatable.",
+        autocompletion=_complete_option,
+    ),
 ]
 Config = Annotated[
     Path | None,
@@ -133,7 +201,10 @@ def compare(
     model: Model = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Short names, with commas. [dim]Default: all but ln and in.[/]"),
+        typer.Option(
+            help="Short names, with commas. [dim]Default: those for small batches.[/]",
+            autocompletion=_complete_methods,
+        ),
     ] = None,
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
@@ -219,7 +290,11 @@ def compare(
 def train(
     context: typer.Context,
     method: Annotated[
-        str, typer.Option(help="Short name of the method, or torch for torch's batch norm.")
+        str,
+        typer.Option(
+            help="Short name of the method, or torch for torch's batch norm.",
+            autocompletion=_complete_method,
+        ),
     ] = "mabn",
     data: Data = "digits",
     root: Root = None,
@@ -291,6 +366,7 @@ def train(
 @app.command()
 @_plain_errors
 def tune(
+    context: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="Of anybatch train, or a file with a state_dict.")
     ],
@@ -299,17 +375,24 @@ def tune(
     model: Model = None,
     method: Annotated[
         str | None,
-        typer.Option(help="The network's method. [dim]Default: the checkpoint's, or torch.[/]"),
+        typer.Option(
+            help="Short name of the method, or torch for torch's batch norm. "
+            "[dim]Default: the checkpoint's, or torch.[/]",
+            autocompletion=_complete_method,
+        ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="loss, top1 or top5.")] = "loss",
+    metric: Annotated[
+        str, typer.Option(help="loss, top1 or top5.", autocompletion=_complete_metric)
+    ] = "loss",
     candidates: Annotated[
         str | None, typer.Option(help="Example weights with commas. [dim]Default: 16 of them.[/]")
     ] = None,
     recalibrate: Annotated[
         bool, typer.Option(help="Take running statistics from the training examples first.")
     ] = False,
-    option: Options = None,
     device: Device = "cpu",
+    option: Options = None,
+    config: Config = None,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -329,24 +412,27 @@ def tune(
     from anybatch.experiments.files import output_folder
     from anybatch.layers.arguments import check_choice
 
-    check_choice("metric", metric, METRICS)
-    _check_device(device)
+    given = _settings(context, config)
+    check_choice("metric", given["metric"], METRICS)
+    _check_device(given["device"])
     stored, state = tuning.read_checkpoint(checkpoint)
-    options = parse_options(option or [])
-    given = {"data": data, "root": root, "model": model, "method": method}
-    run = _tuned_run(stored, {name: v for name, v in given.items() if v is not None}, device)
+    options = parse_options(given["option"] or [])
+    network = {name: given[name] for name in ("data", "root", "model", "method")}
+    typed = {name: value for name, value in network.items() if value is not None}
+    run = _tuned_run(stored, typed, given["device"])
     if options:
         wrong = ", ".join(sorted(set(options) - {run.method}))
         if wrong:
             raise ValueError(f"option={wrong}: the network's method is {run.method!r}")
         run = run.but(options=options[run.method])
-    folder = output_folder(output or Path(f"runs/tune-{run.data}"))
-    shown = False if as_json else None
+    folder = output_folder(Path(given["output"] or f"runs/tune-{run.data}"))
+    shown = False if given["as_json"] else None
+    weights = None if given["candidates"] is None else _numbers(str(given["candidates"]))
     outcome = tuning.tune(
-        run, checkpoint, state, metric, _numbers(candidates), recalibrate, shown, _typed()
+        run, checkpoint, state, given["metric"], weights, given["recalibrate"], shown, _typed()
     )
     page = tuning.write(outcome, folder)
-    if as_json:
+    if given["as_json"]:
         print((folder / "tune.json").read_text(encoding="utf-8"), end="")
         return
     names = list(outcome.tuned.curves)
@@ -368,7 +454,11 @@ def diagnose(
     root: Root = None,
     model: Model = None,
     method: Annotated[
-        str, typer.Option(help="Short name of the method, or torch for torch's batch norm.")
+        str,
+        typer.Option(
+            help="Short name of the method, or torch for torch's batch norm.",
+            autocompletion=_complete_method,
+        ),
     ] = "torch",
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
@@ -485,7 +575,7 @@ def _settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
         source = context.get_parameter_source(name)
         if source is None or source.name == "DEFAULT":
             given[name] = value
-    for name in ("methods", "seeds"):
+    for name in ("methods", "seeds", "candidates"):
         if isinstance(given.get(name), list):
             given[name] = ",".join(map(str, given[name]))
     return given
@@ -518,9 +608,7 @@ def _tuned_run(stored: "Row | None", given: dict[str, Any], device: str) -> "Run
     return Run(**{**usual, **given, "device": device})
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
+def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

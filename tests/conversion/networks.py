@@ -1,4 +1,4 @@
-"""Whole networks with batch norm, small and without downloaded weights, and inputs for them."""
+"""Whole networks with batch norm, small and without downloaded weights: a few for every test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.listing import Listed, image
+from zoo.monai_networks import NETWORKS as MONAI
+from zoo.transformers_networks import NETWORKS as TRANSFORMERS
+
 
 @dataclass(frozen=True)
 class Network:
@@ -17,14 +21,6 @@ class Network:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     slow: bool = False
-
-
-def image(*shape: int) -> Callable[[int], Tensor]:
-    return lambda n: torch.randn(n, *shape)
-
-
-def pixels(*shape: int) -> Callable[[int], dict[str, Tensor]]:
-    return lambda n: {"pixel_values": torch.randn(n, *shape)}
 
 
 # Plain torch
@@ -150,107 +146,9 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-# MONAI
-
-
-def densenet() -> nn.Module:
-    from monai.networks.nets import DenseNet121
-
-    return DenseNet121(2, 1, 3, init_features=16, growth_rate=8)
-
-
-def resnet3d() -> nn.Module:
-    from monai.networks.nets import ResNet
-
-    widths = [8, 8, 16, 16]
-    return ResNet("basic", [1, 1, 1, 1], widths, spatial_dims=3, n_input_channels=1, num_classes=2)
-
-
-def segresnet() -> nn.Module:
-    from monai.networks.nets import SegResNet
-
-    return SegResNet(3, 8, 1, 2, norm=("batch", {}), blocks_down=(1, 1), blocks_up=(1,))
-
-
-def unet() -> nn.Module:
-    from monai.networks.nets import UNet
-
-    return UNet(2, 1, 2, channels=(8, 16, 16), strides=(2, 2), num_res_units=1, norm="batch")
-
-
-# transformers
-
-
-def hf_resnet() -> nn.Module:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2])
-    return ResNetForImageClassification(config)
-
-
-def hf_regnet() -> nn.Module:
-    from transformers import RegNetConfig, RegNetModel
-
-    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4}
-    return RegNetModel(RegNetConfig(**sizes))
-
-
-def hf_mobilenet_v1() -> nn.Module:
-    from transformers import MobileNetV1Config, MobileNetV1Model
-
-    return MobileNetV1Model(MobileNetV1Config(depth_multiplier=0.125))
-
-
-def hf_mobilenet_v2() -> nn.Module:
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    return MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25))
-
-
-def hf_efficientnet() -> nn.Module:
-    from transformers import EfficientNetConfig, EfficientNetModel
-
-    config = EfficientNetConfig(width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=256)
-    return EfficientNetModel(config)
-
-
-def hf_levit() -> nn.Module:
-    from transformers import LevitConfig, LevitModel
-
-    config = LevitConfig(
-        image_size=64, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 2, 2],
-        depths=[1, 1, 1], key_dim=[4, 4, 4], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2],
-        down_ops=[["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
-    )  # fmt: skip
-    return LevitModel(config)
-
-
-def hf_cvt() -> nn.Module:
-    from transformers import CvtConfig, CvtModel
-
-    config = CvtConfig(embed_dim=[8, 12, 16], num_heads=[1, 2, 2], depth=[1, 2, 3])
-    return CvtModel(config)
-
-
-def hf_patchtst() -> nn.Module:
-    from transformers import PatchTSTConfig, PatchTSTModel
-
-    sizes = {"num_hidden_layers": 1, "d_model": 16, "ffn_dim": 16, "num_attention_heads": 2}
-    return PatchTSTModel(
-        PatchTSTConfig(num_input_channels=2, context_length=16, patch_length=4, **sizes)
-    )
-
-
-def hf_hgnet() -> nn.Module:
-    from transformers import HGNetV2Config, HGNetV2ForImageClassification
-
-    config = HGNetV2Config(
-        stem_channels=[3, 8, 8], stage_in_channels=[8, 16], stage_mid_channels=[8, 8],
-        stage_out_channels=[16, 24], stage_num_blocks=[1, 1], stage_numb_of_layers=[2, 2],
-        stage_downsample=[False, True], stage_light_block=[False, True],
-        stage_kernel_size=[3, 3], embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1],
-    )  # fmt: skip
-    return HGNetV2ForImageClassification(config)
+def listed(network: Listed, slow: bool = False) -> Network:
+    """A network of the lists of all that the libraries have."""
+    return Network(network.build, network.inputs, slow)
 
 
 NETWORKS: dict[str, Network] = {
@@ -261,34 +159,17 @@ NETWORKS: dict[str, Network] = {
     "inception": Network(Inception, image(3, 8, 8)),
     "residual": Network(Residual, image(3, 8, 8)),
     "wave": Network(Wave, image(2, 20)),
-    "monai densenet121": Network(densenet, image(1, 32, 32), slow=True),
-    "monai resnet 3d": Network(resnet3d, image(1, 16, 16, 16)),
-    "monai segresnet": Network(segresnet, image(1, 8, 8, 8)),
-    "monai unet": Network(unet, image(1, 16, 16)),
-    "transformers resnet": Network(hf_resnet, pixels(3, 32, 32)),
-    "transformers regnet": Network(hf_regnet, pixels(3, 32, 32)),
-    "transformers mobilenet v1": Network(hf_mobilenet_v1, pixels(3, 32, 32), slow=True),
-    "transformers mobilenet v2": Network(hf_mobilenet_v2, pixels(3, 32, 32), slow=True),
-    "transformers efficientnet": Network(hf_efficientnet, pixels(3, 32, 32), slow=True),
-    "transformers levit": Network(hf_levit, pixels(3, 64, 64), slow=True),
-    "transformers cvt": Network(hf_cvt, pixels(3, 64, 64), slow=True),
-    "transformers patchtst": Network(
-        hf_patchtst, lambda n: {"past_values": torch.randn(n, 16, 2)}, slow=True
-    ),
-    "transformers hgnet v2": Network(hf_hgnet, pixels(3, 32, 32), slow=True),
+    "monai densenet121": listed(MONAI["DenseNet121"], slow=True),
+    "monai resnet 3d": listed(MONAI["ResNet"]),
+    "monai segresnet": listed(MONAI["SegResNet"]),
+    "monai unet": listed(MONAI["UNet"]),
+    "transformers resnet": listed(TRANSFORMERS["resnet"]),
+    "transformers regnet": listed(TRANSFORMERS["regnet"]),
+    "transformers mobilenet v1": listed(TRANSFORMERS["mobilenet_v1"], slow=True),
+    "transformers mobilenet v2": listed(TRANSFORMERS["mobilenet_v2"], slow=True),
+    "transformers efficientnet": listed(TRANSFORMERS["efficientnet"], slow=True),
+    "transformers levit": listed(TRANSFORMERS["levit"], slow=True),
+    "transformers cvt": listed(TRANSFORMERS["cvt"], slow=True),
+    "transformers patchtst": listed(TRANSFORMERS["patchtst"], slow=True),
+    "transformers hgnet v2": listed(TRANSFORMERS["hgnet_v2"], slow=True),
 }
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Give a network the look of a trained one: statistics and affine parameters at random."""
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_mean", None) is None:
-                continue
-            module.running_mean.normal_(0.0, 0.5)
-            module.running_var.uniform_(0.5, 2.0)
-            module.num_batches_tracked.fill_(7)
-            if module.weight is not None:
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0.0, 0.3)
-    return model

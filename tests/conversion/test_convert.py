@@ -15,7 +15,8 @@ from anybatch.conversion import NoEffectWarning, convert, to_batchnorm
 from anybatch.layers.base import NormLayer
 from anybatch.layers.centralization import is_centralized
 from anybatch.methods import METHODS
-from conversion.networks import Tabular, Wave, convnet, randomize
+from conversion.networks import Tabular, Wave, convnet
+from zoo.listing import randomize
 
 EXACT = [name for name, method in METHODS.items() if method.exact_eval]
 OURS = [name for name, method in METHODS.items() if issubclass(method.layer(2), NormLayer)]

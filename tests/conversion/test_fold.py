@@ -12,7 +12,8 @@ from anybatch import NoEffectWarning
 from anybatch.layers.base import NormLayer
 from anybatch.layers.centralization import is_centralized
 from anybatch.methods import METHODS
-from conversion.networks import PreActivation, Tabular, convnet, randomize
+from conversion.networks import PreActivation, Tabular, convnet
+from zoo.listing import randomize
 
 FOLDING = [name for name, method in METHODS.items() if method.folds]
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -14,7 +14,8 @@ from anybatch.conversion.norms import is_batch_norm
 from anybatch.layers import VirtualDataset
 from anybatch.layers.base import NormLayer
 from anybatch.methods import METHODS
-from conversion.networks import NETWORKS, Network, randomize
+from conversion.networks import NETWORKS, Network
+from zoo.listing import randomize
 
 EXACT = [name for name, method in METHODS.items() if method.exact_eval]
 each_network = pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from anybatch.conversion import Plan, plan
 from anybatch.conversion.plan import is_fresh
-from conversion.networks import Tabular, convnet, randomize
+from conversion.networks import Tabular, convnet
+from zoo.listing import randomize
 
 
 def test_a_plan_is_a_table() -> None:

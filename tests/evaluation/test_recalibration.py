@@ -14,8 +14,9 @@ import anybatch
 import reference
 from anybatch.evaluation.pooling import Pool
 from anybatch.evaluation.recalibration import recalibrate
-from conversion.networks import NETWORKS, randomize
+from conversion.networks import NETWORKS
 from processes import spawn
+from zoo.listing import randomize
 
 QUICK = sorted(name for name, network in NETWORKS.items() if not network.slow)
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if NETWORKS[n].slow]

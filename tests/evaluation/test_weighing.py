@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import anybatch
 import reference
 from anybatch.evaluation.weighing import example_weighing, set_example_weight
-from conversion.networks import NETWORKS, randomize
+from conversion.networks import NETWORKS
+from zoo.listing import randomize
 
 QUICK = sorted(name for name, network in NETWORKS.items() if not network.slow)
 

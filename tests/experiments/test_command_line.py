@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from anybatch import METHODS
@@ -277,6 +278,123 @@ def test_diagnose_for_programs_and_from_a_checkpoint(tmp_path: Path) -> None:
     assert found["reading"]["problem"] == "no"
     assert found["batches"] == 40  # more than an epoch has
     assert found["eval_loss"] is None  # running statistics are as they started
+
+
+# --- all commands -------------------------------------------------------------------
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def options_of(command: str) -> dict[str, object]:
+    """A command's options by their names on the command line."""
+    return {name: parameter for parameter in COMMANDS[command].params for name in parameter.opts}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json(command: str) -> None:
+    assert options_of(command)["--json"].help == "Print JSON and nothing else."
+
+
+def test_what_trains_or_measures_takes_a_file_of_options_and_a_folder() -> None:
+    with_file = {command for command in COMMANDS if "--config" in options_of(command)}
+    assert with_file == set(COMMANDS) - {"methods"}
+    assert all({"--output", "--device", "--option"} <= set(options_of(c)) for c in with_file)
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    """Same name, same words; a command may only add what its default is."""
+    said: dict[str, set[str]] = {}
+    for command in COMMANDS:
+        for name, parameter in options_of(command).items():
+            words = (getattr(parameter, "help", None) or "").partition(" [dim]Default")[0]
+            said.setdefault(name, set()).add(words)
+    differing = {name: words for name, words in said.items() if len(words) > 1}
+    assert set(differing) <= {"--epochs"}  # diagnose trains first, or not at all
+    assert all(all(words) for words in said.values())
+
+
+def test_wrong_input_leaves_standard_output_to_json() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "anybatch", "train", "--method", "mabm", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'mabn'" in done.stderr
+
+
+# --- completion ---------------------------------------------------------------------
+
+
+def completed(typed: str) -> list[str]:
+    """What bash would offer after these words; the last one is not finished."""
+    environment = {
+        "_ANYBATCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"anybatch {typed}",
+        "COMP_CWORD": str(len(typed.split(" "))),
+    }
+    result = CliRunner().invoke(app, [], prog_name="anybatch", env=environment)
+    assert result.exit_code == 0, result.output
+    return result.output.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("t", ["train", "tune"]),
+        ("train --method mab", ["mabn"]),
+        ("diagnose --method to", ["torch"]),
+        ("tune weights.pt --method gh", ["ghost"]),
+        ("compare --methods mab", ["mabn"]),
+        ("compare --methods gn,mabn,m", ["gn,mabn,mbn"]),
+        ("compare --option mabn.win", ["mabn.window="]),
+        ("train --data c", ["cifar10", "cifar100"]),
+        ("diagnose --model resnet1", ["resnet18"]),
+        ("train --precision b", ["bfloat16"]),
+        ("tune --metric t", ["top1", "top5"]),
+        ("compare --target", ["--target-batch-size"]),
+        ("train --method nothing", []),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: list[str]) -> None:
+    assert completed(typed) == offered
+
+
+def test_every_method_is_offered() -> None:
+    assert completed("train --method ") == [*METHODS, "torch"]
+    assert completed("compare --methods ") == list(METHODS)
+
+
+def test_what_is_offered_is_taken() -> None:
+    from anybatch.experiments.config import parse_options
+
+    for option in completed("compare --option "):
+        method, name = option.removesuffix("=").split(".")
+        assert name in METHODS[method].options
+        assert parse_options([f"{option}1"]) == {method: ((name, 1),)}
+
+
+def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
+    start = "import sys; sys.argv[0] = 'anybatch'; from anybatch.cli import main; main()"
+    command = [sys.executable, "-c", start]
+    home = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    shown = subprocess.run(
+        [*command, "--show-completion", "bash"], env=home, capture_output=True, text=True
+    )
+    assert "_ANYBATCH_COMPLETE=complete_bash" in shown.stdout, shown.stderr
+    assert "-F _anybatch_completion anybatch" in shown.stdout
+    done = subprocess.run(
+        [*command, "--install-completion", "bash"], env=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "anybatch.sh" in (tmp_path / ".bashrc").read_text()
+    script = (tmp_path / ".bash_completions" / "anybatch.sh").read_text()
+    assert "_ANYBATCH_COMPLETE=complete_bash" in script
 
 
 # --- methods ------------------------------------------------------------------------

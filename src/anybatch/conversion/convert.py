@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anybatch.conversion.activation import ends_in_activation, keep_activation
 from anybatch.conversion.plan import Decision, Plan, Where, decide
 from anybatch.conversion.replacement import replacement
 from anybatch.conversion.surgery import NoEffectWarning, let_go, swap
@@ -98,6 +99,9 @@ def convert(
                 weight_centralization(decision.centralize)
             if decision.bind is not None:
                 replacements[decision.norm].bind(decision.bind)  # type: ignore[operator]
+    for norm, new in replacements.items():
+        if ends_in_activation(norm):
+            keep_activation(norm, new)
     let_go(model, replacements)
     return swap(model, replacements)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from anybatch.conversion.activation import ends_in_activation
 from anybatch.conversion.feeders import Feeder, find_feeders, observe, tensors_in
 from anybatch.conversion.norms import (
     dims_of,
@@ -41,7 +42,8 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     With s = weight / sqrt(running_var + eps), the layer before gets weight s * w and bias
     s * (b - running_mean) + bias, and the norm becomes torch.nn.Identity. A norm is merged only
     where it alone uses its feeder's output, both are called once, and its inference is an affine
-    map a channel; the others stay, and a warning names them. A linear layer is taken to put out
+    map a channel; the others stay, and a warning names them. Of a norm that ends in an activation
+    (timm's) its dropout and activation stay. A linear layer is taken to put out
     (N, C); give `example_inputs` to have that and all else checked on the output.
 
     Args:
@@ -218,6 +220,9 @@ def _per_output(scale: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _identity(norm: nn.Module) -> nn.Module:
+    """What is left of a norm that was merged: nothing, or the activation that it ends in."""
+    if ends_in_activation(norm):
+        return nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
     return nn.Identity().train(norm.training)
 
 

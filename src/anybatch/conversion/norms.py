@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from anybatch.conversion.activation import ends_in_activation
 from anybatch.layers.base import NormLayer
 
 TORCH_NORMS: dict[int, type[_BatchNorm]] = {
@@ -167,6 +168,8 @@ def _refusal(norm: nn.Module) -> str | None:
 
 
 def _subclass_refusal(norm: nn.Module) -> str | None:
+    if ends_in_activation(norm):
+        return None
     bases = {cls for cls in type(norm).__mro__ if _is_ours_or_torchs(cls)}
     own = [cls for cls in type(norm).__mro__ if cls not in bases]
     changed = [name for name in _BEHAVIOUR if any(name in vars(cls) for cls in own)]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from anybatch.conversion.activation import ends_in_activation
 from anybatch.conversion.feeders import Feeder, find_feeders
 from anybatch.conversion.norms import (
     NormKind,
@@ -336,7 +337,8 @@ class _Judge:
         target, why = self._centralization(method, options, feeder)
         bound = f"bound to {feeder.name!r}" if binds else None
         wrap = "train the network in a VirtualDataset" if method.wraps else None
-        reason = "; ".join(filter(None, [_effect(method), why, bound, wrap]))
+        ends = "keeps its activation" if ends_in_activation(norm) else None
+        reason = "; ".join(filter(None, [_effect(method), ends, why, bound, wrap]))
         row = self._row(norm, "convert", method.layer(kind.dims or 0).__name__, reason, target)
         module = None if target is None else self.by_name[target]
         if binds:

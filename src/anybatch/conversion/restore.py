@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from anybatch.conversion.activation import ends_in_activation, give_back_activation
 from anybatch.conversion.norms import wrapper_refusal
 from anybatch.conversion.replacement import torch_norm
 from anybatch.conversion.surgery import let_go, paths, swap
@@ -48,6 +49,9 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     for module in places:
         if is_centralized(module):
             decentralize(module)
+    for layer, norm in replacements.items():
+        if ends_in_activation(layer):
+            give_back_activation(layer, norm)
     let_go(model, layers)
     return swap(model, replacements)
 

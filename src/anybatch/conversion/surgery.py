@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from anybatch.conversion.activation import apply_activation
 from anybatch.layers.base import NormLayer
 from anybatch.layers.cross_iteration import release
 
@@ -125,12 +126,12 @@ def let_go(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything listens to, or changes, what goes into or comes out of a module.
 
-    Layers that follow the weights of a convolution do not count.
+    Layers that follow the weights of a convolution do not count, nor does a norm's own activation.
     """
     kinds = [name for name in HOOKS if name.startswith(("_forward", "_back"))]
     foreign = dict(module._forward_hooks)
     for key, hook in module._forward_hooks.items():
-        if isinstance(getattr(hook, "__self__", None), NormLayer):
+        if hook is apply_activation or isinstance(getattr(hook, "__self__", None), NormLayer):
             del foreign[key]
     kinds.remove("_forward_hooks")
     kinds.remove("_forward_hooks_with_kwargs")

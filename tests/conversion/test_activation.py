@@ -1,0 +1,146 @@
+"""Batch norms that end in an activation, as timm has them: a stand-in of the same kind."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybatch.conversion import convert, fold, plan, to_batchnorm
+from anybatch.conversion.activation import apply_activation
+from anybatch.methods import METHODS
+from zoo.listing import randomize
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch norm, dropout, activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), AddOne()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        statistics = (self.running_mean, self.running_var)
+        affine = (self.weight, self.bias)
+        x = F.batch_norm(x, *statistics, *affine, self.training, self.momentum, self.eps)
+        return self.act(self.drop(x))
+
+
+BatchNormAct2d.__module__ = "timm.layers.norm_act"
+
+
+class AddOne(nn.Module):
+    """An activation with a parameter, which shows how often it was applied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.prelu(x, self.slope.view(1)) + 1.0
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=False), BatchNormAct2d(6),
+        nn.Conv2d(6, 4, 3), BatchNormAct2d(4), nn.Flatten(1), nn.Linear(64, 2),
+    )  # fmt: skip
+
+
+def picture(n: int = 2) -> Tensor:
+    return torch.randn(n, 3, 8, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_its_activation_stays(method: str) -> None:
+    model, x = randomize(network()).eval(), picture()
+    before, keys, act = model(x), list(model.state_dict()), model[1].act
+    convert(model, method, example_inputs=x)
+    assert type(model[1]) is METHODS[method].layer(2)
+    assert model[1].act is act
+    if METHODS[method].exact_eval:
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+        assert set(keys) <= set(model.state_dict())
+    reference = copy.deepcopy(model)
+    for norm in (reference[1], reference[3]):
+        for key in [k for k, h in norm._forward_hooks.items() if h is apply_activation]:
+            del norm._forward_hooks[key]
+    h = reference[1](reference[0](x))
+    h = act(h)
+    torch.testing.assert_close(model[1](model[0](x)), h)
+
+
+@pytest.mark.parametrize("method", ["bn", "mabn", "brn", "cbn"])
+def test_back_to_the_norm_that_it_was(method: str) -> None:
+    model, x = randomize(network()).eval(), picture()
+    keys = list(model.state_dict())
+    convert(model, method, example_inputs=x)
+    model.train()(picture(4)).sum().backward()
+    model.eval()
+    after = model(x)
+    to_batchnorm(model)
+    torch.testing.assert_close(model(x), after, rtol=1e-5, atol=1e-5)
+    assert type(model[1]) is BatchNormAct2d
+    assert list(model.state_dict()) == keys
+    assert not model[1]._forward_hooks
+    model.train()(picture(4))  # its own training still works
+
+
+def test_from_method_to_method_it_is_applied_once() -> None:
+    model, x = randomize(network()).eval(), picture()
+    before = model(x)
+    for method in ("mabn", "brn", "cbn", "bn"):
+        convert(model, method, example_inputs=x)
+        assert len([h for h in model[1]._forward_hooks.values() if h is apply_activation]) == 1
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "mbn"])
+def test_folding_leaves_the_activation(method: str | None) -> None:
+    model, x = randomize(network()).eval(), picture()
+    if method is not None:
+        convert(model, method)
+    before, act = model(x), model[1].act
+    fold(model, x)
+    assert model[1][1] is act
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_says_so() -> None:
+    rows = plan(network(), "mabn").having("convert")
+    assert [row.feeder for row in rows] == ["0", "2"]
+    assert all("keeps its activation" in row.reason for row in rows)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = convert(network(), "bn")
+    model[1].act = nn.Identity()
+    y = model.train()[1](model[0](picture()))
+    assert 0.3 < float((y == 0).float().mean()) < 0.7
+    assert not (model.eval()[1](model[0](picture())) == 0).any()
+
+
+def test_it_compiles_without_a_break() -> None:
+    model, x = convert(randomize(network()).eval(), "brn"), picture()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_another_class_of_that_name_is_refused() -> None:
+    stranger = type("BatchNormAct2d", (BatchNormAct2d,), {"__module__": "somewhere"})
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), stranger(4))
+    with pytest.raises(ValueError, match=r"1: somewhere\.BatchNormAct2d"):
+        convert(model, "bn")
+
+
+def test_a_conversion_that_fails_leaves_no_hook() -> None:
+    model = network().append(nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="nothing was converted"):
+        convert(model, "mabn")
+    assert type(model[1]) is BatchNormAct2d
+    assert not model[1]._forward_hooks

@@ -1,0 +1,80 @@
+"""All architectures of transformers that build batch norms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from anybatch.conversion import NoEffectWarning, convert, plan
+from zoo.checks import check_batch_of_one, check_conversion, require
+from zoo.listing import Listed, cases, each
+from zoo.transformers_networks import (
+    BACKBONES,
+    LEFT_OUT,
+    NETWORKS,
+    RESNET_SIZES,
+    VERSION,
+    config,
+    hf,
+    pixels,
+)
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
+
+
+@pytest.mark.parametrize(("network", "method"), cases(NETWORKS))
+def test_converts_trains_and_goes_back(network: Listed, method: str) -> None:
+    require(network, "transformers", VERSION)
+    check_conversion(network, method)
+
+
+@pytest.mark.parametrize("method", ["bn", "mabn"])
+@pytest.mark.parametrize("network", each(NETWORKS))
+def test_trains_at_batch_1(network: Listed, method: str) -> None:
+    require(network, "transformers", VERSION)
+    check_batch_of_one(network, method)
+
+
+def test_frozen_batch_norms_stay() -> None:
+    settings = config(
+        "DetrConfig", d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4,
+        backbone_config=config("ResNetConfig", **RESNET_SIZES, out_features=["stage4"]),
+    )  # fmt: skip
+    network = hf("DetrModel", pixels(3, 32, 32), settings)
+    require(network, "transformers", VERSION)
+    model = network.build()
+    with pytest.warns(NoEffectWarning, match="frozen by design"):
+        convert(model, "mabn")
+    kept = plan(model, "mabn").having("keep")
+    assert sum("Frozen" in row.kind for row in kept) > 0
+
+
+def builders_of_batch_norm() -> set[str]:
+    """Folders of transformers.models with a class that makes a torch batch norm."""
+    root = Path(transformers.__file__).parent / "models"
+    texts = {path: path.read_text("utf-8") for path in root.rglob("modeling_*.py")}
+    return {
+        path.parent.name
+        for path, text in texts.items()
+        if "BatchNorm" in text and any(map(_makes_batch_norm, ast.walk(ast.parse(text))))
+    }
+
+
+def _makes_batch_norm(node: ast.AST) -> bool:
+    made = node.func if isinstance(node, ast.Call) else None
+    return isinstance(made, ast.Attribute) and made.attr in {f"BatchNorm{d}d" for d in (1, 2, 3)}
+
+
+@pytest.mark.slow
+def test_every_architecture_is_listed_or_left_out_with_a_reason() -> None:
+    there = builders_of_batch_norm()
+    listed = {name.partition(" ")[0] for name in NETWORKS}
+    if not transformers.__version__.startswith(f"{VERSION}."):
+        new = sorted(there - listed - set(LEFT_OUT))
+        pytest.skip(f"the list is of transformers {VERSION}; new here: {new}")
+    assert there - listed - set(LEFT_OUT) == set()
+    assert listed - there == BACKBONES
+    assert listed & set(LEFT_OUT) == set()
