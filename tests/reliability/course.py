@@ -29,7 +29,6 @@ import anybatch
 from anybatch.experiments.files import write_whole
 
 # Short memories, so that a few steps cross every boundary; the rest is read from the first batch.
-BORN = time.time()
 OPTIONS: dict[str, dict[str, Any]] = {
     "mabn": {"window": 3, "warmup_steps": 3, "renorm_warmup_steps": 5, "centralize": True},
     "brn": {"warmup_steps": 3},
@@ -68,7 +67,7 @@ class Course:
         return self.steps * self.accumulate
 
     def is_refused(self) -> bool:
-        """Whether anybatch refuses the combination, with the reason."""
+        """Whether anybatch refuses the combination."""
         method = anybatch.METHODS[self.method]
         if self.accumulate > 1 and (method.builder or self.method in ("l1", "range")):
             return True
@@ -177,8 +176,6 @@ def enter(course: Course, folder: Path, rank: int, store: str, teller: Connectio
     """The life of a process: go on where the last one was killed."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    global T0
-    T0=time.time()
     start = newest(course, folder)
     if course.ranks > 1:
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=course.ranks)
@@ -187,14 +184,12 @@ def enter(course: Course, folder: Path, rank: int, store: str, teller: Connectio
         training.load(checkpoint(folder, rank, start))
     replica: nn.Module = training.model
     if course.ranks > 1:
-        memory = [torch.get_rng_state(), training.data.get_state()]
+        drawn = torch.get_rng_state()
         replica = nn.parallel.DistributedDataParallel(training.model)
-        torch.set_rng_state(memory[0])
-    if os.environ.get("TRACE"): print("ready", round(time.time()-T0,2), "import", T0 - BORN)
+        torch.set_rng_state(drawn)
     for number in range(start or 0, course.forwards):
         training.forward_and_backward(replica, number)
         teller.send_bytes(b".")
-        if os.environ.get("TRACE"): print(number, round(time.time()-T0,2), training.losses[-1])
         if (number + 1) % course.save_every == 0:
             path = checkpoint(folder, rank, number + 1)
             write_whole(path, partial(torch.save, training.state()))
@@ -271,8 +266,14 @@ def run(course: Course, folder: Path, kill: tuple[int, int, float] | None = None
 def kill_and_compare(course: Course, folder: Path, kills: int, seed: int) -> int:
     """Kill a training again and again, and let it end: its numbers are those of a whole one.
 
+    Args:
+        course: The training.
+        folder: An empty one.
+        kills: How often.
+        seed: Of who is killed, and when.
+
     Returns:
-        Kills that struck.
+        Kills that struck before the end, all survived.
     """
     run(course, folder / "whole")
     chance, struck = random.Random(f"{seed}/{course}"), 0
