@@ -319,3 +319,15 @@ def test_momentum_batch_norm_counts_the_examples_of_a_step() -> None:
     assert micro.momentum == whole.momentum
     micro.accumulate(1)
     assert micro.average_weight != whole.average_weight
+
+
+def test_what_is_set_within_an_optimizer_step_stays() -> None:
+    """The batch size that the first micro-batch tells, and an epoch that begins between two."""
+    layer = make("mbn", batch_size=None)
+    layer.accumulate(4)
+    train(layer, 2)
+    layer.set_progress(3, 3)
+    weight = layer.average_weight
+    train(layer, 1)
+    assert layer.memory["batch_size"] == 2
+    assert layer.average_weight == weight > 0

@@ -59,7 +59,7 @@ class Course:
     accumulate: int = 1
     norm_batch_size: int | None = None
     ranks: int = 1
-    steps: int = 12
+    steps: int = 18
     save_every: int = 3
 
     @property
@@ -279,7 +279,7 @@ def kill_and_compare(course: Course, folder: Path, kills: int, seed: int) -> int
     chance, struck = random.Random(f"{seed}/{course}"), 0
     for _ in range(kills):
         victim, forwards = chance.randrange(course.ranks), chance.randint(1, 8)
-        struck += run(course, folder / "killed", (victim, forwards, chance.random() * 0.02))
+        struck += run(course, folder / "killed", (victim, forwards, chance.random() * 0.005))
     run(course, folder / "killed")
     for rank in range(course.ranks):
         whole, killed = (
