@@ -10,7 +10,18 @@ from torch.utils.checkpoint import checkpoint
 import anybatch
 from anybatch.layers.base import NormLayer
 from contract.gauntlet import NAMES as ALL
-from contract.gauntlet import SAMPLED, UNPOOLED, VIRTUAL, batch, finite, make, same, state, step
+from contract.gauntlet import (
+    SAMPLED,
+    UNPOOLED,
+    VIRTUAL,
+    batch,
+    finite,
+    make,
+    same,
+    state,
+    step,
+    train,
+)
 
 NAMES = [name for name in ALL if name not in UNPOOLED]
 POOLED = [name for name in NAMES if name not in ("ghost", "bgn")]

@@ -21,14 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import anybatch
 from anybatch.layers.base import NormLayer
-from contract.gauntlet import QUICK, same, state
+from contract.gauntlet import QUICK, make, same, state
+from contract.gauntlet import train as layer_train
 
 METHODS = list(anybatch.METHODS)
 OURS = [name for name in METHODS if anybatch.METHODS[name].builder is None]
 POOLED = [name for name in OURS if name not in ("l1", "range")]
-REMEMBERING = [
-    name for name in OURS if name not in ("bn", "ghost", "bgn", "ns", "vdn", *("l1", "range"))
-]
 EXAMPLES = 4
 
 
@@ -258,11 +256,8 @@ def test_memory_that_a_checkpoint_has_only_in_part_starts_fresh(method: str) -> 
         older = {k: v.clone() for k, v in model.state_dict().items() if k.split(".")[-1] != name}
         other, fresh = converted(method), converted(method)
         train(other, range(9))
-        with (
-            pytest.warns(UserWarning, match=f"lacks {name}")
-            if len(norm.memory) > 1
-            else nullcontext()
-        ):
+        alone = len(norm.memory) == 1  # a checkpoint of torch's, for all that it knows
+        with nullcontext() if alone else pytest.warns(UserWarning, match=f"lacks {name}"):
             other.load_state_dict(older)
         bare = {k: v for k, v in older.items() if k.split(".")[-1] not in norm.memory}
         train(fresh, range(3))
@@ -391,17 +386,51 @@ def test_a_norm_at_three_places_of_a_checkpointed_forward(
         torch.testing.assert_close(saving.state_dict()[name], tensor, msg=name)
 
 
-@pytest.mark.parametrize("way", ["reentrant", "not reentrant"])
-@pytest.mark.parametrize("fused", ["auto", "never"])
-@pytest.mark.parametrize("method", OURS)
-def test_checkpointed_forwards_of_batches_that_begin_alike(
-    method: str, way: str, fused: str
+def gradients(layer: nn.Module, inputs: list[Tensor], reentrant: bool | None) -> list[Tensor]:
+    """Of several forwards, checkpointed or not, before one backward."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    net = nn.Sequential(layer, nn.Tanh())
+    if reentrant is None:
+        ys = [net(x) for x in leaves]
+    else:
+        ys = [checkpoint(net, x, use_reentrant=reentrant) for x in leaves]
+    generator = torch.Generator().manual_seed(0)
+    torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator) for y in ys])
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["bn", "brn", "mbn", "ghost", "fs"])
+def test_checkpointed_batches_that_begin_alike_are_told_apart(
+    method: str, reentrant: bool, last: bool
 ) -> None:
-    """Pictures with the same border, or one example in two batches, are other batches."""
-    norm = converted(
-        method, nn.Sequential(nn.BatchNorm2d(6)), **({"order": 0} if method == "cbn" else {})
-    )
-    del norm
+    """Pictures with a border, batches with one first example, and the same values elsewhere."""
+    plain = make(method)
+    layer_train(plain, 5)
+    saving = copy.deepcopy(plain)
+    base = torch.randn(2, 6, 8, 8)
+    framed = [nn.functional.pad(s * base + s, (6, 6, 6, 6)) for s in (1.0, 3.0, 0.3)]
+    begun = [torch.cat([base[:1], s * base]) for s in (1.0, 3.0, 0.3)]
+    for inputs in (framed, begun):
+        form = torch.channels_last if last else torch.contiguous_format
+        inputs = [x.contiguous(memory_format=form) for x in inputs]
+        expected = gradients(plain, inputs, None)
+        for a, b in zip(expected, gradients(saving, inputs, reentrant), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_in_many_steps_of_a_checkpointed_recurrence(reentrant: bool) -> None:
+    plain = make("brn")
+    layer_train(plain, 5)
+    saving = copy.deepcopy(plain)
+    inputs = [s * torch.randn(2, 6, 4, 3) + s for s in torch.linspace(0.1, 3, 64).tolist()]
+    expected = gradients(plain, inputs, None)
+    for a, b in zip(expected, gradients(saving, inputs, reentrant), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="more often before one backward than the 64 times"):
+        gradients(saving, [inputs[-1] + k for k in range(66)], reentrant)
 
 
 # --- forwards between a forward and its backward --------------------------------------------
@@ -454,8 +483,8 @@ def test_what_happens_before_a_backward_does_not_change_it(
                 between(model)
             loss.backward()
             gradients.append([p.grad for p in one.parameters()])
-        windowed = method in ("mabn", "cbn")  # an average over steps that was emptied
-        assert equal(*gradients) or (windowed and between is _reset)
+        windowed = method in ("mabn", "cbn")  # an average over steps, which is emptied
+        assert equal(*gradients) or (windowed and between in (_load, _reset))
 
 
 @pytest.mark.parametrize("fused", ["auto", "never"])

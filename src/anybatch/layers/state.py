@@ -146,7 +146,8 @@ class NormState(_NormBase):
         ours = {prefix + name for name in (*own, "frozen")}
         step = prefix + _STEP
         if any(key.startswith(step) for key in state_dict):  # of a layer that may accumulate or not
-            ours |= {step + name for name in (self.step or StepMemory(self, None)).tensors}
+            memory = self.step or StepMemory(self, None)  # type: ignore[arg-type]
+            ours |= {step + name for name in memory.tensors}
         plain = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(
             plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
