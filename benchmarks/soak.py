@@ -2,8 +2,8 @@
 
 python benchmarks/soak.py --minutes 60 --csv soak.csv
 
-Batches of 1 to 3 examples of ever other shapes, through every method in turn: convert, train (plain,
-accumulated, checkpointed, in bfloat16), save and load, copy, recalibrate, convert again or back. Ends
+Batches of 1 to 3 examples of ever other shapes, every method in turn: convert, train (plain, accumulated,
+checkpointed, in bfloat16), save, load, copy, recalibrate, convert again or back. Ends
 with 1 if memory or the number of tensors grows.
 """
 
@@ -137,7 +137,7 @@ def soak(minutes: float, every: float, seed: int) -> list[Sample]:
     """Train for so long; a sample every so many seconds."""
     chance, names = random.Random(seed), list(anybatch.METHODS)
     torch.manual_seed(seed)
-    for number in range(1024):  # what is kept of numbers seen before is limited: begin at the limit
+    for number in range(1024):  # numbers that are kept, as many as ever will be
         anybatch.kernels.scalar(1.0 + number / 1e6)
     base = network()
     fresh = copy.deepcopy(base.state_dict())
