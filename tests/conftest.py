@@ -1,4 +1,6 @@
-"""Every test starts from the same random numbers, on one thread."""
+"""Every test starts from the same random numbers, on one thread; kills are counted."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,3 +10,14 @@ import torch
 def _same_start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many trainings were killed, and how many of those went on to the same numbers."""
+    tests = [r for r in terminalreporter.stats.get("passed", []) if r.when == "call"]
+    kills = sum(value for r in tests for name, value in r.user_properties if name == "kills")
+    if kills:
+        failed = sum("killed" in r.nodeid for r in terminalreporter.stats.get("failed", []))
+        terminalreporter.write_line(
+            f"{kills} kills survived to the bit; {failed} trainings did not end in the same numbers"
+        )

@@ -10,7 +10,18 @@ from torch.utils.checkpoint import checkpoint
 import anybatch
 from anybatch.layers.base import NormLayer
 from contract.gauntlet import NAMES as ALL
-from contract.gauntlet import SAMPLED, UNPOOLED, VIRTUAL, batch, finite, make, same, state, step
+from contract.gauntlet import (
+    SAMPLED,
+    UNPOOLED,
+    VIRTUAL,
+    batch,
+    finite,
+    make,
+    same,
+    state,
+    step,
+    train,
+)
 
 NAMES = [name for name in ALL if name not in UNPOOLED]
 POOLED = [name for name in NAMES if name not in ("ghost", "bgn")]
@@ -319,3 +330,41 @@ def test_momentum_batch_norm_counts_the_examples_of_a_step() -> None:
     assert micro.momentum == whole.momentum
     micro.accumulate(1)
     assert micro.average_weight != whole.average_weight
+
+
+def test_what_is_set_within_an_optimizer_step_stays() -> None:
+    """The batch size that the first micro-batch tells, and an epoch that begins between two."""
+    layer = make("mbn", batch_size=None)
+    layer.accumulate(4)
+    train(layer, 2)
+    layer.set_progress(3, 3)
+    weight = layer.average_weight
+    train(layer, 1)
+    assert layer.memory["batch_size"] == 2
+    assert layer.average_weight == weight > 0
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_window_that_the_first_batch_decides_on_accumulates(resumed: bool) -> None:
+    """Its length is not known when the layer is told to, nor when it loads a checkpoint."""
+
+    def built() -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))
+        anybatch.convert(net, "cbn", burn_in=0.0)
+        anybatch.accumulate(net, 4)
+        return net
+
+    torch.manual_seed(1)
+    net, other = built(), None
+    for number in range(11):
+        if resumed and number == 6:
+            other = built()
+            other.load_state_dict(net.state_dict())
+        x, dy = batch(2, 3), torch.randn(2, 6, 4, 3)
+        found = step(net, x, dy)
+        if other is not None:
+            assert all(map(torch.equal, found, step(other, x, dy)))
+    assert net[1].window == 8
+    assert net[1].memory["entries"] == 3
+    if other is not None:
+        assert same(state(net), state(other))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 from anybatch.experiments.config import Run
 from anybatch.experiments.faults import REMEMBERING
 from anybatch.experiments.training import train
+from anybatch.methods import METHODS
+from reliability.course import Course, kill_and_compare
 
+KILLS = "kills"  # a property of tests, which the summary adds up
 CODE = """
 import json, sys, torch
 from pathlib import Path
@@ -60,10 +64,12 @@ def result(run: Run, folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]
     return epochs, torch.load(path.with_suffix(".pt"), weights_only=True)["model"]
 
 
-def check(run: Run, folder: Path, kills: int, seed: int) -> None:
+def check(run: Run, folder: Path, kills: int, seed: int) -> int:
+    """Kills that struck, all survived."""
     torch.set_num_threads(1)
     train(run, folder / "whole", keep_weights=True)
-    assert kill_and_go_on(run, folder / "killed", kills, seed) > 0
+    struck = kill_and_go_on(run, folder / "killed", kills, seed)
+    assert struck > 0
     (epochs, state), (other_epochs, other_state) = (
         result(run, folder / name) for name in ("whole", "killed")
     )
@@ -73,11 +79,15 @@ def check(run: Run, folder: Path, kills: int, seed: int) -> None:
         assert torch.equal(tensor, other_state[name]), name
     names = {path.name for path in (folder / "killed" / "runs").iterdir()}
     assert names == {f"{run.key}.json", f"{run.key}.pt"}
+    return struck
 
 
 @pytest.mark.parametrize("method", ["mbn", "mabn"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
-    check(Run(method=method, epochs=5, train_size=200), tmp_path, kills=2, seed=0)
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, method: str, record_property: Callable[[str, object], None]
+) -> None:
+    run = Run(method=method, epochs=5, train_size=200)
+    record_property(KILLS, check(run, tmp_path, kills=2, seed=0))
 
 
 @pytest.mark.slow
@@ -94,8 +104,57 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, method: str) -> None:
 )
 @pytest.mark.parametrize("method", [*REMEMBERING, "bgn"])
 def test_every_method_goes_on_bit_for_bit(
-    tmp_path: Path, method: str, options: dict, seed: int
+    tmp_path: Path,
+    method: str,
+    options: dict,
+    seed: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if "accumulate" in options and method in ("l1", "range"):
         pytest.skip("their spreads do not pool: accumulate refuses them")
-    check(Run(method=method, epochs=5, train_size=200, **options), tmp_path, kills=4, seed=seed)
+    run = Run(method=method, epochs=5, train_size=200, **options)
+    record_property(KILLS, check(run, tmp_path, kills=4, seed=seed))
+
+
+# --- a loop of one's own -----------------------------------------------------------------
+
+KINDS: dict[str, dict] = {
+    "plain": {},
+    "accumulate": {"accumulate": 4},
+    "norm_batch_size": {"norm_batch_size": 2},
+    "bfloat16": {"precision": "bfloat16"},
+    "float16 with a scaler": {"precision": "float16"},
+    "accumulate, float16 with a scaler": {"accumulate": 2, "precision": "float16"},
+    "two processes": {"ranks": 2},
+    "two processes, accumulate": {"ranks": 2, "accumulate": 4},
+    "two processes, norm_batch_size": {"ranks": 2, "norm_batch_size": 2},
+    "two processes, float16 with a scaler": {"ranks": 2, "precision": "float16"},
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["accumulate, float16 with a scaler", "two processes, accumulate"])
+@pytest.mark.parametrize("method", ["mabn", "fs+vdn"])
+def test_a_killed_training_goes_on_bit_for_bit(
+    tmp_path: Path, method: str, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    struck = kill_and_compare(Course(method, **KINDS[kind]), tmp_path, kills=3, seed=0)
+    assert struck > 0
+    record_property(KILLS, struck)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_killed_training_goes_on_bit_for_bit(
+    tmp_path: Path, method: str, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    course = Course(method, **KINDS[kind])
+    if course.is_refused():
+        pytest.skip("anybatch refuses this combination")
+    struck = 0
+    for seed in range(3):
+        struck += kill_and_compare(course, tmp_path / str(seed), kills=4, seed=seed)
+    assert struck > 0
+    record_property(KILLS, struck)

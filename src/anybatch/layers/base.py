@@ -313,9 +313,9 @@ class NormLayer(NormState):
             return examples
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                f"{type(self).__name__} reads the batch size of all processes from the first batch, "
-                "which a compiled graph cannot: give the examples of all processes' batches, "
-                "batch_size=, or run a step before torch.compile"
+                f"{type(self).__name__} reads the batch size of all processes from the first "
+                "batch, which a compiled graph cannot: give batch_size=, the examples of all "
+                "processes' batches, or run a step before torch.compile"
             )
         (total,) = sum_processes(group, torch.tensor([float(examples)], device=self._device()))
         assert total is not None

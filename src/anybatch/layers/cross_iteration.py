@@ -244,6 +244,8 @@ class _CrossIterationBatchNorm(NormLayer):
         if self.backward_stats == "window":
             self.memory["backward_window"] = self._new_memory(slots, channels)
             self.memory["backward_step"] = self._new_counter()
+        if self.step is not None:  # it has a place for all that there is
+            self.accumulate(self.step.steps)
 
     @property
     def memory_numbers(self) -> int:
@@ -309,8 +311,6 @@ class _CrossIterationBatchNorm(NormLayer):
         if parametrize.is_parametrized(module, "weight"):  # reading the weight may change it
             module.parametrizations["weight"].register_forward_hook(self._note_weight)  # type: ignore[index,union-attr]
         self._make_rings()
-        if self.step is not None:
-            self.accumulate(self.step.steps)
         return self
 
     def unbind(self, module: nn.Module) -> None:
@@ -400,8 +400,6 @@ class _CrossIterationBatchNorm(NormLayer):
         feed = self._flow.feed
         self.window = recommended_window(examples)
         self._make_rings()
-        if self.step is not None:
-            self.accumulate(self.step.steps)
         self._flow.feed = feed
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class _MomentumBatchNorm(NormLayer):
 
     needs_running_stats = True
     fuses = True
+
+    rings: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
 
     def __init__(
         self,

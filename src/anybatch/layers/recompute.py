@@ -11,10 +11,16 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from anybatch.kernels import is_watched, lies_last
 from anybatch.layers.compiled import Kept, as_statistics
 from anybatch.layers.statistics import Statistics
 
-_FINGERPRINT = 64  # values of the first example
+_FINGERPRINT = 256  # values from all over the batch, beside the sum of all
+_ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
+_LOST = (
+    "a layer ran more often before one backward than the 64 times that it can tell apart under "
+    "activation checkpointing, or what is checkpointed computes something else when it runs again"
+)
 
 
 def in_backward() -> bool:
@@ -42,10 +48,10 @@ class Recent:
     """Statistics of a layer's latest forwards that may run again.
 
     Args:
-        length: Forwards before one backward that are told apart (default 16).
+        length: Forwards before one backward that are told apart (default 64).
     """
 
-    def __init__(self, length: int = 16) -> None:
+    def __init__(self, length: int = 64) -> None:
         self.kept: deque[tuple[Tensor, Statistics | list[Kept]]] = deque(maxlen=length)
 
     def note(self, x: Tensor, chosen: Statistics | list[Kept]) -> None:
@@ -61,19 +67,49 @@ class Recent:
 
         Returns:
             The statistics, or None if no forward of such a shape was noted.
+
+        Raises:
+            RuntimeError: If none of the forwards noted had such an input (on a GPU the device
+                fails, later).
         """
         own = _fingerprint(x)
-        noted = [(f, _tables(kept, x)) for f, kept in self.kept if f.shape == own.shape]
-        fitting = [(f, tables) for f, tables in noted if tables.var.shape[:-1] == rows]
-        if len(fitting) < 2:
-            return fitting[0][1] if fitting else None
-        apart = torch.stack([(f - own).abs().sum() for f, _ in fitting])
-        nearest = apart.flip(0).argmin(keepdim=True)  # the latest of equals
-        return _select([tables for _, tables in reversed(fitting)], nearest)
+        fitting = [  # the latest first, which is taken of equals
+            (noted, kept)
+            for noted, kept in reversed(self.kept)
+            if noted.shape == own.shape and _leading(kept) == rows
+        ]
+        if not fitting:
+            return None
+        apart = (torch.stack([noted for noted, _ in fitting]) - own).abs().sum(1)
+        least = apart.amin()
+        # What is not finite is not compared: it has no statistics to mistake.
+        found = torch.le(least, _ALIKE * own.abs().sum()).logical_or_(
+            least.isfinite().logical_not_()
+        )
+        torch._assert_async(found, _LOST)
+        if len(fitting) == 1:
+            return _tables(fitting[0][1], x)
+        nearest = apart.argmin(keepdim=True)
+        if x.device.type == "cpu" and not is_watched():  # where reading costs no wait
+            return _tables(fitting[int(nearest)][1], x)
+        return _select([_tables(kept, x) for _, kept in fitting], nearest)
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    return x.detach()[:1].flatten()[:_FINGERPRINT].to(torch.float32, copy=True)
+    """Values at even distances in memory, and the sum of all: borders and first rows are alike."""
+    x = x.detach()
+    flat = (x.movedim(1, -1) if lies_last(x) else x).flatten()
+    step = max(flat.shape[0] // _FINGERPRINT, 1) | 1  # odd: not the same column of every row
+    some = flat[::step].to(torch.float32, copy=True)
+    return torch.cat([some, flat.sum(dtype=torch.float32).view(1)])
+
+
+def _leading(kept: Statistics | list[Kept]) -> tuple[int, ...]:
+    """Leading shape of statistics as tables."""
+    if not isinstance(kept, list):
+        return tuple(kept.var.shape[:-1])
+    groups = sum(step.used.shape[1] for step in kept)
+    return (groups,) if groups > 1 else ()
 
 
 def _tables(kept: Statistics | list[Kept], like: Tensor) -> Statistics:

@@ -1,5 +1,6 @@
 """State of a layer: torch's own, the memory that a method adds, and what keeps both safe."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ class NormState(_NormBase):
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
         rings: Names of memory that micro-batches of a step leave alone: what has a slot a step, of
-            which only the newest is written, and what is drawn once an epoch.
+            which only the newest is written, and what is set once a training or an epoch.
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
@@ -144,7 +145,10 @@ class NormState(_NormBase):
         frozen = state_dict.get(prefix + "frozen")
         ours = {prefix + name for name in (*own, "frozen")}
         step = prefix + _STEP
-        plain = {k: v for k, v in state_dict.items() if k not in ours and not k.startswith(step)}
+        if any(key.startswith(step) for key in state_dict):  # of a layer that may accumulate or not
+            memory = self.step or StepMemory(self, None)  # type: ignore[arg-type]
+            ours |= {step + name for name in memory.tensors}
+        plain = {key: value for key, value in state_dict.items() if key not in ours}
         super()._load_from_state_dict(
             plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -161,7 +165,14 @@ class NormState(_NormBase):
             self.frozen, affine = (bool(flag) for flag in frozen)
             if affine:
                 self.freeze_affine(True)
-        if own and all(value is None for value in own.values()):
+        lacking = [name for name, value in own.items() if value is None]
+        if lacking:  # half of a memory is none
+            if len(lacking) < len(own):
+                warnings.warn(
+                    f"{prefix[:-1]}: the checkpoint lacks {', '.join(lacking)} of what "
+                    f"{type(self).__name__} remembers; its memory starts fresh",
+                    stacklevel=2,
+                )
             self._start_from_batchnorm(error_msgs, prefix)
         if self.step is not None:
             self.step.load(state_dict, step)

@@ -13,6 +13,7 @@ import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.passes import (
+    inlined,
     jit,
     plane_gradient,
     plane_moments,
@@ -61,7 +62,7 @@ def product(apart, seen, slope):
             np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
 
 
-@jit
+@inlined
 def _mean_patch(feed, first, examples, patches, place):
     """Write the mean patch of each channel group into a slot, ``(groups, fan_in)``."""
     inputs, _, _, taps, meetings, _, groups = feed
@@ -174,7 +175,7 @@ def from_product(product, values, means, patches, slopes, place):
             )
 
 
-@jit
+@inlined
 def _product(rows, c, gradients, slot, row):
     """Weights of a channel times a gradient of its statistics, in their own type."""
     total = rows.dtype.type(0)
@@ -183,7 +184,7 @@ def _product(rows, c, gradients, slot, row):
     return np.float64(total)
 
 
-@jit
+@inlined
 def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_bases):
     """How far an earlier step's mean and variance move to today's weights (eq. 7, 8)."""
     shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]

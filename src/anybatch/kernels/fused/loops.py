@@ -13,6 +13,7 @@ import numpy as np
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
+    inlined,
     jit,
     plane_gradient,
     plane_moments,
@@ -90,13 +91,13 @@ def cut(sizes):
     return np.cumsum([0, *sizes])
 
 
-@jit
+@inlined
 def _in_rows(x, last):
     """Whether a batch is taken in rows: where short planes and enough of them make one."""
     return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
 
 
-@jit
+@inlined
 def _layout(x, last, starts):
     """Length of a row, values of a channel side by side in it, and values of an example."""
     channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
@@ -106,7 +107,7 @@ def _layout(x, last, starts):
     return unit * max(1, min(_ROW, smallest) // unit), inner, example
 
 
-@jit
+@inlined
 def _per_channel(sums, shape):
     """Sums over parts and over the places of a channel in a row."""
     repeats, channels, inner = shape
@@ -123,7 +124,7 @@ def _per_channel(sums, shape):
 # --- forward ----------------------------------------------------------------
 
 
-@jit
+@inlined
 def _forward_planes(
     part, parts, x, y, starts, weight, bias, own, used, rule, old_mean, old_var, window
 ):
@@ -142,7 +143,7 @@ def _forward_planes(
                 plane_write(x, y, c, first, last, mean, scale, shift)
 
 
-@jit
+@inlined
 def _forward_group(
     g, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
 ):
@@ -170,7 +171,7 @@ def _forward_group(
     fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
 
 
-@jit
+@inlined
 def _forward_groups(
     part, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
 ):
@@ -284,7 +285,7 @@ def forward(
 # --- backward ---------------------------------------------------------------
 
 
-@jit
+@inlined
 def _backward_planes(
     part, parts, dy, x, dx, starts, weight, used, centers, sums, on, rule, memory, wanted
 ):
@@ -306,7 +307,7 @@ def _backward_planes(
                     plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant)
 
 
-@jit
+@inlined
 def _backward_group(
     g, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
 ):
@@ -335,7 +336,7 @@ def _backward_group(
         fork(row_gradient, parts, (dy, x, dx, first, last, center.reshape(-1), rows))
 
 
-@jit
+@inlined
 def _backward_groups(
     part, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
 ):

@@ -16,8 +16,10 @@ from numba import njit
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+# What Python calls is kept on disk; what compiled code calls is inlined, always. A copy of it there
+# would be a weak symbol: the process that compiles would run the callee that it made first, all
+# later ones the copy in the file, whose sums are rounded in another order.
 jit = njit(cache=True, **_OPTIONS)
-# For what is called a channel at a time: a call would cost as much as a short channel.
 inlined = njit(forceinline=True, **_OPTIONS)
 
 
@@ -87,7 +89,7 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
 # fetches ahead of, and what stands for a place of a row is loaded once for all of them.
 
 
-@jit
+@inlined
 def _stretch(part, parts, first, last, period, streams):
     """Where a part begins and ends, in whole rows, and how long each of its streams is."""
     rows = -(-(last - first) // period)
@@ -96,7 +98,7 @@ def _stretch(part, parts, first, last, period, streams):
     return begin, end, (end - begin) // streams // period * period
 
 
-@jit
+@inlined
 def row_moments(part, parts, x, first, last, shift, sums):
     """Add up x - shift and its square for each place of a row."""
     period = shift.shape[0]
@@ -119,7 +121,7 @@ def row_moments(part, parts, x, first, last, shift, sums):
             squares[j] += offset * offset
 
 
-@jit
+@inlined
 def row_write(part, parts, x, y, first, last, table):
     """Write y = (x - mean) * scale + shift."""
     means, scales, shifts = table[0], table[1], table[2]
@@ -139,7 +141,7 @@ def row_write(part, parts, x, y, first, last, table):
             out[j] = (row[j] - means[j]) * scales[j] + shifts[j]
 
 
-@jit
+@inlined
 def row_sums(part, parts, dy, x, first, last, center, sums):
     """Add up dy and dy * (x - center) for each place of a row."""
     period = center.shape[0]
@@ -160,7 +162,7 @@ def row_sums(part, parts, dy, x, first, last, center, sums):
             products[j] += above[j] * (row[j] - center[j])
 
 
-@jit
+@inlined
 def row_gradient(part, parts, dy, x, dx, first, last, center, table):
     """Write dx = on_dy * dy + on_x * (x - center) + constant."""
     on_dy, on_x, constant = table[0], table[1], table[2]

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from anybatch.kernels.fused.passes import inlined, jit
+from anybatch.kernels.fused.passes import inlined
 
 PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
 BATCH, SMA, EMA = 0, 1, 2  # which averages a window holds
@@ -135,7 +135,7 @@ def track(c, mean, var, pace, running_mean, running_var):
         running_var[c] += pace * (var - running_var[c])
 
 
-@jit
+@inlined
 def track_groups(own, starts, values, pace, running_mean, running_var, tracked):
     """Track groups of examples, each weighing by its examples; those of one value count not."""
     total = 0
@@ -157,7 +157,7 @@ def track_groups(own, starts, values, pace, running_mean, running_var, tracked):
         track(c, pooled[0, c], pooled[1, c], pace, running_mean, running_var)
 
 
-@jit
+@inlined
 def slide(window, new, sums):
     """Push a step into a window where it is finite; `sums` become those with the step in it."""
     length = window.shape[0]
@@ -168,7 +168,7 @@ def slide(window, new, sums):
     return length
 
 
-@jit
+@inlined
 def keep(window, new):
     """Push a step into a window where it is finite."""
     for k in range(window.shape[0] - 1):

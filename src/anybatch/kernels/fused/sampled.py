@@ -16,7 +16,7 @@ import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.pages import empty_like as empty_like
-from anybatch.kernels.fused.passes import jit
+from anybatch.kernels.fused.passes import inlined, jit
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
 from anybatch.kernels.fused.threads import fork, parts
 
@@ -24,7 +24,7 @@ _CHUNK = 2048  # values of a plane that are summed in the type of the data
 _WIDE = 512  # rows of few channels are taken together, up to so many values
 
 
-@jit
+@inlined
 def _plane_moments(x, c, channels, runs):
     """Count, mean and biased variance of a channel's sampled values, in two passes."""
     count, total = 0, 0.0
@@ -42,7 +42,7 @@ def _plane_moments(x, c, channels, runs):
     return count, mean, squares / max(count, 1)
 
 
-@jit
+@inlined
 def _planes_statistics(part, parts, x, channels, length, first, second, table):
     """Write each channel's (mean, variance) of both samples into `table`."""
     for c in range(channels * part // parts, channels * (part + 1) // parts):
@@ -51,7 +51,7 @@ def _planes_statistics(part, parts, x, channels, length, first, second, table):
             _, table[2, c], table[3, c] = _plane_moments(x, c, channels, second)
 
 
-@jit
+@inlined
 def _row_moments(x, length, runs, begin, end, row_mean, row_var):
     """The same of channels `begin` to `end`, from rows, in one pass about the first values."""
     count = 0
@@ -77,7 +77,7 @@ def _row_moments(x, length, runs, begin, end, row_mean, row_var):
         row_mean[c] = mean + shift[c]
 
 
-@jit
+@inlined
 def _rows_statistics(part, parts, x, channels, length, first, second, table):
     blocks = (channels + 15) // 16
     for b in range(blocks * part // parts, blocks * (part + 1) // parts):
@@ -87,7 +87,7 @@ def _rows_statistics(part, parts, x, channels, length, first, second, table):
             _row_moments(x, length, second, begin, end, table[2], table[3])
 
 
-@jit
+@inlined
 def _planes_affine(part, parts, x, y, means, scales, shifts):
     """Write y = (x - mean) * scale + shift."""
     planes, length = x.shape
@@ -99,7 +99,7 @@ def _planes_affine(part, parts, x, y, means, scales, shifts):
             y[p, k] = (x[p, k] - mean) * scale + shift
 
 
-@jit
+@inlined
 def _rows_affine(part, parts, x, y, scales, shifts):
     """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
@@ -109,7 +109,7 @@ def _rows_affine(part, parts, x, y, scales, shifts):
             row_y[c] = row_x[c] * scales[c] + shifts[c]
 
 
-@jit
+@inlined
 def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
     """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
     planes, length = x.shape
@@ -134,7 +134,7 @@ def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
         sums[p, 1, 0] = moment
 
 
-@jit
+@inlined
 def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
     """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
@@ -161,7 +161,7 @@ def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
         sums[b, 1] = moment
 
 
-@jit
+@inlined
 def _planes_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
     """Write dx = scale * dy + on_x * (x - center) + constant in a sample."""
     channels = centers.shape[0]
@@ -174,7 +174,7 @@ def _planes_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x,
                 some_dx[k] = scale * some_dy[k] + factor * (some_x[k] - center) + constant
 
 
-@jit
+@inlined
 def _rows_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
     for r in range(runs.shape[0] * part // parts, runs.shape[0] * (part + 1) // parts):
         start = runs[r, 0] * length + runs[r, 1]
