@@ -3,8 +3,8 @@
 python benchmarks/soak.py --minutes 60 --csv soak.csv
 
 Batches of 1 to 3 examples of ever other shapes, every method in turn: convert, train (plain,
-accumulated, checkpointed, in bfloat16), save, load, copy, recalibrate, convert again or back. Ends
-with 1 if memory or the number of tensors grows.
+accumulated, checkpointed, masked, in bfloat16), save, load, copy, recalibrate, convert again or
+back. Ends with 1 if memory or the number of tensors grows.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import random
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
+from anybatch.layers.base import NormLayer
 
 WARM_UP = 0.25  # of the time: caches fill
 OPTIONS = {
@@ -73,13 +75,16 @@ def batch(chance: random.Random) -> Tensor:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, chance: random.Random) -> None:
-    way = chance.choice(("plain", "bfloat16", "checkpointed", "in inference"))
+    way = chance.choice(("plain", "bfloat16", "checkpointed", "masked", "in inference"))
     x = batch(chance)
     if way == "in inference":
         with torch.inference_mode():
             model(x)
         return
-    with torch.autocast("cpu", torch.bfloat16, enabled=way == "bfloat16"):
+    ours = any(isinstance(module, NormLayer) for module in model.modules())
+    valid = torch.rand(len(x), *x.shape[2:]) < chance.random()
+    padded = anybatch.masked(model, valid) if way == "masked" and ours else nullcontext()
+    with padded, torch.autocast("cpu", torch.bfloat16, enabled=way == "bfloat16"):
         y = checkpoint(model, x, use_reentrant=False) if way == "checkpointed" else model(x)
     y.float().square().mean().backward()
     optimizer.step()
@@ -92,7 +97,7 @@ def one_round(base: nn.Module, method: str, chance: random.Random) -> tuple[nn.M
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     own = dict(OPTIONS.get(method, {}))
     wraps = anybatch.METHODS[method].wraps
-    if method not in GONE[1:] and not wraps and chance.random() < 0.3:
+    if method not in GONE[1:] and not wraps and method != "sync" and chance.random() < 0.3:
         own["norm_batch_size"] = 2
     model = anybatch.convert(model, method, **own)
     net = anybatch.VirtualDataset(model, [0.0] * 3, [1.0] * 3) if wraps else model
