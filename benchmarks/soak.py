@@ -2,8 +2,8 @@
 
 python benchmarks/soak.py --minutes 60 --csv soak.csv
 
-Batches of 1 to 3 examples of ever other shapes, every method in turn: convert, train (plain, accumulated,
-checkpointed, in bfloat16), save, load, copy, recalibrate, convert again or back. Ends
+Batches of 1 to 3 examples of ever other shapes, every method in turn: convert, train (plain,
+accumulated, checkpointed, in bfloat16), save, load, copy, recalibrate, convert again or back. Ends
 with 1 if memory or the number of tensors grows.
 """
 
