@@ -1,6 +1,6 @@
 """How many steps each layer remembers a fault, as docs/reliability.md has it.
 
-python benchmarks/faults.py
+python benchmarks/faults.py [--outlier-limit 100]
 """
 
 import argparse
@@ -15,6 +15,7 @@ from anybatch.experiments.faults import DOMAIN, FAULTS, GRADIENT, REMEMBERING, r
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--outlier-limit", type=float)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -24,7 +25,10 @@ def main() -> None:
     for fault in track([*FAULTS, GRADIENT, DOMAIN]):
         cells = []
         for method in methods:
-            found = [recovery(fault, method, seed) for seed in range(given.seeds)]
+            limit = None if method == "torch" else given.outlier_limit
+            found = [
+                recovery(fault, method, seed, outlier_limit=limit) for seed in range(given.seeds)
+            ]
             train, evaluate = (
                 [getattr(one, m) for one in found] for m in ("training", "evaluation")
             )

@@ -83,13 +83,16 @@ class Recovery:
     finite: bool
 
 
-def recovery(fault: str, method: str, seed: int = 0) -> Recovery:
+def recovery(
+    fault: str, method: str, seed: int = 0, *, outlier_limit: float | None = None
+) -> Recovery:
     """Let a fault happen to a layer, and count the steps until it is forgotten.
 
     Args:
         fault: One of `FAULTS`, `GRADIENT` or `DOMAIN`.
         method: Short name of a method, or "torch".
         seed: Of weights and data.
+        outlier_limit: Of the layer.
 
     Returns:
         The recovery.
@@ -109,7 +112,7 @@ def recovery(fault: str, method: str, seed: int = 0) -> Recovery:
     def moved(x: Tensor) -> Tensor:
         return 10 * x + 5 if fault == DOMAIN else x
 
-    struck = _network(method, seed)
+    struck = _network(method, seed, outlier_limit)
     for _ in range(BEFORE):
         _step(struck, *batch())
     spared = copy.deepcopy(struck)
@@ -141,12 +144,12 @@ def recovery(fault: str, method: str, seed: int = 0) -> Recovery:
     return Recovery(fault, method, apart["training"], apart["evaluation"], finite)
 
 
-def _network(method: str, seed: int) -> nn.Module:
+def _network(method: str, seed: int, outlier_limit: float | None) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     if method != "torch":
         options: Mapping[str, Any] = OPTIONS.get(method, {})
-        convert(model, method, centralize=False, **options)
+        convert(model, method, centralize=False, outlier_limit=outlier_limit, **options)
         if METHODS[method].scheduled:
             NormScheduler(model, 2, last_epoch=1)
     return model

@@ -36,6 +36,8 @@ from anybatch.layers.state import NormState
 from anybatch.layers.statistics import Statistics, stack
 
 _LOW = (torch.float16, torch.bfloat16)
+_SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
+_PATIENCE = 10  # batches in a row after which it is not an accident
 
 
 class Batch(NamedTuple):
@@ -110,6 +112,10 @@ class NormLayer(NormState):
             at inference, alpha of four-things, equation 3 (default 0.0).
         process_group: Processes of ``torch.distributed`` whose batches are one in training:
             a process group, or "world" for all (default None: this process alone).
+        outlier_limit: A batch in which a channel's variance about its running mean is more than so
+            many times the running variance is normalized by its own statistics in that channel, and
+            enters no memory there; after ten such batches in a row it does (default None: every
+            batch that is finite enters).
     """
 
     dims: ClassVar[int] = 0
@@ -132,6 +138,7 @@ class NormLayer(NormState):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         check_count("num_features", num_features)
         if norm_batch_size is not None:
@@ -142,6 +149,14 @@ class NormLayer(NormState):
                 f"norm_batch_size={norm_batch_size}: it cuts a batch where process_group joins "
                 "batches; leave one of them out"
             )
+        if outlier_limit is not None:
+            if not outlier_limit > 1:
+                raise ValueError(f"outlier_limit={outlier_limit!r}: give a number above 1 or None")
+            if not track_running_stats:
+                raise ValueError(
+                    f"outlier_limit={outlier_limit!r}: batches are compared with running "
+                    "statistics; leave track_running_stats True"
+                )
         if momentum is not None:
             check_between("momentum", momentum, 0.0, 1.0)
         if not eps > 0:
@@ -169,6 +184,9 @@ class NormLayer(NormState):
         self.process_group = process_group
         self.mask: Tensor | None = None
         self._compared = False
+        self.outlier_limit = outlier_limit
+        if outlier_limit is not None:
+            self.memory["outliers"] = self._new_memory(num_features).long()
         self._last: Statistics | list[Kept] | None = None
         self._recent = Recent()
 
@@ -326,7 +344,8 @@ class NormLayer(NormState):
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
-        plain = source is None and (self._group is None or several(self.process_group) is None)
+        plain = source is None and self.outlier_limit is None
+        plain = plain and (self._group is None or several(self.process_group) is None)
         if training and plain and not recomputed and self.fuses and self.step is None:
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             small = self.fuses_small_only
@@ -418,7 +437,7 @@ class NormLayer(NormState):
             batch = Batch(cut.sizes[first : first + groups], values, None, counts[one])
             part_var = torch.where(enough, var[one], torch.nan)  # which no memory takes
             fallen = self._fallen(part_var.dtype)
-            part = self.rule(None if mean is None else mean[one], part_var, batch, update)
+            part = self._guarded(None if mean is None else mean[one], part_var, batch, update)
             parts.append(self._or_remembered(enough, part, fallen)._replace(counts=counts[one]))
             if update:
                 self._uncount(counts[one])
@@ -431,6 +450,42 @@ class NormLayer(NormState):
         together = self.group_size is not None and several(self.process_group) is not None
         if self.num_batches_tracked is not None and not together:
             self.num_batches_tracked.sub_(1 - tracked.any().long())
+
+    def _guarded(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        """The rule, in whose memory channels have no part that are out of all proportion."""
+        if self.outlier_limit is None:
+            return self.rule(mean, var, batch, update)
+        fits = self._proportionate(mean, var, update)
+        chosen = self.rule(mean, torch.where(fits, var, torch.nan), batch, update)
+        if self.columns != self.num_features:
+            fits = fits.unflatten(-1, (self.columns, -1)).all(-1)
+            assert mean is not None
+            mean, var = kernels.pool_channels(mean, var, self.columns)
+        used_mean, used_var, r, d, center, share, own, counts = chosen
+        return Statistics(
+            None if used_mean is None or mean is None else torch.where(fits, used_mean, mean),
+            torch.where(fits, used_var, var),
+            None if r is None else torch.where(fits, r, 1.0),
+            None if d is None else torch.where(fits, d, 0.0),
+            None if center is None or mean is None else torch.where(fits, center, mean),
+            share if isinstance(share, float) and share == 1 else torch.where(fits, share, 1.0),
+            own,
+            counts,
+        )
+
+    def _proportionate(self, mean: Tensor | None, var: Tensor, update: bool) -> Tensor:
+        """Which channels of a batch may enter memory."""
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.outlier_limit is not None
+        spread = var if mean is None else var + (mean - self.running_mean).square()
+        limit = (self.running_var + self.eps) * self.outlier_limit
+        far = (spread > limit) & (self.num_batches_tracked >= _SETTLED)
+        seen = self.memory["outliers"]
+        fits = ~far | (seen >= _PATIENCE)
+        if update:
+            far = far if far.dim() == 1 else far.all(0)
+            seen.copy_(torch.where(far, seen + 1, 0))
+        return fits
 
     def _enough(self, counts: Tensor) -> Tensor:
         """Where there are values enough for statistics."""
@@ -456,7 +511,7 @@ class NormLayer(NormState):
         if self.step is not None and self.group_size is None:
             return self._run_pooled(self.step, mean, var, cut, values, update)
         if len(cut.steps) == 1 and live is None:
-            return self.rule(mean, var, Batch(cut.sizes, values), update)
+            return self._guarded(mean, var, Batch(cut.sizes, values), update)
         if len(cut.sizes) == 1:
             return self._fall_back(var)
         live = (True,) * len(cut.sizes) if live is None else live
@@ -469,7 +524,7 @@ class NormLayer(NormState):
                 rows = slice(first, middle) if groups > 1 else first
                 part = None if mean is None else mean[rows]
                 batch = Batch(cut.sizes[first:middle], values)
-                parts.append(self.rule(part, var[rows], batch, update))
+                parts.append(self._guarded(part, var[rows], batch, update))
             parts += fallen
             first = end
         return stack(parts)
@@ -489,11 +544,11 @@ class NormLayer(NormState):
         mean, var, seen = step.pool(mean, var, count if counts is None else counts, update)
         batch = Batch(cut.sizes, values, seen, counts)
         if counts is None and (mean is None or count > 1):
-            return self.rule(mean, var, batch, update)
+            return self._guarded(mean, var, batch, update)
         enough = self._enough(seen.total)
         var = torch.where(enough, var, torch.nan)  # which no memory takes
         fallen = self._fallen(var.dtype)
-        return self._or_remembered(enough, self.rule(mean, var, batch, update), fallen)
+        return self._or_remembered(enough, self._guarded(mean, var, batch, update), fallen)
 
     def _fallen(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Copies of the remembered mean and variance, a number a channel group."""
@@ -656,6 +711,8 @@ class NormLayer(NormState):
         if self.example_weight:
             parts.append(f"example_weight={self.example_weight}")
         parts += [f"{name}={value}" for name, value in self.own_arguments().items()]
+        if self.outlier_limit is not None:
+            parts.append(f"outlier_limit={self.outlier_limit}")
         if self.process_group is not None:
             named = self.process_group == WORLD
             parts.append(f"process_group={'world' if named else 'of its own'}")

@@ -47,6 +47,8 @@ class _BatchGroupNorm(NormLayer):
             None: ``1 / examples_per_group``).
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -83,6 +85,7 @@ class _BatchGroupNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float | None = None,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         check_count("num_features", num_features)
         check_count("num_groups", num_groups)
@@ -104,6 +107,7 @@ class _BatchGroupNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=1 / examples_per_group if example_weight is None else example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.num_groups, self.examples_per_group = num_groups, examples_per_group
 

@@ -131,6 +131,8 @@ class _CrossIterationBatchNorm(NormLayer):
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -185,6 +187,7 @@ class _CrossIterationBatchNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         for name, count in (
             ("window", window),
@@ -211,6 +214,7 @@ class _CrossIterationBatchNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.window, self.order, self.gradient_sample = window, order, gradient_sample
         self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)

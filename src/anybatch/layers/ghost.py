@@ -43,6 +43,8 @@ class _GhostBatchNorm(NormLayer):
             as ghost_size falls (four-things, figure 4).
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -77,6 +79,7 @@ class _GhostBatchNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         check_count("ghost_size", ghost_size)
         super().__init__(
@@ -90,6 +93,7 @@ class _GhostBatchNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.ghost_size = ghost_size
 

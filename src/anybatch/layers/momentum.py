@@ -48,6 +48,8 @@ class _MomentumBatchNorm(NormLayer):
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -88,6 +90,7 @@ class _MomentumBatchNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         if batch_size is not None:
             check_count("batch_size", batch_size)
@@ -107,6 +110,7 @@ class _MomentumBatchNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
         self.progress: tuple[int, int] = (1, 1)

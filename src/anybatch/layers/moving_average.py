@@ -62,6 +62,8 @@ class _MovingAverageBatchNorm(NormLayer):
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -103,6 +105,7 @@ class _MovingAverageBatchNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         check_count("window", window)
         if not clip >= 1:
@@ -123,6 +126,7 @@ class _MovingAverageBatchNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.window, self.clip, self.centered = window, float(clip), bool(centered)
         self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps

@@ -45,6 +45,8 @@ class _BatchRenorm(NormLayer):
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -84,6 +86,7 @@ class _BatchRenorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         if not max_r >= 1:
             raise ValueError(f"max_r={max_r!r}: give a number from 1 on")
@@ -102,6 +105,7 @@ class _BatchRenorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.max_r, self.max_d = float(max_r), float(max_d)
         self.warmup_steps, self.smooth = warmup_steps, smooth

@@ -86,6 +86,8 @@ class _SampledBatchNorm(NormLayer):
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
@@ -128,6 +130,7 @@ class _SampledBatchNorm(NormLayer):
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
+        outlier_limit: float | None = None,
     ) -> None:
         check_choice("sample", sample, SAMPLES)
         check_between("ratio", ratio, 0.0, 1.0)
@@ -152,6 +155,7 @@ class _SampledBatchNorm(NormLayer):
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
+            outlier_limit=outlier_limit,
         )
         self.sample, self.ratio, self.size = sample, ratio, size
         self.num_virtual, self.mix, self.ranks = num_virtual, mix, ranks
@@ -169,7 +173,8 @@ class _SampledBatchNorm(NormLayer):
     # --- the index ---------------------------------------------------------
 
     def reset_memory(self) -> None:
-        if self.memory:
+        super().reset_memory()
+        if "seed" in self.memory:
             self.memory["seed"].fill_(self.seed)
             self._draw(1)
 
@@ -346,6 +351,8 @@ class _SampledBatchNorm(NormLayer):
         """The whole forward in compiled calls, where these can serve it."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         rows = x.shape[0]
+        if self.outlier_limit is not None:
+            return None
         if bias is None or (self.norm_batch_size is not None and self.norm_batch_size < rows):
             return None
         loops = kernels.sampled_kernels_for(x, self._buffers["running_var"], weight)

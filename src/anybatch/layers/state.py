@@ -15,6 +15,7 @@ from anybatch.layers.recompute import Recent
 
 _LOW = (torch.float16, torch.bfloat16)
 _STEP = "step."  # before the names of memory within an optimizer step
+_OUTLIERS = "outliers"  # batches in a row that were out of proportion, a channel
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
 
 
@@ -49,6 +50,8 @@ class NormState(_NormBase):
 
     def reset_memory(self) -> None:
         """Forget everything that is not torch's own state."""
+        if _OUTLIERS in self.memory:
+            self.memory[_OUTLIERS].zero_()
 
     # --- running statistics ---------------------------------------------------
 
@@ -165,6 +168,8 @@ class NormState(_NormBase):
             self.frozen, affine = (bool(flag) for flag in frozen)
             if affine:
                 self.freeze_affine(True)
+        if own.pop(_OUTLIERS, ...) is None:  # of a layer without a limit: none so far
+            self.memory[_OUTLIERS].zero_()
         lacking = [name for name, value in own.items() if value is None]
         if lacking:  # half of a memory is none
             if len(lacking) < len(own):

@@ -52,7 +52,7 @@ def stack(parts: list[Statistics]) -> Statistics:
     shares = [part.share for part in parts]
     share = shares[0]
     if any(isinstance(one, Tensor) or one != share for one in shares):
-        share = torch.cat([_column(part.var, part.share) for part in parts])
+        share = torch.cat(_columns(parts))
     own = None
     if any(part.own is not None for part in parts):
         own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
@@ -68,6 +68,18 @@ def _blank(part: Statistics, name: str) -> Tensor:
         assert part.mean is not None
         return part.mean
     return torch.ones_like(part.var) if name == "r" else torch.zeros_like(part.var)
+
+
+def _columns(parts: list[Statistics]) -> list[Tensor]:
+    """Shares as columns ``(G, 1)``, or as tables ``(G, K)`` where one has a share a channel."""
+    wide = any(
+        isinstance(p.share, Tensor) and p.share.shape[-1:] == p.var.shape[-1:] for p in parts
+    )
+    if not wide:
+        return [_column(part.var, part.share) for part in parts]
+    tables = [part.var.view(-1, part.var.shape[-1]) for part in parts]
+    pairs = zip(tables, parts, strict=True)
+    return [torch.ones_like(table) * part.share for table, part in pairs]
 
 
 def _column(table: Tensor, value: float | Tensor) -> Tensor:
