@@ -53,7 +53,7 @@ app = typer.Typer(
 
 
 def _plain_errors(command: _Command) -> _Command:
-    """Turn a wrong argument into one line and exit code 2, Ctrl-C into 130."""
+    """Turn a wrong argument into one line and exit code 2, Ctrl-C into 130, a full disk into 1."""
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -62,6 +62,13 @@ def _plain_errors(command: _Command) -> _Command:
         except (ValueError, TypeError) as error:
             errors.print(f"[bold red]error[/]  {_escape(str(error))}", soft_wrap=True)
             raise typer.Exit(2) from error
+        except OSError as error:  # a full disk, a folder that is gone
+            errors.print(
+                f"[bold red]error[/]  {_escape(str(error))}; what is done is kept. "
+                f"To go on: [bold]{_escape(_typed())}[/]",
+                soft_wrap=True,
+            )
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             again = _escape(_typed())
             errors.print(f"\nstopped; what is done is kept. To go on: [bold]{again}[/]")

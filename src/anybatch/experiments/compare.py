@@ -257,9 +257,9 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         lock.unlink(missing_ok=True)  # left by a process that was killed
         handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    with os.fdopen(handle, "w") as file:
-        file.write(str(os.getpid()))
     try:
+        with os.fdopen(handle, "w") as file:
+            file.write(str(os.getpid()))
         yield
     finally:
         lock.unlink(missing_ok=True)
