@@ -12,6 +12,13 @@ def _same_start() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _empty_compiler(request: pytest.FixtureRequest) -> None:
+    """A compiler counts how often it compiles a function anew: each test from the start."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many trainings were killed, and how many of those went on to the same numbers."""
     tests = [r for r in terminalreporter.stats.get("passed", []) if r.when == "call"]

@@ -92,8 +92,10 @@ import anybatch
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, attempt = dist.get_rank(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+# The launcher's own store may still hold the addresses of the attempt before, to gloo's harm.
+store = f"file://{folder.resolve()}/store{attempt}"
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
 model = anybatch.convert(model, "mabn", window=3, warmup_steps=2, process_group="world")

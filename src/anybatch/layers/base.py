@@ -639,11 +639,12 @@ class NormLayer(NormState):
             return self._empty(x)
         sizes = (1,) * x.shape[0]
         cut = partition(x.shape[0], 1)
-        with torch.no_grad():
-            if mask is None:
+        if mask is None:
+            with torch.no_grad():
                 statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
-                return self._apply_statistics(x, cut, statistics, None)
-            source = Source(self._fit(mask, x))
+            return self._apply_statistics(x, cut, statistics, None)
+        source = Source(self._fit(mask, x))
+        with torch.no_grad():
             own_mean, own_var, counts = self._source_moments(x.detach(), sizes, source)
             alpha = self.example_weight * (counts > 0).to(counts.dtype)  # none, no statistics
             statistics = self._mixed(own_mean, own_var, mean, var, alpha)._replace(counts=counts)
