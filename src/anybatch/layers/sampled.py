@@ -410,7 +410,7 @@ class _SampledBatchNorm(NormLayer):
     ) -> Statistics:
         """The rule on samples of valid positions, or of several processes."""
         found = self._shared_moments(x, cut.sizes, source)
-        table = _table([_mix(*one, self.mix)[:2] for one in found])
+        table = _table([_mix(*one, self.mix) for one in found])
         counts = torch.stack([counts for _, _, counts in found])  # of each group's parts
         total = counts.sum(1) if len(found) == 1 else counts.sum(1, keepdim=True)
         total = total[0] if len(found) == 1 else total
@@ -692,15 +692,18 @@ def _part_source_moments(
     return mean, var, count
 
 
-def _mix(
-    means: Tensor, variances: Tensor, counts: Tensor, mix: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation 4 over parts ``(P, C)``; one of a single value has no share. Shares come last."""
-    shares = (counts > 1).to(means.dtype)
+def _mix(means: Tensor, variances: Tensor, counts: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    """Equation 4 over parts ``(P, C)``; one of a single value has no share."""
+    shares = _shares(counts, mix, means)
+    return (means * shares).sum(0), (variances * shares).sum(0)
+
+
+def _shares(counts: Tensor, mix: float, like: Tensor) -> Tensor:
+    """Weights ``(P, 1)`` of the parts; one of a single value has none."""
+    shares = (counts > 1).to(like.dtype)
     if len(counts) > 1:
-        shares = shares * torch.tensor([mix, 1 - mix], dtype=means.dtype, device=means.device)
-    shares = (shares / shares.sum().clamp(min=1e-30)).unsqueeze(1)
-    return (means * shares).sum(0), (variances * shares).sum(0), shares
+        shares = shares * torch.tensor([mix, 1 - mix], dtype=like.dtype, device=like.device)
+    return (shares / shares.sum().clamp(min=1e-30)).unsqueeze(1)
 
 
 def _table(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -735,9 +738,12 @@ def _shared_gradients(
         else:
             dx, (dw, db) = torch.empty_like(one_x), mean.new_zeros(2, *mean.shape)
         if needs[0]:
-            found = [_part_source_moments(one_x, part, mask, source.group) for part in parts]
-            own, own_var, counts = (torch.stack(column) for column in zip(*found, strict=True))
-            middle, _, shares = _mix(own, own_var, counts, call.mix)
+            counts, centers = chosen.counts[g], [mean]
+            shares = _shares(counts, call.mix, mean)
+            if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
+                own = [_part_source_moments(one_x, part, mask, source.group)[0] for part in parts]
+                middle = (torch.stack(own) * shares).sum(0)
+                centers = [first + (mean - middle) for first in own]
             all_dw, all_db = source.sum(dw, db)
             assert all_dw is not None and all_db is not None
             inv = torch.rsqrt(var + kernels.scalar(call.eps))
@@ -747,10 +753,8 @@ def _shared_gradients(
                 if part is None:
                     continue
                 factor = -shares[p] / counts[p].clamp(min=1)
-                # Of the part's own variance; micro-batches pool by moving all of them.
-                center = own[p] + (mean - middle)
                 on_x, constant = passing * inv * all_dw * factor, passing * all_db * factor
-                rows = (center, on_dy, on_x, constant)
+                rows = (centers[p], on_dy, on_x, constant)
                 dx = kernels.put_gradient(dx, one_dy, one_x, part.sample, *rows, mask)
         grads.append((dx, dw, db))
     dxs, dws, dbs = zip(*grads, strict=True)
