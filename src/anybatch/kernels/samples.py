@@ -90,6 +90,8 @@ def take_dense(x: Tensor, sample: Sample) -> Tensor:
     # torch sums what is not dense in the type of the data: with a large mean that is too coarse.
     if isinstance(sample, Points):
         return values.t().contiguous().unsqueeze(0)
+    if torch.compiler.is_compiling():
+        return values.contiguous()
     if not values.is_contiguous() and not (values.dim() > 3 and lies_last(values)):
         return values.contiguous()
     return values

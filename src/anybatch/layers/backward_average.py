@@ -1,6 +1,6 @@
 """Backward statistics of a forward, averaged with those of recent steps."""
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +15,20 @@ class Averaging(Protocol):
         """Take the backward statistics of a step, give their average."""
 
 
-class BackwardAverage(NamedTuple):
+class BackwardAverage:
     """The backward statistics of one forward, averaged along its groups.
 
-    Attributes:
+    Args:
         layer: Keeps the averages.
         own: Where the batch's own count, see `Statistics`; None for nowhere.
         live: Which groups have statistics of their own; None for all.
         update: Whether the averages may change.
     """
 
-    layer: Averaging
-    own: Tensor | None
-    live: tuple[bool, ...] | None
-    update: bool
+    def __init__(
+        self, layer: Averaging, own: Tensor | None, live: tuple[bool, ...] | None, update: bool
+    ) -> None:
+        self.layer, self.own, self.live, self.update = layer, own, live, update
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
         new = psi if g is None else torch.cat([g, psi], -1)

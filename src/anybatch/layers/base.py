@@ -57,15 +57,13 @@ class Batch(NamedTuple):
     seen: Seen | None = None
     counts: Tensor | None = None
 
-    @property
     def examples(self) -> int:
         """Examples in all groups."""
         return sum(self.sizes)
 
-    @property
     def number(self) -> int | Tensor:
         """Values a channel behind the statistics of a single group, in this forward."""
-        return self.examples * self.values if self.counts is None else self.counts
+        return self.examples() * self.values if self.counts is None else self.counts
 
     def unbiased(self, var: Tensor) -> Tensor:
         """Bessel's correction of a single group's variance; NaN where one value has none."""
@@ -73,7 +71,7 @@ class Batch(NamedTuple):
             return var * (self.seen.total / (self.seen.total - 1).clamp_(min=1))
         if self.counts is not None:
             return var * (self.counts / (self.counts - 1))
-        count = self.examples * self.values
+        count = self.examples() * self.values
         return var * kernels.scalar(count / (count - 1)) if count > 1 else var
 
 
@@ -428,7 +426,7 @@ class NormLayer(NormState):
         """`_decide` where only the device knows how many values stand behind the moments."""
         if self.step is not None and self.group_size is None:
             chosen = self._run_pooled(self.step, mean, var, cut, values, update, counts)
-            return chosen._replace(counts=counts)
+            return chosen.of(counts)
         parts, first = [], 0
         for groups in cut.steps:
             one: Any = slice(first, first + groups) if groups > 1 else first
@@ -438,7 +436,7 @@ class NormLayer(NormState):
             part_var = torch.where(enough, var[one], torch.nan)  # which no memory takes
             fallen = self._fallen(part_var.dtype)
             part = self._guarded(None if mean is None else mean[one], part_var, batch, update)
-            parts.append(self._or_remembered(enough, part, fallen)._replace(counts=counts[one]))
+            parts.append(self._or_remembered(enough, part, fallen).of(counts[one]))
             if update:
                 self._uncount(counts[one])
             first += groups
@@ -634,7 +632,9 @@ class NormLayer(NormState):
         if kernels.is_watched() and mask is None:  # operators that every exporter knows
             own = kernels.example_moments(x, self.centered)
             statistics = self._mixed(*own, mean, var)
-            return kernels.example_affine(x, *statistics[:2], weight, bias, self.eps)
+            return kernels.example_affine(
+                x, statistics.mean, statistics.var, weight, bias, self.eps
+            )
         if x.numel() == 0:
             return self._empty(x)
         sizes = (1,) * x.shape[0]
@@ -647,7 +647,7 @@ class NormLayer(NormState):
         with torch.no_grad():
             own_mean, own_var, counts = self._source_moments(x.detach(), sizes, source)
             alpha = self.example_weight * (counts > 0).to(counts.dtype)  # none, no statistics
-            statistics = self._mixed(own_mean, own_var, mean, var, alpha)._replace(counts=counts)
+            statistics = self._mixed(own_mean, own_var, mean, var, alpha).of(counts)
         return self._apply_statistics(x, cut, statistics, None, source)
 
     def _mixed(

@@ -409,7 +409,7 @@ class _CrossIterationBatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         some = batch.seen is not None or batch.counts is not None
-        tracks = update and (some or batch.examples * batch.values > 1)
+        tracks = update and (some or batch.examples() * batch.values > 1)
         if self._flow.batch is None or self.burning:
             if tracks:
                 self.track(mean, batch.unbiased(var))
@@ -417,18 +417,18 @@ class _CrossIterationBatchNorm(NormLayer):
                 self.memory["step"].add_(1)
             return Statistics(mean, var)
         feed, y, first, source = self._flow.batch
-        self._flow.batch = _Batch(feed, y, first + batch.examples, source)
+        self._flow.batch = _Batch(feed, y, first + batch.examples(), source)
         chosen, total = self._average(mean, var, batch, feed)
         if tracks and self.running_stats == "window":
             self.track(chosen.mean, chosen.var * (total / (total - 1).clamp(min=1)))
         elif tracks:
             self.track(mean, batch.unbiased(var))
         if update:
-            examples = slice(first, first + batch.examples)
+            examples = slice(first, first + batch.examples())
             if feed is not None:
-                feed = feed._replace(x=feed.x[examples])
+                feed = Feed(feed.geometry, feed.x[examples], feed.rows, feed.bias, feed.output)
             if source is not None and source.mask is not None:
-                source = source._replace(mask=source.mask[examples])
+                source = Source(source.mask[examples], source.group, source.name)
             self._record(mean, var, batch, feed, y[examples], source)
         return chosen
 
@@ -441,7 +441,7 @@ class _CrossIterationBatchNorm(NormLayer):
         age = (self.memory["position"] - _range(slots, var)).remainder(slots)
         used = (age > 0) & (age <= self.memory["entries"])
         weights = torch.where(used, self.memory["values"], 0).to(var.dtype)
-        own = batch.seen.total if batch.seen is not None else batch.number
+        own = batch.seen.total if batch.seen is not None else batch.number()
         total = weights.sum() + own
         weights, share = (weights / total).unsqueeze(1), own / total
         means = torch.where(used.unsqueeze(1), means, 0)
@@ -450,8 +450,8 @@ class _CrossIterationBatchNorm(NormLayer):
         spread = torch.addcmul(spread, var + (mean - pooled).square(), share)
         chosen = Statistics(pooled, spread, share=share)
         if self.backward_stats == "window":
-            chosen = chosen._replace(share=1.0)
-        if batch.counts is not None or batch.examples * batch.values == 1:
+            chosen = chosen.shared(1.0)
+        if batch.counts is not None or batch.examples() * batch.values == 1:
             chosen = self._or_remembered(total > 1, chosen, self._fallen(chosen.var.dtype))
         return chosen, total
 
@@ -652,7 +652,7 @@ class _CrossIterationBatchNorm(NormLayer):
         """Write this step into its slot, unless it is not finite or still burn-in."""
         assert self.window is not None
         memory, place = self.memory, self.memory["position"].view(1)
-        values = batch.number
+        values = batch.number()
         if not isinstance(values, Tensor):
             values = mean.new_tensor(float(values))
         new = {"mean": mean, "var": var, "values": values}

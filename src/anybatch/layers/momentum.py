@@ -174,7 +174,7 @@ class _MomentumBatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update and self.batch_size is None:
-            self._set_batch_size(self.examples_of_all(batch.examples))
+            self._set_batch_size(self.examples_of_all(batch.examples()))
         old_mean, old_var = self.memory["mean"], self.memory["var"]
         count, keep = self.memory["count"], self.memory["average_weight"]
         if keep.dtype != var.dtype:

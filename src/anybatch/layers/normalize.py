@@ -84,7 +84,7 @@ class _Normalize(torch.autograd.Function):
         ctx.call = call
         if x.numel() == 0:  # of one process of several
             return torch.empty_like(x)
-        mean, var, r, d = call.statistics[:4]
+        mean, var, r, d, *_ = call.statistics
         channels = x.shape[1]
         scale, shift = _scale(weight, r, channels, call), bias
         if d is not None:
@@ -161,7 +161,7 @@ def _is_exact(x: Tensor, call: Call) -> bool:
 def _one_pass(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
 ) -> _Gradients:
-    mean, var, r, d = call.statistics[:4]
+    mean, var, r, d, *_ = call.statistics
     assert mean is not None
     scale = _scale(weight, r, x.shape[1], call)
     mask = (needs[0], needs[1], needs[2] or (needs[1] and d is not None))

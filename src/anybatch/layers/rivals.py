@@ -117,7 +117,7 @@ class _Normalize(torch.autograd.Function):
         ctx.call = call
         if x.numel() == 0:  # of one process of several
             return torch.empty_like(x)
-        mean, var = call.statistics[:2]
+        mean, var, *_ = call.statistics
         rows = len(call.sizes)
         scale, shift = (
             t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)

@@ -415,7 +415,7 @@ class _SampledBatchNorm(NormLayer):
         total = counts.sum(1) if len(found) == 1 else counts.sum(1, keepdim=True)
         total = total[0] if len(found) == 1 else total
         chosen = self._decide_counted(*table, total, cut, values, update)
-        return chosen._replace(counts=counts)
+        return chosen.of(counts)
 
     def _shared_moments(
         self, x: Tensor, sizes: tuple[int, ...], source: Source
@@ -554,7 +554,7 @@ class _Compiled(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
         if not is_plain(dy) or kernels.is_watched():
-            mean, var = ctx.statistics[:2]
+            mean, var, *_ = ctx.statistics
             return *_gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs), *_REST
         planes = _is_planes(x)
         if x.is_contiguous():
@@ -603,7 +603,7 @@ class _Normalize(torch.autograd.Function):
         ctx.call = call
         if x.numel() == 0:  # of one process of several
             return torch.empty_like(x)
-        mean, var = call.statistics[:2]
+        mean, var, *_ = call.statistics
         rows = len(call.sizes)
         scale, shift = (
             t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)

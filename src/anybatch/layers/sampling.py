@@ -161,11 +161,12 @@ def mixed(parts: list[Part], mix: float) -> tuple[Part, ...]:
     Returns:
         Parts whose shares sum to 1.
     """
-    weighed = [p._replace(share=s) for p, s in zip(parts, (mix, 1 - mix), strict=False)]
+    shares = (mix, 1 - mix)
+    weighed = [Part(p.sample, s, p.values) for p, s in zip(parts, shares, strict=False)]
     chosen = [part for part in weighed if part.share > 0]
     rich = [part for part in chosen if part.values > 1] or chosen[:1]
     if len(rich) == 1:
-        return (rich[0]._replace(share=1.0),)
+        return (Part(rich[0].sample, 1.0, rich[0].values),)
     return tuple(rich)
 
 

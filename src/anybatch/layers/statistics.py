@@ -34,6 +34,18 @@ class Statistics(NamedTuple):
     own: Tensor | None = None
     counts: Tensor | None = None
 
+    # Compilers of torch 2.6 cannot look into `_replace`.
+
+    def of(self, counts: Tensor) -> "Statistics":
+        """The same, of so many values."""
+        mean, var, r, d, center, share, own, _ = self
+        return Statistics(mean, var, r, d, center, share, own, counts)
+
+    def shared(self, share: float) -> "Statistics":
+        """The same with another share of the batch's own."""
+        mean, var, r, d, center, _, own, counts = self
+        return Statistics(mean, var, r, d, center, share, own, counts)
+
 
 def stack(parts: list[Statistics]) -> Statistics:
     """Statistics of successive groups as one table."""
