@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import anybatch
 from anybatch.kernels.samples import Points
@@ -392,7 +393,7 @@ def test_a_checkpointed_masked_layer_counts_once(use_reentrant: bool) -> None:
         x = batch(4).requires_grad_()
         mask = valid_of(x, number)
         dy = torch.randn(4, 6, *SPATIAL[2])
-        y = torch.utils.checkpoint.checkpoint(layer, x, mask, use_reentrant=use_reentrant)
+        y = checkpoint(layer, x, mask, use_reentrant=use_reentrant)
         y.backward(dy)
         expected, grad = masked_step(twin, x, dy, mask)
         torch.testing.assert_close(y, expected)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import anybatch
 from anybatch.layers.base import NormLayer
@@ -90,7 +91,7 @@ def test_with_everything_else(name: str, how: str) -> None:
     if how == "masked":
         y = layer(wild, mask=torch.rand(4, *x.shape[2:]) < 0.7)
     elif how == "checkpointed":
-        y = torch.utils.checkpoint.checkpoint(layer, wild, use_reentrant=False)
+        y = checkpoint(layer, wild, use_reentrant=False)
     else:
         y = layer(wild)
     y.backward(torch.randn_like(y))

@@ -662,9 +662,9 @@ class _CrossIterationBatchNorm(NormLayer):
             own = mean if batch.seen is None else batch.seen.own_mean
             assert own is not None
             if source is None:
-                new |= self._gradients(feed, y, own)
+                new.update(self._gradients(feed, y, own))
             else:
-                new |= self._source_gradients(feed, y, own, source)
+                new.update(self._source_gradients(feed, y, own, source))
             if batch.seen is not None:
                 self._pool_gradients(new, batch.seen, place)
             self._settle(new, feed)

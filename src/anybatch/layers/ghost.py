@@ -132,7 +132,7 @@ def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> N
     pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
     first = 0
     for size in sorted(set(sizes), reverse=True):
-        rows = slice(first, first + sizes.count(size))
+        rows = slice(first, first + sum(one == size for one in sizes))
         share = size / sum(sizes)
         pooled_mean += mean[rows].sum(0) * share
         pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
