@@ -12,9 +12,8 @@ import math
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.passes import (
-    inlined,
-    jit,
     plane_gradient,
     plane_moments,
     plane_sums,

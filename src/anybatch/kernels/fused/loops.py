@@ -11,10 +11,9 @@ from functools import lru_cache
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
-    inlined,
-    jit,
     plane_gradient,
     plane_moments,
     plane_sums,

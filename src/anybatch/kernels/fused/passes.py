@@ -8,19 +8,9 @@ channels: sums are kept for each place of a row, a few positions of all channels
 Sums are float64; rows add up a few values in the input's type first, which spares conversions.
 """
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-# Arrays are taken out of tuples before the loops: doing so counts references.
-# Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
-_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
-# What Python calls is kept on disk; what compiled code calls is inlined, always. A copy of it there
-# would be a weak symbol: the process that compiles would run the callee that it made first, all
-# later ones the copy in the file, whose sums are rounded in another order.
-jit = njit(cache=True, **_OPTIONS)
-inlined = njit(forceinline=True, **_OPTIONS)
+from anybatch.kernels.fused.options import inlined
 
 
 @inlined
@@ -86,7 +76,8 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
 # --- rows -------------------------------------------------------------------
 #
 # A pass reads from two or four distant places at once: each is a stream that the processor
-# fetches ahead of, and what stands for a place of a row is loaded once for all of them.
+# fetches ahead of, and what stands for a place of a row is loaded once for all of them. A pass
+# that writes goes from the end back: the sums before it have left the end in cache.
 
 
 @inlined
@@ -127,7 +118,7 @@ def row_write(part, parts, x, y, first, last, table):
     means, scales, shifts = table[0], table[1], table[2]
     period = means.shape[0]
     begin, end, length = _stretch(part, parts, first, last, period, 2)
-    for at in range(begin, begin + length, period):
+    for at in range(begin + length - period, begin - 1, -period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
         out, out_two = y[at : at + period], y[far : far + period]
@@ -168,7 +159,7 @@ def row_gradient(part, parts, dy, x, dx, first, last, center, table):
     on_dy, on_x, constant = table[0], table[1], table[2]
     period = center.shape[0]
     begin, end, _ = _stretch(part, parts, first, last, period, 1)
-    for at in range(begin, end, period):
+    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
         stop = min(at + period, end)
         above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
         for j in range(row.shape[0]):

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from anybatch.kernels.fused.passes import inlined
+from anybatch.kernels.fused.options import inlined
 
 PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
 BATCH, SMA, EMA = 0, 1, 2  # which averages a window holds

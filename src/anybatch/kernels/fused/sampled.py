@@ -15,12 +15,13 @@ import math
 import numpy as np
 
 from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like as empty_like
-from anybatch.kernels.fused.passes import inlined, jit
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
 from anybatch.kernels.fused.threads import fork, parts
 
 _CHUNK = 2048  # values of a plane that are summed in the type of the data
+_FEW = 64  # rows that are summed in the type of the data
 _WIDE = 512  # rows of few channels are taken together, up to so many values
 
 
@@ -52,39 +53,51 @@ def _planes_statistics(part, parts, x, channels, length, first, second, table):
 
 
 @inlined
-def _row_moments(x, length, runs, begin, end, row_mean, row_var):
-    """The same of channels `begin` to `end`, from rows, in one pass about the first values."""
-    count = 0
-    row_mean, row_var = row_mean[begin:end], row_var[begin:end]
-    row_mean[:] = 0.0
-    row_var[:] = 0.0
-    shift = x[runs[0, 0] * length + runs[0, 1], begin:end].copy()
+def _rows_sums(part, parts, x, length, runs, count, shift, sums):
+    """Add up x - shift and its square over a part of a sample."""
+    begin, end, width = count * part // parts, count * (part + 1) // parts, x.shape[1]
+    one, two = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+    total, squares = sums[part, 0], sums[part, 1]
+    seen = taken = 0
     for r in range(runs.shape[0]):
-        start = runs[r, 0] * length + runs[r, 1]
-        some = x[start : start + runs[r, 2], begin:end]
-        for i in range(some.shape[0]):
-            row = some[i]
-            for c in range(row.shape[0]):
-                offset = np.float64(row[c]) - np.float64(shift[c])
-                row_mean[c] += offset
-                row_var[c] += offset * offset
-        count += runs[r, 2]
-    for c in range(end - begin):
-        mean = row_mean[c] / count
-        row_var[c] = row_var[c] / count - mean * mean
-        if row_var[c] < 0.0:  # by rounding; what is not a number stays so
-            row_var[c] = 0.0
-        row_mean[c] = mean + shift[c]
+        start, some = runs[r, 0] * length + runs[r, 1] - seen, runs[r, 2]
+        for i in range(start + max(begin, seen), start + min(end, seen + some)):
+            row = x[i]
+            for c in range(width):
+                offset = row[c] - shift[c]
+                one[c] += offset
+                two[c] += offset * offset
+            taken += 1
+            if taken % _FEW == 0:
+                for c in range(width):
+                    total[c] += one[c]
+                    squares[c] += two[c]
+                one[:] = 0
+                two[:] = 0
+        seen += some
+    for c in range(width):
+        total[c] += one[c]
+        squares[c] += two[c]
 
 
 @inlined
-def _rows_statistics(part, parts, x, channels, length, first, second, table):
-    blocks = (channels + 15) // 16
-    for b in range(blocks * part // parts, blocks * (part + 1) // parts):
-        begin, end = b * 16, min(b * 16 + 16, channels)
-        _row_moments(x, length, first, begin, end, table[0], table[1])
-        if second.shape[0] > 0:
-            _row_moments(x, length, second, begin, end, table[2], table[3])
+def _rows_moments(parts, x, length, runs, row_mean, row_var):
+    """Write mean and variance of a sample, from rows, in one pass about its first values."""
+    count = 0
+    for r in range(runs.shape[0]):
+        count += runs[r, 2]
+    shift = x[runs[0, 0] * length + runs[0, 1]].copy()
+    sums = np.zeros((parts, 2, x.shape[1]))
+    fork(_rows_sums, parts, (x, length, runs, count, shift, sums))
+    for c in range(x.shape[1]):
+        total = squares = 0.0
+        for part in range(parts):
+            total += sums[part, 0, c]
+            squares += sums[part, 1, c]
+        mean = total / count
+        var = squares / count - mean * mean
+        row_mean[c] = mean + shift[c]
+        row_var[c] = 0.0 if var < 0.0 else var  # by rounding; what is not a number stays so
 
 
 @inlined
@@ -144,10 +157,10 @@ def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
         one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
         total, moment = np.zeros(width), np.zeros(width)
         end = min(b * share + share, rows)
-        for begin in range(b * share, end, 64):
+        for begin in range(b * share, end, _FEW):
             one[:] = 0
             two[:] = 0
-            for i in range(begin, min(begin + 64, end)):
+            for i in range(begin, min(begin + _FEW, end)):
                 row_dy, row_x, row_dx = dy[i], x[i], dx[i]
                 for c in range(width):
                     d = row_dy[c]
@@ -192,8 +205,10 @@ def planes_statistics(parts, x, channels, length, first, second, table):
 
 @jit
 def rows_statistics(parts, x, channels, length, first, second, table):
-    """`_rows_statistics` on so many threads."""
-    fork(_rows_statistics, parts, (x, channels, length, first, second, table))
+    """The same from rows."""
+    _rows_moments(parts, x, length, first, table[0], table[1])
+    if second.shape[0] > 0:
+        _rows_moments(parts, x, length, second, table[2], table[3])
 
 
 @jit
