@@ -4,6 +4,7 @@ import json
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from anybatch.experiments.training import Row
 
 INTERRUPTED = 130
+_asked = threading.Event()  # to stop
 _Command = TypeVar("_Command", bound=Callable[..., None])
 console = Console()
 errors = Console(stderr=True)
@@ -59,22 +61,31 @@ def _plain_errors(command: _Command) -> _Command:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (ValueError, TypeError) as error:
-            errors.print(f"[bold red]error[/]  {_escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(2) from error
-        except OSError as error:  # a full disk, a folder that is gone
-            errors.print(
-                f"[bold red]error[/]  {_escape(str(error))}; what is done is kept. "
-                f"To go on: [bold]{_escape(_typed())}[/]",
-                soft_wrap=True,
-            )
-            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            again = _escape(_typed())
-            errors.print(f"\nstopped; what is done is kept. To go on: [bold]{again}[/]")
-            raise typer.Exit(INTERRUPTED) from error
+            raise _interrupted() from error
+        except Exception as error:
+            if _asked.is_set():  # an import that is interrupted may fail in its own way
+                raise _interrupted() from error
+            if isinstance(error, ValueError | TypeError):
+                errors.print(f"[bold red]error[/]  {_escape(str(error))}", soft_wrap=True)
+                raise typer.Exit(2) from error
+            if isinstance(error, OSError):  # a full disk, a folder that is gone
+                errors.print(
+                    f"[bold red]error[/]  {_escape(str(error))}; what is done is kept. "
+                    f"To go on: [bold]{_escape(_typed())}[/]",
+                    soft_wrap=True,
+                )
+                raise typer.Exit(1) from error
+            raise
 
     return guarded  # type: ignore[return-value]
+
+
+def _interrupted() -> typer.Exit:
+    errors.print(
+        f"\nstopped; what is done is kept. To go on: [bold]{_escape(_typed())}[/]", soft_wrap=True
+    )
+    return typer.Exit(INTERRUPTED)
 
 
 def _escape(text: str) -> str:
@@ -709,9 +720,12 @@ def _progress(bars: Progress, comparison: "Comparison") -> Callable[[str, int, "
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, _stop)
     app()
 
 
 def _stop(*_: object) -> None:
     """A request to stop, as a scheduler makes it, is Ctrl-C: what is done is kept."""
+    _asked.set()
     raise KeyboardInterrupt

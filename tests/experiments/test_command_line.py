@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from anybatch import METHODS
+from anybatch import METHODS, cli
 from anybatch.cli import app
 from anybatch.experiments.compare import Comparison, locked, table
 from anybatch.experiments.config import Run
@@ -239,6 +240,25 @@ def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
     assert not (tmp_path / "out" / ".lock").exists()
     for path in tmp_path.glob("out/runs/*.json"):
         json.loads(path.read_text())
+
+
+def test_an_import_that_breaks_under_ctrl_c_is_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extension modules may turn KeyboardInterrupt into ImportError while they load."""
+
+    def load(_: Run) -> None:
+        try:
+            cli._stop()
+        except KeyboardInterrupt as error:
+            raise ValueError("data='digits': they come with scikit-learn") from error
+
+    monkeypatch.setattr("anybatch.cli._asked", threading.Event())
+    monkeypatch.setattr("anybatch.experiments.training.load", load)
+    result = run("train", *QUICK[:4], "--output", str(tmp_path / "out"))
+    assert result.exit_code == 130
+    assert "To go on" in result.output
+    assert "scikit-learn" not in result.output
 
 
 def test_without_its_extra_the_command_says_which() -> None:
