@@ -141,6 +141,18 @@ def test_the_order_of_examples_does_not_matter(history: dict[str, Any]) -> None:
     agree(step(layer, x[order], dy[order]), expected, rows=lambda t: t[order])
 
 
+@given(histories(["ghost 2", "bgn 3"]))
+@QUICK
+def test_the_order_of_groups_does_not_matter(history: dict[str, Any]) -> None:
+    """Groups of two examples change places; so do the examples within one."""
+    layer, x, dy = after(history)
+    assume(len(x) % 2 == 0)
+    order = torch.randperm(len(x) // 2).repeat_interleave(2) * 2
+    order += torch.stack([torch.randperm(2) for _ in range(len(x) // 2)]).reshape(-1)
+    expected = step(layer, x, dy)
+    agree(step(layer, x[order], dy[order]), expected, rows=lambda t: t[order])
+
+
 @given(histories([name for name in ALIKE if "mbn" not in name and "cumulative" not in name]))
 @QUICK
 def test_a_channel_does_not_see_the_others(history: dict[str, Any]) -> None:
