@@ -800,7 +800,7 @@ def _benches(given: dict[str, Any]) -> "list[Bench]":
         sizes = list(_sizes(str(given["batch_sizes"])))
     return [
         Bench(
-            given["model"],
+            Path(given["model"]).name,
             make,
             tuple(shapes),
             size,

@@ -42,7 +42,7 @@ def ratios(rows: Sequence[Measurement]) -> Figure:
         raise ValueError("rows=[]: give one or more")
     parts = list(tables(rows).values())
     names = list(dict.fromkeys(row.name for row in rows))
-    across = min(len(parts), _ACROSS)
+    across = min(len(parts), 2 if len(parts) == 4 else _ACROSS)
     down = math.ceil(len(parts) / across)
     looks = _looks(rows)
     height = (0.3 * len(names) + 1.0) * down + 0.28 * math.ceil(len(looks) / (2 * across)) + 0.3
@@ -105,7 +105,7 @@ def _panel(
     panel.tick_params(labelsize=9)
     for line in range(1, len(names)):
         panel.axhline(line - 0.5, color="#dddddd", linewidth=0.6)
-    _scale(panel, [value for row in rows for value in (row.ratio_low, row.ratio_high)])
+    _scale(panel, [row.ratio for row in rows])
     panel.set_xlabel(f"{first.precision}, {first.mode}; baseline = 1", fontsize=9)
     panel.grid(axis="x", alpha=0.3)
 
@@ -113,7 +113,7 @@ def _panel(
 def _scale(panel: Any, values: list[float]) -> None:
     """Logarithmic where ratios differ much, with ticks that can be read."""
     good = [value for value in values if value > 0 and math.isfinite(value)] + [1.0]
-    low, high = min(good) / 1.1, max(good) * 1.1
+    low, high = min(good) / 1.2, max(good) * 1.2
     if max(good) / min(good) <= 3:
         panel.set_xlim(min(low, 0.9), max(high, 1.1))
         return
