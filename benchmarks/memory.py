@@ -56,14 +56,15 @@ def main(typed: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--layers-csv", type=Path)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    usual = [n for n in (*layers.METHOD_NAMES, *layers.PEERS) if not n.startswith("compiled")]
+    parser.add_argument("--layers", nargs="+", default=usual)
     parser.add_argument("--device", default="cpu")
     own, rest = parser.parse_known_args(typed)
-    names = [n for n in (*layers.METHOD_NAMES, *layers.PEERS) if not n.startswith("compiled")]
     rows: list[Measurement] = []
     failed: dict[str, str] = {}
     for form in FORMATS:
         for shape in own.shapes:
-            more, why = layer_rows(shape, form, names, torch.device(own.device))
+            more, why = layer_rows(shape, form, own.layers, torch.device(own.device))
             rows, failed = rows + more, failed | why
     status = finish(rows, failed, argparse.Namespace(csv=own.layers_csv, device=own.device))
     return status | training_step.main([*rest, "--device", own.device], ("kept", "peak"))

@@ -4,13 +4,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import NoEffectWarning, convert
+from anybatch.conversion.norms import is_batch_norm
 from anybatch.experiments.config import BASELINE, PRECISIONS, Option
 from anybatch.experiments.measurements import Measurement, Setting, counted, timed
 from anybatch.experiments.memory import kept_bytes, peak_bytes, tensors_of
@@ -26,6 +28,7 @@ QUESTIONS = ("step", "inference", "kept", "peak")
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Show = Callable[[str, int, int], None]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -137,24 +140,32 @@ def costs(bench: Bench, variants: Mapping[str, Variant], show: Show | None = Non
     everyone = {BASELINE: Variant(BASELINE), **variants}
     subjects: dict[str, _Subject] = {}
     found = Costs()
-    for done, (name, variant) in enumerate(everyone.items(), 1):
-        try:
-            subjects[name] = _Subject(bench, variant)
-        except NoEffectWarning as error:
-            raise ValueError(f"model={bench.name!r}: it has no batch norm to replace") from error
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if name == BASELINE:
-                raise ValueError(
-                    f"model={bench.name!r}: it cannot be trained as it is on inputs of "
-                    f"{_written(bench)} ({reason})"
-                ) from error
-            found.failed[name] = reason
-        show("first steps", done, len(everyone))
-    with _quiet_compiler(bench.mode):
+    with _room_for_graphs(bench.mode):
+        for done, (name, variant) in enumerate(everyone.items(), 1):
+            subject = _try(bench, name, partial(_Subject, bench, variant), found.failed)
+            if subject is not None:
+                subjects[name] = subject
+            show("first steps", done, len(everyone))
+            if not any(map(is_batch_norm, subjects[BASELINE].model.modules())):
+                raise ValueError(f"model={bench.name!r}: it has no batch norm to replace")
         for question in bench.questions:
-            found.rows.extend(_ask(bench, question, subjects, show))
+            found.rows.extend(_ask(bench, question, subjects, found.failed, show))
     return found
+
+
+def _try(bench: Bench, name: str, make: Callable[[], _T], failed: dict[str, str]) -> _T | None:
+    """What can be made; None, and why, of what cannot. Without a baseline there is nothing."""
+    try:
+        return make()
+    except Exception as error:  # of a network, a compiler, a device: anything can go wrong
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        if name == BASELINE:
+            raise ValueError(
+                f"model={bench.name!r}: it cannot be trained as it is on inputs of "
+                f"{_written(bench)} ({reason})"
+            ) from error
+        failed[name] = reason
+        return None
 
 
 def _written(bench: Bench) -> str:
@@ -162,11 +173,19 @@ def _written(bench: Bench) -> str:
 
 
 def _ask(
-    bench: Bench, question: str, subjects: Mapping[str, "_Subject"], show: Show
+    bench: Bench,
+    question: str,
+    subjects: Mapping[str, "_Subject"],
+    failed: dict[str, str],
+    show: Show,
 ) -> list[Measurement]:
     setting = bench.setting(question)
     if question in ("step", "inference"):
-        calls = {name: one.call(question) for name, one in subjects.items()}
+        calls = {}
+        for name, one in subjects.items():
+            call = _try(bench, name, partial(one.call, question), failed)
+            if call is not None:
+                calls[name] = call
         times = interleaved(
             calls,
             bench.rounds,
@@ -264,9 +283,10 @@ class _Subject:
         return torch.autocast(self.device.type, _LOW[self.bench.precision], cache_enabled=keeps)
 
     def call(self, question: str) -> Call:
-        """What is timed."""
+        """What is timed, after a first time of it."""
         self.model.train(question == "step")
         call = self.train_step if question == "step" else self._infer
+        call()
         return graphed(call) if self.bench.mode == "graph" else call
 
     def kept(self) -> int:
@@ -328,7 +348,7 @@ def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _quiet_compiler(mode: str) -> Iterator[None]:
+def _room_for_graphs(mode: str) -> Iterator[None]:
     """Room for the graphs of all networks, where their inner functions are shared."""
     if mode != "compiled":
         yield

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from anybatch.experiments.figures import COLOURS, MARKERS, blank
-from anybatch.experiments.measurements import Measurement, cases, tables
+from anybatch.experiments.measurements import SHARES, Measurement, cases, tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,8 +19,9 @@ _WORDS = {
     "inference": "inference",
     "kept": "memory kept for backward",
     "peak": "most memory at a time",
-    "forward": "forward: of what must move, as a share of a copy",
-    "backward": "backward: of what must move, as a share of a copy",
+    "forward": "forward: bandwidth",
+    "backward": "backward: bandwidth",
+    "import": "import",
 }
 _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0, 50.0, 100.0)
 
@@ -106,7 +107,8 @@ def _panel(
     for line in range(1, len(names)):
         panel.axhline(line - 0.5, color="#dddddd", linewidth=0.6)
     _scale(panel, [row.ratio for row in rows])
-    panel.set_xlabel(f"{first.precision}, {first.mode}; baseline = 1", fontsize=9)
+    one = "a copy = 1, more is better" if first.question in SHARES else f"{names[0]} = 1"
+    panel.set_xlabel(f"{first.precision}, {first.mode}; {one}", fontsize=9)
     panel.grid(axis="x", alpha=0.3)
 
 

@@ -16,12 +16,15 @@ from anybatch.experiments.compare import machine
 from anybatch.experiments.files import write_text
 from anybatch.experiments.timing import quartiles, summaries
 
+SHARES = ("forward", "backward")
+
 
 class Measurement(NamedTuple):
     """One figure, and its ratio to the baseline's.
 
     Attributes:
-        question: What was asked: "layer", "step", "inference", "kept", "peak" ...
+        question: What was asked: "layer", "step", "inference", "kept", "peak" ... Of `SHARES` the
+            ratio is a share of the bandwidth of a copy, of which more is better.
         case: What it was measured on: a shape, or a network and its batch.
         format: "contiguous" or "channels_last".
         precision: "float32", "bfloat16" or "float16".
@@ -240,14 +243,16 @@ def mean_ratio(rows: Iterable[Measurement]) -> float:
 def _one_table(rows: Sequence[Measurement]) -> str:
     first, columns = rows[0], cases(rows)
     short = {"contiguous": "", "channels_last": ", last"}
-    head = [f"{first.question}, {first.unit}, of the first", "mean", "worst"]
+    share = first.question in SHARES
+    base, worst_of = ("share of a copy", min) if share else ("of the first", max)
+    head = [f"{first.question}, {first.unit}, {base}", "mean", "worst"]
     head += [f"{case}{short.get(form, form)}" for case, form in columns]
     lines = []
     for name in dict.fromkeys(row.name for row in rows):
         own = {(row.case, row.format): row for row in rows if row.name == name}
         cells = (own.get(column) for column in columns)
         shown = ["" if row is None else f"{row.value:g} {row.ratio:.2f}" for row in cells]
-        worst = max(row.ratio for row in own.values())
+        worst = worst_of(row.ratio for row in own.values())
         lines.append((name, f"{mean_ratio(own.values()):.2f}", f"{worst:.2f}", *shown))
     title = f"{first.precision}, {first.mode}"
     return f"{title}\n{text_table(head, lines)}"
