@@ -10,10 +10,8 @@ sees fewer.
 
     python benchmarks/roofline.py [--shapes 2x64x56x56 ...] [--layers bn mabn ...] [--rounds 31]
         [--precision float32] [--device cpu] [--threads 2] [--csv roofline.csv]
-    python benchmarks/roofline.py --page roofline.csv   # writes the tables into docs/speed.md
 """
 
-import csv
 import math
 import random
 import statistics
@@ -21,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +32,6 @@ from anybatch.experiments.timing import quartiles
 
 NAMES = ("bn", "mbn", "mabn", "brn", "ghost", "bgn", "bs", "fs", "nn.GroupNorm")
 MUST = {"forward": 2.0, "backward": 3.0}  # units
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
 SAMPLED = ("ns", "bs", "fs", "points")
 RATIO = 1 / 32  # of the samples
 WARM_UP = 4
@@ -161,63 +157,6 @@ def rows_of(taken: dict[str, list[Any]], setting: tuple[str, str, str], unit: in
     return rows
 
 
-# --- the page -------------------------------------------------------------------
-
-
-def page_tables(rows: list[dict[str, str]]) -> str:
-    """The tables of the page: shares, a line a layer; then the copy and the bytes a shape."""
-    first = rows[0]
-    columns = list(dict.fromkeys((row["case"], row["format"]) for row in rows))
-    parts = [
-        f"{first['processor'] if first['device'] == 'cpu' else first['device']}, "
-        f"{first['threads']} threads, {first['precision']}, torch {first['torch']}, medians of "
-        f"{first['rounds']} rounds, commit {first['commit']}.",
-        _line("shape", "format", "a unit, MB", "copy, GB/s"),
-        _line(*["---"] * 4),
-    ]
-    for case, form in columns:
-        row = next(r for r in rows if (r["case"], r["format"]) == (case, form))
-        unit = float(row["must_mb"]) / MUST[row["question"]]
-        parts.append(_line(case, form, f"{unit:.1f}", f"{float(row['copy_gb_per_s']):.1f}"))
-    parts[1] = f"\n{parts[1]}"
-    for passing, must in MUST.items():
-        parts.append(f"\nThe {passing} pass, which must move {must:g} units:\n")
-        parts.append(_line("", *(c + (", last" if f != "contiguous" else "") for c, f in columns)))
-        parts.append(_line(*["---"] * (len(columns) + 1)))
-        for name in dict.fromkeys(row["name"] for row in rows):
-            own = {
-                (r["case"], r["format"]): r
-                for r in rows
-                if (r["name"], r["question"]) == (name, passing)
-            }
-            cells = (own.get(column) for column in columns)
-            parts.append(
-                _line(name, *("" if r is None else f"{float(r['ratio']):.2f}" for r in cells))
-            )
-    parts.append("\nUnits that the code of each pass loads and stores:\n")
-    parts += [_line("", "forward", "backward"), _line("---", "---", "---")]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        parts.append(_line(name, *(f"{issued(name, passing):.2f}" for passing in MUST)))
-    return "\n".join(parts)
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def write_page(source: Path, page: Path = PAGE) -> None:
-    """Put the tables of a CSV file into the page, between its marks."""
-    with source.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    text, start, end = (
-        page.read_text(encoding="utf-8"),
-        "<!-- roofline:start -->",
-        "<!-- roofline:end -->",
-    )
-    before, after = text.index(start) + len(start), text.index(end)
-    write_text(page, f"{text[:before]}\n\n{page_tables(rows)}\n\n{text[after:]}")
-
-
 def show(rows: list[Row]) -> None:
     """Print the shares."""
     last = None
@@ -243,11 +182,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", nargs="+", default=tuple(FORMATS), choices=FORMATS)
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--layers", nargs="+", default=NAMES)
-    parser.add_argument("--page", type=Path, help="CSV file whose tables go into docs/speed.md")
     given = parser.parse_args(typed)
-    if given.page is not None:
-        write_page(given.page)
-        return 0
     budget, rows = start(given), []
     for precision in given.precision:
         for form in given.format:

@@ -445,7 +445,7 @@ def test_a_wrong_argument_is_one_line_and_code_2(
 
 # --- the scripts ------------------------------------------------------------------------
 
-SCRIPTS = ("all", "draw", "harness", "inference", "layers", "memory", "peers", "roofline")
+SCRIPTS = ("all", "draw", "harness", "inference", "layers", "memory", "page", "peers", "roofline")
 
 
 @pytest.fixture
@@ -537,9 +537,7 @@ def test_memory_has_layers_and_networks(
     assert {row.question for row in read_csv(networks)} == {"kept", "peak"}
 
 
-def test_the_roofline_counts_bytes_and_writes_its_page(
-    scripts: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_the_roofline_counts_bytes(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     roofline, path = scripts["roofline"], tmp_path / "roofline.csv"
     typed = ["--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "2", "--csv", str(path)]
     assert roofline.main(typed) == 0
@@ -553,14 +551,43 @@ def test_the_roofline_counts_bytes_and_writes_its_page(
         assert float(row["issued_mb"]) >= float(row["must_mb"])
         speed = units * unit / float(row["value"])  # MB in ms are GB in s
         assert float(row["gb_per_s"]) == pytest.approx(speed, rel=0.02)
-    page = tmp_path / "page.md"
-    page.write_text("before <!-- roofline:start -->\nold\n<!-- roofline:end --> after")
-    roofline.write_page(path, page)
-    text = page.read_text()
-    assert text.startswith("before <!-- roofline:start -->")
-    assert text.endswith("<!-- roofline:end --> after")
+
+
+def test_the_page_is_filled_from_the_files(
+    scripts: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, shape = scripts["page"], scripts["harness"].SHAPES[0]
+    for name, questions in {
+        "layers": ["layer"],
+        "steps": ["step"],
+        "inference": ["inference"],
+        "memory-layers": ["kept", "peak"],
+        "memory-networks": ["kept", "peak"],
+    }.items():
+        settings = [Setting(question, shape) for question in questions]
+        rows = [row for one in settings for row in timed(one, {"a": [1.0], "b": [0.25]}, "a")]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    typed = ["--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "1"]
+    assert scripts["roofline"].main([*typed, "--csv", str(tmp_path / "roofline.csv")]) == 0
+    found = page.tables(tmp_path)
+    assert "| b | 0.25 | 0.25 | 0.25 |" in found["layers"]
+    assert "| b | 0.25 | 0.25 |" in found["memory"]
+    assert "| bs | 2.03 | 3.06 |" in found["roofline"]
+    docs = tmp_path / "docs"
+    (docs / "images").mkdir(parents=True)
+    marks = "".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->\n" for name in found)
+    (docs / "speed.md").write_text(f"before\n{marks}after\n")
+    for name in page.PICTURES:
+        (tmp_path / f"{name}.png").write_bytes(b"\x89PNG")
+    monkeypatch.setattr(page, "DOCS", docs)
+    assert page.main([str(tmp_path)]) == 0
+    text = (docs / "speed.md").read_text()
+    assert text.startswith("before\n<!-- layers:start -->")
+    assert text.endswith("after\n")
     assert "old" not in text
-    assert "| nn.BatchNorm2d |" in text
+    assert {path.name for path in (docs / "images").iterdir()} == {
+        "speed-layers.png", "speed-roofline.png",
+    }  # fmt: skip
 
 
 def test_shares_are_of_the_copy_in_the_same_round(scripts: dict[str, ModuleType]) -> None:
