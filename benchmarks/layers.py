@@ -1,13 +1,14 @@
 """Time of a layer alone, forward and backward, relative to torch.nn.BatchNorm2d.
 
-Every method beside torch's layers, a ghost batch norm as trainers ship it (a loop over chunks),
-and batch normalizations written in tensor operators, one of them compiled by torch.compile; all
-in turn in one process, in another order each round, so that other work on the machine and what
-the others leave in memory meet them alike; medians of the times, and of the ratios by round.
+Every method beside torch's layers; then, with the baseline again, a ghost batch norm as trainers
+ship it (a loop over chunks) and batch normalizations written in tensor operators, one of them
+compiled by torch.compile. All of a group in turn in one process, in another order each round, so
+that other work on the machine and what the others leave in memory meet them alike; medians of the
+times, and of the ratios by round. The second group is apart since it leaves much in memory.
 
     python benchmarks/layers.py [--shapes 2x64x56x56 ...] [--format contiguous channels_last]
         [--precision float32 bfloat16] [--mode eager graph] [--layers bn mabn "eager BN" ...]
-        [--rounds 15] [--device cpu] [--threads 2] [--cpu-time] [--csv layers.csv]
+        [--rounds 15] [--block 0.0] [--device cpu] [--threads 2] [--cpu-time] [--csv layers.csv]
 
 Ratios are to the first layer. On a machine that does other work, ``--cpu-time --threads 1`` is
 steadier: with threads, each waits for the one that has to share its core.
@@ -44,6 +45,7 @@ METHOD_NAMES = (
     "range",
 )
 PEERS = tuple(peers(1, 1, torch.device("cuda"), torch.float32))
+LIGHT = (*METHODS, "nn.GroupNorm", "nn.SyncBatchNorm")
 BLOCK = 0.003  # seconds of a block on a CUDA device, many calls of which are under way at a time
 
 
@@ -107,6 +109,7 @@ def measure(
     rounds: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
+    block: float = 0.0,
 ) -> tuple[list[Measurement], dict[str, str]]:
     """Time layers on one shape; the rows, and why of those that could not be."""
     x, dy = data(setting.case, setting.format, setting.precision, device)
@@ -121,7 +124,7 @@ def measure(
             calls[name] = graphed(call) if setting.mode == "graph" else call
         except Exception as error:  # one that cannot run here must not stop the others
             failed[f"{name} on {setting.case}, {setting.format}, {setting.mode}"] = reason(error)
-    block = BLOCK if device.type == "cuda" else 0.0
+    block = block or (BLOCK if device.type == "cuda" else 0.0)
     times = interleaved(calls, rounds, device=device, block_seconds=block, clock=clock)
     return timed(setting, times, BASELINE), failed
 
@@ -134,6 +137,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=["eager", "graph"])
     parser.add_argument("--layers", nargs="+", default=(*METHOD_NAMES, *PEERS))
+    parser.add_argument("--block", type=float, default=0.0, help="seconds; 0 is one call")
     parser.add_argument("--cpu-time", action="store_true")
     given = parser.parse_args(typed)
     unknown = set(given.layers) - {*METHODS, *PEERS}
@@ -150,9 +154,16 @@ def main(typed: Sequence[str] | None = None) -> int:
                     setting = Setting("layer", shape, form, precision, mode)
                     if budget.over(f"{shape}, {form}, {precision}, {mode}"):
                         continue
-                    more, why = measure(setting, given.layers, given.rounds, device, clock)
-                    rows += more
-                    failed |= why
+                    for light in (True, False):
+                        names = [name for name in given.layers if (name in LIGHT) == light]
+                        if not names:
+                            continue
+                        more, why = measure(
+                            setting, names, given.rounds, device, clock, given.block
+                        )
+                        known = {row.name for row in rows if row[:5] == setting}
+                        rows += [row for row in more if row.name not in known]
+                        failed |= why
     return finish(rows, failed, given)
 
 
