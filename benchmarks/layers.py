@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from harness import DTYPES, FORMATS, SHAPES, arguments, finish, reason, sizes, start
 from peers import peers
 from torch import Tensor, nn
@@ -164,6 +165,8 @@ def main(typed: Sequence[str] | None = None) -> int:
                         known = {row.name for row in rows if row[:5] == setting}
                         rows += [row for row in more if row.name not in known]
                         failed |= why
+    if dist.is_initialized():  # by a peer that synchronizes
+        dist.destroy_process_group()
     return finish(rows, failed, given)
 
 
