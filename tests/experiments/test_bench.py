@@ -445,6 +445,7 @@ def test_a_wrong_argument_is_one_line_and_code_2(
 
 # --- the scripts ------------------------------------------------------------------------
 
+ONE = ("--threads", "1")
 SCRIPTS = ("all", "draw", "harness", "inference", "layers", "memory", "page", "peers", "roofline")
 
 
@@ -489,7 +490,7 @@ def test_layers_are_timed_and_drawn(
     scripts: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "layers.csv"
-    typed = ["--shapes", "2x4x3x3", "--layers", "mabn", "fs", "nn.GroupNorm", "eager BN"]
+    typed = [*ONE, "--shapes", "2x4x3x3", "--layers", "mabn", "fs", "nn.GroupNorm", "eager BN"]
     status = scripts["layers"].main([*typed, "--rounds", "2", "--csv", str(path)])
     assert status == 0
     rows = read_csv(path)
@@ -509,7 +510,7 @@ def test_inference_has_the_network_without_norms(
     scripts: dict[str, ModuleType], mine: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "inference.csv"
-    typed = ["--network", f"{mine}:network", "--inputs", "3x6x6", "--batch-sizes", "1"]
+    typed = [*ONE, "--network", f"{mine}:network", "--inputs", "3x6x6", "--batch-sizes", "1"]
     scripts["inference"].BLOCK = 0.0
     status = scripts["inference"].main(
         [*typed, "--methods", "mabn", "gn", "--rounds", "1", "--csv", str(path)]
@@ -527,7 +528,7 @@ def test_memory_has_layers_and_networks(
     scripts: dict[str, ModuleType], mine: Path, tmp_path: Path
 ) -> None:
     layers, networks = tmp_path / "layers.csv", tmp_path / "networks.csv"
-    typed = ["--shapes", "2x4x8x8", "--layers-csv", str(layers), "--csv", str(networks)]
+    typed = [*ONE, "--shapes", "2x4x8x8", "--layers-csv", str(layers), "--csv", str(networks)]
     typed += ["--networks", f"{mine}:network", "--inputs", "3x6x6", "--batch-sizes", "2"]
     typed += ["--layers", "bn", "eager BN"]
     assert scripts["memory"].main([*typed, "--methods", "bn"]) == 0
@@ -539,7 +540,18 @@ def test_memory_has_layers_and_networks(
 
 def test_the_roofline_counts_bytes(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     roofline, path = scripts["roofline"], tmp_path / "roofline.csv"
-    typed = ["--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "2", "--csv", str(path)]
+    typed = [
+        *ONE,
+        "--shapes",
+        "4x8x16x16",
+        "--layers",
+        "bn",
+        "bs",
+        "--rounds",
+        "2",
+        "--csv",
+        str(path),
+    ]
     assert roofline.main(typed) == 0
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -567,7 +579,7 @@ def test_the_page_is_filled_from_the_files(
         settings = [Setting(question, shape) for question in questions]
         rows = [row for one in settings for row in timed(one, {"a": [1.0], "b": [0.25]}, "a")]
         write_csv(tmp_path / f"{name}.csv", rows)
-    typed = ["--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "1"]
+    typed = [*ONE, "--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "1"]
     assert scripts["roofline"].main([*typed, "--csv", str(tmp_path / "roofline.csv")]) == 0
     found = page.tables(tmp_path)
     assert "| b | 0.25 | 0.25 | 0.25 |" in found["layers"]
