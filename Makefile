@@ -3,6 +3,8 @@
 #   make demo    train on digits at batch 2 with every method, print the table, write a report
 #   make test    the fast tests
 #
+#   make bench   time and memory beside torch's layers: CSV files and pictures in runs/bench
+#
 # PYTHON  the interpreter to build the environment with (3.10 to 3.13)
 # TORCH   what to install as torch; `make test TORCH=torch` takes the newest build with CUDA
 
@@ -11,12 +13,13 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 WORKERS ?= 2
 DEMO ?=
+BENCH ?=
 
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-zoo test-gpu test-browser check format bench docs package clean
+.PHONY: help demo test test-slow test-zoo test-gpu test-browser check format bench bench-gpu docs package clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,9 +65,11 @@ format: $(VENV)/.dev  ## rewrite the files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## time training steps against nn.BatchNorm, and the import
-	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/training_step.py
+bench: $(VENV)/.dev  ## layers, training steps, inference, memory, import: CSV and PNG in runs/bench
+	$(BIN)/python benchmarks/all.py $(BENCH)
+
+bench-gpu: $(VENV)/.dev  ## the same on a CUDA device, into runs/bench-gpu
+	$(BIN)/python benchmarks/all.py --device cuda $(BENCH)
 
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

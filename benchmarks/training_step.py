@@ -1,56 +1,24 @@
-"""Time of a training step at batch 2 with each method, relative to torch.nn.BatchNorm.
+"""Time of a training step with each method, relative to the network with torch.nn.BatchNorm.
 
-Forward, backward and SGD of the MLP on digits and of ResNet-8 on 32x32 pictures, fresh networks,
-blocks of all methods in turn in one process on one thread, medians of the ratios by round. With
-``--cbn``, ResNet-20 and the ways of cross-iteration batch norm, beyond its burn-in.
+Forward, backward and SGD with momentum, in turn in one process, medians of the ratios by round.
+The networks are those of `anybatch bench`, with which this measures: a name of its own, or
+module:factory. With ``--cbn``, the ways of cross-iteration batch norm.
 
-    python benchmarks/training_step.py [--rounds 21] [--batch-size 2] [--cbn] [--output steps.csv]
+    python benchmarks/training_step.py [--networks resnet8 resnet20] [--batch-sizes 2 32]
+        [--inputs 3x32x32] [--methods bn mabn ...] [--precision float32] [--mode eager graph]
+        [--channels-last] [--cbn] [--rounds 15] [--device cpu] [--threads 2] [--csv steps.csv]
 """
 
-import argparse
-import csv
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
-import torch
+from harness import DTYPES, arguments, finish, sizes, start
 
-from anybatch.experiments.compare import DEFAULT_METHODS, machine
-from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset, load
-from anybatch.experiments.timing import time_steps
+from anybatch.experiments.bench import MODES, Bench, Variant, costs
+from anybatch.experiments.compare import DEFAULT_METHODS
+from anybatch.experiments.networks import example_shape, factory
 
-COLUMNS = ("network", "method", "batch", "microseconds", "ratio", "low", "high")
-
-
-def pictures() -> Dataset:
-    """Random pictures in the form of CIFAR-10: only their size matters here."""
-    x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-    return Dataset("random", x, y, x, y, 10)
-
-
-def rows(batch_size: int, rounds: int) -> list[tuple[str, str, int, float, float, float, float]]:
-    """Measure both networks.
-
-    Args:
-        batch_size: Examples in a step.
-        rounds: Blocks a method.
-
-    Returns:
-        A row a network and method; low and high are the quartiles of the ratio.
-    """
-    found = []
-    digits = load(Run())
-    for model, data, source in (("mlp", digits, "digits"), ("resnet8", pictures(), "cifar10")):
-        base = Run(data=source, model=model, batch_size=batch_size, augment=False, noise=0.0)
-        runs = {name: base.but(method=name) for name in DEFAULT_METHODS}
-        if "cbn" in runs:
-            runs["cbn"] = base.but(method="cbn", options=(("burn_in", 0.0),))
-        for name, time in time_steps(runs, data, rounds).items():
-            microseconds = round(1e6 * time.seconds, 1)
-            ratios = (round(value, 3) for value in (time.ratio, time.low, time.high))
-            found.append((model, name, batch_size, microseconds, *ratios))
-    return found
-
-
+# What cross-iteration batch norm can leave out, from what `convert` sets to what its paper has.
 WAYS = {
     "cbn": (),
     "cbn, all positions": (("gradient_sample", None),),
@@ -63,48 +31,50 @@ WAYS = {
 }
 
 
-def cbn_rows(
-    batch_size: int, rounds: int
-) -> list[tuple[str, str, int, float, float, float, float]]:
-    """Measure the ways of cross-iteration batch norm in ResNet-20.
-
-    Args:
-        batch_size: Examples in a step.
-        rounds: Blocks a way.
-
-    Returns:
-        A row a way.
-    """
-    data = pictures()
-    base = Run(data="cifar10", model="resnet20", batch_size=batch_size, augment=False, noise=0.0)
-    runs = {"bn": base.but(method="bn")}
-    for name, options in WAYS.items():
-        runs[name] = base.but(method="cbn", options=(("burn_in", 0.0), *options))
-    found = []
-    for name, time in time_steps(runs, data, rounds).items():
-        ratios = (round(value, 3) for value in (time.ratio, time.low, time.high))
-        found.append(("resnet20", name, batch_size, round(1e6 * time.seconds, 1), *ratios))
-    return found
-
-
-def main() -> None:
+def main(typed: Sequence[str] | None = None, questions: tuple[str, ...] = ("step",)) -> int:
     """Measure, print, and write the rows where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--networks", nargs="+", default=["resnet8", "resnet20"])
+    parser.add_argument("--inputs", help="shape of an example, as in 3x224x224")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 32])
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS)
+    parser.add_argument("--precision", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--mode", nargs="+", default=["eager"], choices=MODES)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--block", type=float, default=0.05, help="seconds of a block")
     parser.add_argument("--cbn", action="store_true")
-    parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    found = (cbn_rows if given.cbn else rows)(given.batch_size, given.rounds)
-    print(("{:>12} " * len(COLUMNS)).format(*COLUMNS))
-    for row in found:
-        print(("{!s:>12} " * len(row)).format(*row))
-    if given.output is not None:
-        with given.output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *found])
+    given = parser.parse_args(typed)
+    variants = {name: Variant(name) for name in given.methods}
+    if given.cbn:
+        variants = {"bn": Variant("bn")}
+        variants |= {name: Variant("cbn", options) for name, options in WAYS.items()}
+    budget, rows, failed = start(given), [], {}
+    for network in given.networks:
+        example = sizes(given.inputs) if given.inputs else example_shape(network)
+        if example is None:
+            parser.error(f"inputs=None: say what {network!r} takes, as in --inputs 3x224x224")
+        for size in given.batch_sizes:
+            for precision in given.precision:
+                for mode in given.mode:
+                    bench = Bench(
+                        network,
+                        factory(network, example),
+                        ((size, *example),),
+                        device=given.device,
+                        precision=precision,
+                        channels_last=given.channels_last,
+                        mode=mode,
+                        rounds=given.rounds,
+                        block_seconds=given.block,
+                        questions=questions,
+                    )
+                    where = f"{network}, batch {size}, {precision}, {mode}"
+                    if not budget.over(where):
+                        found = costs(bench, variants)
+                        rows += found.rows
+                        failed |= {f"{n} in {where}": why for n, why in found.failed.items()}
+    return finish(rows, failed, given)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command line: compare methods, train one, diagnose or tune a network, list the methods."""
+"""The command line: compare methods, train one, what they cost, diagnose or tune a network."""
 
 import json
 import shlex
@@ -34,6 +34,7 @@ except ImportError as error:  # the library itself needs neither
     raise SystemExit(2) from error
 
 if TYPE_CHECKING:
+    from anybatch.experiments.bench import Bench, Variant
     from anybatch.experiments.compare import Comparison
     from anybatch.experiments.config import Run
     from anybatch.experiments.training import Row
@@ -202,6 +203,13 @@ Options = Annotated[
         autocompletion=_complete_option,
     ),
 ]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Short names, with commas. [dim]Default: those for small batches.[/]",
+        autocompletion=_complete_methods,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(help="TOML or JSON file of these options; those that are typed come first."),
@@ -217,13 +225,7 @@ def compare(
     data: Data = "digits",
     root: Root = None,
     model: Model = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Short names, with commas. [dim]Default: those for small batches.[/]",
-            autocompletion=_complete_methods,
-        ),
-    ] = None,
+    methods: Methods = None,
     batch_size: BatchSize = 2,
     norm_batch_size: NormBatchSize = None,
     accumulate: Accumulate = 1,
@@ -466,6 +468,97 @@ def tune(
 
 @app.command()
 @_plain_errors
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="module:factory of your own, mine.py:factory, or a network of anybatch compare.",
+            autocompletion=_complete_model,
+        ),
+    ] = "resnet8",
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shape of what the network takes, batch first, as in 2x3x224x224; once for each "
+            "input. [dim]Default: 2x3x32x32, or 2x64 for mlp.[/]"
+        ),
+    ] = None,
+    methods: Methods = None,
+    batch_sizes: Annotated[
+        str | None,
+        typer.Option(help="Batch sizes with commas. [dim]Default: the input's first number.[/]"),
+    ] = None,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Weights and inputs with channels last.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile each network by torch.compile.")
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds, in each of which every method has a turn.")
+    ] = 15,
+    option: Options = None,
+    config: Config = None,
+    output: Output = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV and nothing else.")] = False,
+) -> None:
+    """Measure what each method would cost in a network: time, memory, inference.
+
+    In one of yours, which network() in mine.py makes:
+
+        anybatch bench --model mine.py:network --input 2x3x224x224 --batch-sizes 2,32
+
+    In one of torchvision's, on a GPU:
+
+        anybatch bench --model torchvision.models:resnet50 --input 2x3x224x224 --device cuda
+        --precision bfloat16 --channels-last
+    """
+    from anybatch.experiments import bench_report
+    from anybatch.experiments.bench import costs
+    from anybatch.experiments.files import output_folder
+
+    start = time.perf_counter()
+    given = _settings(context, config)
+    if given["as_json"] and given["as_csv"]:
+        raise ValueError("csv=True: give one of --json and --csv")
+    variants, benches = _variants(given), _benches(given)
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in given["model"])
+    folder = output_folder(Path(given["output"] or f"runs/bench-{name}"))
+    quiet, found = given["as_json"] or given["as_csv"], []
+    with _bars(quiet) as bars:
+        for one in benches:
+            tasks: dict[str, Any] = {}
+
+            def show(
+                what: str, done: int, total: int, size: int = one.examples, tasks: Any = tasks
+            ) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(f"batch {size}: {what}", total=total)
+                bars.update(tasks[what], completed=done)
+
+            found.append(costs(one, variants, show))
+            seconds = time.perf_counter() - start
+            outcome = bench_report.Outcome(benches[: len(found)], found, _typed(), seconds)
+            page = bench_report.write(outcome, folder)
+    if given["as_json"]:
+        print((folder / "bench.json").read_text(encoding="utf-8"), end="")
+        return
+    if given["as_csv"]:
+        print((folder / "bench.csv").read_text(encoding="utf-8"), end="")
+        return
+    for one, cost in zip(outcome.benches, outcome.found, strict=True):
+        console.print(bench_report.terminal_table(one, cost))
+        for method, reason in cost.failed.items():
+            console.print(f"{method} could not be measured: {reason}", markup=False)
+    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_plain_errors
 def diagnose(
     context: typer.Context,
     data: Data = "digits",
@@ -593,7 +686,7 @@ def _settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
         source = context.get_parameter_source(name)
         if source is None or source.name == "DEFAULT":
             given[name] = value
-    for name in ("methods", "seeds", "candidates"):
+    for name in ("methods", "seeds", "candidates", "batch_sizes"):
         if isinstance(given.get(name), list):
             given[name] = ",".join(map(str, given[name]))
     return given
@@ -661,6 +754,84 @@ def _comparison(given: dict[str, Any]) -> "Comparison":
         options=tuple(options.items()),
         centralize=given["centralize"],
     )
+
+
+def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
+    """The methods of `bench`, with their options."""
+    from anybatch.experiments.bench import Variant
+    from anybatch.experiments.compare import DEFAULT_METHODS
+    from anybatch.experiments.config import parse_options
+    from anybatch.methods import get_method
+
+    names = given["methods"]
+    chosen = DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+    if not chosen:
+        raise ValueError(f"methods={names!r}: give one or more")
+    options = parse_options(given["option"] or [])
+    for name in options:
+        if name not in chosen:
+            raise ValueError(f"option={name!r}: it is none of the methods {', '.join(chosen)}")
+    for name in chosen:
+        get_method(name).check_options(dict(options.get(name, ())))
+    return {name: Variant(name, options.get(name, ())) for name in dict.fromkeys(chosen)}
+
+
+def _benches(given: dict[str, Any]) -> "list[Bench]":
+    """What `bench` measures, one a batch size."""
+    from anybatch.experiments.bench import Bench
+    from anybatch.experiments.networks import example_shape, factory
+
+    _check_device(given["device"])
+    typed = given["input"]
+    typed = [typed] if isinstance(typed, str) else typed
+    usual = example_shape(given["model"])
+    if not typed:
+        make = factory(given["model"])
+        if usual is None:
+            raise ValueError(
+                f"input=None: say what {given['model']!r} takes, as in --input 2x3x224x224"
+            )
+        shapes = [(2, *usual)]
+    else:
+        shapes = [_shape(text) for text in typed]
+        make = factory(given["model"], shapes[0][1:])
+    sizes: list[int | None] = [None]
+    if given["batch_sizes"] is not None:
+        sizes = list(_sizes(str(given["batch_sizes"])))
+    return [
+        Bench(
+            Path(given["model"]).name,
+            make,
+            tuple(shapes),
+            size,
+            given["device"],
+            given["precision"],
+            given["channels_last"],
+            "compiled" if given["compile"] else "eager",
+            given["rounds"],
+        )
+        for size in sizes
+    ]
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split("x"))
+    except ValueError as error:
+        raise ValueError(f"input={text!r}: give a shape, as in 2x3x224x224") from error
+    if min(shape) < 1:
+        raise ValueError(f"input={text!r}: give sizes from 1 on")
+    return shape
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"batch_sizes={text!r}: give numbers with commas, as in 2,32") from error
+    if min(numbers) < 1:
+        raise ValueError(f"batch_sizes={text!r}: give numbers from 1 on")
+    return tuple(dict.fromkeys(numbers))
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -93,11 +93,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run("train", *short, "--method", "bn", "--output", str(root / "train"))
     (weights,) = (root / "train" / "runs").glob("*.pt")
     run("tune", str(weights), "--output", str(root / "tune"))
+    measured = ("--model", "mlp", "--methods", "bn,gn", "--rounds", "1")
+    run("bench", *measured, "--output", str(root / "bench"))
     return {path.parent.name: path for path in root.glob("*/*.html")}
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-@pytest.mark.parametrize("name", ["compare", "diagnose", "tune"])
+@pytest.mark.parametrize("name", ["compare", "diagnose", "tune", "bench"])
 def test_a_report_in_a_browser(
     pages: dict[str, Path], name: str, width: int, tmp_path: Path
 ) -> None:

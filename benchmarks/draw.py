@@ -1,0 +1,50 @@
+"""Pictures and tables of what the other benchmarks measured.
+
+    python benchmarks/draw.py runs/bench/*.csv
+
+prints the tables of each CSV file and leaves a PNG of the same name beside it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from anybatch.experiments.files import write_whole
+from anybatch.experiments.measurements import as_table, read_csv
+
+
+def draw(path: Path) -> Path:
+    """Draw the picture of a CSV file; its path."""
+    from anybatch.experiments.figures import png
+    from anybatch.experiments.measurement_figures import ratios
+
+    picture = png(ratios(read_csv(path)))
+    target = path.with_suffix(".png")
+    write_whole(target, partial(_write, picture))
+    return target
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """Print and draw each file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    for path in parser.parse_args(typed).files:
+        try:
+            print(as_table(read_csv(path)))
+        except ValueError as error:
+            parser.error(str(error))
+        try:
+            print(draw(path))
+        except ImportError as error:
+            print(f"{path}: no picture without {error.name}: pip install 'anybatch[experiments]'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
