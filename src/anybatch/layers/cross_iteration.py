@@ -566,7 +566,7 @@ class _CrossIterationBatchNorm(NormLayer):
             kernels.from_product(product, values, means, patch_ring, slope_ring, place)
             return
         groups, fan_in = patch_ring.shape[1:]
-        apart, seen = kernels.workspace(groups, x.shape[1] // groups, count, fan_in, x.dtype)
+        apart, seen = kernels.workspace(groups, x.shape[1] // groups, count, fan_in, output.dtype)
         start = int(counters[0]) * count
         kernels.sample(x, arrays, first, means, patch_ring, place, paces, start, apart, seen)
         kernels.product(apart, seen, slope_ring[place])

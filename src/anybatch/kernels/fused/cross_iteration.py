@@ -10,6 +10,7 @@ window, a slot a step; see `CrossIterationBatchNorm`.
 import math
 
 import numpy as np
+import torch
 
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.options import inlined, jit
@@ -48,17 +49,20 @@ def table(channels):
 
 
 def workspace(groups, outputs, count, fan_in, dtype):
-    """Room for a sample's outputs and patches."""
-    return np.empty((groups, outputs, count), dtype), np.empty((groups, count, fan_in), dtype)
+    """Room for a sample's outputs and patches, aligned as torch's: products round alike each time."""
+    return (
+        torch.empty(shape, dtype=dtype).numpy()
+        for shape in ((groups, outputs, count), (groups, count, fan_in))
+    )
 
 
 def product(apart, seen, slope):
-    """Write a sample's gradient of the variance."""
-    with np.errstate(all="ignore"):  # what is not finite is not remembered: nothing to warn of
-        if len(apart) == 1:
-            np.dot(apart[0], seen[0], out=slope)
-        else:
-            np.matmul(apart, seen, out=slope.reshape(*apart.shape[:2], -1))
+    """Write a sample's gradient of the variance: by torch, lest a second BLAS start threads."""
+    one, other, out = (torch.from_numpy(array) for array in (apart, seen, slope))
+    if len(apart) == 1:
+        torch.mm(one[0], other[0], out=out)
+    else:
+        torch.bmm(one, other, out=out.view(*apart.shape[:2], -1))
 
 
 @inlined
