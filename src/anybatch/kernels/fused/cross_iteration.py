@@ -49,7 +49,7 @@ def table(channels):
 
 
 def workspace(groups, outputs, count, fan_in, dtype):
-    """Room for a sample's outputs and patches, aligned as torch's: products round alike each time."""
+    """Room for a sample's outputs and patches, aligned as torch's, so that products round alike."""
     return (
         torch.empty(shape, dtype=dtype).numpy()
         for shape in ((groups, outputs, count), (groups, count, fan_in))
