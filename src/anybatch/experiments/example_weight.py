@@ -14,6 +14,7 @@ from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import load
 from anybatch.experiments.figures import COLOURS, MARKERS
+from anybatch.experiments.pictures import as_tensor
 from anybatch.experiments.training import train
 from anybatch.experiments.tuning import build, halves, read_checkpoint, training_batches
 
@@ -225,7 +226,7 @@ def pictures(run: Run, path: Path, shape: tuple[int, ...], size: int | None = No
     parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
     arrays = {}
     for name, (x, y) in parts.items():
-        arrays[f"x_{name}"] = x[:size].reshape(-1, *shape).numpy()
+        arrays[f"x_{name}"] = as_tensor(x[:size]).reshape(-1, *shape).numpy()
         arrays[f"y_{name}"] = y[:size].numpy()
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path
