@@ -31,6 +31,7 @@ NORM_DECAYS = (True, False, "auto")
 Option = tuple[str, Any]
 
 _LATER = (
+    "norm_epochs",
     "milestones",
     "norm_decay",
     "gamma_target",
@@ -54,6 +55,7 @@ class Run:
         centralize: Centralize the weights of the layers that feed norms, whatever the method.
         norm_batch_size: Examples that share statistics; None is batch_size.
         epochs: Passes over the training set.
+        norm_epochs: Epochs after which norms that change along training have arrived; None is all.
         seed: Of weights, order, noise and augmentation.
         lr: Learning rate for 64 examples; it is scaled with batch_size.
         momentum: Of SGD.
@@ -84,6 +86,7 @@ class Run:
     accumulate: int = 1
     centralize: bool = False
     epochs: int = 12
+    norm_epochs: int | None = None
     seed: int = 0
     lr: float = 0.1
     momentum: float = 0.9
@@ -109,7 +112,8 @@ class Run:
         _choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "epochs", "image_size", "accumulate"):
             _count(name, getattr(self, name))
-        for name in ("norm_batch_size", "train_size", "validation_size", "test_size"):
+        optional = ("norm_batch_size", "norm_epochs", "train_size", "validation_size", "test_size")
+        for name in optional:
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name))
         if not isinstance(self.seed, int) or self.seed < 0:

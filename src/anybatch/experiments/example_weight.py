@@ -12,7 +12,7 @@ from torch import nn
 from anybatch.evaluation.recalibration import recalibrate
 from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import load
+from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import COLOURS, MARKERS
 from anybatch.experiments.pictures import as_tensor
 from anybatch.experiments.training import train
@@ -87,10 +87,25 @@ def weigh(
 
 
 def _tuned(run: Run, folder: Path, metric: str) -> Pair:
-    """Curves of a run on both halves of the held-out examples."""
+    """Train a run, and tune its weight."""
     data = load(run)
-    train(run, folder, keep_weights=True)
-    _, state = read_checkpoint(folder / "runs" / f"{run.key}.pt")
+    train(run, folder, keep_weights=True, data=data)
+    return tuned_on_halves(run, folder / "runs" / f"{run.key}.pt", data, metric)
+
+
+def tuned_on_halves(run: Run, checkpoint: Path, data: Dataset, metric: str) -> Pair:
+    """Curves of a trained run over the example weight, on both halves of the held-out examples.
+
+    Args:
+        run: The run.
+        checkpoint: Its trained weights.
+        data: Its data.
+        metric: What the weight is tuned for.
+
+    Returns:
+        The curve on each half; the weight that one finds is judged on the other.
+    """
+    _, state = read_checkpoint(checkpoint)
     model = build(run, data, state)
     if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         recalibrate(model, training_batches(data, run.device), progress=False)
