@@ -317,7 +317,8 @@ def test_every_command_prints_json(command: str) -> None:
 
 def test_what_trains_or_measures_takes_a_file_of_options_and_a_folder() -> None:
     with_file = {command for command in COMMANDS if "--config" in options_of(command)}
-    assert with_file == set(COMMANDS) - {"methods"}
+    # What reproduce trains is said in files already.
+    assert with_file == set(COMMANDS) - {"methods", "reproduce"}
     assert all({"--output", "--device", "--option"} <= set(options_of(c)) for c in with_file)
 
 
@@ -378,6 +379,8 @@ def completed(typed: str) -> list[str]:
         ("bench --model resnet1", ["resnet18"]),
         ("bench --methods gn,m", ["gn,mbn", "gn,mabn"]),
         ("train --method nothing", []),
+        ("reproduce reco", ["recovery"]),
+        ("reproduce --size p", ["paper"]),
     ],
 )
 def test_the_shell_completes(typed: str, offered: list[str]) -> None:
