@@ -157,13 +157,14 @@ def _complete_option(incomplete: str) -> list[str]:
 Data = Annotated[
     str,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder or npz.", autocompletion=_complete_data
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz.",
+        autocompletion=_complete_data,
     ),
 ]
 TunedData = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder or npz. "
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz. "
         "[dim]Default: the checkpoint's, or digits.[/]",
         autocompletion=_complete_data,
     ),
@@ -172,7 +173,8 @@ Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11 or vgg16. "
+        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11, vgg16, "
+        "densenet121, mobilenetv2, inceptionv3, torchvision:NAME or timm:NAME. "
         "[dim]Default: mlp for digits, else resnet8.[/]",
         autocompletion=_complete_model,
     ),

@@ -271,9 +271,9 @@ def test_a_table_has_ours_beside_the_papers() -> None:
     one, rows = table_rows({"BN, 32": (0.91, 0.93), "BN, 2": (0.40, 0.44), "MABN, 2": (0.85,)})
     table = reproduced.grid(one, one.sizes["small"], rows)
     assert table.head == ("method", "digits", "digits, paper", "recovered", "recovered, paper")
-    assert table.rows[0] == ("BN, 32", "92.0 ± 1.4", "90 ± 0.5", "", "")
-    assert table.rows[1] == ("BN, 2", "42.0 ± 2.8", "50", "", "")
-    assert table.rows[2][1:3] == ("85.0 (1 of 2 seeds)", "88")
+    assert table.rows[0] == ("BN, 32", "92.0 ± 1.4", "90.0 ± 0.5", "", "")
+    assert table.rows[1] == ("BN, 2", "42.0 ± 2.8", "50.0", "", "")
+    assert table.rows[2][1:3] == ("85.0 (1 of 2 seeds)", "88.0")
     assert table.rows[2][4] == "95 %"
     empty = reproduced.grid(one, one.sizes["small"], {})
     assert [line[1] for line in empty.rows] == ["not run"] * 3

@@ -59,6 +59,20 @@ class Dataset:
         """Of one example."""
         return tuple(self.train_x.shape[1:])
 
+    def to(self, device: str) -> "Dataset":
+        """The data on a device; pictures in files stay where they are until they are read."""
+
+        def moved(x: Tensor | PictureFiles) -> Tensor | PictureFiles:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return replace(
+            self,
+            train_x=moved(self.train_x),
+            train_y=self.train_y.to(device),
+            test_x=moved(self.test_x),
+            test_y=self.test_y.to(device),
+        )
+
 
 def load(run: Run) -> Dataset:
     """Load the data of a run.
@@ -123,14 +137,15 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
         Pictures of the same size.
     """
     n, _, height, width = x.shape
-    flips = torch.rand(n, generator=generator) < 0.5
-    shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
+    # Drawn on the generator's device, so that every device sees the same pictures.
+    flips = (torch.rand(n, generator=generator) < 0.5).to(x.device)
+    shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator).to(x.device)
     padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-    rows = (shifts[:, :1] + torch.arange(height)).view(n, 1, height, 1)
-    columns = shifts[:, 1:] + torch.arange(width)
+    rows = (shifts[:, :1] + torch.arange(height, device=x.device)).view(n, 1, height, 1)
+    columns = shifts[:, 1:] + torch.arange(width, device=x.device)
     columns = torch.where(flips[:, None], columns.flip(1), columns).view(n, 1, 1, width)
-    examples = torch.arange(n).view(n, 1, 1, 1)
-    channels = torch.arange(x.shape[1]).view(1, -1, 1, 1)
+    examples = torch.arange(n, device=x.device).view(n, 1, 1, 1)
+    channels = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     return padded[examples, channels, rows, columns]
 
 

@@ -206,7 +206,7 @@ def _number(number: Number | None) -> str:
     if number is None:
         return ""
     mean, spread = number
-    return f"{mean:g}" if spread is None else f"{mean:g} ± {spread:g}"
+    return str(mean) if spread is None else f"{mean} ± {spread}"
 
 
 def _share(part: Number | None) -> str:

@@ -231,17 +231,20 @@ def _page(rows: Mapping[str, Row]) -> str:
     for one in reproductions().values():
         if one.paper != paper:
             paper = one.paper
-            parts.append(f"## {paper[0].upper()}{paper[1:]}\n")
+            parts.append(f"## {paper}\n")
         parts.append(_described(one, rows))
     return "\n".join(parts)
 
 
 def _described(one: Reproduction, rows: Mapping[str, Row]) -> str:
     lines = [f"### {one.source}: {one.title}", "", one.claim, ""]
-    run = [size for size in SIZES if section(one, size, rows).rows]
-    cites = any(cell.paper for cell in one.sizes["paper"].cells)
-    for size in run or (["paper"] if cites else []):
-        lines += _sized(section(one, size, rows))
+    run = {size for size in SIZES if section(one, size, rows).rows}
+    small = {(c.row, c.column) for c in one.sizes["small"].cells if "small" in run}
+    cited = {(c.row, c.column) for c in one.sizes["paper"].cells if c.paper}
+    shown = run | ({"paper"} if cited - small else set())  # no number of the paper is left out
+    for size in SIZES:
+        if size in shown:
+            lines += _sized(section(one, size, rows))
     if not run:
         lines += [f"Not run yet: `anybatch reproduce {one.name} --size small`, or `paper`.", ""]
     lines += [f"- {note}" for note in one.notes]

@@ -165,7 +165,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
         elif run.augments and x.dim() == 4:
             x = augment(x, generator)
         if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator)
+            x = x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
         yield x.to(run.device), y.to(run.device)
 
 
@@ -253,6 +253,7 @@ def train(
     result.parent.mkdir(parents=True, exist_ok=True)
     data = load(run) if data is None else data
     training = prepare(run, data)
+    data = data.to(run.device)
     rows = _resume(run, training, checkpoint)
     while len(rows) < run.epochs:
         rows.append(train_epoch(run, training, data, len(rows) + 1))
