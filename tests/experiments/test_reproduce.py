@@ -1,5 +1,6 @@
 """Reproductions: what is trained for them, the store, the tables beside the papers' numbers."""
 
+import html.parser
 import json
 import multiprocessing
 import os
@@ -13,15 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from anybatch.cli import app
 from anybatch.experiments import reproduced, reproduced_pages, reproduction
+from anybatch.experiments.compare import OnProgress, Work
 from anybatch.experiments.config import Run
+from anybatch.experiments.data import Dataset
 from anybatch.experiments.reproduce import as_row, estimate, missing, placed
 from anybatch.experiments.reproduction import Task, chosen, read, reproductions, tasks
 from anybatch.experiments.store import Store
-from anybatch.experiments.training import train
+from anybatch.experiments.training import prepare, step, train
 
 TINY = {
     "paper": "recovery",
@@ -159,6 +163,32 @@ def test_settings_that_make_no_difference_are_one_run() -> None:
     table = chosen(["momentum-bn-figure-4"])[0].sizes["small"]
     assert len({cell.run for cell in table.cells if cell.row == "GN"}) == 1
     assert len({cell.run for cell in table.cells if cell.row == "BN"}) == 3
+
+
+def test_every_setting_of_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of a small network: no option is out of range, whatever the table."""
+
+    def net(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+        unit = [nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+        return nn.Sequential(*unit, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+    monkeypatch.setattr("anybatch.experiments.models.build", net)
+    x, y = torch.randn(256, 3, 8, 8), torch.arange(256) % 4
+    data = Dataset("some", x, y, x, y, 4)
+    every = set()
+    for cell in (
+        c for one in reproductions().values() for s in one.sizes.values() for c in s.cells
+    ):
+        groups = cell.run.norm_batch_size
+        size = cell.run.batch_size if groups is None else min(2 * groups, cell.run.batch_size)
+        own = ("method", "options", "centralize", "norm_batch_size", "norm_decay", "gamma_target")
+        settings = {name: getattr(cell.run, name) for name in own}
+        every.add(Run(data="npz", model="resnet8", batch_size=size, epochs=2, **settings))
+    assert len(every) > 80
+    for one in every:
+        training = prepare(one, data)
+        size = one.batch_size
+        assert step(one, training, x[:size], y[:size]).isfinite(), one
 
 
 @pytest.mark.parametrize(
@@ -333,7 +363,17 @@ def test_rows_whose_settings_were_changed_are_refused() -> None:
 # --- the command --------------------------------------------------------------------------
 
 
-def test_a_reproduction_is_killed_goes_on_and_is_drawn(tiny: Path) -> None:
+def in_this_process(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+) -> None:
+    """In the place of processes, whose start takes longer than the trainings here."""
+    for one in runs:
+        on_progress(one.key, 0, work(one, folder, lambda *_: None))
+
+
+def test_a_reproduction_is_killed_goes_on_and_is_drawn(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = tiny / "store"
     command = [sys.executable, "-c", _SCRIPT, str(tiny / "reproductions"), str(store)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -346,7 +386,8 @@ def test_a_reproduction_is_killed_goes_on_and_is_drawn(tiny: Path) -> None:
     assert 1 <= len(before) < 6
     with (store / "results.jsonl").open("ab") as file:
         file.write(b'{"torn')
-    result = run("tiny", "weighed", "--store", str(store), "--workers", "1")
+    monkeypatch.setattr("anybatch.experiments.reproduce.in_processes", in_this_process)
+    result = run("tiny", "weighed", "--store", str(store))
     assert result.exit_code == 0, result.output
     rows = Store(store / "results.jsonl").rows()
     assert len(rows) == 6
@@ -359,6 +400,7 @@ def test_a_reproduction_is_killed_goes_on_and_is_drawn(tiny: Path) -> None:
         "weighed-small.png",
     }
     page = (store / "report.html").read_text(encoding="utf-8")
+    assert_well_formed(page)
     assert page.count("data:image/png;base64,") == 2
     assert "https://" not in page
     assert not list((store / "runs").glob("*.pt"))
@@ -371,6 +413,21 @@ def test_a_reproduction_is_killed_goes_on_and_is_drawn(tiny: Path) -> None:
         assert stored["accuracies"] == [round(row["accuracy"], 6) for row in alone["epochs"]]
         assert stored["test_loss"] == pytest.approx(alone["test_loss"], rel=1e-4)
     docs_agree_with_their_rows(tiny, store)
+
+
+def assert_well_formed(page: str) -> None:
+    open_tags: list[str] = []
+
+    class Tags(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "link", "img", "br"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Tags().feed(page)
+    assert open_tags == []
 
 
 _SCRIPT = """
@@ -434,11 +491,7 @@ def stale(docs: Path) -> list[Path]:
 def test_what_another_process_makes_is_left_to_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(runs: list, folder: Path, workers: int, on_progress: object, work: object) -> None:
-        for one in runs:
-            on_progress(one.key, 0, work(one, folder, lambda *_: None))
-
-    monkeypatch.setattr("anybatch.experiments.reproduce.in_processes", here)
+    monkeypatch.setattr("anybatch.experiments.reproduce.in_processes", in_this_process)
     store = tiny / "store"
     asked = tasks(chosen(["tiny"]), "small", (0,))
     (store / "runs").mkdir(parents=True)

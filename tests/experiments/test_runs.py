@@ -438,9 +438,17 @@ def test_a_network_of_pictures_refuses_vectors() -> None:
 # --- training ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["torch", "mbn", "mabn", "brn", "bgn", "gn"])
-def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, method: str) -> None:
-    run = Run(method=method, **SMALL)
+LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],
+)
+def test_a_stopped_run_ends_with_the_same_numbers(
+    tmp_path: Path, method: str, settings: dict[str, object]
+) -> None:
+    run = Run(method=method, **SMALL, **settings)
     whole = train(run, tmp_path / "whole")
 
     class Stopped(Exception):
