@@ -200,14 +200,28 @@ def test_a_configuration_file_gives_what_was_not_typed(tmp_path: Path) -> None:
     assert "speed=3 is none of" in result.output
 
 
+HOLDER = """
+import fcntl, os, sys, time
+with open(sys.argv[1], "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (tmp_path / ".lock").write_text(str(other.pid))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
     result = run("train", *QUICK[:4], "--output", str(tmp_path))
     assert result.exit_code == 2
     assert f"process {other.pid} is at work in it" in result.output
     other.kill()
     other.wait()
+    other.stdout.close()
     with locked(tmp_path):  # its holder is dead
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / ".lock").exists()

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from queue import Empty
 from typing import Any
 
 from anybatch.experiments.config import BASELINE, Option, Run
+from anybatch.experiments.files import exclusive
 from anybatch.experiments.training import OnEpoch, Row, stored_result, train
 from anybatch.methods import get_method
 
@@ -262,7 +262,7 @@ class Busy(Exception):
         process: Its number.
     """
 
-    def __init__(self, process: int) -> None:
+    def __init__(self, process: str) -> None:
         super().__init__(f"process {process} is at work")
         self.process = process
 
@@ -290,7 +290,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def holding(lock: Path) -> Iterator[None]:
-    """Hold a lock, a file with this process's number; one that a killed process left is taken over.
+    """Hold a lock, a file with this process's number; it goes with a process that is killed.
 
     Args:
         lock: The file.
@@ -298,34 +298,26 @@ def holding(lock: Path) -> Iterator[None]:
     Raises:
         Busy: If a living process holds it.
     """
-    try:
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError as error:
-        holder = _holder(lock)
-        if holder is not None:
-            raise Busy(holder) from error
-        lock.unlink(missing_ok=True)
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(str(os.getpid()))
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _holder(lock: Path) -> int | None:
-    """The living process that holds a lock."""
-    try:
-        if not lock.read_text():  # made a moment ago, and not written yet
-            time.sleep(0.1)
-        process = int(lock.read_text())
-        os.kill(process, 0)
-    except PermissionError:
-        return process
-    except (OSError, ValueError):
-        return None
-    return process if process != os.getpid() else None
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(lock.open("a+", encoding="utf-8"))
+            try:
+                stack.enter_context(exclusive(file, wait=False))
+            except BlockingIOError as error:
+                file.seek(0)
+                raise Busy(file.read()) from error
+            try:  # the last holder may have taken the file away after it was opened here
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    break
+            except FileNotFoundError:
+                pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def machine() -> dict[str, Any]:

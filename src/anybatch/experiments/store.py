@@ -3,11 +3,10 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from anybatch.experiments.files import finite, write_text
+from anybatch.experiments.files import exclusive, finite, write_text
 
 Row = dict[str, Any]
 SCHEMA = 1
@@ -53,7 +52,7 @@ class Store:
         """
         line = (json.dumps(finite(row), sort_keys=True, allow_nan=False) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file, _locked(file):
+        with self.path.open("a+b") as file, exclusive(file):
             file.seek(0)
             content = file.read()
             there = {one["id"]: one for one in self._parsed(content)}.get(row["id"])
@@ -108,18 +107,3 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     ordered = sorted(rows, key=lambda row: str(row["id"]))
     lines = [json.dumps(finite(row), sort_keys=True, allow_nan=False) for row in ordered]
     write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-@contextmanager
-def _locked(file: IO[bytes]) -> Iterator[None]:
-    """Keep other processes from writing; the lock goes with a process that is killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock: one process at a time there
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
