@@ -1063,7 +1063,8 @@ def _list_reproductions(
         print(json.dumps(found, indent=2))
         return
     table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
-    for column in ("name", "what", *SIZES):
+    table.add_column("name", no_wrap=True)  # it is there to be typed
+    for column in ("what", *SIZES):
         table.add_column(column)
     for line in found:
         sizes = [
