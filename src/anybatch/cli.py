@@ -1063,15 +1063,14 @@ def _list_reproductions(
         print(json.dumps(found, indent=2))
         return
     table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
-    table.add_column("name", no_wrap=True)  # it is there to be typed
-    for column in ("what", *SIZES):
-        table.add_column(column)
+    for column in ("name", "what", *SIZES):
+        table.add_column(column, no_wrap=True, min_width=None if column == "what" else 12)
     for line in found:
         sizes = [
             f"{line[s]['done']}/{line[s]['runs']}, {_duration(line[s]['seconds_left'])}"
             for s in SIZES
         ]
-        table.add_row(f"[bold]{line['name']}[/]", f"{line['source']}: {line['title']}", *sizes)
+        table.add_row(f"[bold]{line['name']}[/]", line["title"], *sizes)
     console.print(table)
 
 
