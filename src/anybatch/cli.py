@@ -1063,14 +1063,16 @@ def _list_reproductions(
         print(json.dumps(found, indent=2))
         return
     table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
-    for column in ("name", "what", *SIZES):
-        table.add_column(column, no_wrap=True, min_width=None if column == "what" else 12)
+    titled = console.width >= 120  # names are there to be typed: none is cut for its title
+    for column in ("name", *SIZES, *(["what"] if titled else [])):
+        table.add_column(column, no_wrap=True)
     for line in found:
         sizes = [
             f"{line[s]['done']}/{line[s]['runs']}, {_duration(line[s]['seconds_left'])}"
             for s in SIZES
         ]
-        table.add_row(f"[bold]{line['name']}[/]", line["title"], *sizes)
+        title = [line["title"]] if titled else []
+        table.add_row(f"[bold]{line['name']}[/]", *sizes, *title)
     console.print(table)
 
 
