@@ -1063,7 +1063,7 @@ def _list_reproductions(
         print(json.dumps(found, indent=2))
         return
     table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
-    titled = console.width >= 120  # names are there to be typed: none is cut for its title
+    titled = console.width >= 160  # names are there to be typed: none is cut for its title
     for column in ("name", *SIZES, *(["what"] if titled else [])):
         table.add_column(column, no_wrap=True)
     for line in found:
