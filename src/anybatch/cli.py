@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 from anybatch.methods import METHODS
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from anybatch.experiments.bench import Bench, Variant
     from anybatch.experiments.compare import Comparison
     from anybatch.experiments.config import Run
+    from anybatch.experiments.reproduction import Reproduction, Task
+    from anybatch.experiments.store import Row as StoredRow
     from anybatch.experiments.training import Row
 
 INTERRUPTED = 130
@@ -155,13 +157,14 @@ def _complete_option(incomplete: str) -> list[str]:
 Data = Annotated[
     str,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder or npz.", autocompletion=_complete_data
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz.",
+        autocompletion=_complete_data,
     ),
 ]
 TunedData = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder or npz. "
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz. "
         "[dim]Default: the checkpoint's, or digits.[/]",
         autocompletion=_complete_data,
     ),
@@ -170,7 +173,8 @@ Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11 or vgg16. "
+        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11, vgg16, "
+        "densenet121, mobilenetv2, inceptionv3, torchvision:NAME or timm:NAME. "
         "[dim]Default: mlp for digits, else resnet8.[/]",
         autocompletion=_complete_model,
     ),
@@ -869,7 +873,9 @@ def _bars(quiet: bool) -> Progress:
     )
 
 
-def _progress(bars: Progress, comparison: "Comparison") -> Callable[[str, int, "Row | None"], None]:
+def _progress(
+    bars: Progress, comparison: "Comparison | _Trainings"
+) -> Callable[[str, int, "Row | None"], None]:
     """A bar for everything, and one for each run that is under way."""
     runs = {run.key: run for run in comparison.runs()}
     total = bars.add_task("[bold]all epochs[/]", total=sum(run.epochs for run in runs.values()))
@@ -900,3 +906,205 @@ def _stop(*_: object) -> None:
     """A request to stop, as a scheduler makes it, is Ctrl-C: what is done is kept."""
     _asked.set()
     raise KeyboardInterrupt
+
+
+# --- what the papers report ------------------------------------------------------
+
+
+def _complete_reproduction(incomplete: str) -> list[tuple[str, str]]:
+    from anybatch.experiments.reproduction import reproductions
+
+    known = {name: f"{one.source}: {one.title}" for name, one in reproductions().items()}
+    return [(name, known[name]) for name in _beginning(incomplete, known)]
+
+
+def _complete_size(incomplete: str) -> list[str]:
+    from anybatch.experiments.reproduction import SIZES
+
+    return _beginning(incomplete, SIZES)
+
+
+@app.command()
+@_plain_errors
+def reproduce(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Tables and figures, or papers for all of theirs. [dim]Default: all, with "
+            "--list or --draw.[/]",
+            autocompletion=_complete_reproduction,
+        ),
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="small (two cores, under half an hour each) or paper (its own settings).",
+            autocompletion=_complete_size,
+        ),
+    ] = "small",
+    root: Root = None,
+    store: Annotated[Path, typer.Option(help="Folder of results, checkpoints and report.")] = Path(
+        "runs/reproduce"
+    ),
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="How many, or which with commas, as in 3 or 0,1,2. "
+            "[dim]Default: as many as each table has.[/]"
+        ),
+    ] = None,
+    device: Device = "cpu",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. [dim]Default: one a core; 1 on a GPU.[/]")
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List what there is, what is done and what it costs.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and train nothing.")
+    ] = False,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what the store holds, and train nothing.")
+    ] = False,
+    docs: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the documentation, to write rows, tables and figures into."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the papers' tables and figures again, beside their numbers.
+
+    The key experiment, on a folder with CIFAR-100:
+
+        anybatch reproduce recovery --root data
+
+    What there is, and one of its figures with the paper's settings:
+
+        anybatch reproduce --list
+
+        anybatch reproduce momentum-bn-figure-4 --size paper --root data --device cuda --workers 8
+
+    Stopped, it goes on where it was when started again with the same command.
+    """
+    from anybatch.experiments import reproduced, reproduced_pages
+    from anybatch.experiments.files import output_folder
+    from anybatch.experiments.reproduce import ROWS, make, missing, placed
+    from anybatch.experiments.reproduction import chosen, reproductions, tasks
+    from anybatch.experiments.store import Store
+
+    everything = [] if names else list(reproductions().values())
+    if not names and not (list_ or draw or docs):
+        raise ValueError("names: give some, as --list shows them, or --draw what the store holds")
+    wanted = chosen(names) if names else everything
+    numbers = None if seeds is None else _seeds(seeds)
+    asked = tasks(wanted, size, numbers)
+    rows = Store(store / ROWS).rows()
+    count = _workers({"workers": workers, "device": device})
+    if list_:
+        _list_reproductions(wanted, rows, device, count, as_json)
+        return
+    if dry_run:
+        _show_tasks(missing(asked, rows), rows, device, count, as_json)
+        return
+    elsewhere = 0
+    folder = output_folder(store)
+    if names and not draw:
+        _check_device(device)
+        here = [placed(task, None if root is None else Path(root), device) for task in asked]
+        given = f" --size {size} --device {device}" + ("" if seeds is None else f" --seeds {seeds}")
+        with _bars(as_json) as bars:
+            show = _progress(bars, _Trainings([task.run for task in missing(here, rows)]))
+            made = make(here, folder, count, show, given)
+        rows, elsewhere = made.rows, made.elsewhere
+    page = reproduced_pages.write_report(wanted, size, rows, folder, _typed())
+    if docs is not None:
+        for path in reproduced_pages.write_docs(docs, rows):
+            errors.print(f"written {path}", soft_wrap=True, highlight=False)
+    if as_json:
+        print(json.dumps([reproduced.as_data(one, size, rows) for one in wanted], indent=2))
+        return
+    for one in wanted:
+        console.print(reproduced_pages.terminal_table(reproduced_pages.section(one, size, rows)))
+    if elsewhere:
+        console.print(f"{elsewhere} trainings are made by another process; start again to wait.")
+    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
+
+
+class _Trainings(NamedTuple):
+    """Runs to show the progress of."""
+
+    all: "list[Run]"
+
+    def runs(self) -> "list[Run]":
+        return self.all
+
+
+def _list_reproductions(
+    wanted: "list[Reproduction]",
+    rows: "dict[str, StoredRow]",
+    device: str,
+    workers: int,
+    as_json: bool,
+) -> None:
+    from anybatch.experiments.reproduce import estimate, missing
+    from anybatch.experiments.reproduction import SIZES, tasks
+
+    found = []
+    for one in wanted:
+        line: dict[str, Any] = {"name": one.name, "source": one.source, "title": one.title}
+        for size in SIZES:
+            asked = tasks([one], size)
+            left = missing(asked, rows)
+            seconds = sum(estimate(task, rows, device) for task in left) / workers
+            done = len(asked) - len(left)
+            line[size] = {"runs": len(asked), "done": done, "seconds_left": seconds}
+        found.append(line)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
+    titled = console.width >= 160  # names are there to be typed: none is cut for its title
+    for column in ("name", *SIZES, *(["what"] if titled else [])):
+        table.add_column(column, no_wrap=True)
+    for line in found:
+        sizes = [
+            f"{line[s]['done']}/{line[s]['runs']}, {_duration(line[s]['seconds_left'])}"
+            for s in SIZES
+        ]
+        title = [line["title"]] if titled else []
+        table.add_row(f"[bold]{line['name']}[/]", *sizes, *title)
+    console.print(table)
+
+
+def _show_tasks(
+    left: "list[Task]", rows: "dict[str, StoredRow]", device: str, workers: int, as_json: bool
+) -> None:
+    from anybatch.experiments.reproduce import estimate
+
+    costs = [estimate(task, rows, device) for task in left]
+    if as_json:
+        lines = [
+            {"name": task.name, "settings": task.run.as_dict(), "seconds": cost}
+            for task, cost in zip(left, costs, strict=True)
+        ]
+        print(json.dumps(lines, indent=2))
+        return
+    table = Table(caption=f"about {_duration(sum(costs) / workers)} in {workers} process(es)")
+    for column in ("for", "run", "seed", "data, network", "about"):
+        table.add_column(column)
+    for task, cost in zip(left, costs, strict=True):
+        run = task.run
+        what = f"{run.data}, {run.model}, {run.epochs} epochs"
+        table.add_row(task.name, run.label, str(run.seed), what, _duration(cost))
+    console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    """A time for a person.
+
+    >>> _duration(95), _duration(7300), _duration(200_000)
+    ('2 min', '2.0 h', '2.3 days')
+    """
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 129_600 else f"{seconds / 86_400:.1f} days"

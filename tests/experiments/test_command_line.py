@@ -200,14 +200,28 @@ def test_a_configuration_file_gives_what_was_not_typed(tmp_path: Path) -> None:
     assert "speed=3 is none of" in result.output
 
 
+HOLDER = """
+import fcntl, os, sys, time
+with open(sys.argv[1], "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (tmp_path / ".lock").write_text(str(other.pid))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
     result = run("train", *QUICK[:4], "--output", str(tmp_path))
     assert result.exit_code == 2
     assert f"process {other.pid} is at work in it" in result.output
     other.kill()
     other.wait()
+    other.stdout.close()
     with locked(tmp_path):  # its holder is dead
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / ".lock").exists()
@@ -317,7 +331,8 @@ def test_every_command_prints_json(command: str) -> None:
 
 def test_what_trains_or_measures_takes_a_file_of_options_and_a_folder() -> None:
     with_file = {command for command in COMMANDS if "--config" in options_of(command)}
-    assert with_file == set(COMMANDS) - {"methods"}
+    # What reproduce trains is said in files already.
+    assert with_file == set(COMMANDS) - {"methods", "reproduce"}
     assert all({"--output", "--device", "--option"} <= set(options_of(c)) for c in with_file)
 
 
@@ -378,6 +393,8 @@ def completed(typed: str) -> list[str]:
         ("bench --model resnet1", ["resnet18"]),
         ("bench --methods gn,m", ["gn,mbn", "gn,mabn"]),
         ("train --method nothing", []),
+        ("reproduce reco", ["recovery"]),
+        ("reproduce --size p", ["paper"]),
     ],
 )
 def test_the_shell_completes(typed: str, offered: list[str]) -> None:

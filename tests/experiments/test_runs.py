@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 
 from anybatch.experiments import models
 from anybatch.experiments.config import MODELS, Run, parse_options, read_config
-from anybatch.experiments.data import augment, load
+from anybatch.experiments.data import Dataset, augment, load
 from anybatch.experiments.files import output_folder, write_whole
+from anybatch.experiments.pictures import PictureFiles
 from anybatch.experiments.timing import time_steps
 from anybatch.experiments.training import batches, method_options, prepare, step, train
 
@@ -43,6 +45,10 @@ SMALL = {"train_size": 24, "epochs": 3}
         ({"seed": -1}, "seed=-1"),
         ({"lr": -0.1}, "lr=-0.1"),
         ({"precision": "fp8"}, "precision='fp8': give one of float32"),
+        ({"milestones": (3, 12)}, "milestones=(3, 12): give epochs in rising order, from 1 to 11"),
+        ({"norm_decay": "some"}, "norm_decay='some': give True, False or 'auto'"),
+        ({"gamma_target": 2.0}, "gamma_target=2.0: give a number from 0 to 1"),
+        ({"model": "timm:"}, "model='timm:': give one of mlp"),
     ],
     ids=str,
 )
@@ -59,6 +65,21 @@ def test_a_run_is_its_data_and_back() -> None:
     assert run.key != run.but(seed=1).key
     with pytest.raises(ValueError, match="speed=3: a run has"):
         Run.from_dict({"speed": 3})
+
+
+def test_names_of_runs_outlast_new_settings() -> None:
+    """Results and checkpoints of runs that were made before a setting came are found again."""
+    assert Run().key == "torch-b2-s0-aff6c5b2"
+    assert Run(milestones=(3,)).key != Run().key
+
+
+def test_a_run_is_the_same_wherever_it_is_made() -> None:
+    here = Run(data="cifar100", model="resnet8", root="here")
+    there = here.but(root="there", device="cuda")
+    assert here.identity == there.identity
+    assert here.key != there.key
+    for change in ({"seed": 1}, {"lr": 0.2}, {"norm_decay": False}, {"test_size": 7}):
+        assert here.but(**change).identity != here.identity
 
 
 def test_options_are_read_as_json_or_text() -> None:
@@ -206,6 +227,86 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
         read()
 
 
+def picture_folders(root: Path, size: tuple[int, int] = (40, 20)) -> None:
+    for split in ("train", "val"):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for k in range(3):
+                picture = Image.fromarray(pictures(1, 10 * label + k)[0])
+                picture.resize(size).save(root / split / name / f"{k}.png")
+
+
+def test_pictures_that_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    picture_folders(tmp_path)
+    run = Run(
+        data="imagenet", model="resnet8", root=str(tmp_path), image_size=24, batch_size=2, epochs=2
+    )
+    data = load(run)
+    assert data.shape == (3, 24, 24)
+    assert sorted(data.train_y.tolist()) == [0, 0, 0, 1, 1, 1]
+    first, again, other = ([x for x, _ in batches(run, data, epoch)] for epoch in (1, 1, 2))
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    plain = torch.cat([x for x, _ in batches(run.but(augment=False), data, 1)])
+    index = torch.randperm(6, generator=torch.Generator().manual_seed(100_003 * 0 + 1))
+    assert torch.equal(plain, data.train_x[index].centred())
+    row = train(run, tmp_path / "out")
+    assert len(row["epochs"]) == 2
+
+
+def test_the_middle_of_a_picture_is_cropped_and_standardized(tmp_path: Path) -> None:
+    pixels = np.zeros((256, 300, 3), np.uint8)
+    pixels[16:240, 38:262] = 255  # the middle 224
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    x = PictureFiles([tmp_path / "a.png"], 224).centred()[0]
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(x, white[:, None, None].expand(3, 224, 224))
+
+
+def test_random_parts_are_of_the_picture_and_sometimes_flipped(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    parts = PictureFiles([tmp_path / "a.png"] * 60, 16).augmented(torch.Generator().manual_seed(0))
+    slopes = parts[:, 0, 8, -1] - parts[:, 0, 8, 0]
+    assert 10 < int((slopes < 0).sum()) < 50
+    widths = slopes.abs() * 255 * 0.229
+    assert 20 < float(widths.min()) < 80 < float(widths.max()) < 200
+
+
+def test_links_that_lead_out_of_the_data_are_refused(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    picture_folders(root)
+    outside.mkdir()
+    (root / "train" / "cat" / "0.png").rename(outside / "0.png")
+    (root / "train" / "cat" / "0.png").symlink_to(outside / "0.png")
+    for data in ("imagefolder", "imagenet"):
+        with pytest.raises(ValueError, match=r"train/cat/0\.png is a link that leads out of it"):
+            load(Run(data=data, model="resnet8", root=str(root)))
+    (root / "train" / "cat" / "0.png").unlink()
+    (root / "train" / "cat" / "0.png").symlink_to(root / "train" / "cat" / "1.png")
+    assert len(load(Run(data="imagenet", model="resnet8", root=str(root))).train_y) == 6
+
+
+def test_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
+    for data, place in (("imagenet", "www.image-net.org"), ("cifar100", "www.cs.toronto.edu")):
+        with pytest.raises(ValueError, match=place):
+            load(Run(data=data, model="resnet8", root=str(tmp_path)))
+
+
+def test_a_part_of_the_training_examples_is_held_out() -> None:
+    whole, held = load(Run()), load(Run(validation_size=300, test_size=100))
+    assert (len(held.train_y), len(held.test_y)) == (997, 100)
+    rows = {tuple(x.tolist()) for x in whole.train_x}
+    assert all(tuple(x.tolist()) in rows for x in held.test_x)
+    train_rows = {tuple(x.tolist()) for x in held.train_x}
+    assert not any(tuple(x.tolist()) in train_rows for x in held.test_x)
+    with pytest.raises(ValueError, match="validation_size=1297: give a number from 1 to 1296"):
+        load(Run(validation_size=1297))
+    with pytest.raises(ValueError, match="test_size=501: give a number from 1 to 500"):
+        load(Run(test_size=501))
+
+
 def test_arrays(tmp_path: Path) -> None:
     path = tmp_path / "some.npz"
 
@@ -251,6 +352,73 @@ def test_augmentation_flips_and_shifts_whole_pictures() -> None:
 # --- networks ------------------------------------------------------------------
 
 
+# Parameters of the CIFAR form with 10 classes and of the ImageNet form with 1,000. Of the VGGs,
+# papers and libraries count the convolutions' biases too, which a norm makes useless.
+PARAMETERS = {
+    "resnet20": (272_474, None),
+    "resnet56": (855_770, None),
+    "resnet18": (11_173_962, 11_689_512),
+    "resnet34": (21_282_122, 21_797_672),
+    "resnet50": (23_520_842, 25_557_032),
+    "vgg11": (None, 132_868_840 - 2_752),
+    "vgg16": (None, 138_365_992 - 4_224),
+    "densenet121": (6_956_298, 7_978_856),
+    "mobilenetv2": (2_236_682, 3_504_872),
+    "inceptionv3": (None, 23_834_568),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
+    for counted, classes, side in zip(PARAMETERS[name], (10, 1000), (32, 224), strict=True):
+        if counted is not None:
+            with torch.device("meta"):
+                net = models.build(name, classes, (3, side, side))
+            assert sum(p.numel() for p in net.parameters()) == counted
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "left"),
+    [
+        ("resnet18", 32, 4),
+        ("resnet18", 224, 7),
+        ("densenet121", 32, 4),
+        ("densenet121", 224, 7),
+        ("mobilenetv2", 32, 4),
+        ("mobilenetv2", 224, 7),
+        ("inceptionv3", 32, 7),
+        ("inceptionv3", 299, 8),
+    ],
+)
+def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) -> None:
+    sizes = []
+    with torch.device("meta"):
+        net = models.build(name, 10, (3, side, side))
+        last = next(m for m in net.modules() if isinstance(m, torch.nn.AdaptiveAvgPool2d))
+        last.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[-1]))
+        net(torch.randn(2, 3, side, side))
+    assert sizes == [left]
+
+
+def test_networks_of_other_libraries_are_taken_where_they_are(monkeypatch) -> None:
+    made = {}
+
+    def create_model(name: str, **options: object) -> torch.nn.Module:
+        if name != "known":
+            raise RuntimeError(f"Unknown model ({name})")
+        made.update(options)
+        return torch.nn.Identity()
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    assert isinstance(models.build("timm:known", 7, (3, 8, 8)), torch.nn.Identity)
+    assert made == {"num_classes": 7, "in_chans": 3}
+    with pytest.raises(ValueError, match=r"'timm:other': timm has no such network .*Unknown"):
+        models.build("timm:other", 7, (3, 8, 8))
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ValueError, match="torchvision is not installed"):
+        models.build("torchvision:resnet18", 7, (3, 8, 8))
+
+
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "resnet56"])
 def test_networks_train_on_two_pictures(name: str) -> None:
     shape = (64,) if name == "mlp" else (3, 32, 32)
@@ -270,9 +438,17 @@ def test_a_network_of_pictures_refuses_vectors() -> None:
 # --- training ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["torch", "mbn", "mabn", "brn", "bgn", "gn"])
-def test_a_stopped_run_ends_with_the_same_numbers(tmp_path: Path, method: str) -> None:
-    run = Run(method=method, **SMALL)
+LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],
+)
+def test_a_stopped_run_ends_with_the_same_numbers(
+    tmp_path: Path, method: str, settings: dict[str, object]
+) -> None:
+    run = Run(method=method, **SMALL, **settings)
     whole = train(run, tmp_path / "whole")
 
     class Stopped(Exception):
@@ -356,6 +532,51 @@ def test_settings_that_suit_a_short_run() -> None:
     assert method_options(Run(method="mabn", batch_size=8, norm_batch_size=2), 9) == {
         "norm_batch_size": 2
     }
+
+
+def test_the_learning_rate_falls_at_milestones() -> None:
+    run, data = Run(epochs=3, milestones=(1, 2), train_size=24), load(Run(train_size=24))
+    training = prepare(run, data)
+    rates = []
+    for epoch in (1, 2, 3):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        for x, y in batches(run, data, epoch):
+            step(run, training, x, y)
+            training.learning_rate.step()
+    assert rates == pytest.approx([0.1 * 2 / 64, 0.01 * 2 / 64, 0.001 * 2 / 64])
+
+
+def test_decay_of_scales_and_shifts_is_a_setting() -> None:
+    data = load(Run(train_size=24))
+
+    def decays(**settings: object) -> set[float]:
+        run = Run(method="bn", train_size=24, **settings)
+        training = prepare(run, data)
+        norms = [m for m in training.model.modules() if hasattr(m, "running_mean")]
+        mine = {id(p) for norm in norms for p in (norm.weight,)}
+        groups = training.optimizer.param_groups
+        return {g["weight_decay"] for g in groups for p in g["params"] if id(p) in mine}
+
+    assert decays() == {1e-4}
+    assert decays(norm_decay=False) == {0.0}
+    assert decays(norm_decay="auto") == {0.0, 1e-4}
+    run = Run(method="bn", train_size=24, gamma_target=1.0, weight_decay=0.5, lr=32.0, momentum=0)
+    training = prepare(run, data)
+    norm = next(m for m in training.model.modules() if hasattr(m, "running_mean"))
+    torch.nn.init.constant_(norm.weight, 3.0)
+    (0 * training.model(data.train_x[:4])).sum().backward()
+    training.optimizer.step()
+    assert torch.allclose(norm.weight, torch.full_like(norm.weight, 3 - 1.0 * 0.5 * 2))
+
+
+def test_weights_of_a_moving_average_network_may_stay_uncentred() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    data = Dataset("some", x, torch.arange(4), x, torch.arange(4), 4)
+    for options, centred in (((), True), ((("centralize", False),), False)):
+        run = Run(data="npz", model="resnet8", method="mabn", options=options)
+        first = next(m for m in prepare(run, data).model.modules() if hasattr(m, "out_channels"))
+        moved = (first(x + 1) - first(x))[:, :, 4, 4]  # centred weights see no constant
+        assert torch.allclose(moved, torch.zeros(()), atol=1e-5) == centred
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

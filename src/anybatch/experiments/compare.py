@@ -6,7 +6,7 @@ import signal
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -14,12 +14,14 @@ from queue import Empty
 from typing import Any
 
 from anybatch.experiments.config import BASELINE, Option, Run
-from anybatch.experiments.training import Row, stored_result, train
+from anybatch.experiments.files import exclusive
+from anybatch.experiments.training import OnEpoch, Row, stored_result, train
 from anybatch.methods import get_method
 
 # Those for the small batches of the default setting; a sample of these is smaller still.
 DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")
 OnProgress = Callable[[str, int, Row | None], None]
+Work = Callable[[Run, Path, OnEpoch], Row]
 
 
 @dataclass(frozen=True)
@@ -176,19 +178,37 @@ def train_runs(
             results[run.key] = row
             on_progress(run.key, run.epochs, row)
     if waiting:
-        results |= _train_in_processes(waiting, folder, workers, on_progress)
+        results |= in_processes(waiting, folder, workers, on_progress, train)
     return results
 
 
-def _train_in_processes(
-    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress
+def in_processes(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
 ) -> dict[str, Row]:
+    """Do the same with each of the runs, in order, in processes of one thread each.
+
+    Args:
+        runs: What to do it with, each once.
+        folder: Where their results are kept.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+        work: Called in a process with a run, the folder and what to call after each epoch; it gives
+            the result.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
     context = multiprocessing.get_context("spawn")
     news: Queue[tuple[str, int]] = context.Queue()
     pool = ProcessPoolExecutor(min(workers, len(runs)), context, _start_worker, (news,))
     results: dict[str, Row] = {}
     try:
-        pending: dict[Future[Row], str] = {pool.submit(_work, r, folder): r.key for r in runs}
+        pending: dict[Future[Row], str] = {
+            pool.submit(_work, work, run, folder): run.key for run in runs
+        }
         while pending:
             done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for key, epochs in _drain(news):
@@ -227,12 +247,24 @@ def _start_worker(news: "Queue[tuple[str, int]]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
 
-def _work(run: Run, folder: Path) -> Row:
+def _work(work: Work, run: Run, folder: Path) -> Row:
     def tell(epochs: int, _: Row) -> None:
         if _news is not None:
             _news.put((run.key, epochs))
 
-    return train(run, folder, tell)
+    return work(run, folder, tell)
+
+
+class Busy(Exception):
+    """A living process holds a lock.
+
+    Attributes:
+        process: Its number.
+    """
+
+    def __init__(self, process: str) -> None:
+        super().__init__(f"process {process} is at work")
+        self.process = process
 
 
 @contextmanager
@@ -245,36 +277,47 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If a living process holds it.
     """
-    lock = folder / ".lock"
-    try:
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError as error:
-        holder = _holder(lock)
-        if holder is not None:
+    with ExitStack() as held:
+        try:
+            held.enter_context(holding(folder / ".lock"))
+        except Busy as error:
             raise ValueError(
-                f"output={str(folder)!r}: process {holder} is at work in it; wait for it, or "
-                "give another folder with --output"
+                f"output={str(folder)!r}: {error} in it; wait for it, or give another folder with "
+                "--output"
             ) from error
-        lock.unlink(missing_ok=True)  # left by a process that was killed
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(str(os.getpid()))
         yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _holder(lock: Path) -> int | None:
-    """The living process that holds a lock."""
-    try:
-        process = int(lock.read_text())
-        os.kill(process, 0)
-    except PermissionError:
-        return process
-    except (OSError, ValueError):
-        return None
-    return process if process != os.getpid() else None
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """Hold a lock, a file with this process's number; it goes with a process that is killed.
+
+    Args:
+        lock: The file.
+
+    Raises:
+        Busy: If a living process holds it.
+    """
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(lock.open("a+", encoding="utf-8"))
+            try:
+                stack.enter_context(exclusive(file, wait=False))
+            except BlockingIOError as error:
+                file.seek(0)
+                raise Busy(file.read()) from error
+            try:  # the last holder may have taken the file away after it was opened here
+                if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                    break
+            except FileNotFoundError:
+                pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def machine() -> dict[str, Any]:

@@ -5,11 +5,11 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anybatch.methods import METHODS, get_method
 
-DATA = ("digits", "cifar10", "cifar100", "imagefolder", "npz")
+DATA = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz")
 MODELS = (
     "mlp",
     "resnet8",
@@ -20,10 +20,24 @@ MODELS = (
     "resnet50",
     "vgg11",
     "vgg16",
+    "densenet121",
+    "mobilenetv2",
+    "inceptionv3",
 )
+LIBRARIES = ("torchvision", "timm")  # whose networks are named LIBRARY:NAME, where installed
 PRECISIONS = ("float32", "bfloat16", "float16")
 BASELINE = "torch"
+NORM_DECAYS = (True, False, "auto")
 Option = tuple[str, Any]
+
+_LATER = (
+    "norm_epochs",
+    "milestones",
+    "norm_decay",
+    "gamma_target",
+    "validation_size",
+    "test_size",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Run:
     Attributes:
         data: Name of the data set.
         root: Folder or file of the data; None for data that need none.
-        model: Name of the network.
+        model: Name of the network, one of `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         method: Short name of the method; "torch" leaves the network's
             ``torch.nn.BatchNorm`` layers as they are.
         batch_size: Examples in a step.
@@ -41,17 +55,26 @@ class Run:
         centralize: Centralize the weights of the layers that feed norms, whatever the method.
         norm_batch_size: Examples that share statistics; None is batch_size.
         epochs: Passes over the training set.
+        norm_epochs: Epochs after which norms that change along training have arrived; None is all.
         seed: Of weights, order, noise and augmentation.
         lr: Learning rate for 64 examples; it is scaled with batch_size.
         momentum: Of SGD.
-        weight_decay: Of SGD, on all parameters.
+        milestones: Epochs after which the learning rate is divided by 10; none: it falls to 0
+            along a cosine, by step.
+        weight_decay: Of SGD.
+        norm_decay: Whether scales and shifts of norms are decayed, or "auto", as
+            `anybatch.param_groups` takes it.
+        gamma_target: What scales are decayed towards, from 0 to 1.
         noise: Standard deviation added to the inputs; None is 0.3 for digits, else 0.
         augment: Flip and shifted crop; None is yes for CIFAR and image folders.
-        image_size: Side that pictures of an image folder are resized to.
+        image_size: Side that pictures of folders are resized or cropped to.
         train_size: Use only so many training examples; None is all.
+        validation_size: Hold out so many of the training examples, in place of the test set.
+        test_size: Use only so many held-out examples; None is all.
         device: Where to train.
         precision: "float32", or "bfloat16" or "float16" by autocast.
-        options: The method's own options, as pairs.
+        options: The method's own options, as pairs, and "centralize", whether the weights before
+            its norms are centralized.
     """
 
     data: str = "digits"
@@ -63,31 +86,49 @@ class Run:
     accumulate: int = 1
     centralize: bool = False
     epochs: int = 12
+    norm_epochs: int | None = None
     seed: int = 0
     lr: float = 0.1
     momentum: float = 0.9
+    milestones: tuple[int, ...] = ()
     weight_decay: float = 1e-4
+    norm_decay: bool | Literal["auto"] = True
+    gamma_target: float = 0.0
     noise: float | None = None
     augment: bool | None = None
     image_size: int = 32
     train_size: int | None = None
+    validation_size: int | None = None
+    test_size: int | None = None
     device: str = "cpu"
     precision: str = "float32"
     options: tuple[Option, ...] = field(default=())
 
     def __post_init__(self) -> None:
         _choice("data", self.data, DATA)
-        _choice("model", self.model, MODELS)
+        library, colon, name = self.model.partition(":")
+        if not (colon and name and library in LIBRARIES):
+            _choice("model", self.model, MODELS)
         _choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "epochs", "image_size", "accumulate"):
             _count(name, getattr(self, name))
-        for name in ("norm_batch_size", "train_size"):
+        optional = ("norm_batch_size", "norm_epochs", "train_size", "validation_size", "test_size")
+        for name in optional:
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name))
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: give a whole number from 0 on")
-        for name in ("lr", "momentum", "weight_decay"):
+        for name in ("lr", "momentum", "weight_decay", "gamma_target"):
             _at_least_zero(name, getattr(self, name))
+        if self.gamma_target > 1:
+            raise ValueError(f"gamma_target={self.gamma_target!r}: give a number from 0 to 1")
+        if self.norm_decay not in NORM_DECAYS:
+            raise ValueError(f"norm_decay={self.norm_decay!r}: give True, False or 'auto'")
+        if list(self.milestones) != sorted({m for m in self.milestones if 0 < m < self.epochs}):
+            raise ValueError(
+                f"milestones={self.milestones!r}: give epochs in rising order, from 1 to "
+                f"{self.epochs - 1}"
+            )
         if self.data == "digits" and self.model != "mlp":
             raise ValueError(f"model={self.model!r}: digits are 8x8, give 'mlp'")
         if self.norm_batch_size is not None and self.norm_batch_size > self.batch_size:
@@ -115,7 +156,7 @@ class Run:
                 raise ValueError(f"options={options!r}: method 'torch' has none")
         else:
             method = get_method(self.method)
-            method.check_options(options)
+            method.check_options({n: v for n, v in options.items() if n != "centralize"})
             if method.wraps and self.norm_batch_size is not None:
                 raise ValueError(
                     f"norm_batch_size={self.norm_batch_size}: leave it out with "
@@ -125,9 +166,24 @@ class Run:
     @property
     def key(self) -> str:
         """A name for its files, unlike that of every other run."""
-        text = json.dumps(self.as_dict(), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{self.method}-b{self.statistics_size}-s{self.seed}-{digest}"
+        return f"{self.method}-b{self.statistics_size}-s{self.seed}-{self._digest()[:8]}"
+
+    @property
+    def identity(self) -> str:
+        """Its settings in 16 letters: the same wherever data and machine are."""
+        return self._digest("root", "device")[:16]
+
+    def _digest(self, *without: str) -> str:
+        settings = self.as_dict()
+        new = {name: getattr(Run, name) for name in _LATER}
+        # What came later is left out where it is not used: names of older runs stay theirs.
+        kept = {
+            name: value
+            for name, value in settings.items()
+            if name not in without and not (name in new and getattr(self, name) == new[name])
+        }
+        text = json.dumps(kept, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def statistics_size(self) -> int:
@@ -154,12 +210,16 @@ class Run:
     @property
     def augments(self) -> bool:
         """Whether pictures are flipped and shifted."""
-        usual = self.data in ("cifar10", "cifar100", "imagefolder")
+        usual = self.data in ("cifar10", "cifar100", "imagefolder", "imagenet")
         return usual if self.augment is None else self.augment
 
     def as_dict(self) -> dict[str, Any]:
         """The run as plain data."""
-        return {**asdict(self), "options": [list(option) for option in self.options]}
+        lists = {
+            "options": [list(option) for option in self.options],
+            "milestones": list(self.milestones),
+        }
+        return {**asdict(self), **lists}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Run":
@@ -173,7 +233,8 @@ class Run:
             if name not in known:
                 raise ValueError(f"{name}={data[name]!r}: a run has {', '.join(sorted(known))}")
         options = tuple((str(name), value) for name, value in data.get("options", ()))
-        return cls(**{**data, "options": options})
+        milestones = tuple(data.get("milestones", ()))
+        return cls(**{**data, "options": options, "milestones": milestones})
 
     def but(self, **changes: Any) -> "Run":
         """The same run with other values."""

@@ -1,7 +1,7 @@
 """Data sets as tensors, read from files that are never unpickled."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.pictures import PictureFiles, files_by_class, read_picture
 
 HELD_OUT_DIGITS = 500
 _CIFAR_FOLDERS = {
@@ -22,7 +23,12 @@ _STATISTICS = {  # of the whole training sets, channels red, green, blue
 }
 _SHARD, _SHARD_ROW, _SIDE = 5000, 100, 32
 _MOST_CLASSES = 100_000  # a label beyond is a mistake, and would ask for a network as wide
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_SPLITS = {"train": "training", "test": "held-out"}
+_SOURCES = {  # where to get what is missing
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-10 binary version)",
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar.html (CIFAR-100 binary version)",
+    "imagenet": "https://www.image-net.org/download.php (ILSVRC 2012; sort val by class, too)",
+}
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -33,7 +39,8 @@ class Dataset:
 
     Attributes:
         name: Of the data.
-        train_x: Training examples, float32, ``(N, ...)``.
+        train_x: Training examples, float32, ``(N, ...)``; pictures in files are read as they are
+            needed.
         train_y: Their classes.
         test_x: Held-out examples.
         test_y: Their classes.
@@ -41,9 +48,9 @@ class Dataset:
     """
 
     name: str
-    train_x: Tensor
+    train_x: Tensor | PictureFiles
     train_y: Tensor
-    test_x: Tensor
+    test_x: Tensor | PictureFiles
     test_y: Tensor
     classes: int
 
@@ -51,6 +58,20 @@ class Dataset:
     def shape(self) -> tuple[int, ...]:
         """Of one example."""
         return tuple(self.train_x.shape[1:])
+
+    def to(self, device: str) -> "Dataset":
+        """The data on a device; pictures in files stay where they are until they are read."""
+
+        def moved(x: Tensor | PictureFiles) -> Tensor | PictureFiles:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return replace(
+            self,
+            train_x=moved(self.train_x),
+            train_y=self.train_y.to(device),
+            test_x=moved(self.test_x),
+            test_y=self.test_y.to(device),
+        )
 
 
 def load(run: Run) -> Dataset:
@@ -66,16 +87,41 @@ def load(run: Run) -> Dataset:
         ValueError: If files are missing, incomplete or of another form.
     """
     data = _LOADERS[run.data](run)
-    if run.train_size is None:
-        return data
-    if run.train_size > len(data.train_x):
+    if run.validation_size is not None:
+        data = _validation(data, run.validation_size)
+    for name, wanted in (("train", run.train_size), ("test", run.test_size)):
+        there = len(data.train_y if name == "train" else data.test_y)
+        if wanted is not None and wanted > there:
+            raise ValueError(
+                f"{name}_size={wanted}: give a number from 1 to {there}, "
+                f"the {_SPLITS[name]} examples there are in {data.name}"
+            )
+    train, test = slice(run.train_size), slice(run.test_size)
+    return replace(
+        data,
+        train_x=data.train_x[train],
+        train_y=data.train_y[train],
+        test_x=data.test_x[test],
+        test_y=data.test_y[test],
+    )
+
+
+def _validation(data: Dataset, size: int) -> Dataset:
+    """Hold out a part of the training examples, always the same one, in place of the test set."""
+    there = len(data.train_y)
+    if size >= there:
         raise ValueError(
-            f"train_size={run.train_size}: give a number from 1 to {len(data.train_x)}, "
-            f"the training examples there are in {data.name}"
+            f"validation_size={size}: give a number from 1 to {there - 1}, to hold out of the "
+            f"{there} training examples in {data.name}"
         )
-    part = slice(run.train_size)
-    return Dataset(
-        data.name, data.train_x[part], data.train_y[part], data.test_x, data.test_y, data.classes
+    order = torch.randperm(there, generator=torch.Generator().manual_seed(0))
+    held_out, kept = order[:size], order[size:]
+    return replace(
+        data,
+        train_x=data.train_x[kept],
+        train_y=data.train_y[kept],
+        test_x=data.train_x[held_out],
+        test_y=data.train_y[held_out],
     )
 
 
@@ -91,14 +137,15 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
         Pictures of the same size.
     """
     n, _, height, width = x.shape
-    flips = torch.rand(n, generator=generator) < 0.5
-    shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
+    # Drawn on the generator's device, so that every device sees the same pictures.
+    flips = (torch.rand(n, generator=generator) < 0.5).to(x.device)
+    shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator).to(x.device)
     padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
-    rows = (shifts[:, :1] + torch.arange(height)).view(n, 1, height, 1)
-    columns = shifts[:, 1:] + torch.arange(width)
+    rows = (shifts[:, :1] + torch.arange(height, device=x.device)).view(n, 1, height, 1)
+    columns = shifts[:, 1:] + torch.arange(width, device=x.device)
     columns = torch.where(flips[:, None], columns.flip(1), columns).view(n, 1, 1, width)
-    examples = torch.arange(n).view(n, 1, 1, 1)
-    channels = torch.arange(x.shape[1]).view(1, -1, 1, 1)
+    examples = torch.arange(n, device=x.device).view(n, 1, 1, 1)
+    channels = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1)
     return padded[examples, channels, rows, columns]
 
 
@@ -130,22 +177,24 @@ def _cifar(run: Run) -> Dataset:
     for folder in looked:
         read = _cifar_reader(run.data, folder)
         if read is not None:
-            parts = read("train"), read("test")
+            most = run.train_size if run.validation_size is None else None
+            parts = read("train", most), read("test", run.test_size)
             return _standardized(run.data, *parts, 10 if run.data == "cifar10" else 100)
     pickled = [f for f in looked if any(f.glob("data_batch_1")) or (f / "train").is_file()]
     hint = f"{pickled[0]} holds the Python version, which is never unpickled; " if pickled else ""
     raise ValueError(
         f"root={str(root)!r}: no {run.data} in {', '.join(map(str, looked))}; {hint}give the "
         "folder of its binary version (.bin files), or of mosaics (train-00.webp and on, "
-        "test-00.webp and on, labels.npz)"
+        f"test-00.webp and on, labels.npz); it is at {_SOURCES[run.data]}"
     )
 
 
-def _cifar_reader(name: str, folder: Path) -> Callable[[str], Arrays] | None:
+def _cifar_reader(name: str, folder: Path) -> Callable[[str, int | None], Arrays] | None:
+    """Reads a split; of mosaics no more than there is need of, for decoding them takes time."""
     if (folder / "labels.npz").is_file() or any(folder.glob("*-[0-9][0-9].webp")):
-        return lambda split: _mosaics(folder, split)
+        return lambda split, most: _mosaics(folder, split, most)
     if any(folder.glob("*.bin")):
-        return lambda split: _binary(name, folder, split)
+        return lambda split, _: _binary(name, folder, split)
     return None
 
 
@@ -175,16 +224,16 @@ def _binary(name: str, folder: Path, split: str) -> Arrays:
     return np.ascontiguousarray(x), table[:, labels - 1].astype(np.int64)
 
 
-def _mosaics(folder: Path, split: str) -> Arrays:
+def _mosaics(folder: Path, split: str, most: int | None) -> Arrays:
     """Lossless mosaics of 5,000 pictures, 100 a row; shard k has the labels from 5,000 k on."""
     labels = _arrays(folder / "labels.npz", (split,))[0]
     files = sorted(folder.glob(f"{split}-[0-9][0-9].webp"))
     if not files:
         raise ValueError(f"root={str(folder)!r}: {split}-00.webp and on are missing")
     pictures, classes = [], []
-    for file in files:
+    for file in files if most is None else files[: -(-most // _SHARD)]:
         first = int(file.stem[-2:]) * _SHARD
-        pixels = _picture(file)
+        pixels = read_picture(file, lambda image: image)
         rows = _SHARD // _SHARD_ROW
         if pixels.shape != (rows * _SIDE, _SHARD_ROW * _SIDE, 3) or first + _SHARD > len(labels):
             raise ValueError(f"{file}: {pixels.shape} pixels are no mosaic of {_SHARD} pictures")
@@ -212,14 +261,44 @@ def _standardized(name: str, train: Arrays, test: Arrays, classes: int) -> Datas
 
 
 def _imagefolder(run: Run) -> Dataset:
+    def read(files: list[Path]) -> NDArray[np.uint8]:
+        size = (run.image_size, run.image_size)
+        squares = [read_picture(file, lambda x: x.convert("RGB").resize(size)) for file in files]
+        return np.stack(squares)
+
+    (train, train_y), (test, test_y), classes = _splits(run)
+    return _standardized(_root(run).name, (read(train), train_y), (read(test), test_y), classes)
+
+
+def _imagenet(run: Run) -> Dataset:
+    (train, train_y), (test, test_y), classes = _splits(run)
+    # A first part of the files would be of the first classes only.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    mixed = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    return Dataset(
+        _root(run).name,
+        PictureFiles(train, run.image_size)[order],
+        torch.from_numpy(train_y)[order],
+        PictureFiles(test, run.image_size)[mixed],
+        torch.from_numpy(test_y)[mixed],
+        classes,
+    )
+
+
+Split = tuple[list[Path], NDArray[np.int64]]
+
+
+def _splits(run: Run) -> tuple[Split, Split, int]:
+    """Files and classes of the training and the held-out pictures, and the number of classes."""
     root = _root(run)
     train = root / "train"
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not train.is_dir() or test is None:
         there = sorted(path.name for path in root.iterdir())[:8]
+        source = f"; ImageNet is at {_SOURCES['imagenet']}" if run.data == "imagenet" else ""
         raise ValueError(
             f"root={str(root)!r}: it needs the folders train and test (or val), each with a folder "
-            f"a class; it has {', '.join(there) or 'nothing'}"
+            f"a class; it has {', '.join(there) or 'nothing'}{source}"
         )
     names = sorted(path.name for path in train.iterdir() if path.is_dir())
     if len(names) < 2:
@@ -227,32 +306,12 @@ def _imagefolder(run: Run) -> Dataset:
     strange = sorted(p.name for p in test.iterdir() if p.is_dir() and p.name not in names)
     if strange:
         raise ValueError(f"root={str(test)!r}: the classes {strange} are not in {train}")
-    pictures = _class_folders(train, names, run.image_size)
-    held_out = _class_folders(test, names, run.image_size)
-    return _standardized(root.name, pictures, held_out, len(names))
 
+    def split(folder: Path) -> Split:
+        files, classes = files_by_class(folder, names, root)
+        return files, np.array(classes, np.int64)
 
-def _class_folders(folder: Path, names: list[str], size: int) -> Arrays:
-    pictures, classes = [], []
-    for label, name in enumerate(names):
-        for file in sorted((folder / name).glob("*")):
-            if file.suffix.lower() in _PICTURES:
-                pictures.append(_picture(file, size))
-                classes.append(label)
-    if not pictures:
-        raise ValueError(f"root={str(folder)!r}: no pictures ({', '.join(_PICTURES)}) in it")
-    return np.stack(pictures), np.array(classes, np.int64)
-
-
-def _picture(file: Path, size: int | None = None) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-            return np.asarray(rgb if size is None else rgb.resize((size, size)), np.uint8)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a picture that can be read ({error})") from error
+    return split(train), split(test), len(names)
 
 
 def _npz(run: Run) -> Dataset:
@@ -319,5 +378,6 @@ _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagefolder": _imagefolder,
+    "imagenet": _imagenet,
     "npz": _npz,
 }

@@ -12,8 +12,9 @@ from torch import nn
 from anybatch.evaluation.recalibration import recalibrate
 from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import load
+from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import COLOURS, MARKERS
+from anybatch.experiments.pictures import as_tensor
 from anybatch.experiments.training import train
 from anybatch.experiments.tuning import build, halves, read_checkpoint, training_batches
 
@@ -86,10 +87,25 @@ def weigh(
 
 
 def _tuned(run: Run, folder: Path, metric: str) -> Pair:
-    """Curves of a run on both halves of the held-out examples."""
+    """Train a run, and tune its weight."""
     data = load(run)
-    train(run, folder, keep_weights=True)
-    _, state = read_checkpoint(folder / "runs" / f"{run.key}.pt")
+    train(run, folder, keep_weights=True, data=data)
+    return tuned_on_halves(run, folder / "runs" / f"{run.key}.pt", data, metric)
+
+
+def tuned_on_halves(run: Run, checkpoint: Path, data: Dataset, metric: str) -> Pair:
+    """Curves of a trained run over the example weight, on both halves of the held-out examples.
+
+    Args:
+        run: The run.
+        checkpoint: Its trained weights.
+        data: Its data.
+        metric: What the weight is tuned for.
+
+    Returns:
+        The curve on each half; the weight that one finds is judged on the other.
+    """
+    _, state = read_checkpoint(checkpoint)
     model = build(run, data, state)
     if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         recalibrate(model, training_batches(data, run.device), progress=False)
@@ -225,7 +241,7 @@ def pictures(run: Run, path: Path, shape: tuple[int, ...], size: int | None = No
     parts = {"train": (data.train_x, data.train_y), "test": (data.test_x, data.test_y)}
     arrays = {}
     for name, (x, y) in parts.items():
-        arrays[f"x_{name}"] = x[:size].reshape(-1, *shape).numpy()
+        arrays[f"x_{name}"] = as_tensor(x[:size]).reshape(-1, *shape).numpy()
         arrays[f"y_{name}"] = y[:size].numpy()
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path

@@ -3,9 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -73,6 +74,29 @@ def output_folder(path: Path) -> Path:
             "give a folder that you may write, with --output"
         ) from error
     return path
+
+
+@contextmanager
+def exclusive(file: IO[Any], wait: bool = True) -> Iterator[None]:
+    """Keep an open file to this process; the lock goes with a process that is killed.
+
+    Args:
+        file: The file.
+        wait: For another process that has it.
+
+    Raises:
+        BlockingIOError: If another process has it, and `wait` is False.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock: one process at a time there
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _write(path: Path, text: str) -> None:

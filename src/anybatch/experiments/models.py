@@ -1,7 +1,18 @@
-"""Networks in the form that CIFAR experiments use, with torch's batch norm throughout."""
+"""Networks of the papers, with torch's batch norm throughout.
+
+Pictures of up to 64 pixels are taken whole, as CIFAR experiments do; larger ones meet the stem that
+the network has for ImageNet.
+"""
+
+import importlib
 
 import torch
 from torch import Tensor, nn
+
+from anybatch.experiments.config import LIBRARIES
+from anybatch.experiments.densenet import DEPTHS, densenet
+from anybatch.experiments.inception import inception_v3
+from anybatch.experiments.mobilenet import mobilenet_v2
 
 _BASIC = {"resnet8": 1, "resnet20": 3, "resnet56": 9}  # blocks a stage
 _DEEP = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -9,13 +20,15 @@ _VGG = {
     "vgg11": (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
     "vgg16": (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0),
 }
+_SMALL = 64
+_AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     """Build a network.
 
     Args:
-        name: One of `anybatch.experiments.config.MODELS`.
+        name: One of `anybatch.experiments.config.MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
         classes: Outputs.
         shape: Of one example: ``(features,)`` for "mlp", else ``(channels, height, width)``.
 
@@ -23,22 +36,49 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         The network, freshly initialized.
 
     Raises:
-        ValueError: If the network does not take such examples.
+        ValueError: If the network does not take such examples, or its library is not there.
     """
     if name == "mlp":
         return _mlp(int(torch.Size(shape).numel()), classes)
     if len(shape) != 3:
         raise ValueError(f"model={name!r}: it takes pictures, and an example here is {shape}")
+    if name.partition(":")[0] in LIBRARIES:
+        return _from_library(name, classes, shape[0])
+    channels, large = shape[0], shape[2] > _SMALL
     if name in _BASIC:
-        net: nn.Module = _ResNet(_Basic, (_BASIC[name],) * 3, (16, 32, 64), classes, shape[0])
+        net: nn.Module = _ResNet(_Basic, (_BASIC[name],) * 3, (16, 32, 64), classes, channels)
     elif name in _DEEP:
         block = _Bottleneck if name == "resnet50" else _Basic
-        net = _ResNet(block, _DEEP[name], (64, 128, 256, 512), classes, shape[0])
+        net = _ResNet(block, _DEEP[name], (64, 128, 256, 512), classes, channels, large)
+    elif name in DEPTHS:
+        net = densenet(DEPTHS[name], classes, channels, large)
+    elif name == "mobilenetv2":
+        net = mobilenet_v2(classes, channels, large)
+    elif name == "inceptionv3":
+        net = inception_v3(classes, channels, large)
     else:
-        net = _vgg(_VGG[name], classes, shape)
+        net = _vgg(_VGG[name], classes, channels, large)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def _from_library(name: str, classes: int, channels: int) -> nn.Module:
+    """A network of another library, as it initializes it."""
+    library, _, own = name.partition(":")
+    try:
+        module = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    except ImportError as error:
+        raise ValueError(f"model={name!r}: {library} is not installed") from error
+    try:
+        if library == "timm":
+            net: nn.Module = module.create_model(own, num_classes=classes, in_chans=channels)
+        else:  # an auxiliary classifier would make the output a pair
+            own_options = {"aux_logits": False} if own in _AUXILIARY else {}
+            net = module.get_model(own, weights=None, num_classes=classes, **own_options)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model={name!r}: {library} has no such network ({error})") from error
     return net
 
 
@@ -107,9 +147,13 @@ class _ResNet(nn.Sequential):
         widths: tuple[int, ...],
         classes: int,
         channels: int,
+        large: bool = False,
     ) -> None:
         inputs = widths[0]
-        layers: list[nn.Module] = [_conv(channels, inputs, 3), nn.BatchNorm2d(inputs), nn.ReLU()]
+        first = _conv(channels, inputs, 7, 2) if large else _conv(channels, inputs, 3)
+        layers: list[nn.Module] = [first, nn.BatchNorm2d(inputs), nn.ReLU()]
+        if large:
+            layers.append(nn.MaxPool2d(3, 2, 1))
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             for index in range(depth):
                 layers.append(block(inputs, width, 2 if stage and not index else 1))
@@ -117,13 +161,18 @@ class _ResNet(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
 
-def _vgg(widths: tuple[int, ...], classes: int, shape: tuple[int, ...]) -> nn.Sequential:
+def _vgg(widths: tuple[int, ...], classes: int, channels: int, large: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    inputs = shape[0]
+    inputs = channels
     for width in widths:
         if width == 0:
             layers.append(nn.MaxPool2d(2))
         else:
             layers += [_conv(inputs, width, 3), nn.BatchNorm2d(width), nn.ReLU()]
             inputs = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    layers += [nn.AdaptiveAvgPool2d(7 if large else 1), nn.Flatten()]
+    if large:
+        for features in (49 * inputs, 4096):
+            layers += [nn.Linear(features, 4096), nn.ReLU(), nn.Dropout()]
+        inputs = 4096
+    return nn.Sequential(*layers, nn.Linear(inputs, classes))

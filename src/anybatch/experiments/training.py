@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.conversion import convert
+from anybatch.conversion import GammaDecay, convert, param_groups
 from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset, augment, load
 from anybatch.experiments.files import write_json, write_whole
+from anybatch.experiments.pictures import PictureFiles, read_ahead
 from anybatch.layers import VirtualDataset, accumulate
 from anybatch.layers.base import NormLayer
 from anybatch.methods import METHODS
@@ -45,10 +46,10 @@ class Training(NamedTuple):
 
 def steps_per_epoch(run: Run, data: Dataset) -> int:
     """Whole batches in the training set; a smaller last one is left out for every method."""
-    steps = len(data.train_x) // run.batch_size
+    steps = len(data.train_y) // run.batch_size
     if steps == 0:
         raise ValueError(
-            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_x)}, "
+            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_y)}, "
             "the training examples there are"
         )
     return steps
@@ -82,7 +83,10 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
 
 def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
-    mean, std = dataset_statistics([data.train_x], progress=False)
+    if isinstance(data.train_x, PictureFiles):  # standardized by what is known of such pictures
+        mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
+    else:
+        mean, std = dataset_statistics([data.train_x], progress=False)
     if num_virtual is None:
         num_virtual = 2 if run.model == "mlp" else 1  # one row is no variance to (N, C)
     noisy = (std.square() + run.adds_noise**2).sqrt()
@@ -111,17 +115,42 @@ def prepare(run: Run, data: Dataset) -> Training:
         model = _wrap(run, model, data, num_virtual) if wraps else model
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
-        progress = NormScheduler(model, run.epochs)
+        progress = NormScheduler(model, run.norm_epochs or run.epochs)
     model = model.to(run.device)
+    optimizer = _optimizer(run, model, data)
+    learning_rate = _learning_rate(run, optimizer, steps)
+    scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
+    return Training(model, optimizer, learning_rate, progress, scaler)
+
+
+def _optimizer(run: Run, model: nn.Module, data: Dataset) -> torch.optim.Optimizer:
+    parameters: Any = model.parameters()
+    if run.norm_decay is not True or run.gamma_target:
+        example = torch.zeros(2, *data.shape, device=run.device)
+        parameters = param_groups(
+            model, run.weight_decay, run.norm_decay, run.gamma_target, example_inputs=example
+        )
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=run.lr * run.batch_size / 64,
         momentum=run.momentum,
         weight_decay=run.weight_decay,
     )
-    learning_rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
-    scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
-    return Training(model, optimizer, learning_rate, progress, scaler)
+    if any("gamma_target" in group for group in optimizer.param_groups):
+        GammaDecay(optimizer)
+    return optimizer
+
+
+def _learning_rate(
+    run: Run, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule that is stepped with the optimizer."""
+    if run.milestones:
+        ends = [epoch * steps for epoch in run.milestones]
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.1 ** sum(step >= end for end in ends)
+        )
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
 
 
 def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,10 +160,12 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
     for step in range(steps_per_epoch(run, data)):
         index = order[step * run.batch_size : (step + 1) * run.batch_size]
         x, y = data.train_x[index], data.train_y[index]
-        if run.augments and x.dim() == 4:
+        if isinstance(x, PictureFiles):
+            x = x.augmented(generator) if run.augments else x.centred()
+        elif run.augments and x.dim() == 4:
             x = augment(x, generator)
         if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator)
+            x = x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
         yield x.to(run.device), y.to(run.device)
 
 
@@ -195,7 +226,11 @@ def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tupl
 
 
 def train(
-    run: Run, folder: Path, on_epoch: OnEpoch | None = None, keep_weights: bool = False
+    run: Run,
+    folder: Path,
+    on_epoch: OnEpoch | None = None,
+    keep_weights: bool = False,
+    data: Dataset | None = None,
 ) -> Row:
     """Train a run, or go on where it stopped, or give its result if it is finished.
 
@@ -205,6 +240,7 @@ def train(
         on_epoch: Called with the epochs done so far and the row of the last one.
         keep_weights: Leave run and trained weights beside the result, in a ``.pt``
             file; a finished run without one is trained again.
+        data: Its data, where they are loaded already.
 
     Returns:
         The result: the run, a row an epoch, final loss and accuracy, seconds.
@@ -215,8 +251,9 @@ def train(
     if stored is not None and (weights.is_file() or not keep_weights):
         return stored
     result.parent.mkdir(parents=True, exist_ok=True)
-    data = load(run)
+    data = load(run) if data is None else data
     training = prepare(run, data)
+    data = data.to(run.device)
     rows = _resume(run, training, checkpoint)
     while len(rows) < run.epochs:
         rows.append(train_epoch(run, training, data, len(rows) + 1))
@@ -258,7 +295,10 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     """Train for one epoch, from 1 on; its row."""
     training.model.train()
     start, total = time.perf_counter(), torch.zeros((), device=run.device)
-    for x, y in batches(run, data, epoch):
+    steps = batches(run, data, epoch)
+    if isinstance(data.train_x, PictureFiles):
+        steps = read_ahead(steps)
+    for x, y in steps:
         total += step(run, training, x, y)
         training.learning_rate.step()
     if training.progress is not None:

@@ -17,6 +17,7 @@ from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import png
 from anybatch.experiments.files import write_json, write_text, write_whole
+from anybatch.experiments.pictures import as_tensor
 from anybatch.experiments.training import prepare
 
 SCHEMA = 1
@@ -116,12 +117,15 @@ def halves(data: Dataset, device: str = "cpu") -> tuple[Batches, Batches]:
     Returns:
         Batches of each half, always the same ones.
     """
-    order = torch.randperm(len(data.test_x), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
     middle = len(order) // 2
     if not middle:
         raise ValueError("data: there is one held-out example, and two halves of them are needed")
     found = [
-        [(data.test_x[i].to(device), data.test_y[i].to(device)) for i in part.split(_BATCH)]
+        [
+            (as_tensor(data.test_x[i]).to(device), data.test_y[i].to(device))
+            for i in part.split(_BATCH)
+        ]
         for part in (order[:middle], order[middle:])
     ]
     return found[0], found[1]

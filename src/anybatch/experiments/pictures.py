@@ -1,0 +1,189 @@
+"""Pictures in files: many more than fit in memory, read and cropped as they are needed."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Of ImageNet's training set, channels red, green, blue.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LEAST_AREA, _ASPECT = 0.08, 4 / 3
+_BORDER = 256 / 224  # the shorter side that is resized to, over the side that is cropped
+
+Edit = Callable[["Image"], "Image"]
+
+
+def read_picture(file: Path, edit: Edit) -> NDArray[np.uint8]:
+    """A picture in red, green and blue, edited while the file is open.
+
+    Args:
+        file: Of a format that Pillow reads.
+        edit: What to do with it.
+
+    Returns:
+        ``(height, width, 3)``.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    from PIL import UnidentifiedImageError
+    from PIL.Image import DecompressionBombError
+    from PIL.Image import open as opened
+
+    try:
+        with opened(file) as image:
+            return np.asarray(edit(image).convert("RGB"), np.uint8)
+    except (OSError, UnidentifiedImageError, DecompressionBombError) as error:
+        raise ValueError(f"{file}: not a picture that can be read ({error})") from error
+
+
+def files_by_class(folder: Path, names: Sequence[str], root: Path) -> tuple[list[Path], list[int]]:
+    """The pictures of a split, class by class.
+
+    Args:
+        folder: Of the split; it has a folder a class.
+        names: Of the classes.
+        root: Of the data; a link that leads out of it is refused.
+
+    Returns:
+        Files, and the number of each one's class.
+
+    Raises:
+        ValueError: If there are none, or a link leads out of the root.
+    """
+    files, classes = [], []
+    for label, name in enumerate(names):
+        _check_inside(folder / name, root)
+        for file in sorted((folder / name).glob("*")):
+            if file.suffix.lower() in ENDINGS:
+                _check_inside(file, root)
+                files.append(file)
+                classes.append(label)
+    if not files:
+        raise ValueError(f"root={str(folder)!r}: no pictures ({', '.join(ENDINGS)}) in it")
+    return files, classes
+
+
+def _check_inside(path: Path, root: Path) -> None:
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"root={str(root)!r}: {path.relative_to(root)} is a link that leads out of it, to "
+            f"{path.resolve()}; put the pictures themselves there"
+        )
+
+
+class PictureFiles:
+    """Square pictures of files, standardized; nothing is read before it is asked for.
+
+    Args:
+        files: The pictures.
+        size: Their side, after cropping.
+    """
+
+    def __init__(self, files: Sequence[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    @property
+    def shape(self) -> torch.Size:
+        """As that of a tensor of them all."""
+        return torch.Size((len(self.files), 3, self.size, self.size))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: slice | Tensor) -> "PictureFiles":
+        """Some of them, still unread."""
+        if isinstance(index, slice):
+            return PictureFiles(self.files[index], self.size)
+        return PictureFiles([self.files[k] for k in index.tolist()], self.size)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them in centred crops, so many at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size].centred()
+
+    def centred(self) -> Tensor:
+        """The middle of each, of 224 in 256 parts of its shorter side."""
+        return self._read([self._middle] * len(self))
+
+    def augmented(self, generator: torch.Generator) -> Tensor:
+        """A random part of each, of 8 to 100 % of its area and up to 4:3, flipped or not.
+
+        Args:
+            generator: Draws sizes, shapes, places and flips.
+
+        Returns:
+            ``(N, 3, size, size)``.
+        """
+        numbers = torch.rand(len(self), 5, generator=generator).tolist()
+        return self._read([self._part(*drawn) for drawn in numbers])
+
+    def _read(self, edits: Sequence[Edit]) -> Tensor:
+        pictures = np.stack(list(_readers().map(read_picture, self.files, edits)))
+        mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
+        x = (torch.from_numpy(pictures).float() / 255 - mean) / std
+        return x.permute(0, 3, 1, 2).contiguous()
+
+    def _middle(self, image: "Image") -> "Image":
+        side = min(image.size) / _BORDER
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return self._resized(image, (left, top, left + side, top + side))
+
+    def _part(self, area: float, aspect: float, x: float, y: float, flip: float) -> Edit:
+        from PIL.Image import Transpose
+
+        def edit(image: "Image") -> "Image":
+            pixels = (_LEAST_AREA + (1 - _LEAST_AREA) * area) * image.width * image.height
+            ratio = math.exp((2 * aspect - 1) * math.log(_ASPECT))
+            width = min(math.sqrt(pixels * ratio), image.width)
+            height = min(math.sqrt(pixels / ratio), image.height)
+            left, top = x * (image.width - width), y * (image.height - height)
+            part = self._resized(image, (left, top, left + width, top + height))
+            return part.transpose(Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else part
+
+        return edit
+
+    def _resized(self, image: "Image", box: tuple[float, float, float, float]) -> "Image":
+        from PIL.Image import Resampling
+
+        return image.convert("RGB").resize((self.size, self.size), Resampling.BILINEAR, box)
+
+
+def as_tensor(x: Tensor | PictureFiles) -> Tensor:
+    """Examples themselves: pictures in files are read, and their middle taken."""
+    return x.centred() if isinstance(x, PictureFiles) else x
+
+
+def read_ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
+    """Batches, of which the next ones are made while one is used.
+
+    Args:
+        batches: Makes them, in a thread of its own, in order.
+        count: How many are made ahead.
+
+    Yields:
+        The batches.
+    """
+    with ThreadPoolExecutor(1) as maker:
+        waiting = [maker.submit(next, batches, None) for _ in range(count)]
+        while (batch := waiting.pop(0).result()) is not None:
+            waiting.append(maker.submit(next, batches, None))
+            yield batch
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads that decode: Pillow works on several pictures at once."""
+    return ThreadPoolExecutor(os.cpu_count() or 1)
