@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
+from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
 from anybatch.layers.normalize import BackwardMemory, normalize
@@ -274,18 +275,32 @@ class NormLayer(NormState):
 
     # --- forward -----------------------------------------------------------
 
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize.
+    def forward(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """Normalize; with an `activation`, write ``relu(norm(x) + residual)`` in the same pass.
 
         Args:
             input: ``(N, C, ...)``.
             mask: Where input is valid, true or not 0: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``.
                 Statistics are those of the valid positions; the output is normalized everywhere.
                 None for all; `anybatch.masked` gives it to the layers of a network.
+            residual: A tensor of the input's shape and type, added to the normalized input before
+                the activation (default None: nothing).
+            activation: "relu", or None (default). What is kept for backward is the input and the
+                output, as of a norm and a ReLU apart.
 
         Returns:
             A tensor of the input's shape, type and format.
         """
+        then = None
+        if activation is not None or residual is not None:
+            then = read_activation(activation, residual, input)
         shape = input.shape
         if len(shape) not in self._ranks or shape[1] != self.num_features:
             self._refuse(input)
@@ -294,13 +309,15 @@ class NormLayer(NormState):
         mask = self.mask if mask is None else mask
         training = self.training and not self.frozen
         if not training and self.running_mean is not None:
-            return self._infer(input, mask)
+            y = self._infer(input, mask)
+            return y if then is None else then.of(y)
         source = None
         if mask is not None or self._group is not None:
             source = self._source(input, mask, training)
         if input.numel() or (source is not None and source.group is not None):
-            return self._normalize_batch(input, training, source)
-        return self._empty(input, training)
+            return self._normalize_batch(input, training, source, then)
+        y = self._empty(input, training)
+        return y if then is None else then.of(y)
 
     def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> Source | None:
         """Whose values stand behind the statistics; None for all of the batch's own."""
@@ -337,7 +354,13 @@ class NormLayer(NormState):
         assert total is not None
         return round(float(total))
 
-    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
+    def _normalize_batch(
+        self,
+        x: Tensor,
+        training: bool,
+        source: Source | None = None,
+        then: Activation | None = None,
+    ) -> Tensor:
         cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
@@ -349,10 +372,13 @@ class NormLayer(NormState):
             small = self.fuses_small_only
             loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
             if loops is not None and shift is not None and self._live(cut, values) is None:
-                y: Tensor = Compiled.apply(x, scale, shift, self, loops, cut, update)  # type: ignore[no-untyped-call]
+                inside = then is not None and not small
+                added = then.residual if then is not None and inside else None
+                how = (self, loops, cut, update, inside)
+                y: Tensor = Compiled.apply(x, scale, shift, added, *how)  # type: ignore[no-untyped-call]
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
-                return y
+                return y if then is None or inside else then.of(y, fresh=True)
         live = self._live(cut, values) if source is None else None
         chosen = self._recent.find(x, _rows(cut)) if recomputed else None
         if chosen is None:
@@ -366,7 +392,8 @@ class NormLayer(NormState):
         memory = None
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
-        return self._apply_statistics(x, cut, chosen, memory, source)
+        y = self._apply_statistics(x, cut, chosen, memory, source)
+        return y if then is None else then.of(y, fresh=True)
 
     def _apply_statistics(
         self,

@@ -30,6 +30,8 @@ class ForwardArrays(NamedTuple):
         weight: Scale.
         bias: Shift.
         parts: Threads.
+        relu: Whether a ReLU follows.
+        added: What is added before it, like `x`; empty for nothing.
     """
 
     x: Array
@@ -39,6 +41,8 @@ class ForwardArrays(NamedTuple):
     weight: Array
     bias: Array
     parts: int
+    relu: bool
+    added: Array
 
 
 class BackwardArrays(NamedTuple):
@@ -55,6 +59,9 @@ class BackwardArrays(NamedTuple):
         db: Gradient of the shift, to be written.
         wanted: Whether the input needs a gradient.
         parts: Threads.
+        relu: Whether a ReLU followed.
+        y: Its output; empty without one.
+        g_added: Gradient of what was added before it, to be written; empty where none is wanted.
     """
 
     dy: Array
@@ -67,6 +74,9 @@ class BackwardArrays(NamedTuple):
     db: Array
     wanted: bool
     parts: int
+    relu: bool
+    y: Array
+    g_added: Array
 
 
 class Kept(NamedTuple):
@@ -130,21 +140,30 @@ class Compiled(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        added: Tensor | None,
         layer: "NormLayer",
         loops: ModuleType,
         cut: Partition,
         update: bool,
+        relu: bool,
     ) -> Tensor:
         y: Tensor = loops.empty_like(x)
         last = not x.is_contiguous()
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
+        added_ = nothing = loops.nothing(x_.dtype)
+        if added is not None:
+            added_ = _flat(_ordered(added.detach(), last), last)
         w, b = loops.read(weight), loops.read(bias)
         steps, kept = _steps(cut), []
         for rows, sizes in steps:
             some = (x_, y_) if len(steps) == 1 else (x_[rows], y_[rows])
-            arrays = ForwardArrays(*some, last, loops.cut(sizes), w, b, parts)
+            more = nothing if added is None else added_[rows]
+            arrays = ForwardArrays(*some, last, loops.cut(sizes), w, b, parts, relu, more)
             kept.append(layer.fused(loops, arrays, update))
-        ctx.save_for_backward(x, weight)
+        if relu:  # whose mask is the sign of its output
+            ctx.save_for_backward(x, weight, y)
+        else:
+            ctx.save_for_backward(x, weight)
         ctx.kept = layer._last = kept
         ctx.layer, ctx.loops, ctx.cut, ctx.last, ctx.update = layer, loops, cut, last, update
         return y
@@ -152,18 +171,28 @@ class Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        x, weight, *activated = ctx.saved_tensors
+        needs, adds = ctx.needs_input_grad, ctx.needs_input_grad[3]
         if not is_plain(dy) or kernels.is_watched():
             statistics = as_statistics(ctx.kept, x)
             memory = ctx.layer.backward_memory(statistics, None, ctx.update)
             call = Call(statistics, ctx.cut.sizes, ctx.layer.eps, memory)
-            return *gradients(dy.to(x.dtype), x, weight, call, needs), None, None, None, None
+            dy = dy.to(x.dtype)
+            for y in activated:
+                dy = dy.masked_fill(y <= 0, 0)
+            return *gradients(dy, x, weight, call, needs), dy if adds else None, *_REST
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         dy, x = _ordered(dy, last), _ordered(x.detach(), last)
         dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
+        y_ = g_ = nothing = loops.nothing(x_.dtype)
+        g = None
+        if activated:
+            y_ = _flat(_ordered(activated[0].detach(), last), last)
+            if adds:
+                g = loops.empty_like(x)
+                g_ = _flat(g, last)
         if one:
             dw, db = torch.empty_like(weight), torch.empty_like(weight)
         else:
@@ -172,7 +201,9 @@ class Compiled(torch.autograd.Function):
         for step, (rows, sizes) in enumerate(steps):
             some = (dy_, x_, dx_) if one else (dy_[rows], x_[rows], dx_[rows])
             own: tuple[Array, Array] = (dw_, db_) if one else (dw_[step], db_[step])
-            arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, needs[0], parts)
+            behind = y_[rows] if activated else nothing, g_ if g is None else g_[rows]
+            how = (needs[0], parts, bool(activated), *behind)
+            arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, *how)
             ctx.layer.fused_backward(loops, arrays, ctx.kept[step], ctx.update)
         if not one:
             dw, db = dw.sum(0), db.sum(0)
@@ -180,11 +211,12 @@ class Compiled(torch.autograd.Function):
             dx if needs[0] else None,
             dw if needs[1] else None,
             db if needs[2] else None,
-            None,
-            None,
-            None,
-            None,
+            g,
+            *_REST,
         )
+
+
+_REST = (None, None, None, None, None)  # gradients of what is no tensor
 
 
 def is_plain(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from anybatch.kernels import INFINITY, cross_iteration_kernels, is_watched, patches
 from anybatch.kernels.patches import Geometry
 from anybatch.layers.accumulation import Seen
+from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
@@ -387,7 +388,13 @@ class _CrossIterationBatchNorm(NormLayer):
     def _enough(self, counts: Tensor) -> Tensor:
         return super()._enough(counts) if self._flow.batch is None else counts > 0
 
-    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
+    def _normalize_batch(
+        self,
+        x: Tensor,
+        training: bool,
+        source: Source | None = None,
+        then: Activation | None = None,
+    ) -> Tensor:
         if training and self.window is None:
             examples = min(x.shape[0], self.norm_batch_size or x.shape[0])
             self._open_window(self.examples_of_all(examples))
@@ -395,7 +402,7 @@ class _CrossIterationBatchNorm(NormLayer):
             feed = None if in_backward() else self._take_feed(x)
             self._flow.batch = _Batch(feed, x.detach(), 0, source)
         try:
-            return super()._normalize_batch(x, training, source)
+            return super()._normalize_batch(x, training, source, then)
         finally:
             self._flow.batch = self._flow.feed = None
 
@@ -507,7 +514,7 @@ class _CrossIterationBatchNorm(NormLayer):
             if update:
                 self.memory["step"].add_(1)
             return fused_groups(self, loops, arrays, update)
-        x, y, _, _, weight, bias, _ = arrays
+        x, y, weight, bias = arrays.x, arrays.y, arrays.weight, arrays.bias
         feed, output, first, _ = self._flow.batch
         self._flow.batch = _Batch(feed, output, first + x.shape[0])
         kernels = cross_iteration_kernels()
@@ -601,7 +608,7 @@ class _CrossIterationBatchNorm(NormLayer):
         windowed = "backward_window" in self.memory and not self.burning
         if kept.own or kept.share == 0 or not windowed:
             return super().fused_backward(loops, arrays, kept, update)
-        dy, x, dx, _, _, weight, dw, db, _, _ = arrays
+        dy, x, dx, _, _, weight, dw, db, *_ = arrays
         window, count = self.memory["backward_window"], self.memory["backward_step"]
         cross_iteration_kernels().windowed_backward(
             dy,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.kernels.samples import Box, Place
+from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.base import Batch, NormLayer, updates
 from anybatch.layers.compiled import Array, is_plain
@@ -340,12 +341,18 @@ class _SampledBatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def _normalize_batch(self, x: Tensor, training: bool, source: Source | None = None) -> Tensor:
+    def _normalize_batch(
+        self,
+        x: Tensor,
+        training: bool,
+        source: Source | None = None,
+        then: Activation | None = None,
+    ) -> Tensor:
         if training and source is None and self.step is None and not in_backward():
             y = self._normalize_compiled(x)
             if y is not None:
-                return y
-        return super()._normalize_batch(x, training, source)
+                return y if then is None else then.of(y, fresh=True)
+        return super()._normalize_batch(x, training, source, then)
 
     def _normalize_compiled(self, x: Tensor) -> Tensor | None:
         """The whole forward in compiled calls, where these can serve it."""

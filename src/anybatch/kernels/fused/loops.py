@@ -10,6 +10,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from anybatch.kernels.fused.activated import (
+    plane_activate,
+    plane_masked_gradient,
+    plane_masked_sums,
+    row_activate,
+    row_masked_gradient,
+    row_masked_sums,
+)
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like
@@ -59,6 +67,7 @@ __all__ = [
     "empty_like",
     "forward",
     "none",
+    "nothing",
     "parts",
     "read",
     "table",
@@ -77,6 +86,12 @@ NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
 def none(like):
     """An empty window, of the type of an array."""
     return np.empty((0, 0), like.dtype)
+
+
+@lru_cache(maxsize=16)
+def nothing(dtype):
+    """An empty activation: nothing added, no gradient wanted."""
+    return np.empty((0, 0, 0), dtype)
 
 
 def table(rows, groups, columns):
@@ -125,7 +140,21 @@ def _per_channel(sums, shape):
 
 @inlined
 def _forward_planes(
-    part, parts, x, y, starts, weight, bias, own, used, rule, old_mean, old_var, window
+    part,
+    parts,
+    x,
+    y,
+    added,
+    starts,
+    weight,
+    bias,
+    relu,
+    own,
+    used,
+    rule,
+    old_mean,
+    old_var,
+    window,
 ):
     """Statistics and output of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
@@ -139,12 +168,30 @@ def _forward_planes(
             choose(rule, old_mean, old_var, window, own, used, g, k, width)
             for c in range(k * width, (k + 1) * width):
                 mean, scale, shift = factors(used, g, k, c, weight, bias, eps)
-                plane_write(x, y, c, first, last, mean, scale, shift)
+                if relu:
+                    plane_activate(x, added, y, c, first, last, mean, scale, shift)
+                else:
+                    plane_write(x, y, c, first, last, mean, scale, shift)
 
 
 @inlined
 def _forward_group(
-    g, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
+    g,
+    parts,
+    x,
+    y,
+    added,
+    starts,
+    layout,
+    weight,
+    bias,
+    relu,
+    own,
+    used,
+    rule,
+    old_mean,
+    old_var,
+    window,
 ):
     """Statistics and output of a group of examples."""
     period, inner, example = layout
@@ -167,19 +214,35 @@ def _forward_group(
         for c in range(k * width, (k + 1) * width):
             mean, scale, constant = factors(used, g, k, c, weight, bias, eps)
             on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
-    fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
+    if relu:
+        fork(row_activate, parts, (x, added, y, first, last, on.reshape(3, -1)))
+    else:
+        fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
 
 
 @inlined
 def _forward_groups(
-    part, parts, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
+    part,
+    parts,
+    x,
+    y,
+    added,
+    starts,
+    layout,
+    weight,
+    bias,
+    relu,
+    own,
+    used,
+    rule,
+    old_mean,
+    old_var,
+    window,
 ):
     """Some groups of examples, each by one thread."""
-    groups = starts.shape[0] - 1
+    groups, rest = starts.shape[0] - 1, (own, used, rule, old_mean, old_var, window)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _forward_group(
-            g, 1, x, y, starts, layout, weight, bias, own, used, rule, old_mean, old_var, window
-        )
+        _forward_group(g, 1, x, y, added, starts, layout, weight, bias, relu, *rest)
 
 
 @jit
@@ -192,6 +255,8 @@ def forward(
     weight,
     bias,
     parts,
+    relu,
+    added,
     own,
     used,
     running,
@@ -213,6 +278,8 @@ def forward(
         weight: Scale.
         bias: Shift.
         parts: Threads.
+        relu: Whether a ReLU follows.
+        added: What is added before it, like `x`; empty for nothing.
         own: Takes the groups' own statistics, ``(2, G, C)``; it may be `used`.
         used: Takes those to normalize by, ``(2 or 4, G, K)``.
         running: Running mean, running variance, batches tracked.
@@ -247,11 +314,12 @@ def forward(
         result = 1.0 if warming else 0.0
     rule = (kind, eps, first, second)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
-    rest = (weight, bias, own, used, rule, old_mean, old_var, window)
+    rest = (weight, bias, relu, own, used, rule, old_mean, old_var, window)
     if not _in_rows(x, last):
-        fork(_forward_planes, parts, (x, y, starts, *rest))
+        fork(_forward_planes, parts, (x, y, added, starts, *rest))
     else:
-        some = (x.reshape(-1), y.reshape(-1), starts, _layout(x, last, starts), *rest)
+        flat = (x.reshape(-1), y.reshape(-1), added.reshape(-1))
+        some = (*flat, starts, _layout(x, last, starts), *rest)
         if groups >= parts:
             fork(_forward_groups, parts, some)
         else:
@@ -286,7 +354,23 @@ def forward(
 
 @inlined
 def _backward_planes(
-    part, parts, dy, x, dx, starts, weight, used, centers, sums, on, rule, memory, wanted
+    part,
+    parts,
+    dy,
+    x,
+    dx,
+    y,
+    g_added,
+    starts,
+    weight,
+    relu,
+    used,
+    centers,
+    sums,
+    on,
+    rule,
+    memory,
+    wanted,
 ):
     """Sums and gradient of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
@@ -298,17 +382,44 @@ def _backward_planes(
         for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
             center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
-                sums[0, g, c], sums[1, g, c] = plane_sums(dy, x, c, first, last, center)
+                if relu:
+                    total, product = plane_masked_sums(dy, y, x, g_added, c, first, last, center)
+                else:
+                    total, product = plane_sums(dy, x, c, first, last, center)
+                sums[0, g, c], sums[1, g, c] = total, product
             flow(rule, memory, sums, used, centers, weight, on, g, k, width, count)
             if wanted:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
-                    plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant)
+                    if relu and g_added.shape[0] == 0:
+                        plane_masked_gradient(
+                            dy, y, x, dx, c, first, last, center, on_dy, on_x, constant
+                        )
+                    else:
+                        above = g_added if relu else dy
+                        plane_gradient(above, x, dx, c, first, last, center, on_dy, on_x, constant)
 
 
 @inlined
 def _backward_group(
-    g, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
+    g,
+    parts,
+    dy,
+    x,
+    dx,
+    y,
+    g_added,
+    starts,
+    layout,
+    weight,
+    relu,
+    used,
+    centers,
+    sums,
+    on,
+    rule,
+    memory,
+    wanted,
 ):
     """Sums and gradient of a group of examples."""
     period, inner, example = layout
@@ -319,7 +430,11 @@ def _backward_group(
     for c in range(channels):
         center[:, c] = centers[g, c // width]
     partial = np.zeros((parts, 2, period))
-    fork(row_sums, parts, (dy, x, first, last, center.reshape(-1), partial))
+    middle = center.reshape(-1)
+    if relu:
+        fork(row_masked_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
+    else:
+        fork(row_sums, parts, (dy, x, first, last, middle, partial))
     total = _per_channel(partial, center.shape)
     for c in range(channels):
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
@@ -332,19 +447,38 @@ def _backward_group(
             for c in range(channels):
                 table[kind, :, c] = on[kind, g, c]
         rows = table.reshape(3, -1)
-        fork(row_gradient, parts, (dy, x, dx, first, last, center.reshape(-1), rows))
+        if relu and g_added.shape[0] == 0:
+            fork(row_masked_gradient, parts, (dy, y, x, dx, first, last, middle, rows))
+        else:
+            above = g_added if relu else dy
+            fork(row_gradient, parts, (above, x, dx, first, last, middle, rows))
 
 
 @inlined
 def _backward_groups(
-    part, parts, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
+    part,
+    parts,
+    dy,
+    x,
+    dx,
+    y,
+    g_added,
+    starts,
+    layout,
+    weight,
+    relu,
+    used,
+    centers,
+    sums,
+    on,
+    rule,
+    memory,
+    wanted,
 ):
     """Some groups of examples, each by one thread."""
-    groups = starts.shape[0] - 1
+    groups, rest = starts.shape[0] - 1, (used, centers, sums, on, rule, memory, wanted)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _backward_group(
-            g, 1, dy, x, dx, starts, layout, weight, used, centers, sums, on, rule, memory, wanted
-        )
+        _backward_group(g, 1, dy, x, dx, y, g_added, starts, layout, weight, relu, *rest)
 
 
 @jit
@@ -359,6 +493,9 @@ def backward(
     db,
     wanted,
     parts,
+    relu,
+    y,
+    g_added,
     used,
     centers,
     share,
@@ -384,6 +521,9 @@ def backward(
         db: Takes the gradient of the shift.
         wanted: Whether to write `dx`.
         parts: Threads.
+        relu: Whether a ReLU followed.
+        y: Its output; empty without one.
+        g_added: Takes the gradient of what was added before it; empty where none is wanted.
         used: Statistics that it was normalized by.
         centers: Centres of the groups' own variances, ``(G, K)``.
         share: Part of the groups' own statistics in `used`.
@@ -401,11 +541,11 @@ def backward(
     steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
     old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
     rule = (eps, share, centered, steps, old_weight)
-    rest = (weight, used, centers, sums, on, rule, memory, wanted)
+    rest = (weight, relu, used, centers, sums, on, rule, memory, wanted)
     if not _in_rows(x, last):
-        fork(_backward_planes, parts, (dy, x, dx, starts, *rest))
+        fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, *rest))
     else:
-        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
+        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
         some = (*flat, starts, _layout(x, last, starts), *rest)
         if groups >= parts:
             fork(_backward_groups, parts, some)

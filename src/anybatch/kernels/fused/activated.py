@@ -1,0 +1,144 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The compiled passes where a ReLU, or an addition and a ReLU, follows the norm.
+
+Beside `anybatch.kernels.fused.passes`: ``added`` is what is added before the ReLU, an empty array
+for nothing; ``g`` takes its gradient, an empty array where none is wanted. The ReLU's mask is the
+sign of its output ``y``. As in torch, nan passes the ReLU, and its gradient.
+"""
+
+from anybatch.kernels.fused.passes import _stretch, inlined
+
+# --- planes -----------------------------------------------------------------
+
+
+@inlined
+def plane_activate(x, added, y, c, first, last, mean, scale, shift):
+    """Write y = relu((x - mean) * scale + shift + added)."""
+    dtype, adds = x.dtype.type, added.shape[0] > 0
+    mean, scale, shift, zero = dtype(mean), dtype(scale), dtype(shift), dtype(0)
+    for i in range(first, last):
+        if adds:
+            for k in range(x.shape[2]):
+                value = (x[i, c, k] - mean) * scale + shift + added[i, c, k]
+                y[i, c, k] = zero if value <= zero else value
+        else:
+            for k in range(x.shape[2]):
+                value = (x[i, c, k] - mean) * scale + shift
+                y[i, c, k] = zero if value <= zero else value
+
+
+@inlined
+def plane_masked_sums(dy, y, x, g, c, first, last, center):
+    """Return sum(g) and sum(g * (x - center)), where g is dy behind the ReLU; write g."""
+    zero, writes = x.dtype.type(0), g.shape[0] > 0
+    total = product = 0.0
+    for i in range(first, last):
+        if writes:
+            for k in range(x.shape[2]):
+                value = zero if y[i, c, k] <= zero else dy[i, c, k]
+                g[i, c, k] = value
+                total += value
+                product += value * (x[i, c, k] - center)
+        else:
+            for k in range(x.shape[2]):
+                value = zero if y[i, c, k] <= zero else dy[i, c, k]
+                total += value
+                product += value * (x[i, c, k] - center)
+    return total, product
+
+
+@inlined
+def plane_masked_gradient(dy, y, x, dx, c, first, last, center, on_dy, on_x, constant):
+    """Write dx = on_dy * g + on_x * (x - center) + constant."""
+    dtype = x.dtype.type
+    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
+    zero = dtype(0)
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            value = zero if y[i, c, k] <= zero else dy[i, c, k]
+            dx[i, c, k] = on_dy * value + on_x * (x[i, c, k] - center) + constant
+
+
+# --- rows -------------------------------------------------------------------
+
+
+@inlined
+def row_activate(part, parts, x, added, y, first, last, table):
+    """Write y = relu((x - mean) * scale + shift + added)."""
+    means, scales, shifts, zero = table[0], table[1], table[2], x.dtype.type(0)
+    period, adds = means.shape[0], added.shape[0] > 0
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        out, out_two = y[at : at + period], y[far : far + period]
+        if adds:
+            more, more_two = added[at : at + period], added[far : far + period]
+            for j in range(period):
+                mean, scale, shift = means[j], scales[j], shifts[j]
+                a = (one[j] - mean) * scale + shift + more[j]
+                b = (two[j] - mean) * scale + shift + more_two[j]
+                out[j] = zero if a <= zero else a
+                out_two[j] = zero if b <= zero else b
+        else:
+            for j in range(period):
+                mean, scale, shift = means[j], scales[j], shifts[j]
+                a, b = (one[j] - mean) * scale + shift, (two[j] - mean) * scale + shift
+                out[j] = zero if a <= zero else a
+                out_two[j] = zero if b <= zero else b
+    for at in range(begin + 2 * length, end, period):
+        stop = min(at + period, end)
+        for j in range(stop - at):
+            a = (x[at + j] - means[j]) * scales[j] + shifts[j]
+            if adds:
+                a += added[at + j]
+            y[at + j] = zero if a <= zero else a
+
+
+@inlined
+def row_masked_sums(part, parts, dy, y, x, g, first, last, center, sums):
+    """Add up g and g * (x - center) for each place of a row, where g is dy behind the ReLU."""
+    period, writes, zero = center.shape[0], g.shape[0] > 0, x.dtype.type(0)
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    totals, products = sums[part, 0], sums[part, 1]
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        above, above_two = dy[at : at + period], dy[far : far + period]
+        out, out_two = y[at : at + period], y[far : far + period]
+        if writes:
+            kept, kept_two = g[at : at + period], g[far : far + period]
+            for j in range(period):
+                a = zero if out[j] <= zero else above[j]
+                b = zero if out_two[j] <= zero else above_two[j]
+                kept[j], kept_two[j] = a, b
+                totals[j] += a + b
+                products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
+        else:
+            for j in range(period):
+                a = zero if out[j] <= zero else above[j]
+                b = zero if out_two[j] <= zero else above_two[j]
+                totals[j] += a + b
+                products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
+    for at in range(begin + 2 * length, end, period):
+        stop = min(at + period, end)
+        for j in range(stop - at):
+            a = zero if y[at + j] <= zero else dy[at + j]
+            if writes:
+                g[at + j] = a
+            totals[j] += a
+            products[j] += a * (x[at + j] - center[j])
+
+
+@inlined
+def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
+    """Write dx = on_dy * g + on_x * (x - center) + constant."""
+    on_dy, on_x, constant, zero = table[0], table[1], table[2], x.dtype.type(0)
+    period = center.shape[0]
+    begin, end, _ = _stretch(part, parts, first, last, period, 1)
+    for at in range(begin, end, period):
+        stop = min(at + period, end)
+        above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]
+        for j in range(row.shape[0]):
+            value = zero if mask[j] <= zero else above[j]
+            out[j] = on_dy[j] * value + on_x[j] * (row[j] - center[j]) + constant[j]
