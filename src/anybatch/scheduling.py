@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from anybatch.conversion.convert import convert
+from anybatch.conversion.fused_block import fusions
 from anybatch.conversion.norms import is_batch_norm
 from anybatch.layers.base import NormLayer
 from anybatch.methods import get_method
@@ -142,7 +143,8 @@ class NormScheduler:
         for epoch in sorted(self.switch):
             if self._switched < epoch <= self.epoch:
                 # A resumed model is fresh where the first run's was trained: never centralize.
-                convert(self.model, self.switch[epoch], centralize=False)
+                fuse = any(fusions(self.model))
+                convert(self.model, self.switch[epoch], centralize=False, fuse=fuse)
                 self._switched = epoch
         for module in self.model.modules():
             if isinstance(module, NormLayer):

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from anybatch.conversion.activation import ends_in_activation, keep_activation
+from anybatch.conversion.fused_block import Fusion, fuse_block, unfuse
 from anybatch.conversion.plan import Decision, Plan, Where, decide
 from anybatch.conversion.replacement import replacement
 from anybatch.conversion.surgery import NoEffectWarning, let_go, swap
 from anybatch.layers.centralization import decentralize, weight_centralization
+
+_NONE: Mapping[nn.Module, nn.Module] = {}
 
 
 def convert(
@@ -25,6 +28,7 @@ def convert(
     example_inputs: Any = None,
     where: Where | None = None,
     centralize: bool | None = None,
+    fuse: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Swap the batch norms of a network for a method's layers, in place.
@@ -41,6 +45,10 @@ def convert(
     kernels, and networks of linear layers have done without). Trained weights are left alone
     unless `centralize=True`, as centralizing them changes the output. The network is converted
     whole or left as it was.
+    With `fuse=True` a norm whose output goes to a ReLU alone, or is added to another tensor and
+    then goes to a ReLU alone, does that in its own pass in training. The blocks that call such
+    norms are then of a subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same
+    parts, names and output; what is not certain to be the same stays as it is, and `plan` says why.
 
     Args:
         model: the network.
@@ -54,6 +62,8 @@ def convert(
             (default: all).
         centralize: whether to centralize the weights of the layers that feed the norms (default: of
             the convolutions in a fresh network, for "mabn").
+        fuse: whether norms do the ReLU that follows them, or the addition and the ReLU, in their
+            own pass (default False: in a network that has been fused none does any more).
         **options: the method's own arguments, such as `window=32`.
 
     Returns:
@@ -75,13 +85,14 @@ def convert(
         >>> model[1].weight is weight
         True
     """
-    made, decisions = decide(
+    made, decisions, blocks = decide(
         model,
         method,
         batch_size=batch_size,
         example_inputs=example_inputs,
         where=where,
         centralize=centralize,
+        fuse=fuse,
         **options,
     )
     refused = made.having("refuse")
@@ -90,7 +101,9 @@ def convert(
         raise ValueError(f"nothing was converted, as {len(refused)} norms cannot be:\n{named}")
     chosen = [decision for decision in decisions if decision.method is not None]
     if not chosen:
-        _warn_no_effect(made)
+        if not unfuse(model) and not blocks:
+            _warn_no_effect(made)
+        _fuse(blocks)
         return model
     with _all_or_nothing(chosen):
         replacements = {d.norm: replacement(d.norm, *_how(d)) for d in chosen}
@@ -103,7 +116,18 @@ def convert(
         if ends_in_activation(norm):
             keep_activation(norm, new)
     let_go(model, replacements)
-    return swap(model, replacements)
+    unfuse(model)
+    converted = swap(model, replacements)
+    _fuse(blocks, replacements)
+    return converted
+
+
+def _fuse(
+    blocks: Mapping[nn.Module, Fusion], replacements: Mapping[nn.Module, nn.Module] = _NONE
+) -> None:
+    """Fuse blocks, of whose norms others may have taken the place."""
+    for block, fusion in blocks.items():
+        fuse_block(block, fusion.after(replacements))
 
 
 def _how(decision: Decision) -> tuple[Any, Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from anybatch.conversion.activation import ends_in_activation
 from anybatch.conversion.feeders import Feeder, find_feeders, observe, tensors_in
+from anybatch.conversion.fused_block import unfuse
 from anybatch.conversion.norms import (
     dims_of,
     has_plain_forward,
@@ -102,6 +103,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         swap(model, {new: old for old, new in identities.items()})
         raise
     let_go(folded, identities)
+    unfuse(folded)
     _warn(folds, stay)
     return folded
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from anybatch.conversion.activation import ends_in_activation
 from anybatch.conversion.feeders import Feeder, find_feeders
+from anybatch.conversion.fused_block import Fusion
+from anybatch.conversion.fusion import Found, find_fusions
 from anybatch.conversion.norms import (
     NormKind,
     has_plain_forward,
@@ -45,6 +47,7 @@ class PlanRow:
         centralizes: the path of the layer whose weights are centralized for it, or None.
         also: its other paths.
         binds: the path of the layer that it is bound to, or None.
+        fuses: what it does in its own pass, "relu" or "add and relu", or None.
 
     Example:
         >>> PlanRow("1", "BatchNorm2d", "0", "keep", "BatchNorm2d", "left out by where").decision
@@ -60,6 +63,7 @@ class PlanRow:
     centralizes: str | None = None
     also: tuple[str, ...] = ()
     binds: str | None = None
+    fuses: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ def plan(
     example_inputs: Any = None,
     where: Where | None = None,
     centralize: bool | None = None,
+    fuse: bool = False,
     **options: Any,
 ) -> Plan:
     """Say what `convert` with the same arguments would do, and do nothing.
@@ -170,6 +175,8 @@ def plan(
             (default: all).
         centralize: whether to centralize the weights of the layers that feed the norms (default: of
             the convolutions in a fresh network, for "mabn").
+        fuse: whether norms do the ReLU that follows them, or the addition and the ReLU (default
+            False).
         **options: the method's own arguments, such as `window=32`.
 
     Returns:
@@ -187,13 +194,14 @@ def plan(
         1     BatchNorm2d  0       convert   MovingAverageBatchNorm2d  eval output unchanged; ...
         1 of 1 norms converted; the model is fresh (no batch seen); weights of 1 layers centralized.
     """
-    made, _ = decide(
+    made, _, _ = decide(
         model,
         method,
         batch_size=batch_size,
         example_inputs=example_inputs,
         where=where,
         centralize=centralize,
+        fuse=fuse,
         **options,
     )
     return made
@@ -207,8 +215,9 @@ def decide(
     example_inputs: Any,
     where: Where | None,
     centralize: bool | None,
+    fuse: bool,
     **options: Any,
-) -> tuple[Plan, list[Decision]]:
+) -> tuple[Plan, list[Decision], dict[nn.Module, Fusion]]:
     """Decide norm by norm; `plan` shows the first half of the answer, `convert` does the second.
 
     Args:
@@ -218,10 +227,11 @@ def decide(
         example_inputs: as in `plan`.
         where: as in `plan`.
         centralize: as in `plan`.
+        fuse: as in `plan`.
         **options: as in `plan`.
 
     Returns:
-        The plan, and the decision behind each of its rows.
+        The plan, the decision behind each of its rows, and the blocks to fuse.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r}: give a torch.nn.Module")
@@ -235,9 +245,32 @@ def decide(
     judge = _Judge(places, feeders, methods, options, batch_size, where, centralize, fresh)
     kinds = [(module, kind) for module in places if (kind := norm_kind(module)) is not None]
     decisions = [judge.decide(module, kind) for module, kind in kinds]
+    found = Found()
+    if fuse:
+        found = find_fusions(model, [d.norm for d in decisions if _can_fuse(d)])
+        decisions = [_with_fusion(decision, found) for decision in decisions]
     asked = method if isinstance(method, str) else dict(method)
     rows = tuple(decision.row for decision in decisions)
-    return Plan(asked, rows, _notes(decisions, fresh)), decisions
+    return Plan(asked, rows, _notes(decisions, fresh)), decisions, found.blocks
+
+
+def _can_fuse(decision: Decision) -> bool:
+    """Whether a norm is, or becomes, a layer that can do more than normalize."""
+    if decision.method is None:
+        return isinstance(decision.norm, NormLayer) and decision.row.decision == "keep"
+    return issubclass(decision.method.layer(2), NormLayer)
+
+
+def _with_fusion(decision: Decision, found: Found) -> Decision:
+    """A decision that says what its norm does in its own pass, and why it does not do more."""
+    row = decision.row
+    if _can_fuse(decision):
+        fuses, reason = found.of(decision.norm)
+    elif decision.method is not None:
+        fuses, reason = None, f"not fused: {row.becomes} is torch's layer"
+    else:
+        return decision
+    return replace(decision, row=replace(row, fuses=fuses, reason=f"{row.reason}; {reason}"))
 
 
 def is_fresh(model: nn.Module) -> bool:
@@ -532,7 +565,9 @@ def _notes(decisions: Iterable[Decision], fresh: bool) -> tuple[str, ...]:
     converted = sum(decision.method is not None for decision in decisions)
     centralized = sum(decision.centralize is not None for decision in decisions)
     state = "fresh (no batch seen)" if fresh else "trained, as far as its statistics tell"
+    fused = sum(decision.row.fuses is not None for decision in decisions)
     return (
         f"{converted} of {len(decisions)} norms converted; the model is {state}; "
-        f"weights of {centralized} layers centralized.",
+        f"weights of {centralized} layers centralized"
+        + (f"; {fused} norms do the ReLU that follows them." if fused else "."),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from anybatch.conversion.activation import ends_in_activation, give_back_activation
+from anybatch.conversion.fused_block import unfuse
 from anybatch.conversion.norms import wrapper_refusal
 from anybatch.conversion.replacement import torch_norm
 from anybatch.conversion.surgery import let_go, paths, swap
@@ -53,6 +54,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         if ends_in_activation(layer):
             give_back_activation(layer, norm)
     let_go(model, layers)
+    unfuse(model)
     return swap(model, replacements)
 
 
