@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch import kernels
 
@@ -15,6 +15,10 @@ class Activation(NamedTuple):
     """
 
     residual: Tensor | None
+
+    def is_plain(self) -> bool:
+        """Whether what is added is memory to read."""
+        return self.residual is None or type(self.residual) in (Tensor, nn.Parameter)
 
     def of(self, y: Tensor, fresh: bool = False) -> Tensor:
         """The same by torch's operators, which keep the ReLU's output for backward alone.

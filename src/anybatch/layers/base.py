@@ -372,7 +372,7 @@ class NormLayer(NormState):
             small = self.fuses_small_only
             loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
             if loops is not None and shift is not None and self._live(cut, values) is None:
-                inside = then is not None and not small
+                inside = then is not None and not small and then.is_plain()
                 added = then.residual if then is not None and inside else None
                 how = (self, loops, cut, update, inside)
                 y: Tensor = Compiled.apply(x, scale, shift, added, *how)  # type: ignore[no-untyped-call]

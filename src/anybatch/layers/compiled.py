@@ -152,7 +152,7 @@ class Compiled(torch.autograd.Function):
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
         added_ = nothing = loops.nothing(x_.dtype)
         if added is not None:
-            added_ = _flat(_ordered(added.detach(), last), last)
+            added_ = _flat(_ordered(added.detach().resolve_neg(), last), last)
         w, b = loops.read(weight), loops.read(bias)
         steps, kept = _steps(cut), []
         for rows, sizes in steps:
