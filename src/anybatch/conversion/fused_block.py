@@ -34,7 +34,7 @@ class Fusion:
         source: a function ``forward`` of the block and its inputs.
         names: what the source refers to besides torch.
         inputs: how many tensors it takes.
-        parts: the parts that the source relies on: parent, name, part.
+        parts: modules whose parts the source relies on, each with these.
         passed: parts that listeners would see called, or called with other values: norms that do
             more, ReLUs that are not called, containers that are passed over.
         fused: what each norm does, by its name in the block.
@@ -43,15 +43,15 @@ class Fusion:
     source: str
     names: Mapping[str, Any]
     inputs: int
-    parts: tuple[tuple[nn.Module, str, nn.Module], ...]
+    parts: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
     passed: tuple[nn.Module, ...]
     fused: Mapping[str, str]
     run: Any = field(default=None, repr=False)
 
     def holds(self) -> bool:
         """Whether all parts are there, and nothing listens to those that are passed over."""
-        for parent, name, part in self.parts:
-            if parent._modules.get(name) is not part:
+        for module, parts in self.parts:
+            if module._modules != parts:
                 return False
         for part in self.passed:
             known = part.__dict__
@@ -61,12 +61,12 @@ class Fusion:
 
     def after(self, replacements: Mapping[nn.Module, nn.Module]) -> Fusion:
         """The same after parts were exchanged."""
-        now = [(parent, name, replacements.get(p, p)) for parent, name, p in self.parts]
-        return replace(
-            self,
-            parts=tuple(now),
-            passed=tuple(replacements.get(part, part) for part in self.passed),
-        )
+
+        def of(part: Any) -> Any:
+            return replacements.get(part, part)
+
+        now = [(m, {name: of(part) for name, part in parts.items()}) for m, parts in self.parts]
+        return replace(self, parts=tuple(now), passed=tuple(map(of, self.passed)))
 
     def __call__(self, block: nn.Module, *inputs: Tensor) -> Any:
         if self.run is None:

@@ -91,7 +91,8 @@ def find_fusions(model: nn.Module, norms: Iterable[nn.Module]) -> Found:
     wanted, found = set(norms), Found()
     names = {module: name for name, module in model.named_modules()}
     for block in list(names):
-        called = [norm for _, _, norm in _reached(block) if norm in wanted]
+        reached = [part for module in _callers(block) for part in module._modules.values()]
+        called = [part for part in reached if part in wanted]
         if not called or is_norm(block):
             continue
         try:
@@ -110,13 +111,16 @@ def find_fusions(model: nn.Module, norms: Iterable[nn.Module]) -> Found:
     return found
 
 
-def _reached(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and part of all that a block calls by itself, through what it passes over."""
-    for name, part in block._modules.items():
-        if part is not None:
-            yield block, name, part
-            if _is_passed_over(part) or isinstance(part, (nn.ModuleList, nn.ModuleDict)):
-                yield from _reached(part)
+def _callers(block: nn.Module) -> Iterator[nn.Module]:
+    """A block and what it passes over: the modules whose parts its forward calls."""
+    yield block
+    for part in block._modules.values():
+        if part is not None and (_is_passed_over(part) or _is_list(part)):
+            yield from _callers(part)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _is_passed_over(module: nn.Module) -> bool:
@@ -140,8 +144,9 @@ def _fusion_of(
     if not writer.fused:
         return None, writer.stay
     source, names = _code(graph)
-    parts = tuple(_reached(block))
-    over = [part for _, _, part in parts if _is_passed_over(part)]
+    callers = list(_callers(block))
+    parts = tuple((module, dict(module._modules)) for module in callers)
+    over = [module for module in callers[1:] if not _is_list(module)]
     passed = tuple(dict.fromkeys([*writer.passed, *over]))
     return Fusion(source, names, inputs, parts, passed, writer.fused), writer.stay
 
