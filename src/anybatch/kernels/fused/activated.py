@@ -3,7 +3,8 @@
 
 Beside `anybatch.kernels.fused.passes`: ``added`` is what is added before the ReLU, an empty array
 for nothing; ``g`` takes its gradient, an empty array where none is wanted. The ReLU's mask is the
-sign of its output ``y``. As in torch, nan passes the ReLU, and its gradient.
+sign of its output ``y``. As in torch, nan passes the ReLU, and its gradient. What a ReLU chooses
+between is read first: vector registers hold no branches.
 """
 
 from anybatch.kernels.fused.passes import _stretch, inlined
@@ -29,21 +30,39 @@ def plane_activate(x, added, y, c, first, last, mean, scale, shift):
 
 @inlined
 def plane_masked_sums(dy, y, x, g, c, first, last, center):
-    """Return sum(g) and sum(g * (x - center)), where g is dy behind the ReLU; write g."""
-    zero, writes = x.dtype.type(0), g.shape[0] > 0
+    """Return sum(g) and sum(g * (x - center)), where g is dy behind the ReLU; write g.
+
+    Two planes at a time, from three tensors each: more streams for the processor to fetch ahead of.
+    """
+    zero, writes, half = x.dtype.type(0), g.shape[0] > 0, (last - first) // 2
     total = product = 0.0
-    for i in range(first, last):
+    for i in range(first, first + half):
+        far = i + half
         if writes:
             for k in range(x.shape[2]):
-                value = zero if y[i, c, k] <= zero else dy[i, c, k]
-                g[i, c, k] = value
-                total += value
-                product += value * (x[i, c, k] - center)
+                a, b = dy[i, c, k], dy[far, c, k]
+                a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
+                g[i, c, k], g[far, c, k] = a, b
+                total += a
+                total += b
+                product += a * (x[i, c, k] - center)
+                product += b * (x[far, c, k] - center)
         else:
             for k in range(x.shape[2]):
-                value = zero if y[i, c, k] <= zero else dy[i, c, k]
-                total += value
-                product += value * (x[i, c, k] - center)
+                a, b = dy[i, c, k], dy[far, c, k]
+                a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
+                total += a
+                total += b
+                product += a * (x[i, c, k] - center)
+                product += b * (x[far, c, k] - center)
+    for i in range(first + 2 * half, last):
+        for k in range(x.shape[2]):
+            a = dy[i, c, k]
+            a = zero if y[i, c, k] <= zero else a
+            if writes:
+                g[i, c, k] = a
+            total += a
+            product += a * (x[i, c, k] - center)
     return total, product
 
 
@@ -55,7 +74,8 @@ def plane_masked_gradient(dy, y, x, dx, c, first, last, center, on_dy, on_x, con
     zero = dtype(0)
     for i in range(first, last):
         for k in range(x.shape[2]):
-            value = zero if y[i, c, k] <= zero else dy[i, c, k]
+            value = dy[i, c, k]
+            value = zero if y[i, c, k] <= zero else value
             dx[i, c, k] = on_dy * value + on_x * (x[i, c, k] - center) + constant
 
 
@@ -109,21 +129,22 @@ def row_masked_sums(part, parts, dy, y, x, g, first, last, center, sums):
         if writes:
             kept, kept_two = g[at : at + period], g[far : far + period]
             for j in range(period):
-                a = zero if out[j] <= zero else above[j]
-                b = zero if out_two[j] <= zero else above_two[j]
+                a, b = above[j], above_two[j]
+                a, b = zero if out[j] <= zero else a, zero if out_two[j] <= zero else b
                 kept[j], kept_two[j] = a, b
                 totals[j] += a + b
                 products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
         else:
             for j in range(period):
-                a = zero if out[j] <= zero else above[j]
-                b = zero if out_two[j] <= zero else above_two[j]
+                a, b = above[j], above_two[j]
+                a, b = zero if out[j] <= zero else a, zero if out_two[j] <= zero else b
                 totals[j] += a + b
                 products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
     for at in range(begin + 2 * length, end, period):
         stop = min(at + period, end)
         for j in range(stop - at):
-            a = zero if y[at + j] <= zero else dy[at + j]
+            a = dy[at + j]
+            a = zero if y[at + j] <= zero else a
             if writes:
                 g[at + j] = a
             totals[j] += a
@@ -140,5 +161,6 @@ def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
         stop = min(at + period, end)
         above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]
         for j in range(row.shape[0]):
-            value = zero if mask[j] <= zero else above[j]
+            value = above[j]
+            value = zero if mask[j] <= zero else value
             out[j] = on_dy[j] * value + on_x[j] * (row[j] - center[j]) + constant[j]
