@@ -116,9 +116,9 @@ def row_activate(part, parts, x, added, y, first, last, table):
 
 
 @inlined
-def row_masked_sums(part, parts, dy, y, x, g, first, last, center, sums):
+def row_masked_sums(part, parts, dy, y, x, first, last, center, sums):
     """Add up g and g * (x - center) for each place of a row, where g is dy behind the ReLU."""
-    period, writes, zero = center.shape[0], g.shape[0] > 0, x.dtype.type(0)
+    period, zero = center.shape[0], x.dtype.type(0)
     begin, end, length = _stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
     for at in range(begin, begin + length, period):
@@ -126,29 +126,54 @@ def row_masked_sums(part, parts, dy, y, x, g, first, last, center, sums):
         one, two = x[at : at + period], x[far : far + period]
         above, above_two = dy[at : at + period], dy[far : far + period]
         out, out_two = y[at : at + period], y[far : far + period]
-        if writes:
-            kept, kept_two = g[at : at + period], g[far : far + period]
-            for j in range(period):
-                a, b = above[j], above_two[j]
-                a, b = zero if out[j] <= zero else a, zero if out_two[j] <= zero else b
-                kept[j], kept_two[j] = a, b
-                totals[j] += a + b
-                products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
-        else:
-            for j in range(period):
-                a, b = above[j], above_two[j]
-                a, b = zero if out[j] <= zero else a, zero if out_two[j] <= zero else b
-                totals[j] += a + b
-                products[j] += a * (one[j] - center[j]) + b * (two[j] - center[j])
+        for j in range(period):
+            a, b, middle = above[j], above_two[j], center[j]
+            a = zero if out[j] <= zero else a
+            b = zero if out_two[j] <= zero else b
+            totals[j] += a + b
+            products[j] += a * (one[j] - middle) + b * (two[j] - middle)
     for at in range(begin + 2 * length, end, period):
         stop = min(at + period, end)
-        for j in range(stop - at):
-            a = dy[at + j]
-            a = zero if y[at + j] <= zero else a
-            if writes:
-                g[at + j] = a
+        above, row, out = dy[at:stop], x[at:stop], y[at:stop]
+        for j in range(row.shape[0]):
+            a = above[j]
+            a = zero if out[j] <= zero else a
             totals[j] += a
-            products[j] += a * (x[at + j] - center[j])
+            products[j] += a * (row[j] - center[j])
+
+
+@inlined
+def _mask(dy, y, g):
+    """Write the gradient behind a ReLU."""
+    zero = g.dtype.type(0)
+    for j in range(g.shape[0]):
+        a = dy[j]
+        g[j] = zero if y[j] <= zero else a
+
+
+@inlined
+def row_kept_sums(part, parts, dy, y, x, g, first, last, center, sums):
+    """`row_masked_sums`, and write g."""
+    period = center.shape[0]
+    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    totals, products = sums[part, 0], sums[part, 1]
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        kept, kept_two = g[at : at + period], g[far : far + period]
+        _mask(dy[at : at + period], y[at : at + period], kept)
+        _mask(dy[far : far + period], y[far : far + period], kept_two)
+        for j in range(period):
+            a, b, middle = kept[j], kept_two[j], center[j]
+            totals[j] += a + b
+            products[j] += a * (one[j] - middle) + b * (two[j] - middle)
+    for at in range(begin + 2 * length, end, period):
+        stop = min(at + period, end)
+        row, kept = x[at:stop], g[at:stop]
+        _mask(dy[at:stop], y[at:stop], kept)
+        for j in range(row.shape[0]):
+            totals[j] += kept[j]
+            products[j] += kept[j] * (row[j] - center[j])
 
 
 @inlined

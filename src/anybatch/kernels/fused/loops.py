@@ -15,6 +15,7 @@ from anybatch.kernels.fused.activated import (
     plane_masked_gradient,
     plane_masked_sums,
     row_activate,
+    row_kept_sums,
     row_masked_gradient,
     row_masked_sums,
 )
@@ -431,8 +432,10 @@ def _backward_group(
         center[:, c] = centers[g, c // width]
     partial = np.zeros((parts, 2, period))
     middle = center.reshape(-1)
-    if relu:
-        fork(row_masked_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
+    if relu and g_added.shape[0] == 0:
+        fork(row_masked_sums, parts, (dy, y, x, first, last, middle, partial))
+    elif relu:
+        fork(row_kept_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
     else:
         fork(row_sums, parts, (dy, x, first, last, middle, partial))
     total = _per_channel(partial, center.shape)
