@@ -7,7 +7,8 @@ sign of its output ``y``. As in torch, nan passes the ReLU, and its gradient. Wh
 between is read first: vector registers hold no branches.
 """
 
-from anybatch.kernels.fused.passes import _stretch, inlined
+from anybatch.kernels.fused.options import inlined
+from anybatch.kernels.fused.passes import _stretch
 
 # --- planes -----------------------------------------------------------------
 
@@ -88,7 +89,7 @@ def row_activate(part, parts, x, added, y, first, last, table):
     means, scales, shifts, zero = table[0], table[1], table[2], x.dtype.type(0)
     period, adds = means.shape[0], added.shape[0] > 0
     begin, end, length = _stretch(part, parts, first, last, period, 2)
-    for at in range(begin, begin + length, period):
+    for at in range(begin + length - period, begin - 1, -period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
         out, out_two = y[at : at + period], y[far : far + period]
@@ -182,7 +183,7 @@ def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
     on_dy, on_x, constant, zero = table[0], table[1], table[2], x.dtype.type(0)
     period = center.shape[0]
     begin, end, _ = _stretch(part, parts, first, last, period, 1)
-    for at in range(begin, end, period):
+    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
         stop = min(at + period, end)
         above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]
         for j in range(row.shape[0]):
