@@ -544,7 +544,7 @@ def test_parameters_may_be_set(fused: nn.Module, calls: list[str | None]) -> Non
 def test_chains_can_be_cut_and_made_longer(fused: nn.Module) -> None:
     x = inputs_of(fused)
     start = fused[:2]
-    assert float(start(x).min()) < 0  # the norm alone
+    assert bool((start(x) < 0).any())  # the norm alone
     longer = copy.deepcopy(fused).append(nn.Tanh())
     assert torch.allclose(longer(x), torch.tanh(fused(x)))
 
