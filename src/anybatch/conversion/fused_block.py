@@ -21,8 +21,12 @@ from torch.nn.modules import module as torch_module
 
 from anybatch import kernels
 
-_LISTENERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL = tuple(getattr(torch_module, f"_global{name}") for name in _LISTENERS)
+_GLOBAL = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
@@ -55,7 +59,13 @@ class Fusion:
                 return False
         for part in self.passed:
             known = part.__dict__
-            if any(known[name] for name in _LISTENERS) or "forward" in known:
+            if (
+                known["_forward_hooks"]
+                or known["_forward_pre_hooks"]
+                or known["_backward_hooks"]
+                or known["_backward_pre_hooks"]
+                or "forward" in known
+            ):
                 return False
         return not any(_GLOBAL)
 

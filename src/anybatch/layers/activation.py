@@ -33,6 +33,9 @@ class Activation(NamedTuple):
         return y.relu_() if fresh else y.relu()
 
 
+_ALONE = Activation(None)
+
+
 def read_activation(activation: str | None, residual: Tensor | None, x: Tensor) -> Activation:
     """Check what a layer is to do behind the norm.
 
@@ -54,7 +57,7 @@ def read_activation(activation: str | None, residual: Tensor | None, x: Tensor) 
         hint = " with a residual, or add that to the output" if activation is None else " or None"
         raise ValueError(f"{given}: give 'relu'{hint}")
     if residual is None:
-        return Activation(None)
+        return _ALONE
     if not isinstance(residual, Tensor) or residual.dtype != x.dtype:
         what = residual.dtype if isinstance(residual, Tensor) else type(residual).__name__
         raise TypeError(f"residual of type {what}: give a tensor of the input's type, {x.dtype}")
