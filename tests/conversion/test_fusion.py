@@ -430,6 +430,11 @@ def test_torchs_own_layers_and_strangers_stay() -> None:
     assert "is a graph already" in next(iter(reasons(graph).values()))
 
 
+def test_containers_are_no_blocks() -> None:
+    assert fused_rows(NETWORKS["wave"].build()) == {"norms.down": "relu", "norms.up": None}
+    assert "its output is the block's" in reasons(NETWORKS["wave"].build())["norms.up"]
+
+
 def test_where_and_methods_choose() -> None:
     assert fused_rows(two_blocks(), where="3.*")["1"] is None
     assert fused_rows(two_blocks(), where="3.*")["3.bn1"] == "relu"

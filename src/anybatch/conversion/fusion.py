@@ -93,7 +93,7 @@ def find_fusions(model: nn.Module, norms: Iterable[nn.Module]) -> Found:
     for block in list(names):
         reached = [part for module in _callers(block) for part in module._modules.values()]
         called = [part for part in reached if part in wanted]
-        if not called or is_norm(block):
+        if not called or is_norm(block) or _is_list(block):
             continue
         try:
             fusion, stay = _fusion_of(block, wanted)
