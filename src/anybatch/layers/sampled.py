@@ -349,12 +349,12 @@ class _SampledBatchNorm(NormLayer):
         then: Activation | None = None,
     ) -> Tensor:
         if training and source is None and self.step is None and not in_backward():
-            y = self._normalize_compiled(x)
+            y = self._normalize_compiled(x, then)
             if y is not None:
-                return y if then is None else then.of(y, fresh=True)
+                return y
         return super()._normalize_batch(x, training, source, then)
 
-    def _normalize_compiled(self, x: Tensor) -> Tensor | None:
+    def _normalize_compiled(self, x: Tensor, then: Activation | None) -> Tensor | None:
         """The whole forward in compiled calls, where these can serve it."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         rows = x.shape[0]
@@ -367,10 +367,13 @@ class _SampledBatchNorm(NormLayer):
         if found is None or sum(part.values for part in found[0]) < 2:
             return None
         again = may_run_again()
-        y: Tensor = _Compiled.apply(x, weight, bias, self, loops, found[0], updates.enabled)  # type: ignore[no-untyped-call]
+        inside = then is not None and then.is_plain()
+        added = then.residual if then is not None and inside else None
+        how = (self, loops, found[0], updates.enabled, inside)
+        y: Tensor = _Compiled.apply(x, weight, bias, added, *how)  # type: ignore[no-untyped-call]
         if again and self._last is not None:
             self._recent.note(x, self._last)
-        return y
+        return y if then is None or inside else then.of(y, fresh=True)
 
     def _runs(self, loops: ModuleType, x: Tensor, parts: tuple[Part, ...]) -> Any:
         """The parts as the compiled kernels take them."""
@@ -522,6 +525,14 @@ def _flat(x: Tensor, planes: bool) -> Array:
     return x.movedim(1, -1).numpy().reshape(-1, x.shape[1])
 
 
+def _ordered_as(y: Tensor, x: Tensor) -> Tensor:
+    """An activation in the order of memory of another."""
+    if x.is_contiguous():
+        return y.contiguous()
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return y.contiguous(memory_format=last)
+
+
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -529,19 +540,30 @@ class _Compiled(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
+        added: Tensor | None,
         layer: _SampledBatchNorm,
         loops: ModuleType,
         parts: tuple[Part, ...],
         update: bool,
+        relu: bool,
     ) -> Tensor:
         y: Tensor = loops.empty_like(x)
         planes = _is_planes(x)
         sample = layer._runs(loops, x, parts)
-        ctx.save_for_backward(x, weight)
+        if relu:  # whose mask is the sign of its output
+            ctx.save_for_backward(x, weight, y)
+        else:
+            ctx.save_for_backward(x, weight)
+        x_ = _flat(x.detach(), planes)
+        added_ = loops.nothing(x_.dtype)
+        if added is not None:
+            added_ = _flat(_ordered_as(added.detach().resolve_neg(), x), planes)
         ctx.kept = loops.forward(
-            _flat(x.detach(), planes),
+            x_,
             _flat(y, planes),
             planes,
+            relu,
+            added_,
             sample,
             loops.read(weight),
             loops.read(bias),
@@ -558,25 +580,33 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, weight = ctx.saved_tensors
+        x, weight, *activated = ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
         if not is_plain(dy) or kernels.is_watched():
             mean, var, *_ = ctx.statistics
-            return *_gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs), *_REST
-        planes = _is_planes(x)
-        if x.is_contiguous():
-            dy = dy.contiguous()
-        else:
-            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-            dy = dy.contiguous(memory_format=last)
+            for y in activated:
+                dy = dy.masked_fill(y <= 0, 0)
+            own = _gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs)
+            return *own, dy if needs[3] else None, *_REST
+        planes, loops = _is_planes(x), ctx.loops
         x = x.detach()
-        dx, dw, db = ctx.loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
-        ctx.loops.backward(
+        dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        arrays = (_flat(_ordered_as(dy, x), planes), _flat(x, planes), _flat(dx, planes))
+        y_ = g_ = loops.nothing(arrays[1].dtype)
+        g = None
+        if activated:
+            y_ = _flat(activated[0].detach(), planes)
+            if needs[3]:
+                g = loops.empty_like(x)
+                g_ = _flat(g, planes)
+        loops.backward(
             *arrays,
             planes,
+            bool(activated),
+            y_,
+            g_,
             ctx.length,
-            ctx.loops.read(weight),
+            loops.read(weight),
             dw.numpy(),
             db.numpy(),
             ctx.kept,
@@ -584,10 +614,10 @@ class _Compiled(torch.autograd.Function):
         )
         grads = (dx, dw, db)
         wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
-        return *wanted, *_REST
+        return *wanted, g, *_REST
 
 
-_REST = (None, None, None, None)
+_REST = (None, None, None, None, None)
 
 
 class _Call(NamedTuple):

@@ -11,6 +11,7 @@ of adjacent pixels: example, first pixel, length. A second, empty table is none.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -101,33 +102,65 @@ def _rows_moments(parts, x, length, runs, row_mean, row_var):
 
 
 @inlined
-def _planes_affine(part, parts, x, y, means, scales, shifts):
-    """Write y = (x - mean) * scale + shift."""
+def _planes_affine(part, parts, x, y, relu, added, means, scales, shifts):
+    """Write y = (x - mean) * scale + shift, or the `relu` of it, with what is `added`."""
     planes, length = x.shape
-    channels = means.shape[0]
+    channels, zero = means.shape[0], x.dtype.type(0)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale, shift = means[c], scales[c], shifts[c]
-        for k in range(length):
-            y[p, k] = (x[p, k] - mean) * scale + shift
+        if not relu:
+            for k in range(length):
+                y[p, k] = (x[p, k] - mean) * scale + shift
+        elif added.shape[0] == 0:
+            for k in range(length):
+                value = (x[p, k] - mean) * scale + shift
+                y[p, k] = zero if value <= zero else value
+        else:
+            for k in range(length):
+                value = (x[p, k] - mean) * scale + shift + added[p, k]
+                y[p, k] = zero if value <= zero else value
 
 
 @inlined
-def _rows_affine(part, parts, x, y, scales, shifts):
+def _rows_affine(part, parts, x, y, relu, added, scales, shifts):
     """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
+    zero = x.dtype.type(0)
     for i in range(rows * part // parts, rows * (part + 1) // parts):
         row_x, row_y = x[i], y[i]
-        for c in range(width):
-            row_y[c] = row_x[c] * scales[c] + shifts[c]
+        if not relu:
+            for c in range(width):
+                row_y[c] = row_x[c] * scales[c] + shifts[c]
+        elif added.shape[0] == 0:
+            for c in range(width):
+                value = row_x[c] * scales[c] + shifts[c]
+                row_y[c] = zero if value <= zero else value
+        else:
+            more = added[i]
+            for c in range(width):
+                value = row_x[c] * scales[c] + shifts[c] + more[c]
+                row_y[c] = zero if value <= zero else value
 
 
 @inlined
-def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
-    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
+def _behind(dy, y, g):
+    """Write the gradient behind a ReLU, whose mask is the sign of its output, into `g`."""
+    zero = dy.dtype.type(0)
+    for k in range(dy.shape[0]):
+        g[k] = zero if y[k] <= zero else dy[k]
+
+
+@inlined
+def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
+    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`.
+
+    Behind a `relu` with output `y` this is the gradient before it, which `g` takes, if it is there.
+    """
     planes, length = x.shape
     channels = means.shape[0]
     dtype = x.dtype.type
+    made = np.empty(min(length, _CHUNK) if relu else 0, x.dtype)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale = means[c], scales[c]
@@ -136,6 +169,10 @@ def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
             one, two = dtype(0), dtype(0)
             end = min(begin + _CHUNK, length)  # loops from 0 on need no check for negative indices
             some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
+            if relu:
+                some = g[p, begin:end] if g.shape[0] > 0 else made[: end - begin]
+                _behind(some_dy, y[p, begin:end], some)
+                some_dy = some
             for k in range(end - begin):
                 d = some_dy[k]
                 one += d
@@ -148,11 +185,12 @@ def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
 
 
 @inlined
-def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
+def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
+    made = np.empty(width if relu else 0, x.dtype)
     for b in range(blocks * part // parts, blocks * (part + 1) // parts):
         one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
         total, moment = np.zeros(width), np.zeros(width)
@@ -162,6 +200,10 @@ def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
             two[:] = 0
             for i in range(begin, min(begin + _FEW, end)):
                 row_dy, row_x, row_dx = dy[i], x[i], dx[i]
+                if relu:
+                    row = g[i] if g.shape[0] > 0 else made
+                    _behind(row_dy, y[i], row)
+                    row_dy = row
                 for c in range(width):
                     d = row_dy[c]
                     one[c] += d
@@ -175,26 +217,34 @@ def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
 
 
 @inlined
-def _planes_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+def _planes_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
     """Write dx = scale * dy + on_x * (x - center) + constant in a sample."""
-    channels = centers.shape[0]
+    centers, scales, on_x, constants = rows[0], rows[1], rows[2], rows[3]
+    channels, zero = centers.shape[0], x.dtype.type(0)
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         center, scale, factor, constant = centers[c], scales[c], on_x[c], constants[c]
         for r in range(runs.shape[0]):
             p, begin, end = runs[r, 0] * channels + c, runs[r, 1], runs[r, 1] + runs[r, 2]
             some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
             for k in range(end - begin):
-                some_dx[k] = scale * some_dy[k] + factor * (some_x[k] - center) + constant
+                d = some_dy[k]
+                if relu and y[p, begin + k] <= zero:
+                    d = zero
+                some_dx[k] = scale * d + factor * (some_x[k] - center) + constant
 
 
 @inlined
-def _rows_correct(part, parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+def _rows_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
+    centers, scales, on_x, constants = rows[0], rows[1], rows[2], rows[3]
+    zero = x.dtype.type(0)
     for r in range(runs.shape[0] * part // parts, runs.shape[0] * (part + 1) // parts):
         start = runs[r, 0] * length + runs[r, 1]
         for i in range(start, start + runs[r, 2]):
             for c in range(centers.shape[0]):
-                d = scales[c] * dy[i, c] + on_x[c] * (x[i, c] - centers[c])
-                dx[i, c] = d + constants[c]
+                d = dy[i, c]
+                if relu and y[i, c] <= zero:
+                    d = zero
+                dx[i, c] = scales[c] * d + on_x[c] * (x[i, c] - centers[c]) + constants[c]
 
 
 @jit
@@ -212,39 +262,39 @@ def rows_statistics(parts, x, channels, length, first, second, table):
 
 
 @jit
-def planes_affine(parts, x, y, means, scales, shifts):
+def planes_affine(parts, x, y, relu, added, means, scales, shifts):
     """`_planes_affine` on so many threads."""
-    fork(_planes_affine, parts, (x, y, means, scales, shifts))
+    fork(_planes_affine, parts, (x, y, relu, added, means, scales, shifts))
 
 
 @jit
-def rows_affine(parts, x, y, scales, shifts):
+def rows_affine(parts, x, y, relu, added, scales, shifts):
     """`_rows_affine` on so many threads."""
-    fork(_rows_affine, parts, (x, y, scales, shifts))
+    fork(_rows_affine, parts, (x, y, relu, added, scales, shifts))
 
 
 @jit
-def planes_backward(parts, dy, x, dx, means, scales, sums):
+def planes_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_planes_backward` on so many threads."""
-    fork(_planes_backward, parts, (dy, x, dx, means, scales, sums))
+    fork(_planes_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
 
 
 @jit
-def rows_backward(parts, dy, x, dx, means, scales, sums):
+def rows_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_rows_backward` on so many threads."""
-    fork(_rows_backward, parts, (dy, x, dx, means, scales, sums))
+    fork(_rows_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
 
 
 @jit
-def planes_correct(parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+def planes_correct(parts, dy, x, dx, relu, y, length, runs, rows):
     """`_planes_correct` on so many threads."""
-    fork(_planes_correct, parts, (dy, x, dx, length, runs, centers, scales, on_x, constants))
+    fork(_planes_correct, parts, (dy, x, dx, relu, y, length, runs, rows))
 
 
 @jit
-def rows_correct(parts, dy, x, dx, length, runs, centers, scales, on_x, constants):
+def rows_correct(parts, dy, x, dx, relu, y, length, runs, rows):
     """`_rows_correct` on so many threads."""
-    fork(_rows_correct, parts, (dy, x, dx, length, runs, centers, scales, on_x, constants))
+    fork(_rows_correct, parts, (dy, x, dx, relu, y, length, runs, rows))
 
 
 @jit
@@ -298,6 +348,11 @@ def _wide(channels: int, rows: int) -> int:
     return take
 
 
+def _wider(rows, take):
+    """Rows, so many taken as one."""
+    return rows.reshape(rows.shape[0] // take, take * rows.shape[1])
+
+
 def box_runs(first, sides, spatial):
     """The runs of a box of examples and pixels.
 
@@ -338,13 +393,21 @@ class Kept:
         self.stats, self.table = stats, table
 
 
-def forward(x, y, planes, sample, weight, bias, running, pace, eps, update):
+@lru_cache(maxsize=16)
+def nothing(dtype):
+    """No planes or rows: nothing added, no gradient wanted."""
+    return np.empty((0, 0), dtype)
+
+
+def forward(x, y, planes, relu, added, sample, weight, bias, running, pace, eps, update):
     """The whole forward.
 
     Args:
         x: Planes ``(N * C, L)`` or rows ``(N * L, C)``.
         y: The same, to be written.
         planes: Whether they are planes.
+        relu: Whether a ReLU follows.
+        added: What is added before it, like `x`; `nothing` for nothing.
         sample: Tables of runs, their shares, their counts, and L.
         weight: Scale.
         bias: Shift.
@@ -367,18 +430,34 @@ def forward(x, y, planes, sample, weight, bias, running, pace, eps, update):
     _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
     if planes:
         rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
-        planes_affine(many, x, y, *rows)
+        planes_affine(many, x, y, relu, added, *rows)
     else:
         take = _wide(channels, x.shape[0])
         pair = scales, shifts - stats[0] * scales
         rows = [np.tile(row.astype(dtype), take) for row in pair]
-        shape = (-1, take * channels)
-        rows_affine(many, x.reshape(shape), y.reshape(shape), *rows)
+        wide_x, wide_y, wide_added = (_wider(a, take) for a in (x, y, added))
+        rows_affine(many, wide_x, wide_y, relu, wide_added, *rows)
     return Kept(runs, shares, counts, stats, table)
 
 
-def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps):
-    """The whole backward; arrays as in `forward`."""
+def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
+    """The whole backward; arrays as in `forward`.
+
+    Args:
+        dy: Gradient of the output.
+        x: Input.
+        dx: Takes the gradient of the input.
+        planes: Whether they are planes.
+        relu: Whether a ReLU followed.
+        y: Its output; `nothing` without one.
+        g: Takes the gradient of what was added before it; `nothing` where none is wanted.
+        length: Pixels of a map.
+        weight: Scale.
+        dw: Takes the gradient of the scale.
+        db: Takes the gradient of the shift.
+        kept: What `forward` returned.
+        eps: Added to the variance.
+    """
     channels, dtype = weight.shape[0], x.dtype
     many = parts(x.size)
     work = np.zeros((7, channels))
@@ -387,15 +466,14 @@ def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps):
     work[0] = mean
     if planes:
         sums = np.empty((x.shape[0], 2, 1))
-        planes_backward(many, dy, x, dx, mean, scales, sums)
+        planes_backward(many, dy, x, dx, relu, y, g, mean, scales, sums)
     else:
         take = _wide(channels, x.shape[0])
         rows = x.shape[0] // take
         sums = np.empty((min(8 * many, rows) if many > 1 else 1, 2, take * channels))
-        shape = (rows, take * channels)
-        wide = (np.tile(mean, take), np.tile(scales, take))
-        flat = dy.reshape(shape), x.reshape(shape), dx.reshape(shape)
-        rows_backward(many, *flat, *wide, sums)
+        wide_dy, wide_x, wide_dx, wide_y, wide_g = (_wider(a, take) for a in (dy, x, dx, y, g))
+        tiled = (np.tile(mean, take), np.tile(scales, take))
+        rows_backward(many, wide_dy, wide_x, wide_dx, relu, wide_y, wide_g, *tiled, sums)
     _combine(
         sums, planes, weight, kept.stats, kept.table, kept.shares, kept.counts, eps, dw, db, work
     )
@@ -403,4 +481,5 @@ def backward(dy, x, dx, planes, length, weight, dw, db, kept, eps):
     for s in range(2):
         if kept.shares[s] > 0:
             center, on_x, constant = work[1 + 3 * s : 4 + 3 * s].astype(dtype)
-            correct(many, dy, x, dx, length, kept.runs[s], center, scales, on_x, constant)
+            factors = np.stack([center, scales, on_x, constant])
+            correct(many, dy, x, dx, relu, y, length, kept.runs[s], factors)
