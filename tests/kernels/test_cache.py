@@ -47,6 +47,21 @@ def test_what_is_kept_on_disk_calls_nothing_that_is() -> None:
         assert not kept & set(value.py_func.__code__.co_names), name
 
 
+def test_what_is_kept_has_a_number_of_all_sources(tmp_path: Path) -> None:
+    """Numba alone would go on with old loops after an upgrade that changed only what they call."""
+    options = importlib.import_module("anybatch.kernels.fused.options")
+    for module in ("loops", "sampled", "cross_iteration"):
+        for value in vars(importlib.import_module(f"anybatch.kernels.fused.{module}")).values():
+            if hasattr(value, "py_func") and not value.targetoptions.get("forceinline"):
+                assert options._SOURCES in value._cache._impl.filename_base
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "b.py").write_text("2")
+    first = options.fingerprint(tmp_path)
+    assert options.fingerprint(tmp_path) == first
+    (tmp_path / "b.py").write_text("3")
+    assert options.fingerprint(tmp_path) != first
+
+
 @pytest.mark.slow
 def test_the_process_that_compiles_computes_what_later_ones_do(tmp_path: Path) -> None:
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
