@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import kernels
+from anybatch.kernels.triton import Recipe
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
+from anybatch.layers.launched import Launched
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
@@ -272,6 +274,15 @@ class NormLayer(NormState):
         unused = (loops.BATCH, loops.none(arrays.x), loops.NO_COUNT, 0.0, True, False)
         loops.backward(*arrays, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
 
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        """The method as the GPU kernels take it, for layers with `fuses`; None if they do not.
+
+        Args:
+            examples: Examples in the first normalization batch.
+            update: Whether state may change.
+        """
+        return None
+
     # --- forward -----------------------------------------------------------
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -345,6 +356,11 @@ class NormLayer(NormState):
         plain = source is None and self.outlier_limit is None
         plain = plain and (self._group is None or several(self.process_group) is None)
         if training and plain and not recomputed and self.fuses and self.step is None:
+            launched = self._launch(x, cut, values, update)
+            if launched is not None:
+                if again and self._last is not None:
+                    self._recent.note(x, self._last)
+                return launched
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             small = self.fuses_small_only
             loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
@@ -367,6 +383,20 @@ class NormLayer(NormState):
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
         return self._apply_statistics(x, cut, chosen, memory, source)
+
+    def _launch(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
+        """The forward on a GPU's own kernels, where they can serve a batch."""
+        scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
+        launches = kernels.launches_for(x, self._buffers["running_var"], scale)
+        if launches is None or shift is None or self._live(cut, values) is not None:
+            return None
+        if self.num_features > self.columns * kernels.WIDEST:
+            return None
+        recipe = self.recipe(cut.batches[0], update)
+        if recipe is None:
+            return None
+        y: Tensor = Launched.apply(x, scale, shift, self, recipe, launches, cut, update)  # type: ignore[no-untyped-call]
+        return y
 
     def _apply_statistics(
         self,
