@@ -22,7 +22,8 @@ _TILE = 8192  # values that a program keeps in registers
 _PART = 4096  # values of a tile where a program takes several
 _REACH = 2**16  # values of a group's columns that one program takes whatever the others do
 _FAR = 2**18  # the same, where there are programs enough for all processors
-_WAVES = 4  # programs a processor, where columns are cut into parts
+_WAVES = 8  # programs a processor, where columns are cut into parts
+_PARTS = 512  # parts of a group at most
 _SETTLED = 2**13  # values that a program settles on
 _LONG = 2**31 - 2**24  # values, from which on 32 bits are too short
 
@@ -366,10 +367,10 @@ def plan_for(layout: Layout, many: int) -> Plan:
         return Plan(TILES, *common, span, block, _warps(block[0] * wide), programs)
 
     across = min(power(channels), 256 // layout.itemsize) if layout.last else 1
-    block = min(_PART // across, power(rows)), across
+    block = min(max(_PART // across, 1), power(rows)), across
     tiles, blocks = -(-rows // block[0]), -(-channels // across)
     span = min(width * max(8 // width, 1), channels)
-    most = max(_SETTLED // power(span), 1)
+    most = min(max(_SETTLED // power(span), 1), _PARTS)
     parts = max(min(_WAVES * many // (blocks * groups), tiles, most), 1)
     tiles_each = -(-tiles // parts)
     parts = -(-tiles // tiles_each)
