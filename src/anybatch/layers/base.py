@@ -387,8 +387,8 @@ class NormLayer(NormState):
     def _launch(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
         """The forward on a GPU's own kernels, where they can serve a batch."""
         scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
-        launches = kernels.launches_for(x, self._buffers["running_var"], scale)
-        if launches is None or shift is None or self._live(cut, values) is not None:
+        launches = kernels.launches_for(x, self._buffers["running_var"], scale, shift)
+        if launches is None or self._live(cut, values) is not None:
             return None
         if self.num_features > self.columns * kernels.WIDEST:
             return None

@@ -39,30 +39,36 @@ _TYPES = {
 }
 
 
-def launches_for(x: Tensor, state: Tensor | None, weight: Tensor | None) -> ModuleType | None:
+def launches_for(x: Tensor, state: Tensor | None, *parameters: Tensor | None) -> ModuleType | None:
     """The GPU kernels, where they can serve a batch.
 
     Args:
         x: The batch, of any floating type.
         state: A running statistic.
-        weight: Scale of the layer.
+        *parameters: Scale and shift of the layer.
 
     Returns:
-        The module that launches them, or None: another device or layout, state of another type than
-        statistics of the batch, a compiler, tracer or transform at work, no Triton.
+        The module that launches them, or None: another device or layout, state or parameters of
+        another type than the batch's statistics, a compiler, tracer or transform at work, no
+        Triton.
     """
-    if x.device.type not in _DEVICES or state is None or weight is None:
+    if x.device.type not in _DEVICES or state is None:
         return None
     if fused._choice == "never" or type(x) is not Tensor or fused.is_watched() or x.is_neg():
         return None
-    if not _TYPES.get(x.dtype) == state.dtype == weight.dtype:
+    if _TYPES.get(x.dtype) != state.dtype or x.device != state.device:
         return None
-    if (
-        not (x.is_contiguous() or fused.lies_last(x))
-        or not x.device == state.device == weight.device
-    ):
+    if not all(p is not None and _is_row(p, state) for p in parameters):
+        return None
+    if not (x.is_contiguous() or fused.lies_last(x)):
         return None
     return _kernels() if x.device.type != "cuda" or _is_able(x.device) else None
+
+
+def _is_row(parameter: Tensor, state: Tensor) -> bool:
+    """Whether a parameter is numbers side by side, of the type and place of the state."""
+    plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.is_contiguous()
+    return plain and parameter.dtype == state.dtype and parameter.device == state.device
 
 
 @lru_cache(maxsize=64)
