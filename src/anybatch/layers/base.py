@@ -356,7 +356,7 @@ class NormLayer(NormState):
         plain = source is None and self.outlier_limit is None
         plain = plain and (self._group is None or several(self.process_group) is None)
         if training and plain and not recomputed and self.fuses and self.step is None:
-            launched = self._launch(x, cut, values, update)
+            launched = self._launch(x, cut, values, update, again)
             if launched is not None:
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
@@ -384,7 +384,9 @@ class NormLayer(NormState):
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
         return self._apply_statistics(x, cut, chosen, memory, source)
 
-    def _launch(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
+    def _launch(
+        self, x: Tensor, cut: Partition, values: int, update: bool, again: bool
+    ) -> Tensor | None:
         """The forward on a GPU's own kernels, where they can serve a batch."""
         scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
         launches = kernels.launches_for(x, self._buffers["running_var"], scale, shift)
@@ -395,7 +397,8 @@ class NormLayer(NormState):
         recipe = self.recipe(cut.batches[0], update)
         if recipe is None:
             return None
-        y: Tensor = Launched.apply(x, scale, shift, self, recipe, launches, cut, update)  # type: ignore[no-untyped-call]
+        how = (self, recipe, launches, cut, update, again)
+        y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
         return y
 
     def _apply_statistics(

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,58 @@ from anybatch.kernels.triton import MOMENTUM, RENORM, WINDOW, Recipe
 from anybatch.layers.compiled import _ordered, is_plain
 from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
 from anybatch.layers.partition import Partition
-from anybatch.layers.recompute import may_run_again
 from anybatch.layers.statistics import Statistics
 
 if TYPE_CHECKING:
     from anybatch.layers.base import NormLayer
+
+
+class Kept(NamedTuple):
+    """What a forward leaves to its backward, beside input and scale.
+
+    Attributes:
+        layer: The layer.
+        launches: The kernels.
+        recipe: Its method.
+        cut: How the batch is cut.
+        steps: Its normalization batches.
+        used: Statistics that it was normalized by, see `Recipe`.
+        tracked: Batches that its running statistics have seen.
+        arrivals: A number on the device, 0 between launches.
+        last: Whether channels are last in memory.
+        pace: Weight of the newest batch; below 0 for the mean of all.
+        update: Whether state may change.
+    """
+
+    layer: "NormLayer"
+    launches: ModuleType
+    recipe: Recipe
+    cut: Partition
+    steps: tuple[tuple[Any, int, int], ...]
+    used: Tensor
+    tracked: Tensor
+    arrivals: Tensor
+    last: bool
+    pace: float
+    update: bool
+
+    def statistics(self) -> Statistics:
+        """The statistics as the other passes take them."""
+        table, kind = self.used if self.used.shape[1] > 1 else self.used[:, 0], self.recipe.kind
+        mean, var = table[0], table[1]
+        if kind == RENORM:
+            return Statistics(mean, var, table[2], table[3])
+        if kind == MOMENTUM:
+            return Statistics(mean, var, center=table[2], share=table[3])
+        if kind == WINDOW:
+            return Statistics(None, var, table[2], own=table[3, ..., :1] > 0)
+        return Statistics(mean, var)
+
+    def call(self) -> Call:
+        """The forward as the other passes take it."""
+        chosen = self.statistics()
+        memory = self.layer.backward_memory(chosen, None, self.update)
+        return Call(chosen, self.cut.sizes, self.layer.eps, memory)
 
 
 class Launched(torch.autograd.Function):
@@ -34,6 +81,7 @@ class Launched(torch.autograd.Function):
         launches: ModuleType,
         cut: Partition,
         update: bool,
+        again: bool,
     ) -> Tensor:
         columns, groups = layer.columns, len(cut.sizes)
         values = x.shape[2:].numel()
@@ -49,52 +97,36 @@ class Launched(torch.autograd.Function):
             for step in steps:
                 launches.forward(*tensors, *step, pace, layer.eps, update)
         ctx.save_for_backward(x, weight)
-        ctx.layer, ctx.launches, ctx.cut, ctx.update = layer, launches, cut, update
-        ctx.recipe, ctx.tracked, ctx.arrivals = recipe, running[2], arrivals
-        ctx.used, ctx.steps, ctx.last, ctx.pace = used, steps, last, pace
-        layer._last = statistics(used, recipe.kind) if may_run_again() else None
+        kept = Kept(
+            layer, launches, recipe, cut, steps, used, running[2], arrivals, last, pace, update
+        )
+        ctx.kept = kept
+        # Past `Module.__setattr__`, which looks for a parameter of the name first.
+        layer.__dict__["_last"] = kept.statistics() if again else None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
-        needs, layer, used, recipe = ctx.needs_input_grad, ctx.layer, ctx.used, ctx.recipe
+        needs, kept = ctx.needs_input_grad, ctx.kept
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         if not is_plain(dy) or kernels.is_watched():
-            chosen = statistics(used, recipe.kind)
-            call = Call(
-                chosen,
-                ctx.cut.sizes,
-                layer.eps,
-                layer.backward_memory(chosen, None, ctx.update),
-            )
-            return *gradients(dy, x, weight, call, needs), *_REST
+            return *gradients(dy, x, weight, kept.call(), needs), *_REST
         with _on(x):
-            dy, x = _ordered(dy, ctx.last), _ordered(x, ctx.last)
-            dx = torch.empty_like(x) if needs[0] else x
-            slopes = weight.new_empty(2, used.shape[1], weight.shape[0])
-            tensors = (dy, x, dx, weight, used, slopes, ctx.tracked, ctx.arrivals, recipe)
-            for step in ctx.steps:
-                ctx.launches.backward(*tensors, *step, ctx.pace, layer.eps, ctx.update, needs[0])
-            db, dw = (slopes[:, 0] if slopes.shape[1] == 1 else slopes.sum(1)).unbind()
+            dy, x = _ordered(dy, kept.last), _ordered(x, kept.last)
+            dx, groups = torch.empty_like(x) if needs[0] else x, kept.used.shape[1]
+            shape = (2, groups, weight.shape[0]) if groups > 1 else (2, weight.shape[0])
+            slopes = weight.new_empty(shape)
+            state = (kept.used, slopes, kept.tracked, kept.arrivals, kept.recipe)
+            how = (kept.pace, kept.layer.eps, kept.update, needs[0])
+            for step in kept.steps:
+                kept.launches.backward(dy, x, dx, weight, *state, *step, *how)
+            db, dw = (slopes if groups == 1 else slopes.sum(1)).unbind()
         return dx if needs[0] else None, dw if needs[1] else None, db if needs[2] else None, *_REST
 
 
-_REST = (None, None, None, None, None)  # gradients of what is no tensor
-
-
-def statistics(used: Tensor, kind: int) -> Statistics:
-    """Statistics that kernels left, see `Recipe`, as the other passes take them."""
-    table = used if used.shape[1] > 1 else used[:, 0]
-    mean, var = table[0], table[1]
-    if kind == RENORM:
-        return Statistics(mean, var, table[2], table[3])
-    if kind == MOMENTUM:
-        return Statistics(mean, var, center=table[2], share=table[3])
-    if kind == WINDOW:
-        return Statistics(None, var, table[2], own=table[3, ..., :1] > 0)
-    return Statistics(mean, var)
+_REST = (None, None, None, None, None, None)  # gradients of what is no tensor
 
 
 @lru_cache(maxsize=256)

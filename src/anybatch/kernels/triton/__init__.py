@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from anybatch.kernels import fused
 from anybatch.kernels.triton.recipe import AVERAGES, MOMENTUM, PLAIN, RENORM, WINDOW, Recipe
@@ -52,23 +53,20 @@ def launches_for(x: Tensor, state: Tensor | None, *parameters: Tensor | None) ->
         another type than the batch's statistics, a compiler, tracer or transform at work, no
         Triton.
     """
-    if x.device.type not in _DEVICES or state is None:
+    device = x.device
+    if device.type not in _DEVICES or state is None or fused._choice == "never":
         return None
-    if fused._choice == "never" or type(x) is not Tensor or fused.is_watched() or x.is_neg():
+    dtype = state.dtype
+    if type(x) is not Tensor or _TYPES.get(x.dtype) != dtype or state.device != device:
         return None
-    if _TYPES.get(x.dtype) != state.dtype or x.device != state.device:
+    for p in parameters:  # numbers side by side
+        if type(p) is not Parameter and type(p) is not Tensor:
+            return None
+        if p.dtype != dtype or p.device != device or not p.is_contiguous():
+            return None
+    if fused.is_watched() or x.is_neg() or not (x.is_contiguous() or fused.lies_last(x)):
         return None
-    if not all(p is not None and _is_row(p, state) for p in parameters):
-        return None
-    if not (x.is_contiguous() or fused.lies_last(x)):
-        return None
-    return _kernels() if x.device.type != "cuda" or _is_able(x.device) else None
-
-
-def _is_row(parameter: Tensor, state: Tensor) -> bool:
-    """Whether a parameter is numbers side by side, of the type and place of the state."""
-    plain = type(parameter) in (Tensor, torch.nn.Parameter) and parameter.is_contiguous()
-    return plain and parameter.dtype == state.dtype and parameter.device == state.device
+    return _kernels() if device.type != "cuda" or _is_able(device) else None
 
 
 @lru_cache(maxsize=64)
