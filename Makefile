@@ -51,7 +51,7 @@ test-zoo: $(VENV)/.dev  ## networks of torchvision, timm and segmentation-models
 	$(PYTEST) -n $(WORKERS) -m zoo
 
 test-gpu: $(VENV)/.dev  ## tests that need a CUDA device
-	$(PYTEST) -m gpu
+	$(PYTEST) -n $(WORKERS) -m gpu
 
 test-browser: $(VENV)/.dev  ## the reports in a headless Chromium
 	$(PYTEST) -m browser

@@ -1,9 +1,14 @@
 """Every test starts from the same random numbers, on one thread; kills are counted."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # GPU kernels are tested in Triton's interpreter; Triton asks once, when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

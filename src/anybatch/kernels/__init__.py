@@ -33,9 +33,11 @@ from anybatch.kernels.masked import (
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments, take_dense
 from anybatch.kernels.scalars import INFINITY, scalar
+from anybatch.kernels.triton import WIDEST, launches_for
 
 __all__ = [
     "INFINITY",
+    "WIDEST",
     "affine",
     "all_counts",
     "cross_iteration_kernels",
@@ -47,6 +49,7 @@ __all__ = [
     "fused_for",
     "gradient",
     "is_watched",
+    "launches_for",
     "lies_last",
     "masked_counts",
     "masked_moments",

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import kernels
+from anybatch.kernels.triton import Recipe
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
+from anybatch.layers.launched import Launched
 from anybatch.layers.normalize import BackwardMemory, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
@@ -273,6 +275,15 @@ class NormLayer(NormState):
         unused = (loops.BATCH, loops.none(arrays.x), loops.NO_COUNT, 0.0, True, False)
         loops.backward(*arrays, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
 
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        """The method as the GPU kernels take it, for layers with `fuses`; None if they do not.
+
+        Args:
+            examples: Examples in the first normalization batch.
+            update: Whether state may change.
+        """
+        return None
+
     # --- forward -----------------------------------------------------------
 
     def forward(
@@ -368,6 +379,11 @@ class NormLayer(NormState):
         plain = source is None and self.outlier_limit is None
         plain = plain and (self._group is None or several(self.process_group) is None)
         if training and plain and not recomputed and self.fuses and self.step is None:
+            launched = self._launch(x, cut, values, update, again)
+            if launched is not None:
+                if again and self._last is not None:
+                    self._recent.note(x, self._last)
+                return launched if then is None else then.of(launched, fresh=True)
             scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
             small = self.fuses_small_only
             loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
@@ -394,6 +410,23 @@ class NormLayer(NormState):
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
+
+    def _launch(
+        self, x: Tensor, cut: Partition, values: int, update: bool, again: bool
+    ) -> Tensor | None:
+        """The forward on a GPU's own kernels, where they can serve a batch."""
+        scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
+        launches = kernels.launches_for(x, self._buffers["running_var"], scale, shift)
+        if launches is None or self._live(cut, values) is not None:
+            return None
+        if self.num_features > self.columns * kernels.WIDEST:
+            return None
+        recipe = self.recipe(cut.batches[0], update)
+        if recipe is None:
+            return None
+        how = (self, recipe, launches, cut, update, again)
+        y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
+        return y
 
     def _apply_statistics(
         self,

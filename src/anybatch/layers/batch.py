@@ -4,6 +4,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from anybatch.kernels.triton import Recipe
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardArrays, Kept
 from anybatch.layers.statistics import Statistics
@@ -65,6 +66,9 @@ class _BatchNorm(NormLayer):
 
     def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         return fused_groups(self, loops, arrays, update)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        return Recipe()
 
 
 def fused_groups(layer: NormLayer, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:

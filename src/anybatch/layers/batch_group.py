@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.kernels import pool_channels
+from anybatch.kernels.triton import Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
@@ -130,6 +131,9 @@ class _BatchGroupNorm(NormLayer):
 
     def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         return fused_groups(self, loops, arrays, update)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        return Recipe()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import statistics_dtype
+from anybatch.kernels.triton import Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
@@ -112,6 +113,9 @@ class _GhostBatchNorm(NormLayer):
 
     def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
         return fused_groups(self, loops, arrays, update)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        return Recipe()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}

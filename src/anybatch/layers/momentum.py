@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import INFINITY
+from anybatch.kernels.triton import MOMENTUM, Recipe
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardArrays, Kept
@@ -216,6 +217,17 @@ class _MomentumBatchNorm(NormLayer):
             update,
         )
         return Kept(used, own[0], 1 - keep)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        if update and self.batch_size is None:
+            self._set_batch_size(examples)
+        return Recipe(
+            MOMENTUM,
+            mean=self.memory["mean"],
+            var=self.memory["var"],
+            counter=self.memory["count"],
+            keep=self.memory["average_weight"],
+        )
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("batch_size", "ideal_batch_size", "ideal_decay")

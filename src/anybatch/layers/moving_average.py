@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import scalar
+from anybatch.kernels.triton import AVERAGES, WINDOW, Recipe
 from anybatch.layers.arguments import check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
@@ -260,6 +261,19 @@ class _MovingAverageBatchNorm(NormLayer):
             1.0 - pace,
             kept.own,
             update,
+        )
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        memory = self.memory
+        return Recipe(
+            WINDOW,
+            (self.clip if self.forward_stats == "ema" else 0.0, 0.0),
+            (self.window, self.warmup_steps, self.renorm_warmup_steps),
+            window=memory.get("window"),
+            counter=memory["step"],
+            averages=AVERAGES[self.backward_stats],
+            psi=memory.get("backward_average"),
+            psi_counter=memory.get("backward_step"),
         )
 
     # --- from a batch norm -------------------------------------------------

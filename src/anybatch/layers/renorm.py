@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import scalar
+from anybatch.kernels.triton import RENORM, Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardArrays, Kept
@@ -140,6 +141,16 @@ class _BatchRenorm(NormLayer):
         constants = (self.memory["step"].numpy(), limits, self._number(), self.eps, update)
         loops.forward(loops.RENORM, *arrays, used, used, running, memory, *constants)
         return Kept(used)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        smooth = self.smooth and self.warmup_steps > 0
+        return Recipe(
+            RENORM,
+            (self.max_r, self.max_d),
+            (0, self.warmup_steps, 0),
+            smooth=smooth,
+            counter=self.memory["step"],
+        )
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("max_r", "max_d", "warmup_steps", "smooth")

@@ -40,6 +40,7 @@ class NormState(_NormBase):
     affine_frozen: bool
     _last: Any
     _recent: Recent
+    _arrivals: Tensor | None = None  # a GPU kernel's, see `anybatch.layers.launched`
 
     def remembered(self) -> tuple[Tensor, Tensor]:
         """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
@@ -194,7 +195,7 @@ class NormState(_NormBase):
             parameter.requires_grad_(not frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_recent": Recent()}
+        return {**self.__dict__, "_last": None, "_recent": Recent(), "_arrivals": None}
 
     def _running(self) -> tuple[Array, Array, Array]:
         """Running statistics and the number of batches as arrays of the same memory."""

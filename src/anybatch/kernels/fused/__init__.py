@@ -21,10 +21,10 @@ _choice = os.environ.get("ANYBATCH_FUSED", "auto")
 
 
 def use_fused(choice: str) -> None:
-    """Choose whether CPU batches take the compiled path.
+    """Choose whether batches take compiled kernels, Numba's on a CPU and Triton's on a GPU.
 
     Args:
-        choice: "auto" where Numba is installed, "never" otherwise. The environment
+        choice: "auto" where they are installed, "never" otherwise. The environment
             variable ``ANYBATCH_FUSED`` gives the choice at the start.
 
     Raises:
