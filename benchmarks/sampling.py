@@ -1,121 +1,106 @@
 """Time of batch normalization sampling, relative to torch.nn.BatchNorm in the same process.
 
 The layer alone, forward and backward, in both memory formats; then whole training steps of
-ResNet-20 and ResNet-56 on 32x32 pictures at batch 128. Everything in turn, medians of the ratios
-by round.
+ResNet-20 and ResNet-56 on 32x32 pictures at batch 128, also with the ReLU in the norm's own pass
+(``fuse=True``). In turn, in another order each round, medians of the ratios by round.
 
-    python benchmarks/sampling.py [--rounds 21] [--ratio 0.03125] [--threads 2] [--layer] [--steps]
-        [--output sampling.csv]
+    python benchmarks/sampling.py [--ratio 0.03125] [--rounds 21] [--threads 2] [--only layer step]
+        [--channels-last] [--csv sampling.csv]
 """
 
-import argparse
-import csv
-import statistics
-import time
-from pathlib import Path
+import sys
+from collections.abc import Sequence
 
 import torch
+from harness import FORMATS, arguments, finish, sizes, start
 from torch import nn
 
 import anybatch
-from anybatch.experiments.compare import machine
-from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset
-from anybatch.experiments.timing import time_steps
+from anybatch.experiments.bench import Bench, Variant, costs
+from anybatch.experiments.measurements import Measurement, Setting, timed
+from anybatch.experiments.networks import example_shape, factory
+from anybatch.experiments.timing import Call, interleaved
 
 SAMPLES = ("naive", "batch", "feature", "points")
-SHAPES = ((32, 64, 56, 56), (128, 16, 32, 32))
-FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+SHAPES = ("32x64x56x56", "128x16x32x32")
+NETWORKS = ("resnet20", "resnet56")
 METHODS = ("ns", "bs", "fs", "points", "vdn")
-COLUMNS = ("what", "format", "method", "milliseconds", "ratio", "low", "high")
-Row = tuple[str, str, str, float, float, float, float]
+BASELINE = "nn.BatchNorm2d"
 
 
-def layer_rows(rounds: int, ratio: float) -> list[Row]:
-    """The layer alone.
+def layer_rows(shape: str, form: str, rounds: int, ratio: float) -> list[Measurement]:
+    """The layer alone with each sample.
 
     Args:
-        rounds: Steps a layer, beyond the first two.
+        shape: Of the input.
+        form: Its memory format.
+        rounds: Steps a layer.
         ratio: Of the sample.
 
     Returns:
-        A row a shape, memory format and sample.
+        A row a layer.
     """
-    found: list[Row] = []
-    for shape in SHAPES:
-        for name, memory_format in FORMATS.items():
-            x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
-            dy = torch.randn(shape).contiguous(memory_format=memory_format)
-            norms: dict[str, nn.Module] = {"torch": nn.BatchNorm2d(shape[1])}
-            for sample in SAMPLES:
-                norms[sample] = anybatch.SampledBatchNorm2d(
-                    shape[1], sample=sample, ratio=ratio, seed=0
-                )
-            times: dict[str, list[float]] = {key: [] for key in norms}
-            for _ in range(rounds + 2):
-                for key, norm in norms.items():
-                    x.grad = None
-                    start = time.perf_counter()
-                    norm(x).backward(dy)
-                    times[key].append(time.perf_counter() - start)
-            for key, values in times.items():
-                pairs = zip(values[2:], times["torch"][2:], strict=True)
-                low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-                milliseconds = 1e3 * statistics.median(values[2:])
-                ratios = (round(value, 3) for value in (middle, low, high))
-                found.append((str(shape), name, key, round(milliseconds, 2), *ratios))
-    return found
+    x, dy = (torch.randn(sizes(shape)).contiguous(memory_format=FORMATS[form]) for _ in range(2))
+    x.requires_grad_()
+    norms: dict[str, nn.Module] = {BASELINE: nn.BatchNorm2d(x.shape[1])}
+    for sample in SAMPLES:
+        norms[sample] = anybatch.SampledBatchNorm2d(x.shape[1], sample=sample, ratio=ratio, seed=0)
+
+    def call_of(norm: nn.Module) -> Call:
+        def call() -> None:
+            x.grad = None
+            norm(x).backward(dy)
+
+        return call
+
+    calls = {name: call_of(norm) for name, norm in norms.items()}
+    return timed(Setting("layer", shape, form), interleaved(calls, rounds), BASELINE)
 
 
-def step_rows(rounds: int, ratio: float) -> list[Row]:
-    """Whole training steps.
-
-    Args:
-        rounds: Blocks a method.
-        ratio: Of the sample.
-
-    Returns:
-        A row a network and method.
-    """
-    x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
-    data = Dataset("random", x, y, x, y, 10)
-    found: list[Row] = []
-    for model in ("resnet20", "resnet56"):
-        base = Run(data="cifar10", model=model, batch_size=128, augment=False, noise=0.0)
-        runs = {
-            name: base.but(method=name, options=() if name == "vdn" else (("ratio", ratio),))
-            for name in METHODS
-        }
-        for name, step in time_steps(runs, data, rounds).items():
-            ratios = (round(value, 3) for value in (step.ratio, step.low, step.high))
-            found.append((f"{model} step", "nchw", name, round(1e3 * step.seconds, 1), *ratios))
-    return found
+def variants(ratio: float) -> dict[str, Variant]:
+    """What is put into the networks, by name."""
+    found = {"bn": Variant("bn")}
+    for method in METHODS:
+        found[method] = Variant(method, () if method == "vdn" else (("ratio", ratio),))
+    fused = {
+        f"{name}, fused": Variant(way.method, (*way.options, ("fuse", True)))
+        for name, way in found.items()
+        if name != "vdn"
+    }
+    return found | fused
 
 
-def main() -> None:
+def main(typed: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21)
+    parser = arguments(__doc__ or "", rounds=21)
     parser.add_argument("--ratio", type=float, default=1 / 32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layer", action="store_true", help="the layer alone only")
-    parser.add_argument("--steps", action="store_true", help="training steps only")
-    parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    found: list[Row] = []
-    if not given.steps:
-        found += layer_rows(given.rounds, given.ratio)
-    if not given.layer:
-        found += step_rows(given.rounds, given.ratio)
-    print(("{:>20} " + "{:>12} " * (len(COLUMNS) - 1)).format(*COLUMNS))
-    for row in found:
-        print(("{!s:>20} " + "{!s:>12} " * (len(row) - 1)).format(*row))
-    if given.output is not None:
-        with given.output.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *found])
+    parser.add_argument("--only", nargs="+", default=["layer", "step"], choices=["layer", "step"])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--channels-last", action="store_true", help="networks in that format")
+    given = parser.parse_args(typed)
+    budget, rows, failed = start(given), [], {}
+    if "layer" in given.only:
+        for shape in SHAPES:
+            for form in FORMATS:
+                rows += layer_rows(shape, form, given.rounds, given.ratio)
+    for network in given.networks if "step" in given.only else ():
+        if budget.over(network):
+            continue
+        example = example_shape(network)
+        assert example is not None
+        bench = Bench(
+            network,
+            factory(network, example),
+            ((128, *example),),
+            channels_last=given.channels_last,
+            rounds=given.rounds,
+            questions=("step",),
+        )
+        found = costs(bench, variants(given.ratio))
+        rows += found.rows
+        failed |= {f"{name} in {network}": why for name, why in found.failed.items()}
+    return finish(rows, failed, given)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
