@@ -175,7 +175,7 @@ def both(
     return found[0], found[1]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
     name=st.sampled_from(NAMES),
     n=st.integers(1, 7),
