@@ -158,6 +158,7 @@ def test_averages_are_those_of_a_training_with_that_weight(method: str) -> None:
 
 def test_a_small_weight_is_still_at_the_start_and_a_large_one_is_noise() -> None:
     run = Run(method="bs", batch_size=64, epochs=12, noise=0.0, options=(("ratio", 1 / 8),))
+    run = run.but(lr=3e-3)  # weights hardly move: what is left is the noise of the sample
     found = study.moving_average_influence(run, blobs(256), momenta=[1e-3, 0.15, 1.0])
     late, good, noisy = (row.var_error for row in found.rows)
     assert good < late

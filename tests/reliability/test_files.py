@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The result of a run to which nothing happens."""
     folder = tmp_path_factory.mktemp("whole")
     done = subprocess.run(
-        command(folder), capture_output=True, text=True, timeout=120, env=environment()
+        command(folder), capture_output=True, text=True, timeout=300, env=environment()
     )
     assert done.returncode == 0, done.stderr
     return result(folder)
@@ -60,7 +60,7 @@ def test_a_disk_that_is_full(tmp_path: Path, size: int, whole: dict[str, object]
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     done = subprocess.run(
-        command(tmp_path), capture_output=True, text=True, timeout=120, env=environment(),
+        command(tmp_path), capture_output=True, text=True, timeout=300, env=environment(),
         preexec_fn=limit,
     )  # fmt: skip
     assert done.returncode != 0
@@ -69,7 +69,7 @@ def test_a_disk_that_is_full(tmp_path: Path, size: int, whole: dict[str, object]
     assert not [p for p in tmp_path.rglob(".*") if p.is_file()]  # no half file, no lock
     check_whole(tmp_path)
     again = subprocess.run(
-        command(tmp_path), capture_output=True, text=True, timeout=120, env=environment()
+        command(tmp_path), capture_output=True, text=True, timeout=300, env=environment()
     )
     assert again.returncode == 0, again.stderr
     assert result(tmp_path) == whole
@@ -93,7 +93,7 @@ def test_ctrl_c_at_any_moment(tmp_path: Path, whole: dict[str, object]) -> None:
             if folder.exists():
                 check_whole(folder)
         done = subprocess.run(
-            command(folder), capture_output=True, text=True, timeout=120, env=environment()
+            command(folder), capture_output=True, text=True, timeout=300, env=environment()
         )
         assert done.returncode == 0, done.stderr
         assert result(folder) == whole

@@ -311,10 +311,10 @@ def holding(lock: Path) -> Iterator[None]:
                     break
             except FileNotFoundError:
                 pass
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         try:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
         finally:
             lock.unlink(missing_ok=True)

@@ -393,6 +393,12 @@ class Kept:
         self.stats, self.table = stats, table
 
 
+def _cast(rows, dtype):
+    """Rows in the type of the data; a training that went astray shows in its loss, not here."""
+    with np.errstate(all="ignore"):
+        return [row.astype(dtype) for row in rows]
+
+
 @lru_cache(maxsize=16)
 def nothing(dtype):
     """No planes or rows: nothing added, no gradient wanted."""
@@ -429,12 +435,12 @@ def forward(x, y, planes, relu, added, sample, weight, bias, running, pace, eps,
     count = counts[0] + counts[1]
     _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
     if planes:
-        rows = [row.astype(dtype) for row in (stats[0], scales, shifts)]
+        rows = _cast((stats[0], scales, shifts), dtype)
         planes_affine(many, x, y, relu, added, *rows)
     else:
         take = _wide(channels, x.shape[0])
         pair = scales, shifts - stats[0] * scales
-        rows = [np.tile(row.astype(dtype), take) for row in pair]
+        rows = [np.tile(row, take) for row in _cast(pair, dtype)]
         wide_x, wide_y, wide_added = (_wider(a, take) for a in (x, y, added))
         rows_affine(many, wide_x, wide_y, relu, wide_added, *rows)
     return Kept(runs, shares, counts, stats, table)
@@ -461,8 +467,8 @@ def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
     channels, dtype = weight.shape[0], x.dtype
     many = parts(x.size)
     work = np.zeros((7, channels))
-    mean = kept.stats[0].astype(dtype)
-    scales = (weight / np.sqrt(kept.stats[1] + eps)).astype(dtype)
+    with np.errstate(all="ignore"):
+        mean, scales = _cast((kept.stats[0], weight / np.sqrt(kept.stats[1] + eps)), dtype)
     work[0] = mean
     if planes:
         sums = np.empty((x.shape[0], 2, 1))
@@ -480,6 +486,6 @@ def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
     correct = planes_correct if planes else rows_correct
     for s in range(2):
         if kept.shares[s] > 0:
-            center, on_x, constant = work[1 + 3 * s : 4 + 3 * s].astype(dtype)
+            center, on_x, constant = _cast(work[1 + 3 * s : 4 + 3 * s], dtype)
             factors = np.stack([center, scales, on_x, constant])
             correct(many, dy, x, dx, relu, y, length, kept.runs[s], factors)
