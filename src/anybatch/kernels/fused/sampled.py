@@ -152,15 +152,11 @@ def _behind(dy, y, g):
 
 
 @inlined
-def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
-    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`.
-
-    Behind a `relu` with output `y` this is the gradient before it, which `g` takes, if it is there.
-    """
+def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
+    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
     planes, length = x.shape
     channels = means.shape[0]
     dtype = x.dtype.type
-    made = np.empty(min(length, _CHUNK) if relu else 0, x.dtype)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale = means[c], scales[c]
@@ -169,10 +165,6 @@ def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             one, two = dtype(0), dtype(0)
             end = min(begin + _CHUNK, length)  # loops from 0 on need no check for negative indices
             some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
-            if relu:
-                some = g[p, begin:end] if g.shape[0] > 0 else made[: end - begin]
-                _behind(some_dy, y[p, begin:end], some)
-                some_dy = some
             for k in range(end - begin):
                 d = some_dy[k]
                 one += d
@@ -185,12 +177,11 @@ def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
 
 
 @inlined
-def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
+def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
     """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
-    made = np.empty(width if relu else 0, x.dtype)
     for b in range(blocks * part // parts, blocks * (part + 1) // parts):
         one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
         total, moment = np.zeros(width), np.zeros(width)
@@ -200,12 +191,66 @@ def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             two[:] = 0
             for i in range(begin, min(begin + _FEW, end)):
                 row_dy, row_x, row_dx = dy[i], x[i], dx[i]
-                if relu:
-                    row = g[i] if g.shape[0] > 0 else made
-                    _behind(row_dy, y[i], row)
-                    row_dy = row
                 for c in range(width):
                     d = row_dy[c]
+                    one[c] += d
+                    two[c] += d * (row_x[c] - means[c])
+                    row_dx[c] = d * scales[c]
+            for c in range(width):
+                total[c] += one[c]
+                moment[c] += two[c]
+        sums[b, 0] = total
+        sums[b, 1] = moment
+
+
+@inlined
+def _planes_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
+    """The same behind a ReLU with output `y`; `g` takes the gradient before it, if it is there."""
+    planes, length = x.shape
+    channels = means.shape[0]
+    dtype = x.dtype.type
+    made = np.empty(min(length, _CHUNK), x.dtype)
+    for p in range(planes * part // parts, planes * (part + 1) // parts):
+        c = p % channels
+        mean, scale = means[c], scales[c]
+        total, moment = 0.0, 0.0
+        for begin in range(0, length, _CHUNK):
+            one, two = dtype(0), dtype(0)
+            end = min(begin + _CHUNK, length)
+            some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
+            some = g[p, begin:end] if g.shape[0] > 0 else made[: end - begin]
+            _behind(some_dy, y[p, begin:end], some)
+            for k in range(end - begin):
+                d = some[k]
+                one += d
+                two += d * (some_x[k] - mean)
+                some_dx[k] = d * scale
+            total += one
+            moment += two
+        sums[p, 0, 0] = total
+        sums[p, 1, 0] = moment
+
+
+@inlined
+def _rows_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
+    """The same of rows."""
+    rows, width = x.shape
+    blocks = sums.shape[0]
+    share = (rows + blocks - 1) // blocks
+    made = np.empty(width, x.dtype)
+    for b in range(blocks * part // parts, blocks * (part + 1) // parts):
+        one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
+        total, moment = np.zeros(width), np.zeros(width)
+        end = min(b * share + share, rows)
+        for begin in range(b * share, end, _FEW):
+            one[:] = 0
+            two[:] = 0
+            for i in range(begin, min(begin + _FEW, end)):
+                row_dy, row_x, row_dx = dy[i], x[i], dx[i]
+                row = g[i] if g.shape[0] > 0 else made
+                _behind(row_dy, y[i], row)
+                for c in range(width):
+                    d = row[c]
                     one[c] += d
                     two[c] += d * (row_x[c] - means[c])
                     row_dx[c] = d * scales[c]
@@ -276,13 +321,19 @@ def rows_affine(parts, x, y, relu, added, scales, shifts):
 @jit
 def planes_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_planes_backward` on so many threads."""
-    fork(_planes_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
+    if relu:
+        fork(_planes_backward_behind, parts, (dy, x, dx, y, g, means, scales, sums))
+    else:
+        fork(_planes_backward, parts, (dy, x, dx, means, scales, sums))
 
 
 @jit
 def rows_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_rows_backward` on so many threads."""
-    fork(_rows_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
+    if relu:
+        fork(_rows_backward_behind, parts, (dy, x, dx, y, g, means, scales, sums))
+    else:
+        fork(_rows_backward, parts, (dy, x, dx, means, scales, sums))
 
 
 @jit
