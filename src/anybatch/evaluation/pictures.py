@@ -10,6 +10,7 @@ import torch
 
 from anybatch import __version__, theory
 from anybatch.evaluation.measured import Histogram, LayerNoise, Spread, second_moment_noise
+from anybatch.evaluation.pages import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,22 +124,13 @@ def page(diagnosis: Diagnosis) -> str:
     Returns:
         The page; it needs no other file.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(f"a report needs Jinja: {_EXTRA}") from error
     from anybatch.evaluation.diagnose import HEAD, cells, word
 
     buffer = io.BytesIO()
     figure(diagnosis).savefig(buffer, format="png", dpi=120)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anybatch.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("diagnosis.html.j2").render(
+    return render(
+        "anybatch.evaluation",
+        "diagnosis.html.j2",
         diagnosis=diagnosis,
         head=HEAD,
         rows=[(word(layer), cells(layer)) for layer in diagnosis.layers],

@@ -2,15 +2,15 @@
 
 import base64
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anybatch.evaluation.pages import render
 from anybatch.experiments import measurement_figures
 from anybatch.experiments.bench import Bench, Costs
 from anybatch.experiments.config import BASELINE
 from anybatch.experiments.figures import png
-from anybatch.experiments.files import write_json, write_text, write_whole
+from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.measurements import Measurement, as_csv, surroundings
 from anybatch.methods import METHODS
 
@@ -165,7 +165,7 @@ def write(outcome: Outcome, folder: Path) -> Path:
     """
     data = as_data(outcome)
     picture = png(measurement_figures.ratios(outcome.rows))
-    write_whole(folder / "bench.png", partial(_write_bytes, picture))
+    write_bytes(folder / "bench.png", picture)
     write_json(folder / "bench.json", data)
     write_text(folder / "bench.csv", csv_text(outcome))
     path = folder / "report.html"
@@ -173,22 +173,11 @@ def write(outcome: Outcome, folder: Path) -> Path:
     return path
 
 
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
 def _html(outcome: Outcome, data: Mapping[str, Any], picture: bytes) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anybatch.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pairs = zip(outcome.benches, outcome.found, strict=True)
-    return environment.get_template("bench.html.j2").render(
+    return render(
+        "anybatch.experiments",
+        "bench.html.j2",
         name=outcome.benches[0].name,
         columns=COLUMNS,
         tables=[(title(bench), lines(costs)) for bench, costs in pairs],

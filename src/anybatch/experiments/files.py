@@ -42,6 +42,15 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: _write(temporary, text))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of bytes whole."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_whole(path, write)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write data as JSON, whole; a number that is not finite becomes null."""
     write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")

@@ -4,14 +4,14 @@ import base64
 import csv
 import io
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anybatch.evaluation.pages import render
 from anybatch.experiments import figures
 from anybatch.experiments.compare import Comparison, Line, machine
 from anybatch.experiments.config import BASELINE
-from anybatch.experiments.files import write_json, write_text, write_whole
+from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.timing import StepTime
 from anybatch.experiments.training import Row
 from anybatch.methods import METHODS
@@ -184,7 +184,7 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
     if outcome.times:
         pictures["cost"] = figures.png(figures.cost_bars(outcome.lines, outcome.times, names))
     for name, picture in pictures.items():
-        write_whole(folder / f"{name}.png", partial(_write_bytes, picture))
+        write_bytes(folder / f"{name}.png", picture)
     write_json(folder / "results.json", data)
     write_text(folder / "results.csv", as_csv(outcome))
     path = folder / "report.html"
@@ -192,24 +192,13 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
     return path
 
 
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
 def _html(outcome: Outcome, data: dict[str, Any], pictures: dict[str, bytes]) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anybatch.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     base = outcome.comparison.base
     best = max((line for line in outcome.lines if line.row != "target"), key=lambda line: line.mean)
     by_row = {line.row: line for line in outcome.lines}
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "anybatch.experiments",
+        "report.html.j2",
         base=base,
         columns=COLUMNS,
         rows=[(line.row, cells(line, outcome.times)) for line in outcome.lines],

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anybatch.evaluation.pages import render
 from anybatch.experiments import figures, reproduced_figures
-from anybatch.experiments.files import write_json, write_text, write_whole
+from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.reproduced import Grid, as_data, backing, checked, grid
 from anybatch.experiments.reproduction import SIZES, Reproduction, reproductions
 from anybatch.experiments.store import Row, Store, write_rows
@@ -87,26 +88,16 @@ def write_report(
     Returns:
         The path of the report.
     """
-    import jinja2
-
     parts = []
     for one in wanted:
         picture = _picture(one, size, rows)
         if picture is not None:
-            write_whole(folder / f"{one.name}-{size}.png", partial(_write_bytes, picture))
+            write_bytes(folder / f"{one.name}-{size}.png", picture)
         encoded = None if picture is None else base64.b64encode(picture).decode("ascii")
         parts.append((section(one, size, rows), encoded))
     write_json(folder / "report.json", [as_data(one, size, rows) for one in wanted])
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anybatch.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("reproduce.html.j2").render(
-        parts=parts, size=_SIZE_NAMES[size], command=command
-    )
+    values = {"parts": parts, "size": _SIZE_NAMES[size], "command": command}
+    text = render("anybatch.experiments", "reproduce.html.j2", **values)
     path = folder / "report.html"
     write_text(path, text)
     return path
@@ -115,10 +106,6 @@ def write_report(
 def _picture(one: Reproduction, size: str, rows: Mapping[str, Row]) -> bytes | None:
     figure = reproduced_figures.draw(one, one.sizes[size], rows)
     return None if figure is None else figures.png(figure, dpi=120)
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 # --- the documentation ------------------------------------------------------------
@@ -148,7 +135,7 @@ def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
             picture = _picture(one, size, everything)
             if picture is not None:
                 path = docs / PICTURES / f"{one.name}-{size}.png"
-                write_whole(path, partial(_write_bytes, picture))
+                write_bytes(path, picture)
     changed = []
     for path, text in pages(docs).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -3,20 +3,20 @@
 import base64
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from anybatch.evaluation.pages import render
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.compare import machine
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import png
-from anybatch.experiments.files import write_json, write_text, write_whole
+from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.pictures import as_tensor
 from anybatch.experiments.training import prepare
 
@@ -213,21 +213,14 @@ def write(outcome: Outcome, folder: Path) -> Path:
     Returns:
         The path of the page.
     """
-    import jinja2
-
     picture = png(outcome.tuned.plot())
-    write_whole(folder / "tune.png", partial(_write_bytes, picture))
+    write_bytes(folder / "tune.png", picture)
     data = as_data(outcome)
     write_json(folder / "tune.json", data)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anybatch.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     tuned = outcome.tuned
-    page = environment.get_template("tune.html.j2").render(
+    page = render(
+        "anybatch.experiments",
+        "tune.html.j2",
         run=outcome.run,
         tuned=tuned,
         test=outcome.test,
@@ -243,10 +236,6 @@ def write(outcome: Outcome, folder: Path) -> Path:
     path = folder / "tune.html"
     write_text(path, page)
     return path
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def _text(metric: str, value: float) -> str:
