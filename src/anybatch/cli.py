@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from anybatch.methods import METHODS
 
@@ -36,7 +36,7 @@ except ImportError as error:  # the library itself needs neither
 if TYPE_CHECKING:
     from anybatch.experiments.bench import Bench, Variant
     from anybatch.experiments.compare import Comparison
-    from anybatch.experiments.config import Run
+    from anybatch.experiments.config import Option, Run
     from anybatch.experiments.reproduction import Reproduction, Task
     from anybatch.experiments.store import Row as StoredRow
     from anybatch.experiments.training import Row
@@ -283,7 +283,7 @@ def compare(
         steps_per_epoch(run, loaded)
     with locked(folder):
         with _bars(given["as_json"]) as bars:
-            show = _progress(bars, comparison)
+            show = _progress(bars, comparison.runs())
             results = run_all(comparison, folder, _workers(given), show)
         times = {}
         if given["timing"]:
@@ -535,15 +535,7 @@ def bench(
     quiet, found = given["as_json"] or given["as_csv"], []
     with _bars(quiet) as bars:
         for one in benches:
-            tasks: dict[str, Any] = {}
-
-            def show(
-                what: str, done: int, total: int, size: int = one.examples, tasks: Any = tasks
-            ) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(f"batch {size}: {what}", total=total)
-                bars.update(tasks[what], completed=done)
-
+            show = _progress_of_parts(bars, f"batch {one.examples}: ")
             found.append(costs(one, variants, show))
             seconds = time.perf_counter() - start
             outcome = bench_report.Outcome(benches[: len(found)], found, _typed(), seconds)
@@ -632,13 +624,7 @@ def diagnose(
         torch.set_num_threads(min(torch.get_num_threads(), 2))
     weights = None if given["checkpoint"] is None else Path(given["checkpoint"])
     with _bars(given["as_json"]) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
-
+        show = _progress_of_parts(bars)
         found = diagnosis.diagnose_run(run, epochs, weights, given["max_batches"], show)
     page = diagnosis.write(found, folder)
     if given["as_json"]:
@@ -740,16 +726,30 @@ def _check_device(name: str) -> None:
         raise ValueError(f"device={name!r}: {reason}; 'cpu' always works") from error
 
 
-def _comparison(given: dict[str, Any]) -> "Comparison":
-    from anybatch.experiments.compare import DEFAULT_METHODS, Comparison
-    from anybatch.experiments.config import parse_options
+def _named(given: dict[str, Any]) -> tuple[str, ...]:
+    """The methods that were named, or those for small batches."""
+    from anybatch.experiments.compare import DEFAULT_METHODS
 
     names = given["methods"]
-    chosen = DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+    return DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+
+
+def _options_of(chosen: tuple[str, ...], given: dict[str, Any]) -> "dict[str, tuple[Option, ...]]":
+    """The options of the methods that were named."""
+    from anybatch.experiments.config import parse_options
+
     options = parse_options(given["option"] or [])
     for name in options:
         if name not in chosen:
             raise ValueError(f"option={name!r}: it is none of the methods {', '.join(chosen)}")
+    return options
+
+
+def _comparison(given: dict[str, Any]) -> "Comparison":
+    from anybatch.experiments.compare import Comparison
+
+    chosen = _named(given)
+    options = _options_of(chosen, given)
     return Comparison(
         base=_run(given),
         methods=tuple(dict.fromkeys(chosen)),
@@ -763,18 +763,12 @@ def _comparison(given: dict[str, Any]) -> "Comparison":
 def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
     """The methods of `bench`, with their options."""
     from anybatch.experiments.bench import Variant
-    from anybatch.experiments.compare import DEFAULT_METHODS
-    from anybatch.experiments.config import parse_options
     from anybatch.methods import get_method
 
-    names = given["methods"]
-    chosen = DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+    chosen = _named(given)
     if not chosen:
-        raise ValueError(f"methods={names!r}: give one or more")
-    options = parse_options(given["option"] or [])
-    for name in options:
-        if name not in chosen:
-            raise ValueError(f"option={name!r}: it is none of the methods {', '.join(chosen)}")
+        raise ValueError(f"methods={given['methods']!r}: give one or more")
+    options = _options_of(chosen, given)
     for name in chosen:
         get_method(name).check_options(dict(options.get(name, ())))
     return {name: Variant(name, options.get(name, ())) for name in dict.fromkeys(chosen)}
@@ -873,11 +867,21 @@ def _bars(quiet: bool) -> Progress:
     )
 
 
-def _progress(
-    bars: Progress, comparison: "Comparison | _Trainings"
-) -> Callable[[str, int, "Row | None"], None]:
+def _progress_of_parts(bars: Progress, where: str = "") -> Callable[[str, int, int], None]:
+    """A bar for each part of what is done."""
+    tasks: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(where + what, total=total)
+        bars.update(tasks[what], completed=done)
+
+    return show
+
+
+def _progress(bars: Progress, trained: "Iterable[Run]") -> Callable[[str, int, "Row | None"], None]:
     """A bar for everything, and one for each run that is under way."""
-    runs = {run.key: run for run in comparison.runs()}
+    runs = {run.key: run for run in trained}
     total = bars.add_task("[bold]all epochs[/]", total=sum(run.epochs for run in runs.values()))
     done = dict.fromkeys(runs, 0)
     tasks: dict[str, Any] = {}
@@ -892,20 +896,6 @@ def _progress(
             bars.update(tasks[key], completed=done[key], visible=row is None)
 
     return show
-
-
-def main() -> None:
-    """Run the command line."""
-    signal.signal(signal.SIGTERM, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
-        signal.signal(signal.SIGINT, _stop)
-    app()
-
-
-def _stop(*_: object) -> None:
-    """A request to stop, as a scheduler makes it, is Ctrl-C: what is done is kept."""
-    _asked.set()
-    raise KeyboardInterrupt
 
 
 # --- what the papers report ------------------------------------------------------
@@ -1013,7 +1003,7 @@ def reproduce(
         here = [placed(task, None if root is None else Path(root), device) for task in asked]
         given = f" --size {size} --device {device}" + ("" if seeds is None else f" --seeds {seeds}")
         with _bars(as_json) as bars:
-            show = _progress(bars, _Trainings([task.run for task in missing(here, rows)]))
+            show = _progress(bars, [task.run for task in missing(here, rows)])
             made = make(here, folder, count, show, given)
         rows, elsewhere = made.rows, made.elsewhere
     page = reproduced_pages.write_report(wanted, size, rows, folder, _typed())
@@ -1028,15 +1018,6 @@ def reproduce(
     if elsewhere:
         console.print(f"{elsewhere} trainings are made by another process; start again to wait.")
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
-
-
-class _Trainings(NamedTuple):
-    """Runs to show the progress of."""
-
-    all: "list[Run]"
-
-    def runs(self) -> "list[Run]":
-        return self.all
 
 
 def _list_reproductions(
@@ -1108,3 +1089,17 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 129_600 else f"{seconds / 86_400:.1f} days"
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, _stop)
+    app()
+
+
+def _stop(*_: object) -> None:
+    """A request to stop, as a scheduler makes it, is Ctrl-C: what is done is kept."""
+    _asked.set()
+    raise KeyboardInterrupt
