@@ -12,7 +12,14 @@ import triton.language as tl
 from anybatch.kernels.triton import recipe
 from anybatch.kernels.triton.forward import get, put
 from anybatch.kernels.triton.rules import arrive, earlier, finite, flow, number, push
-from anybatch.kernels.triton.tiles import group_rows, part_rows, places, row_sums, sides
+from anybatch.kernels.triton.tiles import (
+    group_rows,
+    part_channels,
+    part_rows,
+    places,
+    row_sums,
+    sides,
+)
 
 _PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
 _MOMENTUM: tl.constexpr = tl.constexpr(recipe.MOMENTUM)
@@ -21,23 +28,9 @@ _SMA: tl.constexpr = tl.constexpr(recipe.SMA)
 _EMA: tl.constexpr = tl.constexpr(recipe.EMA)
 _TILE: tl.constexpr = tl.constexpr(recipe.TILE)
 _PARTS: tl.constexpr = tl.constexpr(recipe.PARTS)
-# What changes from layer to layer, and is no reason to compile again.
-_LOOSE = [
-    "inner",
-    "outer",
-    "start",
-    "small",
-    "large",
-    "groups",
-    "group",
-    "all_groups",
-    "tiles",
-    "parts",
-    "psi_rows",
-]
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def backward_columns(
     dy,
     x,
@@ -207,7 +200,7 @@ def backward_columns(
         tl.store(psi_counter, tl.sum(count, 0) + 1, mask=last)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def backward_parts(
     dy,
     x,
@@ -234,10 +227,7 @@ def backward_parts(
     """The two sums of a part of a group, so many tiles."""
     ACC: tl.constexpr = used.dtype.element_ty
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
-    blocks = (channels + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    place = tl.program_id(0) // blocks
+    c, inside, place = part_channels(channels, BLOCK_C)
     g, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
@@ -263,7 +253,7 @@ def backward_parts(
     put(partial, 1, place, groups * parts, c, channels, product, inside)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def backward_write(
     dy,
     x,
@@ -285,10 +275,8 @@ def backward_write(
 ):
     """Write dx = on_dy * dy + on_x * (x - center) + constant, what was read last first."""
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
-    blocks = (channels + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    place = groups * parts - 1 - tl.program_id(0) // blocks
+    c, inside, place = part_channels(channels, BLOCK_C)
+    place = groups * parts - 1 - place
     g, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )

@@ -26,6 +26,7 @@ from anybatch.kernels.triton.rules import (
 from anybatch.kernels.triton.tiles import (
     combine,
     group_rows,
+    part_channels,
     part_rows,
     places,
     pool,
@@ -38,25 +39,6 @@ _PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
 _WINDOW: tl.constexpr = tl.constexpr(recipe.WINDOW)
 _TILE: tl.constexpr = tl.constexpr(recipe.TILE)
 _PARTS: tl.constexpr = tl.constexpr(recipe.PARTS)
-# What changes from layer to layer, and is no reason to compile again.
-_LOOSE = [
-    "inner",
-    "outer",
-    "start",
-    "small",
-    "large",
-    "groups",
-    "group",
-    "all_groups",
-    "tiles",
-    "held",
-    "parts",
-    "window_rows",
-    "warmup",
-    "renorm_warmup",
-    "weighing",
-    "total",
-]
 
 
 @triton.jit
@@ -112,7 +94,7 @@ def part_moments(
     return mean, square
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def forward_columns(
     x,
     y,
@@ -299,7 +281,7 @@ def forward_columns(
         )
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def forward_parts(
     x,
     partial,
@@ -321,16 +303,14 @@ def forward_parts(
 ):
     """Mean and squared deviations of a part of a group, so many tiles."""
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
-    blocks = (channels + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    place = tl.program_id(0) // blocks
+    c, inside, place = part_channels(channels, BLOCK_C)
     _, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
     mean, square = row_moments(
         x,
         c,
-        c < channels,
+        inside,
         begin,
         end,
         own_tiles,
@@ -342,11 +322,11 @@ def forward_parts(
         BLOCK_C,
         ACC,
     )
-    put(partial, 0, place, groups * parts, c, channels, mean, c < channels)
-    put(partial, 1, place, groups * parts, c, channels, square, c < channels)
+    put(partial, 0, place, groups * parts, c, channels, mean, inside)
+    put(partial, 1, place, groups * parts, c, channels, square, inside)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def forward_write(
     x,
     y,
@@ -367,10 +347,8 @@ def forward_write(
 ):
     """Write y = (x - mean) * scale + shift, what was read last first: it may still be in cache."""
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
-    blocks = (channels + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    place = groups * parts - 1 - tl.program_id(0) // blocks
+    c, inside, place = part_channels(channels, BLOCK_C)
+    place = groups * parts - 1 - place
     g, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
@@ -387,7 +365,7 @@ def forward_write(
         tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=_LOOSE)
+@triton.jit(do_not_specialize=recipe.LOOSE)
 def forward_track(
     own,
     running_mean,

@@ -9,6 +9,27 @@ BATCH, SMA, EMA = 0, 1, 2  # which averages of Psi the backward pass takes
 AVERAGES = {"batch": BATCH, "sma": SMA, "ema": EMA}
 TILE, TILES, PARTS = 0, 1, 2  # where a program takes moments and sums from
 
+# What changes from layer to layer, and is no reason to compile again.
+LOOSE = [
+    "inner",
+    "outer",
+    "start",
+    "small",
+    "large",
+    "groups",
+    "group",
+    "all_groups",
+    "tiles",
+    "held",
+    "parts",
+    "window_rows",
+    "psi_rows",
+    "warmup",
+    "renorm_warmup",
+    "weighing",
+    "total",
+]
+
 
 class Recipe(NamedTuple):
     """How a method chooses its statistics, and where it remembers them.

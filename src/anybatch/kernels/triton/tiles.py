@@ -39,6 +39,14 @@ def group_rows(g, start, small, large, length):
 
 
 @triton.jit
+def part_channels(channels, BLOCK_C: tl.constexpr):
+    """Channels of a program over parts, which of them there are, and the number of its part."""
+    blocks = (channels + BLOCK_C - 1) // BLOCK_C
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return c, c < channels, tl.program_id(0) // blocks
+
+
+@triton.jit
 def part_rows(
     place,
     parts,
