@@ -152,7 +152,7 @@ class Compiled(torch.autograd.Function):
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
         added_ = nothing = loops.nothing(x_.dtype)
         if added is not None:
-            added_ = _flat(_ordered(added.detach().resolve_neg(), last), last)
+            added_ = _flat(ordered(added.detach().resolve_neg(), last), last)
         w, b = loops.read(weight), loops.read(bias)
         steps, kept = _steps(cut), []
         for rows, sizes in steps:
@@ -183,13 +183,13 @@ class Compiled(torch.autograd.Function):
             return *gradients(dy, x, weight, call, needs), dy if adds else None, *_REST
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        dy, x = _ordered(dy, last), _ordered(x.detach(), last)
+        dy, x = ordered(dy, last), ordered(x.detach(), last)
         dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
         y_ = g_ = nothing = loops.nothing(x_.dtype)
         g = None
         if activated:
-            y_ = _flat(_ordered(activated[0].detach(), last), last)
+            y_ = _flat(ordered(activated[0].detach(), last), last)
             if adds:
                 g = loops.empty_like(x)
                 g_ = _flat(g, last)
@@ -224,7 +224,7 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def _ordered(x: Tensor, last: bool) -> Tensor:
+def ordered(x: Tensor, last: bool) -> Tensor:
     """A tensor whose channels lie first or last in memory."""
     if not last:
         return x.contiguous()

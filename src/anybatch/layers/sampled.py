@@ -12,7 +12,7 @@ from anybatch.kernels.samples import Box, Place
 from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.base import Batch, NormLayer, updates
-from anybatch.layers.compiled import Array, is_plain
+from anybatch.layers.compiled import Array, is_plain, ordered
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward, may_run_again
@@ -525,14 +525,6 @@ def _flat(x: Tensor, planes: bool) -> Array:
     return x.movedim(1, -1).numpy().reshape(-1, x.shape[1])
 
 
-def _ordered_as(y: Tensor, x: Tensor) -> Tensor:
-    """An activation in the order of memory of another."""
-    if x.is_contiguous():
-        return y.contiguous()
-    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return y.contiguous(memory_format=last)
-
-
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -557,7 +549,7 @@ class _Compiled(torch.autograd.Function):
         x_ = _flat(x.detach(), planes)
         added_ = loops.nothing(x_.dtype)
         if added is not None:
-            added_ = _flat(_ordered_as(added.detach().resolve_neg(), x), planes)
+            added_ = _flat(ordered(added.detach().resolve_neg(), not x.is_contiguous()), planes)
         ctx.kept = loops.forward(
             x_,
             _flat(y, planes),
@@ -591,7 +583,8 @@ class _Compiled(torch.autograd.Function):
         planes, loops = _is_planes(x), ctx.loops
         x = x.detach()
         dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        arrays = (_flat(_ordered_as(dy, x), planes), _flat(x, planes), _flat(dx, planes))
+        dy = ordered(dy, not x.is_contiguous())
+        arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
         y_ = g_ = loops.nothing(arrays[1].dtype)
         g = None
         if activated:

@@ -8,7 +8,7 @@ between is read first: vector registers hold no branches.
 """
 
 from anybatch.kernels.fused.options import inlined
-from anybatch.kernels.fused.passes import _stretch
+from anybatch.kernels.fused.passes import stretch
 
 # --- planes -----------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def row_activate(part, parts, x, added, y, first, last, table):
     """Write y = relu((x - mean) * scale + shift + added)."""
     means, scales, shifts, zero = table[0], table[1], table[2], x.dtype.type(0)
     period, adds = means.shape[0], added.shape[0] > 0
-    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
     for at in range(begin + length - period, begin - 1, -period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
@@ -120,7 +120,7 @@ def row_activate(part, parts, x, added, y, first, last, table):
 def row_masked_sums(part, parts, dy, y, x, first, last, center, sums):
     """Add up g and g * (x - center) for each place of a row, where g is dy behind the ReLU."""
     period, zero = center.shape[0], x.dtype.type(0)
-    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
     for at in range(begin, begin + length, period):
         far = at + length
@@ -144,8 +144,8 @@ def row_masked_sums(part, parts, dy, y, x, first, last, center, sums):
 
 
 @inlined
-def _mask(dy, y, g):
-    """Write the gradient behind a ReLU."""
+def mask_gradient(dy, y, g):
+    """Write what passes a ReLU backward into `g`; its mask is the sign of its output."""
     zero = g.dtype.type(0)
     for j in range(g.shape[0]):
         a = dy[j]
@@ -156,14 +156,14 @@ def _mask(dy, y, g):
 def row_kept_sums(part, parts, dy, y, x, g, first, last, center, sums):
     """`row_masked_sums`, and write g."""
     period = center.shape[0]
-    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
     for at in range(begin, begin + length, period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
         kept, kept_two = g[at : at + period], g[far : far + period]
-        _mask(dy[at : at + period], y[at : at + period], kept)
-        _mask(dy[far : far + period], y[far : far + period], kept_two)
+        mask_gradient(dy[at : at + period], y[at : at + period], kept)
+        mask_gradient(dy[far : far + period], y[far : far + period], kept_two)
         for j in range(period):
             a, b, middle = kept[j], kept_two[j], center[j]
             totals[j] += a + b
@@ -171,7 +171,7 @@ def row_kept_sums(part, parts, dy, y, x, g, first, last, center, sums):
     for at in range(begin + 2 * length, end, period):
         stop = min(at + period, end)
         row, kept = x[at:stop], g[at:stop]
-        _mask(dy[at:stop], y[at:stop], kept)
+        mask_gradient(dy[at:stop], y[at:stop], kept)
         for j in range(row.shape[0]):
             totals[j] += kept[j]
             products[j] += kept[j] * (row[j] - center[j])
@@ -182,7 +182,7 @@ def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
     """Write dx = on_dy * g + on_x * (x - center) + constant."""
     on_dy, on_x, constant, zero = table[0], table[1], table[2], x.dtype.type(0)
     period = center.shape[0]
-    begin, end, _ = _stretch(part, parts, first, last, period, 1)
+    begin, end, _ = stretch(part, parts, first, last, period, 1)
     for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
         stop = min(at + period, end)
         above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]

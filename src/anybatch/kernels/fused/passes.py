@@ -81,7 +81,7 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
 
 
 @inlined
-def _stretch(part, parts, first, last, period, streams):
+def stretch(part, parts, first, last, period, streams):
     """Where a part begins and ends, in whole rows, and how long each of its streams is."""
     rows = -(-(last - first) // period)
     begin = first + period * (rows * part // parts)
@@ -93,7 +93,7 @@ def _stretch(part, parts, first, last, period, streams):
 def row_moments(part, parts, x, first, last, shift, sums):
     """Add up x - shift and its square for each place of a row."""
     period = shift.shape[0]
-    begin, end, length = _stretch(part, parts, first, last, period, 4)
+    begin, end, length = stretch(part, parts, first, last, period, 4)
     totals, squares = sums[part, 0], sums[part, 1]
     second, third, fourth = begin + length, begin + 2 * length, begin + 3 * length
     for at in range(0, length, period):
@@ -117,7 +117,7 @@ def row_write(part, parts, x, y, first, last, table):
     """Write y = (x - mean) * scale + shift."""
     means, scales, shifts = table[0], table[1], table[2]
     period = means.shape[0]
-    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
     for at in range(begin + length - period, begin - 1, -period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
@@ -136,7 +136,7 @@ def row_write(part, parts, x, y, first, last, table):
 def row_sums(part, parts, dy, x, first, last, center, sums):
     """Add up dy and dy * (x - center) for each place of a row."""
     period = center.shape[0]
-    begin, end, length = _stretch(part, parts, first, last, period, 2)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
     for at in range(begin, begin + length, period):
         far = at + length
@@ -158,7 +158,7 @@ def row_gradient(part, parts, dy, x, dx, first, last, center, table):
     """Write dx = on_dy * dy + on_x * (x - center) + constant."""
     on_dy, on_x, constant = table[0], table[1], table[2]
     period = center.shape[0]
-    begin, end, _ = _stretch(part, parts, first, last, period, 1)
+    begin, end, _ = stretch(part, parts, first, last, period, 1)
     for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
         stop = min(at + period, end)
         above, row, out = dy[at:stop], x[at:stop], dx[at:stop]

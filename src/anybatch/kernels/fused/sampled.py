@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from anybatch.kernels.fused.activated import mask_gradient
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like as empty_like
@@ -144,87 +145,41 @@ def _rows_affine(part, parts, x, y, relu, added, scales, shifts):
 
 
 @inlined
-def _behind(dy, y, g):
-    """Write the gradient behind a ReLU, whose mask is the sign of its output, into `g`."""
-    zero = dy.dtype.type(0)
-    for k in range(dy.shape[0]):
-        g[k] = zero if y[k] <= zero else dy[k]
+def _pass_through(dy, x, dx, mean, scale):
+    """Write dx = scale * dy; sum(dy) and sum(dy * (x - mean)) of some values of a channel."""
+    one, two = dy.dtype.type(0), dy.dtype.type(0)
+    for k in range(dy.shape[0]):  # from 0 on: no check for negative indices
+        d = dy[k]
+        one += d
+        two += d * (x[k] - mean)
+        dx[k] = d * scale
+    return one, two
 
 
 @inlined
-def _planes_backward(part, parts, dy, x, dx, means, scales, sums):
-    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`."""
+def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
+    """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`.
+
+    Behind a `relu` with output `y` this is the gradient before it, which `g` takes, if it is there.
+    """
     planes, length = x.shape
     channels = means.shape[0]
-    dtype = x.dtype.type
-    for p in range(planes * part // parts, planes * (part + 1) // parts):
-        c = p % channels
-        mean, scale = means[c], scales[c]
-        total, moment = 0.0, 0.0
-        for begin in range(0, length, _CHUNK):
-            one, two = dtype(0), dtype(0)
-            end = min(begin + _CHUNK, length)  # loops from 0 on need no check for negative indices
-            some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
-            for k in range(end - begin):
-                d = some_dy[k]
-                one += d
-                two += d * (some_x[k] - mean)
-                some_dx[k] = d * scale
-            total += one
-            moment += two
-        sums[p, 0, 0] = total
-        sums[p, 1, 0] = moment
-
-
-@inlined
-def _rows_backward(part, parts, dy, x, dx, means, scales, sums):
-    """The same of rows; `sums` has a row a block of them."""
-    rows, width = x.shape
-    blocks = sums.shape[0]
-    share = (rows + blocks - 1) // blocks
-    for b in range(blocks * part // parts, blocks * (part + 1) // parts):
-        one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
-        total, moment = np.zeros(width), np.zeros(width)
-        end = min(b * share + share, rows)
-        for begin in range(b * share, end, _FEW):
-            one[:] = 0
-            two[:] = 0
-            for i in range(begin, min(begin + _FEW, end)):
-                row_dy, row_x, row_dx = dy[i], x[i], dx[i]
-                for c in range(width):
-                    d = row_dy[c]
-                    one[c] += d
-                    two[c] += d * (row_x[c] - means[c])
-                    row_dx[c] = d * scales[c]
-            for c in range(width):
-                total[c] += one[c]
-                moment[c] += two[c]
-        sums[b, 0] = total
-        sums[b, 1] = moment
-
-
-@inlined
-def _planes_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
-    """The same behind a ReLU with output `y`; `g` takes the gradient before it, if it is there."""
-    planes, length = x.shape
-    channels = means.shape[0]
-    dtype = x.dtype.type
     made = np.empty(min(length, _CHUNK), x.dtype)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
-        c = p % channels
-        mean, scale = means[c], scales[c]
+        mean, scale = means[p % channels], scales[p % channels]
         total, moment = 0.0, 0.0
         for begin in range(0, length, _CHUNK):
-            one, two = dtype(0), dtype(0)
             end = min(begin + _CHUNK, length)
-            some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
-            some = g[p, begin:end] if g.shape[0] > 0 else made[: end - begin]
-            _behind(some_dy, y[p, begin:end], some)
-            for k in range(end - begin):
-                d = some[k]
-                one += d
-                two += d * (some_x[k] - mean)
-                some_dx[k] = d * scale
+            above, row, out = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
+            # A call for each array: of one that may be either, the compiler makes slow loops.
+            if not relu:
+                one, two = _pass_through(above, row, out, mean, scale)
+            elif g.shape[0] > 0:
+                mask_gradient(above, y[p, begin:end], g[p, begin:end])
+                one, two = _pass_through(g[p, begin:end], row, out, mean, scale)
+            else:
+                mask_gradient(above, y[p, begin:end], made[: end - begin])
+                one, two = _pass_through(made[: end - begin], row, out, mean, scale)
             total += one
             moment += two
         sums[p, 0, 0] = total
@@ -232,8 +187,18 @@ def _planes_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
 
 
 @inlined
-def _rows_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
-    """The same of rows."""
+def _pass_row_through(dy, x, dx, means, scales, one, two):
+    """The same of a row, a value of each channel; adds to its sums."""
+    for c in range(dy.shape[0]):
+        d = dy[c]
+        one[c] += d
+        two[c] += d * (x[c] - means[c])
+        dx[c] = d * scales[c]
+
+
+@inlined
+def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
+    """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
@@ -246,14 +211,14 @@ def _rows_backward_behind(part, parts, dy, x, dx, y, g, means, scales, sums):
             one[:] = 0
             two[:] = 0
             for i in range(begin, min(begin + _FEW, end)):
-                row_dy, row_x, row_dx = dy[i], x[i], dx[i]
-                row = g[i] if g.shape[0] > 0 else made
-                _behind(row_dy, y[i], row)
-                for c in range(width):
-                    d = row[c]
-                    one[c] += d
-                    two[c] += d * (row_x[c] - means[c])
-                    row_dx[c] = d * scales[c]
+                if not relu:
+                    _pass_row_through(dy[i], x[i], dx[i], means, scales, one, two)
+                elif g.shape[0] > 0:
+                    mask_gradient(dy[i], y[i], g[i])
+                    _pass_row_through(g[i], x[i], dx[i], means, scales, one, two)
+                else:
+                    mask_gradient(dy[i], y[i], made)
+                    _pass_row_through(made, x[i], dx[i], means, scales, one, two)
             for c in range(width):
                 total[c] += one[c]
                 moment[c] += two[c]
@@ -321,19 +286,13 @@ def rows_affine(parts, x, y, relu, added, scales, shifts):
 @jit
 def planes_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_planes_backward` on so many threads."""
-    if relu:
-        fork(_planes_backward_behind, parts, (dy, x, dx, y, g, means, scales, sums))
-    else:
-        fork(_planes_backward, parts, (dy, x, dx, means, scales, sums))
+    fork(_planes_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
 
 
 @jit
 def rows_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
     """`_rows_backward` on so many threads."""
-    if relu:
-        fork(_rows_backward_behind, parts, (dy, x, dx, y, g, means, scales, sums))
-    else:
-        fork(_rows_backward, parts, (dy, x, dx, means, scales, sums))
+    fork(_rows_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
 
 
 @jit
