@@ -379,19 +379,10 @@ class NormLayer(NormState):
         plain = source is None and self.outlier_limit is None
         plain = plain and (self._group is None or several(self.process_group) is None)
         if training and plain and not recomputed and self.fuses and self.step is None:
-            launched = self._launch(x, cut, values, update, again)
-            if launched is not None:
-                if again and self._last is not None:
-                    self._recent.note(x, self._last)
-                return launched if then is None else then.of(launched, fresh=True)
-            scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
-            small = self.fuses_small_only
-            loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
-            if loops is not None and shift is not None and self._live(cut, values) is None:
-                inside = then is not None and not small and then.is_plain()
-                added = then.residual if then is not None and inside else None
-                how = (self, loops, cut, update, inside)
-                y: Tensor = Compiled.apply(x, scale, shift, added, *how)  # type: ignore[no-untyped-call]
+            y, inside = self._launch(x, cut, values, update, again), False
+            if y is None:
+                y, inside = self._compiled(x, cut, values, update, then)
+            if y is not None:
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
                 return y if then is None or inside else then.of(y, fresh=True)
@@ -427,6 +418,21 @@ class NormLayer(NormState):
         how = (self, recipe, launches, cut, update, again)
         y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
         return y
+
+    def _compiled(
+        self, x: Tensor, cut: Partition, values: int, update: bool, then: Activation | None
+    ) -> tuple[Tensor | None, bool]:
+        """The forward in a CPU's compiled loops, and whether they did the activation."""
+        scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
+        small = self.fuses_small_only
+        loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
+        if loops is None or shift is None or self._live(cut, values) is not None:
+            return None, False
+        inside = then is not None and not small and then.is_plain()
+        added = then.residual if then is not None and inside else None
+        how = (self, loops, cut, update, inside)
+        y: Tensor = Compiled.apply(x, scale, shift, added, *how)  # type: ignore[no-untyped-call]
+        return y, inside
 
     def _apply_statistics(
         self,
