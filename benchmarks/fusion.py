@@ -7,71 +7,29 @@ and converted with ``fuse=True``. All in turn in one process, in another order e
 of the times, and of the ratios by round to torch's.
 
     python benchmarks/fusion.py [--only layers steps] [--methods bn ...] [--shapes 32x64x56x56 ...]
-        [--format contiguous channels_last] [--batches 2 32] [--repeats 15] [--threads 2]
+        [--format contiguous channels_last] [--batch-sizes 2 32] [--rounds 15] [--threads 2]
         [--csv fusion.csv]
 """
 
-import argparse
 import copy
-import csv
-import random
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from harness import FORMATS, arguments, finish, sizes, start
 from torch import Tensor, nn
 
 from anybatch import convert
+from anybatch.experiments.measurements import Measurement, Setting, timed
 from anybatch.experiments.models import build
+from anybatch.experiments.timing import Call, interleaved
 from anybatch.methods import METHODS
 
 SHAPES = ("32x64x56x56", "128x16x32x32", "2x64x56x56")
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FOLLOWING = ("relu", "add and relu")
-WARM_UP = 3
-
-
-class Row(NamedTuple):
-    """One measurement; the ratio is to torch's layers, low and high are its quartiles."""
-
-    what: str
-    format: str
-    follows: str
-    way: str
-    milliseconds: float
-    ratio: float
-    low: float
-    high: float
-
-
-def timed(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turn, in another order each round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffled = list(calls), random.Random(0)
-    for repeat in range(-WARM_UP, repeats):
-        shuffled.shuffle(order)  # what one frees is what the next gets
-        for name in order:
-            start = time.perf_counter()
-            calls[name]()
-            if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def rows(what: str, form: str, follows: str, times: dict[str, list[float]]) -> list[Row]:
-    """Medians and quartiles; the first is what the others are compared with."""
-    base, found = next(iter(times.values())), []
-    for way, own in times.items():
-        ratios = sorted(a / b for a, b in zip(own, base, strict=True))
-        quarter = len(ratios) // 4
-        spread = (statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
-        milliseconds = round(1e3 * statistics.median(own), 3)
-        found.append(Row(what, form, follows, way, milliseconds, *(round(v, 3) for v in spread)))
-    return found
+BASELINE = "nn.BatchNorm2d"
+Way = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 
 def behind(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -88,18 +46,15 @@ def inside(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     return y
 
 
-def layer_rows(shape: str, form: str, methods: list[str], repeats: int) -> list[Row]:
+def layer_rows(shape: str, form: str, methods: list[str], rounds: int) -> list[Measurement]:
     """Time layers on one shape, with all that may follow them."""
-    sizes = tuple(int(size) for size in shape.split("x"))
-    x, r, dy = (torch.randn(sizes).contiguous(memory_format=FORMATS[form]) for _ in "xrd")
+    x, r, dy = (torch.randn(sizes(shape)).contiguous(memory_format=FORMATS[form]) for _ in "xrd")
     x.requires_grad_(), r.requires_grad_()
     found = []
     for follows in FOLLOWING:
         residual = r if follows == "add and relu" else None
 
-        def step(
-            way: Callable[..., Tensor], layer: nn.Module, residual: Tensor | None = residual
-        ) -> Callable[[], None]:
+        def step(way: Way, layer: nn.Module, residual: Tensor | None = residual) -> Call:
             def call() -> None:
                 x.grad = r.grad = None
                 layer.zero_grad()
@@ -107,26 +62,27 @@ def layer_rows(shape: str, form: str, methods: list[str], repeats: int) -> list[
 
             return call
 
-        calls = {"nn.BatchNorm2d": step(behind, nn.BatchNorm2d(sizes[1]))}
+        calls = {BASELINE: step(behind, nn.BatchNorm2d(x.shape[1]))}
         for method in methods:
-            calls[f"{method}, apart"] = step(behind, METHODS[method].build(sizes[1], 2))
-            calls[f"{method}, fused"] = step(inside, METHODS[method].build(sizes[1], 2))
-        found += rows(shape, form, follows, timed(calls, repeats))
+            calls[f"{method}, apart"] = step(behind, METHODS[method].build(x.shape[1], 2))
+            calls[f"{method}, fused"] = step(inside, METHODS[method].build(x.shape[1], 2))
+        setting = Setting("layer", f"{shape}, {follows}", form)
+        found += timed(setting, interleaved(calls, rounds), BASELINE)
     return found
 
 
-def step_rows(batch: int, form: str, methods: list[str], repeats: int) -> list[Row]:
+def step_rows(batch: int, form: str, methods: list[str], rounds: int) -> list[Measurement]:
     """Time training steps of ResNet-20."""
     x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=FORMATS[form])
     target = torch.randint(10, (batch,))
     plain = build("resnet20", 10, (3, 32, 32)).to(memory_format=FORMATS[form])  # type: ignore[call-overload]
-    networks = {"nn.BatchNorm2d": plain}
+    networks = {BASELINE: plain}
     for method in methods:
         networks[f"{method}, apart"] = convert(copy.deepcopy(plain), method, batch_size=batch)
         fused = convert(copy.deepcopy(plain), method, batch_size=batch, fuse=True)
         networks[f"{method}, fused"] = fused
 
-    def step(network: nn.Module) -> Callable[[], None]:
+    def step(network: nn.Module) -> Call:
         optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
 
         def call() -> None:
@@ -137,41 +93,30 @@ def step_rows(batch: int, form: str, methods: list[str], repeats: int) -> list[R
         return call
 
     calls = {name: step(network) for name, network in networks.items()}
-    return rows(f"resnet20, batch {batch}", form, "", timed(calls, repeats))
+    setting = Setting("step", f"resnet20, batch {batch}", form)
+    return timed(setting, interleaved(calls, rounds), BASELINE)
 
 
-def main() -> None:
+def main(typed: Sequence[str] | None = None) -> int:
     """Measure, print, and write the rows where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=("layers", "steps"))
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--only", nargs="+", default=["layers", "steps"])
     parser.add_argument("--methods", nargs="+", default=["bn"], choices=METHODS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--format", nargs="+", default=tuple(FORMATS), choices=FORMATS)
-    parser.add_argument("--batches", nargs="+", type=int, default=(2, 32))
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 32])
+    given = parser.parse_args(typed)
+    budget, rows = start(given), []
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {given.threads} threads, {given.repeats} rounds")
-    found: list[Row] = []
     for form in given.format:
-        if "layers" in given.only:
-            for shape in given.shapes:
-                found += layer_rows(shape, form, given.methods, given.repeats)
-        if "steps" in given.only:
-            for batch in given.batches:
-                found += step_rows(batch, form, given.methods, given.repeats)
-    for row in found:
-        print(
-            f"{row.what:20} {row.format:14} {row.follows:13} {row.way:16}"
-            f"{row.milliseconds:10.3f} ms {row.ratio:6.2f} ({row.low:.2f} to {row.high:.2f})"
-        )
-    if given.csv is not None:
-        with given.csv.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([Row._fields, *found])
+        for shape in given.shapes if "layers" in given.only else ():
+            if not budget.over(f"{shape}, {form}"):
+                rows += layer_rows(shape, form, given.methods, given.rounds)
+        for batch in given.batch_sizes if "steps" in given.only else ():
+            if not budget.over(f"batch {batch}, {form}"):
+                rows += step_rows(batch, form, given.methods, given.rounds)
+    return finish(rows, {}, given)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
