@@ -84,36 +84,36 @@ def plane_masked_gradient(dy, y, x, dx, c, first, last, center, on_dy, on_x, con
 
 
 @inlined
+def _activate(x, y, means, scales, shifts):
+    """Write y = relu((x - mean) * scale + shift), a row."""
+    zero = x.dtype.type(0)
+    for j in range(y.shape[0]):
+        a = (x[j] - means[j]) * scales[j] + shifts[j]
+        y[j] = zero if a <= zero else a
+
+
+@inlined
+def _add_and_activate(x, added, y, means, scales, shifts):
+    """Write y = relu((x - mean) * scale + shift + added), a row."""
+    zero = x.dtype.type(0)
+    for j in range(y.shape[0]):
+        a = (x[j] - means[j]) * scales[j] + shifts[j] + added[j]
+        y[j] = zero if a <= zero else a
+
+
+@inlined
 def row_activate(part, parts, x, added, y, first, last, table):
     """Write y = relu((x - mean) * scale + shift + added)."""
-    means, scales, shifts, zero = table[0], table[1], table[2], x.dtype.type(0)
+    means, scales, shifts = table[0], table[1], table[2]
     period, adds = means.shape[0], added.shape[0] > 0
-    begin, end, length = stretch(part, parts, first, last, period, 2)
-    for at in range(begin + length - period, begin - 1, -period):
-        far = at + length
-        one, two = x[at : at + period], x[far : far + period]
-        out, out_two = y[at : at + period], y[far : far + period]
-        if adds:
-            more, more_two = added[at : at + period], added[far : far + period]
-            for j in range(period):
-                mean, scale, shift = means[j], scales[j], shifts[j]
-                a = (one[j] - mean) * scale + shift + more[j]
-                b = (two[j] - mean) * scale + shift + more_two[j]
-                out[j] = zero if a <= zero else a
-                out_two[j] = zero if b <= zero else b
-        else:
-            for j in range(period):
-                mean, scale, shift = means[j], scales[j], shifts[j]
-                a, b = (one[j] - mean) * scale + shift, (two[j] - mean) * scale + shift
-                out[j] = zero if a <= zero else a
-                out_two[j] = zero if b <= zero else b
-    for at in range(begin + 2 * length, end, period):
+    begin, end, _ = stretch(part, parts, first, last, period, 1)
+    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
         stop = min(at + period, end)
-        for j in range(stop - at):
-            a = (x[at + j] - means[j]) * scales[j] + shifts[j]
-            if adds:
-                a += added[at + j]
-            y[at + j] = zero if a <= zero else a
+        if adds:
+            more = added[at:stop]
+            _add_and_activate(x[at:stop], more, y[at:stop], means, scales, shifts)
+        else:
+            _activate(x[at:stop], y[at:stop], means, scales, shifts)
 
 
 @inlined

@@ -78,6 +78,23 @@ def without_threads() -> bool:
     return not _found and torch.get_num_threads() > 1
 
 
+def _lent(context, builder, kind, value):
+    """An argument whose arrays belong to nobody.
+
+    References to an array are counted whenever a part of it is looked at, by threads that would
+    wait for each other's count. The caller holds the arrays while the threads run.
+    """
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value=value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        pieces = cgutils.unpack_tuple(builder, value)
+        lent = [_lent(context, builder, *pair) for pair in zip(kind.types, pieces, strict=True)]
+        return context.make_tuple(builder, kind, lent)
+    return value
+
+
 @intrinsic
 def _fork(typingctx, kernel, parts, arguments):
     """Call ``kernel(part, parts, *arguments)`` for each part, in a region of so many threads.
@@ -92,7 +109,7 @@ def _fork(typingctx, kernel, parts, arguments):
         compiled = kernel.dispatcher.get_compile_result(types.none(*inner))
         context.active_code_library.add_linking_library(compiled.library)
         _, parts_value, packed = values
-        pieces = cgutils.unpack_tuple(builder, packed)
+        pieces = cgutils.unpack_tuple(builder, _lent(context, builder, arguments, packed))
         i32, word, pointer = ir.IntType(32), parts_value.type, cgutils.voidptr_t
 
         def call(at, part, all_parts, values):
