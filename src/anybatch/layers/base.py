@@ -431,7 +431,7 @@ class NormLayer(NormState):
         inside = then is not None and not small and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, cut, update, inside)
-        y: Tensor = Compiled.apply(x, scale, shift, added, *how)  # type: ignore[no-untyped-call]
+        y: Tensor = Compiled.apply(x, scale, shift, added, how)  # type: ignore[no-untyped-call]
         return y, inside
 
     def _apply_statistics(

@@ -141,12 +141,9 @@ class Compiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         added: Tensor | None,
-        layer: "NormLayer",
-        loops: ModuleType,
-        cut: Partition,
-        update: bool,
-        relu: bool,
+        how: "tuple[NormLayer, ModuleType, Partition, bool, bool]",
     ) -> Tensor:
+        layer, loops, cut, update, relu = how
         y: Tensor = loops.empty_like(x)
         last = not x.is_contiguous()
         x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
@@ -164,7 +161,7 @@ class Compiled(torch.autograd.Function):
             ctx.save_for_backward(x, weight, y)
         else:
             ctx.save_for_backward(x, weight)
-        ctx.kept = layer._last = kept
+        ctx.kept = layer.__dict__["_last"] = kept  # past the checks of a module
         ctx.layer, ctx.loops, ctx.cut, ctx.last, ctx.update = layer, loops, cut, last, update
         return y
 
@@ -180,7 +177,7 @@ class Compiled(torch.autograd.Function):
             dy = dy.to(x.dtype)
             for y in activated:
                 dy = dy.masked_fill(y <= 0, 0)
-            return *gradients(dy, x, weight, call, needs), dy if adds else None, *_REST
+            return *gradients(dy, x, weight, call, needs), dy if adds else None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         dy, x = ordered(dy, last), ordered(x.detach(), last)
@@ -212,11 +209,8 @@ class Compiled(torch.autograd.Function):
             dw if needs[1] else None,
             db if needs[2] else None,
             g,
-            *_REST,
+            None,
         )
-
-
-_REST = (None, None, None, None, None)  # gradients of what is no tensor
 
 
 def is_plain(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from anybatch.kernels.samples import Box, Place
 from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.base import Batch, NormLayer, updates
-from anybatch.layers.compiled import Array, is_plain, ordered
+from anybatch.layers.compiled import Array, Kept, is_plain, ordered
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward, may_run_again
@@ -370,7 +370,7 @@ class _SampledBatchNorm(NormLayer):
         inside = then is not None and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, found[0], updates.enabled, inside)
-        y: Tensor = _Compiled.apply(x, weight, bias, added, *how)  # type: ignore[no-untyped-call]
+        y: Tensor = _Compiled.apply(x, weight, bias, added, how)  # type: ignore[no-untyped-call]
         if again and self._last is not None:
             self._recent.note(x, self._last)
         return y if then is None or inside else then.of(y, fresh=True)
@@ -533,12 +533,9 @@ class _Compiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         added: Tensor | None,
-        layer: _SampledBatchNorm,
-        loops: ModuleType,
-        parts: tuple[Part, ...],
-        update: bool,
-        relu: bool,
+        how: "tuple[_SampledBatchNorm, ModuleType, tuple[Part, ...], bool, bool]",
     ) -> Tensor:
+        layer, loops, parts, update, relu = how
         y: Tensor = loops.empty_like(x)
         planes = _is_planes(x)
         sample = layer._runs(loops, x, parts)
@@ -564,8 +561,7 @@ class _Compiled(torch.autograd.Function):
             layer.eps,
             update,
         )
-        mean, var = torch.from_numpy(ctx.kept.stats).to(weight.dtype)
-        layer._last = ctx.statistics = Statistics(mean, var)
+        layer.__dict__["_last"] = [Kept(ctx.kept.stats[:, None])]  # past the checks of a module
         ctx.loops, ctx.parts, ctx.eps, ctx.length = loops, parts, layer.eps, sample[3]
         return y
 
@@ -575,11 +571,11 @@ class _Compiled(torch.autograd.Function):
         x, weight, *activated = ctx.saved_tensors
         needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
         if not is_plain(dy) or kernels.is_watched():
-            mean, var, *_ = ctx.statistics
+            mean, var = torch.from_numpy(ctx.kept.stats).to(x.dtype)
             for y in activated:
                 dy = dy.masked_fill(y <= 0, 0)
             own = _gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs)
-            return *own, dy if needs[3] else None, *_REST
+            return *own, dy if needs[3] else None, None
         planes, loops = _is_planes(x), ctx.loops
         x = x.detach()
         dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
@@ -607,10 +603,7 @@ class _Compiled(torch.autograd.Function):
         )
         grads = (dx, dw, db)
         wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
-        return *wanted, g, *_REST
-
-
-_REST = (None, None, None, None, None)
+        return *wanted, g, None
 
 
 class _Call(NamedTuple):

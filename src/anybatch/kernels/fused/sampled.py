@@ -257,57 +257,7 @@ def _rows_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
                 dx[i, c] = scales[c] * d + on_x[c] * (x[i, c] - centers[c]) + constants[c]
 
 
-@jit
-def planes_statistics(parts, x, channels, length, first, second, table):
-    """`_planes_statistics` on so many threads."""
-    fork(_planes_statistics, parts, (x, channels, length, first, second, table))
-
-
-@jit
-def rows_statistics(parts, x, channels, length, first, second, table):
-    """The same from rows."""
-    _rows_moments(parts, x, length, first, table[0], table[1])
-    if second.shape[0] > 0:
-        _rows_moments(parts, x, length, second, table[2], table[3])
-
-
-@jit
-def planes_affine(parts, x, y, relu, added, means, scales, shifts):
-    """`_planes_affine` on so many threads."""
-    fork(_planes_affine, parts, (x, y, relu, added, means, scales, shifts))
-
-
-@jit
-def rows_affine(parts, x, y, relu, added, scales, shifts):
-    """`_rows_affine` on so many threads."""
-    fork(_rows_affine, parts, (x, y, relu, added, scales, shifts))
-
-
-@jit
-def planes_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
-    """`_planes_backward` on so many threads."""
-    fork(_planes_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
-
-
-@jit
-def rows_backward(parts, dy, x, dx, relu, y, g, means, scales, sums):
-    """`_rows_backward` on so many threads."""
-    fork(_rows_backward, parts, (dy, x, dx, relu, y, g, means, scales, sums))
-
-
-@jit
-def planes_correct(parts, dy, x, dx, relu, y, length, runs, rows):
-    """`_planes_correct` on so many threads."""
-    fork(_planes_correct, parts, (dy, x, dx, relu, y, length, runs, rows))
-
-
-@jit
-def rows_correct(parts, dy, x, dx, relu, y, length, runs, rows):
-    """`_rows_correct` on so many threads."""
-    fork(_rows_correct, parts, (dy, x, dx, relu, y, length, runs, rows))
-
-
-@jit
+@inlined
 def _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts):
     """The rule of all channels: statistics, running statistics, scale and shift."""
     running_mean, running_var, tracked = running
@@ -323,7 +273,7 @@ def _decide(table, shares, count, weight, bias, running, pace, eps, update, stat
         scales[c], shifts[c] = weight[c] / math.sqrt(var + eps), bias[c]
 
 
-@jit
+@inlined
 def _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, work):
     """Sums over everything, and the factors of both samples' correction, into `work`."""
     channels = weight.shape[0]
@@ -350,7 +300,8 @@ def _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, wo
                 work[3 + 3 * s, c] = factor * db[c]
 
 
-def _wide(channels: int, rows: int) -> int:
+@inlined
+def _wide(channels, rows):
     """How many rows of few channels are taken as one."""
     take = max(_WIDE // channels, 1)
     while rows % take:
@@ -358,9 +309,114 @@ def _wide(channels: int, rows: int) -> int:
     return take
 
 
+@inlined
 def _wider(rows, take):
     """Rows, so many taken as one."""
     return rows.reshape(rows.shape[0] // take, take * rows.shape[1])
+
+
+@inlined
+def _cast(row, take, like):
+    """A number a channel, so many times over, in the type of the data."""
+    channels = row.shape[0]
+    table = np.empty(take * channels, like.dtype)
+    for t in range(take):
+        for c in range(channels):
+            table[t * channels + c] = row[c]
+    return table
+
+
+@jit
+def _forward(
+    x,
+    y,
+    planes,
+    relu,
+    added,
+    runs,
+    shares,
+    counts,
+    length,
+    weight,
+    bias,
+    running,
+    pace,
+    eps,
+    update,
+    parts,
+    table,
+    stats,
+):
+    """`forward`, into `table` and `stats`."""
+    channels, (first, second) = weight.shape[0], runs
+    if planes:
+        fork(_planes_statistics, parts, (x, channels, length, first, second, table))
+    else:
+        _rows_moments(parts, x, length, first, table[0], table[1])
+        if second.shape[0] > 0:
+            _rows_moments(parts, x, length, second, table[2], table[3])
+    scales, shifts, count = np.empty(channels), np.empty(channels), counts[0] + counts[1]
+    _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
+    if planes:
+        on = _cast(stats[0], 1, x), _cast(scales, 1, x), _cast(shifts, 1, x)
+        fork(_planes_affine, parts, (x, y, relu, added, *on))
+    else:
+        take = _wide(channels, x.shape[0])
+        for c in range(channels):
+            shifts[c] -= stats[0, c] * scales[c]
+        wide = _wider(x, take), _wider(y, take), relu, _wider(added, take)
+        fork(_rows_affine, parts, (*wide, _cast(scales, take, x), _cast(shifts, take, x)))
+
+
+@jit
+def _backward(
+    dy,
+    x,
+    dx,
+    planes,
+    relu,
+    y,
+    g,
+    length,
+    weight,
+    dw,
+    db,
+    runs,
+    shares,
+    counts,
+    stats,
+    table,
+    eps,
+    parts,
+):
+    """`backward`, of what `forward` kept."""
+    channels, work = weight.shape[0], np.zeros((7, weight.shape[0]))
+    wanted = np.empty(channels)
+    for c in range(channels):
+        wanted[c] = weight[c] / math.sqrt(stats[1, c] + eps)
+    mean, scales = _cast(stats[0], 1, x), _cast(wanted, 1, x)
+    work[0] = mean
+    if planes:
+        sums = np.empty((x.shape[0], 2, 1))
+        fork(_planes_backward, parts, (dy, x, dx, relu, y, g, mean, scales, sums))
+    else:
+        take = _wide(channels, x.shape[0])
+        rows = x.shape[0] // take
+        sums = np.empty((min(8 * parts, rows) if parts > 1 else 1, 2, take * channels))
+        wide = _wider(dy, take), _wider(x, take), _wider(dx, take), relu, _wider(y, take)
+        tiled = _cast(mean, take, x), _cast(scales, take, x)
+        fork(_rows_backward, parts, (*wide, _wider(g, take), *tiled, sums))
+    _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, work)
+    for s in range(2):
+        if shares[s] > 0:
+            factors = np.empty((4, channels), x.dtype)
+            for c in range(channels):
+                factors[0, c], factors[1, c] = work[1 + 3 * s, c], scales[c]
+                factors[2, c], factors[3, c] = work[2 + 3 * s, c], work[3 + 3 * s, c]
+            if planes:
+                fork(_planes_correct, parts, (dy, x, dx, relu, y, length, runs[s], factors))
+            else:
+                fork(_rows_correct, parts, (dy, x, dx, relu, y, length, runs[s], factors))
 
 
 def box_runs(first, sides, spatial):
@@ -403,12 +459,6 @@ class Kept:
         self.stats, self.table = stats, table
 
 
-def _cast(rows, dtype):
-    """Rows in the type of the data; a training that went astray shows in its loss, not here."""
-    with np.errstate(all="ignore"):
-        return [row.astype(dtype) for row in rows]
-
-
 @lru_cache(maxsize=16)
 def nothing(dtype):
     """No planes or rows: nothing added, no gradient wanted."""
@@ -436,23 +486,9 @@ def forward(x, y, planes, relu, added, sample, weight, bias, running, pace, eps,
         What `backward` needs.
     """
     runs, shares, counts, length = sample
-    channels, dtype = weight.shape[0], x.dtype
-    many = parts(x.size)
-    table, stats = np.empty((4, channels)), np.empty((2, channels))
-    scales, shifts = np.empty(channels), np.empty(channels)
-    statistics = planes_statistics if planes else rows_statistics
-    statistics(many, x, channels, length, runs[0], runs[1], table)
-    count = counts[0] + counts[1]
-    _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
-    if planes:
-        rows = _cast((stats[0], scales, shifts), dtype)
-        planes_affine(many, x, y, relu, added, *rows)
-    else:
-        take = _wide(channels, x.shape[0])
-        pair = scales, shifts - stats[0] * scales
-        rows = [np.tile(row, take) for row in _cast(pair, dtype)]
-        wide_x, wide_y, wide_added = (_wider(a, take) for a in (x, y, added))
-        rows_affine(many, wide_x, wide_y, relu, wide_added, *rows)
+    table, stats = np.empty((4, weight.shape[0])), np.empty((2, weight.shape[0]))
+    how = (length, weight, bias, running, pace, eps, update, parts(x.size), table, stats)
+    _forward(x, y, planes, relu, added, runs, shares, counts, *how)
     return Kept(runs, shares, counts, stats, table)
 
 
@@ -474,28 +510,6 @@ def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
         kept: What `forward` returned.
         eps: Added to the variance.
     """
-    channels, dtype = weight.shape[0], x.dtype
-    many = parts(x.size)
-    work = np.zeros((7, channels))
-    with np.errstate(all="ignore"):
-        mean, scales = _cast((kept.stats[0], weight / np.sqrt(kept.stats[1] + eps)), dtype)
-    work[0] = mean
-    if planes:
-        sums = np.empty((x.shape[0], 2, 1))
-        planes_backward(many, dy, x, dx, relu, y, g, mean, scales, sums)
-    else:
-        take = _wide(channels, x.shape[0])
-        rows = x.shape[0] // take
-        sums = np.empty((min(8 * many, rows) if many > 1 else 1, 2, take * channels))
-        wide_dy, wide_x, wide_dx, wide_y, wide_g = (_wider(a, take) for a in (dy, x, dx, y, g))
-        tiled = (np.tile(mean, take), np.tile(scales, take))
-        rows_backward(many, wide_dy, wide_x, wide_dx, relu, wide_y, wide_g, *tiled, sums)
-    _combine(
-        sums, planes, weight, kept.stats, kept.table, kept.shares, kept.counts, eps, dw, db, work
-    )
-    correct = planes_correct if planes else rows_correct
-    for s in range(2):
-        if kept.shares[s] > 0:
-            center, on_x, constant = _cast(work[1 + 3 * s : 4 + 3 * s], dtype)
-            factors = np.stack([center, scales, on_x, constant])
-            correct(many, dy, x, dx, relu, y, length, kept.runs[s], factors)
+    of_forward = (kept.runs, kept.shares, kept.counts, kept.stats, kept.table)
+    arrays = (dy, x, dx, planes, relu, y, g, length, weight, dw, db)
+    _backward(*arrays, *of_forward, eps, parts(x.size))
