@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
 """Compiled loops on torch's own threads.
 
 Numba brings thread pools of its own. Beside torch's OpenMP pool, whose idle threads
