@@ -8,7 +8,7 @@ between is read first: vector registers hold no branches.
 """
 
 from anybatch.kernels.fused.options import inlined
-from anybatch.kernels.fused.passes import stretch
+from anybatch.kernels.fused.passes import block_of, blocks, stretch
 
 # --- planes -----------------------------------------------------------------
 
@@ -107,13 +107,15 @@ def row_activate(part, parts, x, added, y, first, last, table):
     means, scales, shifts = table[0], table[1], table[2]
     period, adds = means.shape[0], added.shape[0] > 0
     begin, end, _ = stretch(part, parts, first, last, period, 1)
-    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
-        stop = min(at + period, end)
-        if adds:
-            more = added[at:stop]
-            _add_and_activate(x[at:stop], more, y[at:stop], means, scales, shifts)
-        else:
-            _activate(x[at:stop], y[at:stop], means, scales, shifts)
+    for block in range(blocks(end - begin, period) - 1, -1, -1):
+        start, to = block_of(block, period, begin, end)
+        for at in range(start, to, period):
+            stop = min(at + period, end)
+            if adds:
+                more = added[at:stop]
+                _add_and_activate(x[at:stop], more, y[at:stop], means, scales, shifts)
+            else:
+                _activate(x[at:stop], y[at:stop], means, scales, shifts)
 
 
 @inlined
@@ -183,10 +185,12 @@ def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
     on_dy, on_x, constant, zero = table[0], table[1], table[2], x.dtype.type(0)
     period = center.shape[0]
     begin, end, _ = stretch(part, parts, first, last, period, 1)
-    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
-        stop = min(at + period, end)
-        above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]
-        for j in range(row.shape[0]):
-            value = above[j]
-            value = zero if mask[j] <= zero else value
-            out[j] = on_dy[j] * value + on_x[j] * (row[j] - center[j]) + constant[j]
+    for block in range(blocks(end - begin, period) - 1, -1, -1):
+        start, to = block_of(block, period, begin, end)
+        for at in range(start, to, period):
+            stop = min(at + period, end)
+            above, row, out, mask = dy[at:stop], x[at:stop], dx[at:stop], y[at:stop]
+            for j in range(row.shape[0]):
+                value = above[j]
+                value = zero if mask[j] <= zero else value
+                out[j] = on_dy[j] * value + on_x[j] * (row[j] - center[j]) + constant[j]

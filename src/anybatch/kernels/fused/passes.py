@@ -77,7 +77,10 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
 #
 # A pass reads from two or four distant places at once: each is a stream that the processor
 # fetches ahead of, and what stands for a place of a row is loaded once for all of them. A pass
-# that writes goes from the end back: the sums before it have left the end in cache.
+# that writes goes from the end back, block by block: the sums before it have left the end in
+# cache. Within a block it goes forward, as the processor expects.
+
+_BLOCK = 64  # rows, 64 KiB or so
 
 
 @inlined
@@ -87,6 +90,19 @@ def stretch(part, parts, first, last, period, streams):
     begin = first + period * (rows * part // parts)
     end = min(last, first + period * (rows * (part + 1) // parts))
     return begin, end, (end - begin) // streams // period * period
+
+
+@inlined
+def blocks(values, period):
+    """How many blocks there are in so many values."""
+    return -(-values // (_BLOCK * period))
+
+
+@inlined
+def block_of(block, period, begin, end):
+    """Where a block begins and ends."""
+    start = begin + block * _BLOCK * period
+    return start, min(start + _BLOCK * period, end)
 
 
 @inlined
@@ -118,14 +134,16 @@ def row_write(part, parts, x, y, first, last, table):
     means, scales, shifts = table[0], table[1], table[2]
     period = means.shape[0]
     begin, end, length = stretch(part, parts, first, last, period, 2)
-    for at in range(begin + length - period, begin - 1, -period):
-        far = at + length
-        one, two = x[at : at + period], x[far : far + period]
-        out, out_two = y[at : at + period], y[far : far + period]
-        for j in range(period):
-            mean, scale, shift = means[j], scales[j], shifts[j]
-            out[j] = (one[j] - mean) * scale + shift
-            out_two[j] = (two[j] - mean) * scale + shift
+    for block in range(blocks(length, period) - 1, -1, -1):
+        start, stop = block_of(block, period, begin, begin + length)
+        for at in range(start, stop, period):
+            far = at + length
+            one, two = x[at : at + period], x[far : far + period]
+            out, out_two = y[at : at + period], y[far : far + period]
+            for j in range(period):
+                mean, scale, shift = means[j], scales[j], shifts[j]
+                out[j] = (one[j] - mean) * scale + shift
+                out_two[j] = (two[j] - mean) * scale + shift
     for at in range(begin + 2 * length, end, period):
         row, out = x[at : min(at + period, end)], y[at : min(at + period, end)]
         for j in range(row.shape[0]):
@@ -159,8 +177,10 @@ def row_gradient(part, parts, dy, x, dx, first, last, center, table):
     on_dy, on_x, constant = table[0], table[1], table[2]
     period = center.shape[0]
     begin, end, _ = stretch(part, parts, first, last, period, 1)
-    for at in range(begin + (end - begin - 1) // period * period, begin - 1, -period):
-        stop = min(at + period, end)
-        above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
-        for j in range(row.shape[0]):
-            out[j] = on_dy[j] * above[j] + on_x[j] * (row[j] - center[j]) + constant[j]
+    for block in range(blocks(end - begin, period) - 1, -1, -1):
+        start, to = block_of(block, period, begin, end)
+        for at in range(start, to, period):
+            stop = min(at + period, end)
+            above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
+            for j in range(row.shape[0]):
+                out[j] = on_dy[j] * above[j] + on_x[j] * (row[j] - center[j]) + constant[j]
