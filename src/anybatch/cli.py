@@ -269,10 +269,9 @@ def compare(
 
     from anybatch.experiments import report
     from anybatch.experiments.compare import locked, run_all, table
-    from anybatch.experiments.data import load
+    from anybatch.experiments.data import load, steps_per_epoch
     from anybatch.experiments.files import output_folder
     from anybatch.experiments.timing import time_steps
-    from anybatch.experiments.training import steps_per_epoch
 
     start = time.perf_counter()
     given = _settings(context, config)

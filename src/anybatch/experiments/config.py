@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from anybatch.methods import METHODS, get_method
 
-DATA = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz")
+TASKS = {  # what is learned on which data
+    "classification": ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz"),
+}
+DATA = tuple(name for names in TASKS.values() for name in names)
 MODELS = (
     "mlp",
     "resnet8",
@@ -184,6 +187,11 @@ class Run:
         }
         text = json.dumps(kept, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def task(self) -> str:
+        """What is learned, one of `TASKS`."""
+        return next(task for task, names in TASKS.items() if self.data in names)
 
     @property
     def statistics_size(self) -> int:

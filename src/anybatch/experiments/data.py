@@ -1,6 +1,6 @@
 """Data sets as tensors, read from files that are never unpickled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +41,9 @@ class Dataset:
         name: Of the data.
         train_x: Training examples, float32, ``(N, ...)``; pictures in files are read as they are
             needed.
-        train_y: Their classes.
+        train_y: Their targets: classes, or of each pixel, as the objective has it.
         test_x: Held-out examples.
-        test_y: Their classes.
+        test_y: Their targets.
         classes: Number of classes.
     """
 
@@ -123,6 +123,34 @@ def _validation(data: Dataset, size: int) -> Dataset:
         test_x=data.train_x[held_out],
         test_y=data.train_y[held_out],
     )
+
+
+def steps_per_epoch(run: Run, data: Dataset) -> int:
+    """Whole batches in the training set; a smaller last one is left out for every method."""
+    steps = len(data.train_y) // run.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_y)}, "
+            "the training examples there are"
+        )
+    return steps
+
+
+def shuffled(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Which examples are in each batch of an epoch; all follows from seed and epoch alone.
+
+    Args:
+        run: Its seed and batch_size are used.
+        data: The data.
+        epoch: From 1 on.
+
+    Yields:
+        Numbers of the examples, and what draws their noise and augmentation.
+    """
+    generator = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
+    order = torch.randperm(len(data.train_x), generator=generator)
+    for step in range(steps_per_epoch(run, data)):
+        yield order[step * run.batch_size : (step + 1) * run.batch_size], generator
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:

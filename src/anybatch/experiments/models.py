@@ -9,7 +9,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from anybatch.experiments.config import LIBRARIES
+from anybatch.experiments.config import LIBRARIES, Run
 from anybatch.experiments.densenet import DEPTHS, densenet
 from anybatch.experiments.inception import inception_v3
 from anybatch.experiments.mobilenet import mobilenet_v2
@@ -22,6 +22,7 @@ _VGG = {
 }
 _SMALL = 64
 _AUXILIARY = ("googlenet", "inception_v3")
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -62,6 +63,16 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
+
+
+def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
+    """What a network puts out, in the run's precision."""
+    if run.precision == "float32":
+        y: Tensor = model(x)
+        return y
+    with torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision]):
+        y = model(x)
+    return y.float()
 
 
 def _from_library(name: str, classes: int, channels: int) -> nn.Module:

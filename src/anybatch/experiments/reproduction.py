@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.objectives import objective
 
 FOLDER = Path(__file__).parent / "reproductions"
 SIZES = ("small", "paper")
 MEASURES = ("last", "mean of 5", "tuned")
-UNITS = ("accuracy", "error")
+UNITS = ("accuracy", "error", "mean IoU", "AP")
 FIGURES = ("lines", "bars", "curves", "weights")
 _UNGROUPED = ("gn", "ln", "in")  # their statistics do not depend on the batch
 # Training and held-out examples, and the shape of one, where the data say so by their name.
@@ -55,7 +56,7 @@ class Reproduction:
         source: Table or figure there.
         title: What it is of.
         claim: What the paper finds.
-        unit: "accuracy" or "error", in per cent.
+        unit: One of `UNITS`, in per cent.
         down: What its rows are.
         across: What its columns are.
         figure: How it is drawn: "lines", "bars", "curves" or "weights".
@@ -200,6 +201,10 @@ def read(name: str, data: Mapping[str, Any]) -> Reproduction:
     for size in sizes.values():
         if share is not None and (len(size.columns) > 1 or not set(share) <= set(size.rows)):
             raise ValueError(f"share={share!r}: give two rows of a table of one column")
+    for cell in (cell for size in sizes.values() for cell in size.cells):
+        _one_of("unit", data["unit"], objective(cell.run).units)
+        if cell.measure == "tuned" and cell.run.task != "classification":
+            raise ValueError(f"measure='tuned': data={cell.run.data!r} are not classified")
     _check_numbers(data.get("paper_numbers", {}), sizes["paper"])
     return Reproduction(
         name,
