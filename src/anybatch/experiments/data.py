@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anybatch.experiments import camvid
 from anybatch.experiments.config import Run
 from anybatch.experiments.pictures import PictureFiles, files_by_class, read_picture
 
@@ -35,12 +36,12 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, standardized.
+    """A data set, standardized where it is not bytes.
 
     Attributes:
         name: Of the data.
-        train_x: Training examples, float32, ``(N, ...)``; pictures in files are read as they are
-            needed.
+        train_x: Training examples, float32, ``(N, ...)``, or pictures as bytes, which are
+            standardized batch by batch; pictures in files are read as they are needed.
         train_y: Their targets: classes, or of each pixel, as the objective has it.
         test_x: Held-out examples.
         test_y: Their targets.
@@ -401,6 +402,12 @@ def _root(run: Run) -> Path:
     return root
 
 
+def _camvid(run: Run) -> Dataset:
+    root = _root(run)
+    train, test = (camvid.read_split(root, split, run.image_size) for split in ("train", "test"))
+    return Dataset("camvid", *train, *test, camvid.CLASSES)
+
+
 _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -408,4 +415,5 @@ _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "imagefolder": _imagefolder,
     "imagenet": _imagenet,
     "npz": _npz,
+    "camvid": _camvid,
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from anybatch.experiments import classification
+from anybatch.experiments import classification, segmentation
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset
 
@@ -73,5 +73,13 @@ _OBJECTIVES = {
         batches=classification.batches,
         loss=classification.loss,
         evaluate=_classified,
+    ),
+    "segmentation": Objective(
+        numbers=("mean_iou", "pixel_accuracy"),
+        curve="mean_ious",
+        units=("mean IoU",),
+        batches=segmentation.batches,
+        loss=segmentation.loss,
+        evaluate=segmentation.evaluate,
     ),
 }

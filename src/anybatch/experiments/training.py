@@ -71,7 +71,8 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
 
 def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
-    if isinstance(data.train_x, PictureFiles):  # standardized by what is known of such pictures
+    # Pictures in files or of bytes are standardized by what is known of such pictures.
+    if isinstance(data.train_x, PictureFiles) or data.train_x.dtype == torch.uint8:
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
