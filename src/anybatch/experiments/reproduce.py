@@ -248,5 +248,6 @@ def estimate(task: Task, rows: Mapping[str, Row], device: str) -> float:
 
 
 def _alike(settings: Mapping[str, Any], run: Run) -> bool:
-    names = ("data", "model", "batch_size", "train_size", "test_size", "validation_size")
+    sizes = ("batch_size", "image_size", "train_size", "test_size", "validation_size")
+    names = ("data", "model", *sizes)
     return all(settings[name] == getattr(run, name) for name in names)
