@@ -347,6 +347,16 @@ def test_torchvisions_networks_give_their_scores_alone(monkeypatch: pytest.Monke
     }
 
 
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "name", ["deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large"]
+)
+def test_torchvisions_networks_where_they_are(name: str) -> None:
+    pytest.importorskip("torchvision")
+    net = models.build(f"torchvision:{name}", 11, (3, 64, 96))
+    assert net(torch.randn(2, 3, 64, 96)).shape == (2, 11, 64, 96)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
