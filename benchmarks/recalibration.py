@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 import anybatch
+from anybatch.experiments.classification import evaluate
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import load
-from anybatch.experiments.training import evaluate, train
+from anybatch.experiments.training import train
 from anybatch.experiments.tuning import build, read_checkpoint, training_batches
 
 

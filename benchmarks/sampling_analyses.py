@@ -24,13 +24,14 @@ from anybatch.conversion import to_batchnorm
 from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import sampling as study
 from anybatch.experiments import sampling_figures as figures
+from anybatch.experiments.classification import batches
 from anybatch.experiments.compare import machine
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.example_weight import pictures
 from anybatch.experiments.figures import png
 from anybatch.experiments.files import output_folder, write_whole
-from anybatch.experiments.training import batches, prepare, step
+from anybatch.experiments.training import prepare, step
 from anybatch.layers import VirtualDataset
 
 PARTS = ("errors", "own", "averages", "regularity", "share")

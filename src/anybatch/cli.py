@@ -110,9 +110,9 @@ def _beginning(incomplete: str, choices: Iterable[str]) -> list[str]:
 
 
 def _complete_data(incomplete: str) -> list[str]:
-    from anybatch.experiments.config import DATA
+    from anybatch.experiments.config import TASKS
 
-    return _beginning(incomplete, DATA)
+    return _beginning(incomplete, TASKS["classification"])
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -269,10 +269,9 @@ def compare(
 
     from anybatch.experiments import report
     from anybatch.experiments.compare import locked, run_all, table
-    from anybatch.experiments.data import load
+    from anybatch.experiments.data import load, steps_per_epoch
     from anybatch.experiments.files import output_folder
     from anybatch.experiments.timing import time_steps
-    from anybatch.experiments.training import steps_per_epoch
 
     start = time.perf_counter()
     given = _settings(context, config)
@@ -683,18 +682,18 @@ def _settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
 
 
 def _run(given: dict[str, Any]) -> "Run":
-    from anybatch.experiments.config import Run
+    from anybatch.experiments.config import Run, classified
 
     model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
     names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
     more = ("device", "precision", "train_size")
     _check_device(given["device"])
-    return Run(model=model, **{name: given[name] for name in (*names, *more)})
+    return classified(Run(model=model, **{name: given[name] for name in (*names, *more)}))
 
 
 def _tuned_run(stored: "Row | None", given: dict[str, Any], device: str) -> "Run":
     """The run of a checkpoint, with what was typed in its place."""
-    from anybatch.experiments.config import BASELINE, Run
+    from anybatch.experiments.config import BASELINE, Run, classified
 
     if stored is not None:
         try:
@@ -703,10 +702,10 @@ def _tuned_run(stored: "Row | None", given: dict[str, Any], device: str) -> "Run
             raise ValueError(f"checkpoint: its run is not one of this version ({error})") from error
         if given.get("method", run.method) != run.method:
             run = run.but(options=())
-        return run.but(**given, device=device, precision="float32")
+        return classified(run.but(**given, device=device, precision="float32"))
     data = given.get("data", "digits")
     usual = {"model": "mlp" if data == "digits" else "resnet8", "method": BASELINE}
-    return Run(**{**usual, **given, "device": device})
+    return classified(Run(**{**usual, **given, "device": device}))
 
 
 def _numbers(text: str) -> list[float]:

@@ -134,7 +134,7 @@ def test_backward_statistics_are_those_of_the_equation() -> None:
 
 def trained(batch_size: int, epochs: int = 3) -> tuple[nn.Module, Any]:
     """The network of `anybatch compare` after some epochs, and batches of the next."""
-    from anybatch.experiments import training
+    from anybatch.experiments import classification, training
     from anybatch.experiments.config import Run
     from anybatch.experiments.data import load
 
@@ -143,7 +143,7 @@ def trained(batch_size: int, epochs: int = 3) -> tuple[nn.Module, Any]:
     made = training.prepare(run, data)
     for epoch in range(1, epochs + 1):
         training.train_epoch(run, made, data, epoch)
-    return made.model, training.batches(run, data, epochs + 1)
+    return made.model, classification.batches(run, data, epochs + 1)
 
 
 def test_the_demo_network_at_batch_2_has_the_problem() -> None:

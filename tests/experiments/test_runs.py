@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from anybatch.experiments import models
+from anybatch.experiments.classification import batches
 from anybatch.experiments.config import MODELS, Run, parse_options, read_config
 from anybatch.experiments.data import Dataset, augment, load
 from anybatch.experiments.files import output_folder, write_whole
 from anybatch.experiments.pictures import PictureFiles
 from anybatch.experiments.timing import time_steps
-from anybatch.experiments.training import batches, method_options, prepare, step, train
+from anybatch.experiments.training import method_options, prepare, step, train
 
 SMALL = {"train_size": 24, "epochs": 3}
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import anybatch
 from anybatch.experiments import sampling as study
 from anybatch.experiments import sampling_figures as figures
+from anybatch.experiments.classification import batches, evaluate
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset
 from anybatch.experiments.figures import png
-from anybatch.experiments.training import batches, evaluate, prepare, step
+from anybatch.experiments.training import prepare, step
 
 REAL = [sample for sample in study.METHODS if sample != "virtual"]
 

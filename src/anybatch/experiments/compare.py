@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
-from anybatch.experiments.config import BASELINE, Option, Run
+from anybatch.experiments.config import BASELINE, Option, Run, classified
 from anybatch.experiments.files import exclusive
 from anybatch.experiments.training import OnEpoch, Row, stored_result, train
 from anybatch.methods import get_method
@@ -53,6 +53,7 @@ class Comparison:
             if name == BASELINE:
                 raise ValueError("methods: torch's batch norm is the baseline of every comparison")
             get_method(name)
+        classified(self.base)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: give each once")
         if self.target_batch_size < 1:

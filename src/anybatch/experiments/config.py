@@ -9,7 +9,11 @@ from typing import Any, Literal
 
 from anybatch.methods import METHODS, get_method
 
-DATA = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz")
+TASKS = {  # what is learned on which data
+    "classification": ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz"),
+    "segmentation": ("camvid",),
+}
+DATA = tuple(name for names in TASKS.values() for name in names)
 MODELS = (
     "mlp",
     "resnet8",
@@ -24,6 +28,8 @@ MODELS = (
     "mobilenetv2",
     "inceptionv3",
 )
+SEGMENTERS = ("unet", "pspnet8", "pspnet50", "pspnet101")
+SEGMENTERS_OF_TORCHVISION = ("deeplabv3_", "fcn_", "lraspp_")  # what their names begin with
 LIBRARIES = ("torchvision", "timm")  # whose networks are named LIBRARY:NAME, where installed
 PRECISIONS = ("float32", "bfloat16", "float16")
 BASELINE = "torch"
@@ -47,7 +53,8 @@ class Run:
     Attributes:
         data: Name of the data set.
         root: Folder or file of the data; None for data that need none.
-        model: Name of the network, one of `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
+        model: Name of the network, one of `MODELS`, or of `SEGMENTERS` for data that are
+            segmented, or ``torchvision:NAME`` or ``timm:NAME``.
         method: Short name of the method; "torch" leaves the network's
             ``torch.nn.BatchNorm`` layers as they are.
         batch_size: Examples in a step.
@@ -66,8 +73,10 @@ class Run:
             `anybatch.param_groups` takes it.
         gamma_target: What scales are decayed towards, from 0 to 1.
         noise: Standard deviation added to the inputs; None is 0.3 for digits, else 0.
-        augment: Flip and shifted crop; None is yes for CIFAR and image folders.
-        image_size: Side that pictures of folders are resized or cropped to.
+        augment: Flip and shifted crop; None is yes for CIFAR, image folders and CamVid, of which
+            random parts are taken.
+        image_size: Side that pictures of folders are resized or cropped to; of CamVid's, the
+            shorter side that they are resized to.
         train_size: Use only so many training examples; None is all.
         validation_size: Hold out so many of the training examples, in place of the test set.
         test_size: Use only so many held-out examples; None is all.
@@ -106,9 +115,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _choice("data", self.data, DATA)
-        library, colon, name = self.model.partition(":")
-        if not (colon and name and library in LIBRARIES):
-            _choice("model", self.model, MODELS)
+        self._check_model()
         _choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "epochs", "image_size", "accumulate"):
             _count(name, getattr(self, name))
@@ -149,6 +156,17 @@ class Run:
             raise ValueError("centralize=True: method 'torch' stays as it is, give 'bn'")
         self._check_method()
 
+    def _check_model(self) -> None:
+        segmented = self.task == "segmentation"
+        library, colon, name = self.model.partition(":")
+        if not (colon and name and library in LIBRARIES):
+            _choice("model", self.model, SEGMENTERS if segmented else MODELS)
+        elif segmented != (library == "torchvision" and name.startswith(SEGMENTERS_OF_TORCHVISION)):
+            raise ValueError(
+                f"model={self.model!r}: give a network for {self.task}, which is what "
+                f"data={self.data!r} is for"
+            )
+
     def _check_method(self) -> None:
         options = dict(self.options)
         if self.method == BASELINE:
@@ -186,6 +204,11 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def task(self) -> str:
+        """What is learned, one of `TASKS`."""
+        return next(task for task, names in TASKS.items() if self.data in names)
+
+    @property
     def statistics_size(self) -> int:
         """Examples that share statistics."""
         return self.norm_batch_size or self.micro_batch_size
@@ -210,7 +233,7 @@ class Run:
     @property
     def augments(self) -> bool:
         """Whether pictures are flipped and shifted."""
-        usual = self.data in ("cifar10", "cifar100", "imagefolder", "imagenet")
+        usual = self.data in ("cifar10", "cifar100", "imagefolder", "imagenet", "camvid")
         return usual if self.augment is None else self.augment
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,6 +262,20 @@ class Run:
     def but(self, **changes: Any) -> "Run":
         """The same run with other values."""
         return replace(self, **changes)
+
+
+def classified(run: Run) -> Run:
+    """A run, after a look at whether its data are classified.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if run.task != "classification":
+        raise ValueError(
+            f"data={run.data!r}: this is for classification, give one of "
+            f"{', '.join(TASKS['classification'])}; {run.data} is for anybatch reproduce"
+        )
+    return run
 
 
 def read_config(path: Path) -> dict[str, Any]:

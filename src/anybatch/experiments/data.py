@@ -1,6 +1,6 @@
 """Data sets as tensors, read from files that are never unpickled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anybatch.experiments import camvid
 from anybatch.experiments.config import Run
 from anybatch.experiments.pictures import PictureFiles, files_by_class, read_picture
 
@@ -35,15 +36,15 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, standardized.
+    """A data set, standardized where it is not bytes.
 
     Attributes:
         name: Of the data.
-        train_x: Training examples, float32, ``(N, ...)``; pictures in files are read as they are
-            needed.
-        train_y: Their classes.
+        train_x: Training examples, float32, ``(N, ...)``, or pictures as bytes, which are
+            standardized batch by batch; pictures in files are read as they are needed.
+        train_y: Their targets: classes, or of each pixel, as the objective has it.
         test_x: Held-out examples.
-        test_y: Their classes.
+        test_y: Their targets.
         classes: Number of classes.
     """
 
@@ -123,6 +124,34 @@ def _validation(data: Dataset, size: int) -> Dataset:
         test_x=data.train_x[held_out],
         test_y=data.train_y[held_out],
     )
+
+
+def steps_per_epoch(run: Run, data: Dataset) -> int:
+    """Whole batches in the training set; a smaller last one is left out for every method."""
+    steps = len(data.train_y) // run.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_y)}, "
+            "the training examples there are"
+        )
+    return steps
+
+
+def shuffled(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Which examples are in each batch of an epoch; all follows from seed and epoch alone.
+
+    Args:
+        run: Its seed and batch_size are used.
+        data: The data.
+        epoch: From 1 on.
+
+    Yields:
+        Numbers of the examples, and what draws their noise and augmentation.
+    """
+    generator = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
+    order = torch.randperm(len(data.train_x), generator=generator)
+    for step in range(steps_per_epoch(run, data)):
+        yield order[step * run.batch_size : (step + 1) * run.batch_size], generator
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -373,6 +402,12 @@ def _root(run: Run) -> Path:
     return root
 
 
+def _camvid(run: Run) -> Dataset:
+    root = _root(run)
+    train, test = (camvid.read_split(root, split, run.image_size) for split in ("train", "test"))
+    return Dataset("camvid", *train, *test, camvid.CLASSES)
+
+
 _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -380,4 +415,5 @@ _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "imagefolder": _imagefolder,
     "imagenet": _imagenet,
     "npz": _npz,
+    "camvid": _camvid,
 }

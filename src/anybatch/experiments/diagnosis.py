@@ -14,7 +14,9 @@ from anybatch.evaluation.diagnose import HEAD, Diagnosis, cells, diagnose, word
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.files import write_json, write_text, write_whole
-from anybatch.experiments.training import batches, forward, prepare, train_epoch
+from anybatch.experiments.models import forward
+from anybatch.experiments.objectives import objective
+from anybatch.experiments.training import prepare, train_epoch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +66,7 @@ def diagnose_run(
 def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the epochs to come, as many as asked for."""
     while count > 0:
-        for batch in batches(run, data, epoch):
+        for batch in objective(run).batches(run, data, epoch):
             yield batch
             count -= 1
             if not count:

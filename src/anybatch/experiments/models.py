@@ -9,10 +9,12 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from anybatch.experiments.config import LIBRARIES
+from anybatch.experiments.config import LIBRARIES, SEGMENTERS_OF_TORCHVISION, Run
 from anybatch.experiments.densenet import DEPTHS, densenet
 from anybatch.experiments.inception import inception_v3
 from anybatch.experiments.mobilenet import mobilenet_v2
+from anybatch.experiments.residual import Basic, Bottleneck, conv
+from anybatch.experiments.segmenters import PSPNETS, OutputAlone, pspnet, unet
 
 _BASIC = {"resnet8": 1, "resnet20": 3, "resnet56": 9}  # blocks a stage
 _DEEP = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -22,14 +24,16 @@ _VGG = {
 }
 _SMALL = 64
 _AUXILIARY = ("googlenet", "inception_v3")
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     """Build a network.
 
     Args:
-        name: One of `anybatch.experiments.config.MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
-        classes: Outputs.
+        name: One of `anybatch.experiments.config.MODELS` or `SEGMENTERS` there, or
+            ``torchvision:NAME`` or ``timm:NAME``.
+        classes: Outputs; of a network for segmentation, outputs a pixel.
         shape: Of one example: ``(features,)`` for "mlp", else ``(channels, height, width)``.
 
     Returns:
@@ -44,14 +48,18 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         raise ValueError(f"model={name!r}: it takes pictures, and an example here is {shape}")
     if name.partition(":")[0] in LIBRARIES:
         return _from_library(name, classes, shape[0])
+    if name == "unet":
+        return unet(classes, shape[0])
     channels, large = shape[0], shape[2] > _SMALL
     if name in _BASIC:
-        net: nn.Module = _ResNet(_Basic, (_BASIC[name],) * 3, (16, 32, 64), classes, channels)
+        net: nn.Module = _ResNet(Basic, (_BASIC[name],) * 3, (16, 32, 64), classes, channels)
     elif name in _DEEP:
-        block = _Bottleneck if name == "resnet50" else _Basic
+        block = Bottleneck if name == "resnet50" else Basic
         net = _ResNet(block, _DEEP[name], (64, 128, 256, 512), classes, channels, large)
     elif name in DEPTHS:
         net = densenet(DEPTHS[name], classes, channels, large)
+    elif name in PSPNETS:
+        net = pspnet(name, classes, channels)
     elif name == "mobilenetv2":
         net = mobilenet_v2(classes, channels, large)
     elif name == "inceptionv3":
@@ -64,6 +72,16 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     return net
 
 
+def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
+    """What a network puts out, in the run's precision."""
+    if run.precision == "float32":
+        y: Tensor = model(x)
+        return y
+    with torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision]):
+        y = model(x)
+    return y.float()
+
+
 def _from_library(name: str, classes: int, channels: int) -> nn.Module:
     """A network of another library, as it initializes it."""
     library, _, own = name.partition(":")
@@ -74,6 +92,9 @@ def _from_library(name: str, classes: int, channels: int) -> nn.Module:
     try:
         if library == "timm":
             net: nn.Module = module.create_model(own, num_classes=classes, in_chans=channels)
+        elif own.startswith(SEGMENTERS_OF_TORCHVISION):
+            net = module.get_model(own, weights=None, weights_backbone=None, num_classes=classes)
+            net = OutputAlone(net)
         else:  # an auxiliary classifier would make the output a pair
             own_options = {"aux_logits": False} if own in _AUXILIARY else {}
             net = module.get_model(own, weights=None, num_classes=classes, **own_options)
@@ -89,60 +110,10 @@ def _mlp(features: int, classes: int, width: int = 128, depth: int = 4) -> nn.Se
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
-def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
-
-
-class _Block(nn.Module):
-    """A residual block: what a subclass makes, plus the input or its projection."""
-
-    expansion = 1
-
-    def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = body
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            projection = _conv(inputs, outputs, 1, stride)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-class _Basic(_Block):
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        body = nn.Sequential(
-            _conv(inputs, width, 3, stride),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            _conv(width, width, 3),
-            nn.BatchNorm2d(width),
-        )
-        super().__init__(body, inputs, width, stride)
-
-
-class _Bottleneck(_Block):
-    expansion = 4
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        body = nn.Sequential(
-            _conv(inputs, width, 1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            _conv(width, width, 3, stride),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            _conv(width, 4 * width, 1),
-            nn.BatchNorm2d(4 * width),
-        )
-        super().__init__(body, inputs, 4 * width, stride)
-
-
 class _ResNet(nn.Sequential):
     def __init__(
         self,
-        block: type[_Basic] | type[_Bottleneck],
+        block: type[Basic] | type[Bottleneck],
         depths: tuple[int, ...],
         widths: tuple[int, ...],
         classes: int,
@@ -150,7 +121,7 @@ class _ResNet(nn.Sequential):
         large: bool = False,
     ) -> None:
         inputs = widths[0]
-        first = _conv(channels, inputs, 7, 2) if large else _conv(channels, inputs, 3)
+        first = conv(channels, inputs, 7, 2) if large else conv(channels, inputs, 3)
         layers: list[nn.Module] = [first, nn.BatchNorm2d(inputs), nn.ReLU()]
         if large:
             layers.append(nn.MaxPool2d(3, 2, 1))
@@ -168,7 +139,7 @@ def _vgg(widths: tuple[int, ...], classes: int, channels: int, large: bool) -> n
         if width == 0:
             layers.append(nn.MaxPool2d(2))
         else:
-            layers += [_conv(inputs, width, 3), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [conv(inputs, width, 3), nn.BatchNorm2d(width), nn.ReLU()]
             inputs = width
     layers += [nn.AdaptiveAvgPool2d(7 if large else 1), nn.Flatten()]
     if large:

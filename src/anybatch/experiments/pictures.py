@@ -2,11 +2,13 @@
 
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ _BORDER = 256 / 224  # the shorter side that is resized to, over the side that i
 Edit = Callable[["Image"], "Image"]
 
 
-def read_picture(file: Path, edit: Edit) -> NDArray[np.uint8]:
+def read_picture(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
     """A picture in red, green and blue, edited while the file is open.
 
     Args:
@@ -38,14 +40,30 @@ def read_picture(file: Path, edit: Edit) -> NDArray[np.uint8]:
     Raises:
         ValueError: If it cannot be read.
     """
+    return edited(file, lambda image: edit(image).convert("RGB"))
+
+
+def edited(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
+    """The pixels of a picture, edited while the file is open.
+
+    Args:
+        file: Of a format that Pillow reads.
+        edit: What to do with it; it gives one of bytes.
+
+    Returns:
+        ``(height, width)``, or with the colours behind.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     from PIL import UnidentifiedImageError
     from PIL.Image import DecompressionBombError
     from PIL.Image import open as opened
 
     try:
-        with opened(file) as image:
-            return np.asarray(edit(image).convert("RGB"), np.uint8)
-    except (OSError, UnidentifiedImageError, DecompressionBombError) as error:
+        with file.open("rb") as stream, opened(stream) as image:
+            return np.asarray(edit(image), np.uint8)
+    except (OSError, UnidentifiedImageError, DecompressionBombError, BadZipFile) as error:
         raise ValueError(f"{file}: not a picture that can be read ({error})") from error
 
 
@@ -159,6 +177,12 @@ class PictureFiles:
         from PIL.Image import Resampling
 
         return image.convert("RGB").resize((self.size, self.size), Resampling.BILINEAR, box)
+
+
+def standardized(x: Tensor) -> Tensor:
+    """Pictures of bytes ``(N, 3, H, W)``, standardized by ImageNet's means and deviations."""
+    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (_MEAN, _STD))
+    return (x.float() / 255 - mean) / std
 
 
 def as_tensor(x: Tensor | PictureFiles) -> Tensor:

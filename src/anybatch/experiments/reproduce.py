@@ -10,6 +10,7 @@ from anybatch.experiments.compare import Busy, OnProgress, holding, in_processes
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.example_weight import tuned_on_halves
+from anybatch.experiments.objectives import objective
 from anybatch.experiments.reproduction import Task, reproductions
 from anybatch.experiments.store import SCHEMA, Row, Store
 from anybatch.experiments.training import OnEpoch, train
@@ -147,10 +148,11 @@ def as_row(task: Task, result: Row, command: str, made_with: Mapping[str, Any]) 
         The row; where data and files lie on this machine is no part of it.
     """
     settings = {k: v for k, v in task.run.as_dict().items() if k not in ("root", "device")}
+    learned = objective(task.run)
     kept = {
-        "accuracy": result["accuracy"],
+        **{name: result[name] for name in learned.numbers},
         "test_loss": result["test_loss"],
-        "accuracies": [round(row["accuracy"], 6) for row in result["epochs"]],
+        learned.curve: [round(row[learned.metric], 6) for row in result["epochs"]],
         "train_losses": [_short(row["train_loss"]) for row in result["epochs"]],
     }
     if "weighing" in result:
@@ -246,5 +248,6 @@ def estimate(task: Task, rows: Mapping[str, Row], device: str) -> float:
 
 
 def _alike(settings: Mapping[str, Any], run: Run) -> bool:
-    names = ("data", "model", "batch_size", "train_size", "test_size", "validation_size")
+    sizes = ("batch_size", "image_size", "train_size", "test_size", "validation_size")
+    names = ("data", "model", *sizes)
     return all(settings[name] == getattr(run, name) for name in names)

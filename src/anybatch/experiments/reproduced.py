@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.objectives import objective
 from anybatch.experiments.reproduction import Cell, Number, Reproduction, Size
 from anybatch.experiments.store import Row
 
@@ -79,7 +80,7 @@ def value(cell: Cell, unit: str, seeds: int, rows: Mapping[str, Row]) -> Value |
 
     Args:
         cell: The cell.
-        unit: "accuracy" or "error".
+        unit: One of `anybatch.experiments.reproduction.UNITS`.
         seeds: Runs that there should be.
         rows: Of the store.
 
@@ -89,17 +90,18 @@ def value(cell: Cell, unit: str, seeds: int, rows: Mapping[str, Row]) -> Value |
     found = rows_of(cell, rows)
     if not found:
         return None
-    reached = [_accuracy(row["result"], cell.measure) for row in found]
-    values = tuple(100 * (a if unit == "accuracy" else 1 - a) for a in reached)
+    reached = [_reached(row["result"], cell) for row in found]
+    values = tuple(100 * (1 - a if unit == "error" else a) for a in reached)
     return Value(values, seeds, tuple(row["id"] for row in found))
 
 
-def _accuracy(result: Mapping[str, Any], measure: str) -> float:
-    if measure == "mean of 5":
-        return statistics.fmean(result["accuracies"][-5:])
-    if measure == "tuned":
+def _reached(result: Mapping[str, Any], cell: Cell) -> float:
+    learned = objective(cell.run)
+    if cell.measure == "mean of 5":
+        return statistics.fmean(result[learned.curve][-5:])
+    if cell.measure == "tuned":
         return _tuned(result["weighing"])
-    return float(result["accuracy"])
+    return float(result[learned.metric])
 
 
 def _tuned(weighing: Mapping[str, Any]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from anybatch.experiments.figures import COLOURS, DASHES, MARKERS, blank
+from anybatch.experiments.objectives import objective
 from anybatch.experiments.reproduced import Value, rows_of, value
 from anybatch.experiments.reproduction import Cell, Reproduction, Size
 from anybatch.experiments.store import Row
@@ -118,16 +119,16 @@ def _inside(axes: "Axes", place: int, text: str) -> None:
 
 
 def _curves(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
-    """Accuracy over the epochs: mean over the seeds, and the band from the worst to the best."""
+    """The number over the epochs: mean over the seeds, and the band from the worst to the best."""
     figure = blank(2 + 5 * len(size.columns), 4.4)
     panels = figure.subplots(1, len(size.columns), squeeze=False)[0]
     for axes, column in zip(panels, size.columns, strict=True):
         for index, name in enumerate(size.rows):
             cell = size.cell(name, column)
             found = [] if cell is None else rows_of(cell, rows)
-            if not found:
+            if cell is None or not found:
                 continue
-            curves = [row["result"]["accuracies"] for row in found]
+            curves = [row["result"][objective(cell.run).curve] for row in found]
             points = [[100 * a for a in epoch] for epoch in zip(*curves, strict=True)]
             if one.unit == "error":
                 points = [[100 - a for a in epoch] for epoch in points]

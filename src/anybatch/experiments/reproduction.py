@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.objectives import objective
 
 FOLDER = Path(__file__).parent / "reproductions"
 SIZES = ("small", "paper")
 MEASURES = ("last", "mean of 5", "tuned")
-UNITS = ("accuracy", "error")
+UNITS = ("accuracy", "error", "mean IoU", "AP")
 FIGURES = ("lines", "bars", "curves", "weights")
 _UNGROUPED = ("gn", "ln", "in")  # their statistics do not depend on the batch
-# Training and held-out examples, and the shape of one, where the data say so by their name.
+# Training and held-out examples, where the data say so by their name.
 _KNOWN = {
-    "digits": (1297, 500, (64,)),
-    "cifar10": (50_000, 10_000, (3, 32, 32)),
-    "cifar100": (50_000, 10_000, (3, 32, 32)),
+    "digits": (1297, 500),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "camvid": (367, 233),
 }
 
 Number = tuple[float, float | None]
@@ -55,7 +57,7 @@ class Reproduction:
         source: Table or figure there.
         title: What it is of.
         claim: What the paper finds.
-        unit: "accuracy" or "error", in per cent.
+        unit: One of `UNITS`, in per cent.
         down: What its rows are.
         across: What its columns are.
         figure: How it is drawn: "lines", "bars", "curves" or "weights".
@@ -200,6 +202,10 @@ def read(name: str, data: Mapping[str, Any]) -> Reproduction:
     for size in sizes.values():
         if share is not None and (len(size.columns) > 1 or not set(share) <= set(size.rows)):
             raise ValueError(f"share={share!r}: give two rows of a table of one column")
+    for cell in (cell for size in sizes.values() for cell in size.cells):
+        _one_of("unit", data["unit"], objective(cell.run).units)
+        if cell.measure == "tuned" and cell.run.task != "classification":
+            raise ValueError(f"measure='tuned': data={cell.run.data!r} are not classified")
     _check_numbers(data.get("paper_numbers", {}), sizes["paper"])
     return Reproduction(
         name,
@@ -235,7 +241,7 @@ def _size(data: Mapping[str, Any], size: str) -> Size:
             number = numbers.get(row["label"], {}).get(column["label"])
             paper = None if number is None else _number(number)
             cells.append(Cell(row["label"], column["label"], _run(changes), measure, paper))
-    known = _KNOWN.get(cells[0].run.data, (0, 0))[:2]
+    known = _KNOWN.get(cells[0].run.data, (0, 0))
     examples = tuple(own.get("examples", known))
     return Size(tuple(cells), own["seeds"], own.get("folder"), examples, own["text"])
 
@@ -318,21 +324,31 @@ def _cost(run: Run, examples: tuple[int, int]) -> tuple[float, int]:
     if run.validation_size is not None:
         train = examples[0] - run.validation_size if run.train_size is None else train
         test = run.validation_size if run.test_size is None else test
-    shape = _KNOWN[run.data][2] if run.data in _KNOWN else (3, run.image_size, run.image_size)
-    flops = run.epochs * (3 * train + test) * _forward_flops(run.model, shape)
+    flops = run.epochs * (3 * train + test) * _forward_flops(run.model, _shape(run))
     return flops, run.epochs * (train // run.batch_size)
+
+
+def _shape(run: Run) -> tuple[int, ...]:
+    """Of an example."""
+    if run.data == "digits":
+        return (64,)
+    side = 32 if run.data in ("cifar10", "cifar100") else run.image_size
+    return (3, side, side * 4 // 3) if run.data == "camvid" else (3, side, side)
 
 
 @cache
 def _forward_flops(model: str, shape: tuple[int, ...]) -> float:
-    """Operations of one example's forward, counted without doing them."""
+    """Operations of one example's forward, counted without doing them; 0 if it cannot be built."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from anybatch.experiments import models
 
     with torch.device("meta"):
-        net = models.build(model, 100, shape).eval()
+        try:
+            net = models.build(model, 100, shape).eval()
+        except ValueError:  # its library is not installed, and a list of tables needs none
+            return 0.0
         with FlopCounterMode(display=False) as counter:
             net(torch.empty(1, *shape))
     return float(counter.get_total_flops())

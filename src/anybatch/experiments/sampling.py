@@ -22,9 +22,10 @@ from anybatch import kernels
 from anybatch.conversion import convert
 from anybatch.conversion.norms import is_batch_norm
 from anybatch.evaluation.recalibration import recalibrate
+from anybatch.experiments.classification import batches, evaluate
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset
-from anybatch.experiments.training import batches, evaluate, prepare, step
+from anybatch.experiments.training import prepare, step
 from anybatch.layers import (
     SampledBatchNorm1d,
     SampledBatchNorm2d,

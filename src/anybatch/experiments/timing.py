@@ -13,7 +13,8 @@ from torch import Tensor
 
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset
-from anybatch.experiments.training import batches, prepare, step
+from anybatch.experiments.objectives import objective
+from anybatch.experiments.training import prepare, step
 
 Call = Callable[[], None]
 Clock = Callable[[], float]
@@ -55,7 +56,7 @@ def time_steps(
     plain = {"method": BASELINE, "norm_batch_size": None, "options": (), "centralize": False}
     base = next(iter(runs.values())).but(**plain)
     everyone = {BASELINE: base} | {name: run for name, run in runs.items() if run != base}
-    some = list(islice(batches(base, data, 1), 20))
+    some = list(islice(objective(base).batches(base, data, 1), 20))
     calls = {name: _training_step(run, data, some) for name, run in everyone.items()}
     seconds = interleaved(calls, rounds, device=base.device, block_seconds=block_seconds)
     counted = {name: values[1:] or values for name, values in seconds.items()}

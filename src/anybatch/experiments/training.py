@@ -7,22 +7,22 @@ trainer's bookkeeping would double.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.conversion import GammaDecay, convert, param_groups
 from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, Run
-from anybatch.experiments.data import Dataset, augment, load
+from anybatch.experiments.data import Dataset, load, steps_per_epoch
 from anybatch.experiments.files import write_json, write_whole
+from anybatch.experiments.objectives import objective
 from anybatch.experiments.pictures import PictureFiles, read_ahead
 from anybatch.layers import VirtualDataset, accumulate
 from anybatch.layers.base import NormLayer
@@ -31,7 +31,6 @@ from anybatch.scheduling import NormScheduler
 
 Row = dict[str, Any]
 OnEpoch = Callable[[int, Row], None]
-_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Training(NamedTuple):
@@ -42,17 +41,6 @@ class Training(NamedTuple):
     learning_rate: torch.optim.lr_scheduler.LRScheduler
     progress: NormScheduler | None
     scaler: torch.amp.GradScaler
-
-
-def steps_per_epoch(run: Run, data: Dataset) -> int:
-    """Whole batches in the training set; a smaller last one is left out for every method."""
-    steps = len(data.train_y) // run.batch_size
-    if steps == 0:
-        raise ValueError(
-            f"batch_size={run.batch_size}: give a number from 1 to {len(data.train_y)}, "
-            "the training examples there are"
-        )
-    return steps
 
 
 def method_options(run: Run, steps: int) -> dict[str, Any]:
@@ -83,7 +71,8 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
 
 def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
-    if isinstance(data.train_x, PictureFiles):  # standardized by what is known of such pictures
+    # Pictures in files or of bytes are standardized by what is known of such pictures.
+    if isinstance(data.train_x, PictureFiles) or data.train_x.dtype == torch.uint8:
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
@@ -153,22 +142,6 @@ def _learning_rate(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
 
 
-def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch; order, noise and augmentation follow from seed and epoch alone."""
-    generator = torch.Generator().manual_seed(run.seed * 100_003 + epoch)
-    order = torch.randperm(len(data.train_x), generator=generator)
-    for step in range(steps_per_epoch(run, data)):
-        index = order[step * run.batch_size : (step + 1) * run.batch_size]
-        x, y = data.train_x[index], data.train_y[index]
-        if isinstance(x, PictureFiles):
-            x = x.augmented(generator) if run.augments else x.centred()
-        elif run.augments and x.dim() == 4:
-            x = augment(x, generator)
-        if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
-        yield x.to(run.device), y.to(run.device)
-
-
 def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
     """One step of training, in as many micro-batches as the run has.
 
@@ -176,53 +149,22 @@ def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
         run: The run.
         training: What it trains with.
         x: Examples.
-        y: Their classes.
+        y: Their targets.
 
     Returns:
         The loss, on the device.
     """
     training.optimizer.zero_grad()
     losses = []
+    loss_of = objective(run).loss
     pairs = zip(x.split(run.micro_batch_size), y.split(run.micro_batch_size), strict=True)
-    for some, classes in pairs:
-        loss = F.cross_entropy(forward(run, training.model, some), classes) / run.accumulate
+    for some, targets in pairs:
+        loss = loss_of(run, training.model, some, targets) / run.accumulate
         training.scaler.scale(loss).backward()
         losses.append(loss.detach())
     training.scaler.step(training.optimizer)
     training.scaler.update()
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-
-
-def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
-    """What a network puts out, in the run's precision."""
-    if run.precision == "float32":
-        y: Tensor = model(x)
-        return y
-    with torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision]):
-        y = model(x)
-    return y.float()
-
-
-def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tuple[float, float]:
-    """Mean loss and accuracy on the held-out examples.
-
-    Args:
-        run: The run.
-        model: The network; it is left in evaluation mode.
-        data: The data.
-        size: Examples at a time.
-
-    Returns:
-        Loss, and accuracy from 0 to 1.
-    """
-    model.eval()
-    loss = correct = 0.0
-    with torch.no_grad():
-        for x, y in zip(data.test_x.split(size), data.test_y.split(size), strict=True):
-            scores, target = forward(run, model, x.to(run.device)), y.to(run.device)
-            loss += float(F.cross_entropy(scores, target, reduction="sum"))
-            correct += int((scores.argmax(1) == target).sum())
-    return loss / len(data.test_y), correct / len(data.test_y)
 
 
 def train(
@@ -243,7 +185,7 @@ def train(
         data: Its data, where they are loaded already.
 
     Returns:
-        The result: the run, a row an epoch, final loss and accuracy, seconds.
+        The result: the run, a row an epoch, final loss and numbers of the objective, seconds.
     """
     result = folder / "runs" / f"{run.key}.json"
     checkpoint, weights = result.with_suffix(".ckpt"), result.with_suffix(".pt")
@@ -266,7 +208,7 @@ def train(
         "run": run.as_dict(),
         "key": run.key,
         "epochs": rows,
-        "accuracy": rows[-1]["accuracy"],
+        **{name: rows[-1][name] for name in objective(run).numbers},
         "test_loss": rows[-1]["test_loss"],
         "seconds": sum(row["seconds"] for row in rows),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -295,7 +237,7 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     """Train for one epoch, from 1 on; its row."""
     training.model.train()
     start, total = time.perf_counter(), torch.zeros((), device=run.device)
-    steps = batches(run, data, epoch)
+    steps = objective(run).batches(run, data, epoch)
     if isinstance(data.train_x, PictureFiles):
         steps = read_ahead(steps)
     for x, y in steps:
@@ -304,13 +246,13 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     if training.progress is not None:
         training.progress.step()
     seconds = time.perf_counter() - start
-    test_loss, accuracy = evaluate(run, training.model, data)
+    test_loss, numbers = objective(run).evaluate(run, training.model, data)
     train_loss = float(total) / steps_per_epoch(run, data)
     return {
         "epoch": epoch,
         "train_loss": train_loss if math.isfinite(train_loss) else None,
-        "test_loss": test_loss if math.isfinite(test_loss) else None,
-        "accuracy": accuracy,
+        "test_loss": None if test_loss is None or not math.isfinite(test_loss) else test_loss,
+        **numbers,
         "seconds": seconds,
     }
 
