@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from anybatch.experiments.bench import Bench, Variant
     from anybatch.experiments.compare import Comparison
     from anybatch.experiments.config import Option, Run
+    from anybatch.experiments.jobs import Job
     from anybatch.experiments.reproduction import Reproduction, Task
     from anybatch.experiments.store import Row as StoredRow
     from anybatch.experiments.training import Row
@@ -878,7 +879,7 @@ def _progress_of_parts(bars: Progress, where: str = "") -> Callable[[str, int, i
     return show
 
 
-def _progress(bars: Progress, trained: "Iterable[Run]") -> Callable[[str, int, "Row | None"], None]:
+def _progress(bars: Progress, trained: "Iterable[Job]") -> Callable[[str, int, "Row | None"], None]:
     """A bar for everything, and one for each run that is under way."""
     runs = {run.key: run for run in trained}
     total = bars.add_task("[bold]all epochs[/]", total=sum(run.epochs for run in runs.values()))
@@ -1059,6 +1060,7 @@ def _list_reproductions(
 def _show_tasks(
     left: "list[Task]", rows: "dict[str, StoredRow]", device: str, workers: int, as_json: bool
 ) -> None:
+    from anybatch.experiments.jobs import described
     from anybatch.experiments.reproduce import estimate
 
     costs = [estimate(task, rows, device) for task in left]
@@ -1074,8 +1076,7 @@ def _show_tasks(
         table.add_column(column)
     for task, cost in zip(left, costs, strict=True):
         run = task.run
-        what = f"{run.data}, {run.model}, {run.epochs} epochs"
-        table.add_row(task.name, run.label, str(run.seed), what, _duration(cost))
+        table.add_row(task.name, run.label, str(run.seed), described(run), _duration(cost))
     console.print(table)
 
 

@@ -1,5 +1,6 @@
 """What each method would cost in a network: time of a training step, memory, inference."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anybatch.conversion import NoEffectWarning, convert
+from anybatch.conversion import NoEffectWarning, convert, fold
 from anybatch.conversion.norms import is_batch_norm
 from anybatch.experiments.config import BASELINE, PRECISIONS, Option
+from anybatch.experiments.flops import count_flops
 from anybatch.experiments.measurements import Measurement, Setting, counted, timed
-from anybatch.experiments.memory import kept_bytes, peak_bytes, tensors_of
+from anybatch.experiments.memory import held_bytes, kept_bytes, peak_bytes, tensors_of
 from anybatch.experiments.networks import Factory
 from anybatch.experiments.timing import Call, graphed, interleaved
 from anybatch.layers import VirtualDataset
@@ -25,6 +27,10 @@ from anybatch.scheduling import NormScheduler
 
 MODES = ("eager", "compiled", "graph")
 QUESTIONS = ("step", "inference", "kept", "peak")
+# Beside these: what a training holds with parameters, state and optimizer; operations of a step;
+# time and operations of inference with norms merged into the layers before them, where they can be.
+ALL_QUESTIONS = (*QUESTIONS, "memory", "flops", "folded", "folded flops")
+_TIMED = ("step", "inference", "folded")
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Show = Callable[[str, int, int], None]
@@ -46,7 +52,7 @@ class Bench:
         mode: "eager", "compiled" by torch.compile, or "graph", replays of a CUDA graph.
         rounds: Blocks a network.
         block_seconds: Length of a block.
-        questions: Of `QUESTIONS`.
+        questions: Of `ALL_QUESTIONS` (default: `QUESTIONS`).
     """
 
     name: str
@@ -66,7 +72,7 @@ class Bench:
         check_choice("mode", self.mode, MODES)
         check_count("rounds", self.rounds)
         for question in self.questions:
-            check_choice("questions", question, QUESTIONS)
+            check_choice("questions", question, ALL_QUESTIONS)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         if self.mode == "graph" and torch.device(self.device).type != "cuda":
@@ -180,7 +186,7 @@ def _ask(
     show: Show,
 ) -> list[Measurement]:
     setting = bench.setting(question)
-    if question in ("step", "inference"):
+    if question in _TIMED:
         calls = {}
         for name, one in subjects.items():
             call = _try(bench, name, partial(one.call, question), failed)
@@ -194,11 +200,11 @@ def _ask(
             on_round=lambda done: show(_DOING[question], done, bench.rounds),
         )
         return timed(setting, times, BASELINE)
-    sizes = {}
+    sizes: dict[str, int | None] = {}
     for done, (name, one) in enumerate(subjects.items(), 1):
-        sizes[name] = one.kept() if question == "kept" else one.peak()
+        sizes[name] = _try(bench, name, partial(one.count, question), failed)
         show(_DOING[question], done, len(subjects))
-    return counted(setting, sizes, BASELINE)
+    return counted(setting, sizes, BASELINE, "MFLOP" if "flops" in question else "MB")
 
 
 _DOING = {
@@ -206,6 +212,10 @@ _DOING = {
     "inference": "inference",
     "kept": "memory kept",
     "peak": "most memory",
+    "memory": "memory of training",
+    "flops": "operations",
+    "folded": "inference, folded",
+    "folded flops": "operations of inference",
 }
 
 
@@ -272,9 +282,9 @@ class _Subject:
             raise ValueError("what it puts out has no gradient")
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 
-    def _infer(self) -> None:
+    def _infer(self, network: Callable[..., Any]) -> None:
         with torch.no_grad(), self._autocast():
-            self.network(*self.inputs)
+            network(*self.inputs)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.bench.precision == "float32":
@@ -285,20 +295,38 @@ class _Subject:
     def call(self, question: str) -> Call:
         """What is timed, after a first time of it."""
         self.model.train(question == "step")
-        call = self.train_step if question == "step" else self._infer
+        call = self.train_step
+        if question != "step":
+            call = partial(self._infer, self._folded() if question == "folded" else self.network)
         call()
         return graphed(call) if self.bench.mode == "graph" else call
 
-    def kept(self) -> int:
-        """Bytes that a training forward keeps for backward, inputs included."""
-        self.model.train()
-        return kept_bytes(self._loss, tensors_of(self.model))
+    def _folded(self) -> Callable[..., Any]:
+        """A copy for inference, its norms merged into the layers before them where they can be."""
+        model = copy.deepcopy(self.model).eval()
+        inside = model.model if isinstance(model, VirtualDataset) else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffectWarning)  # as of norms that cannot be
+            fold(inside, tuple(x[:1] for x in self.inputs))
+        return compiled(inside) if self.bench.mode == "compiled" else inside
 
-    def peak(self) -> int | None:
-        """Bytes that a training step takes at most, beyond parameters and optimizer."""
-        self.model.train()
+    def count(self, question: str) -> int | None:
+        """Bytes or operations."""
+        self.model.train(not question.startswith("folded"))
+        if question == "kept":  # what a training forward keeps for backward, inputs included
+            return kept_bytes(self._loss, tensors_of(self.model))
+        if question == "flops":
+            return count_flops(lambda: self._loss().backward())
+        if question == "folded flops":
+            return count_flops(partial(self._infer, self._folded()))
         self.optimizer.zero_grad()
-        return peak_bytes(self.train_step, self.device)
+        peak = peak_bytes(self.train_step, self.device)
+        if question == "peak" or peak is None:  # of a step, beyond parameters and optimizer
+            return peak
+        states = (
+            t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
+        )
+        return peak + held_bytes((*tensors_of(self.model), *states))
 
 
 @contextmanager

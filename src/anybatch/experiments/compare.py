@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from anybatch.experiments.config import BASELINE, Option, Run, classified
 from anybatch.experiments.files import exclusive
@@ -21,7 +21,19 @@ from anybatch.methods import get_method
 # Those for the small batches of the default setting; a sample of these is smaller still.
 DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")
 OnProgress = Callable[[str, int, Row | None], None]
-Work = Callable[[Run, Path, OnEpoch], Row]
+
+
+class Keyed(Protocol):
+    """What has files of its own."""
+
+    @property
+    def key(self) -> str:
+        """A name for them, unlike that of all others."""
+        ...
+
+
+Job = TypeVar("Job", bound=Keyed)
+Work = Callable[[Job, Path, OnEpoch], Row]
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,7 @@ def train_runs(
 
 
 def in_processes(
-    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+    runs: list[Job], folder: Path, workers: int, on_progress: OnProgress, work: Work[Job]
 ) -> dict[str, Row]:
     """Do the same with each of the runs, in order, in processes of one thread each.
 
@@ -248,7 +260,7 @@ def _start_worker(news: "Queue[tuple[str, int]]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
 
-def _work(work: Work, run: Run, folder: Path) -> Row:
+def _work(work: Work[Job], run: Job, folder: Path) -> Row:
     def tell(epochs: int, _: Row) -> None:
         if _news is not None:
             _news.put((run.key, epochs))

@@ -33,7 +33,7 @@ class Measurement(NamedTuple):
         value: Median.
         low: Lower quartile.
         high: Upper quartile.
-        unit: "ms" or "MB".
+        unit: "ms", "MB" or "MFLOP".
         ratio: To the baseline, median of the rounds.
         ratio_low: Its lower quartile.
         ratio_high: Its upper quartile.
@@ -90,23 +90,26 @@ def timed(
     return found
 
 
-def counted(setting: Setting, sizes: Mapping[str, int | None], baseline: str) -> list[Measurement]:
-    """Bytes as rows.
+def counted(
+    setting: Setting, sizes: Mapping[str, int | None], baseline: str, unit: str = "MB"
+) -> list[Measurement]:
+    """Bytes or operations as rows.
 
     Args:
         setting: What was measured.
-        sizes: Bytes by name; None where they could not be measured, which gives no row.
+        sizes: Counts by name; None where they could not be measured, which gives no row.
         baseline: The name that ratios are to.
+        unit: A million of them: "MB" (default; 10^6 bytes) or "MFLOP".
 
     Returns:
-        A row a name, in megabytes (10^6 bytes).
+        A row a name.
     """
     base, found = sizes[baseline], []
     for name, size in sizes.items():
         if size is not None:
             value = _short(size / 1e6)
             ratio = _short(size / base) if base else math.nan
-            row = (*setting, name, *(value,) * 3, "MB", *(ratio,) * 3, 1)
+            row = (*setting, name, *(value,) * 3, unit, *(ratio,) * 3, 1)
             found.append(Measurement._make(row))
     return found
 

@@ -10,6 +10,8 @@ from anybatch.experiments.compare import Busy, OnProgress, holding, in_processes
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.example_weight import tuned_on_halves
+from anybatch.experiments.jobs import CostRun, Job, job_of
+from anybatch.experiments.measure import measure_costs
 from anybatch.experiments.objectives import objective
 from anybatch.experiments.reproduction import Task, reproductions
 from anybatch.experiments.store import SCHEMA, Row, Store
@@ -60,7 +62,7 @@ def placed(task: Task, root: Path | None, device: str) -> Task:
         ValueError: If its data are not there.
     """
     run = task.run.but(device=device)
-    if run.data == "digits":
+    if isinstance(run, CostRun) or run.data == "digits":
         return replace(task, run=run)
     if root is None:
         raise ValueError(
@@ -79,7 +81,7 @@ def placed(task: Task, root: Path | None, device: str) -> Task:
     return replace(task, run=run.but(root=str(root)))
 
 
-def _holds(cells: Any, run: Run) -> bool:
+def _holds(cells: Any, run: Job) -> bool:
     return any(cell.run.but(seed=run.seed) == run for cell in cells)
 
 
@@ -92,7 +94,8 @@ def make(
 ) -> Made:
     """Train what is missing, and put a row for each into the store as it is finished.
 
-    Several processes may work on one store; each training is made by one of them.
+    Several processes may work on one store; each training is made by one of them. Costs are
+    measured before, with no other process of this command at work.
 
     Args:
         tasks: Trainings, with root and device.
@@ -111,7 +114,8 @@ def make(
     """
     store = Store(folder / ROWS)
     waiting = missing(tasks, store.rows())
-    for run in {(t.run.data, t.run.root): t.run for t in waiting}.values():
+    trained = [task.run for task in waiting if isinstance(task.run, Run)]
+    for run in {(run.data, run.root): run for run in trained}.values():
         load(run)  # wrong data are found before anything is trained
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     by_key = {task.run.key: task for task in waiting}
@@ -128,10 +132,12 @@ def make(
             (folder / "runs" / f"{key}.pt").unlink(missing_ok=True)
         on_progress(key, epochs, result)
 
-    if waiting:
+    measured = [task.run for task in waiting if isinstance(task.run, CostRun)]
+    if measured:
+        in_processes(measured, folder, 1, keep, _measure)
+    if trained:
         weighed = frozenset(key for key, task in by_key.items() if task.weighed)
-        work = partial(_work, weighed)
-        in_processes([task.run for task in waiting], folder, workers, keep, work)
+        in_processes(trained, folder, workers, keep, partial(_work, weighed))
     return Made(store.rows(), **counts)
 
 
@@ -148,15 +154,6 @@ def as_row(task: Task, result: Row, command: str, made_with: Mapping[str, Any]) 
         The row; where data and files lie on this machine is no part of it.
     """
     settings = {k: v for k, v in task.run.as_dict().items() if k not in ("root", "device")}
-    learned = objective(task.run)
-    kept = {
-        **{name: result[name] for name in learned.numbers},
-        "test_loss": result["test_loss"],
-        learned.curve: [round(row[learned.metric], 6) for row in result["epochs"]],
-        "train_losses": [_short(row["train_loss"]) for row in result["epochs"]],
-    }
-    if "weighing" in result:
-        kept["weighing"] = result["weighing"]
     return {
         "schema": SCHEMA,
         "id": task.run.identity,
@@ -166,8 +163,25 @@ def as_row(task: Task, result: Row, command: str, made_with: Mapping[str, Any]) 
         "made_with": {**made_with, "device": result["device"]},
         "seconds": round(result["seconds"], 2),
         "finished": result["finished"],
-        "result": kept,
+        "result": _numbers(task.run, result),
     }
+
+
+def _numbers(run: Job, result: Row) -> Row:
+    """What is kept of a training, or of a measurement of costs."""
+    if isinstance(run, CostRun):
+        return {name: result[name] for name in ("costs", "failed")}
+    learned = objective(run)
+    kept = {
+        **{name: result[name] for name in learned.numbers},
+        "test_loss": result["test_loss"],
+        learned.curve: [round(row[learned.metric], 6) for row in result["epochs"]],
+        "train_losses": [_short(row["train_loss"]) for row in result["epochs"]],
+    }
+    for name in ("weighing", "series"):
+        if name in result:
+            kept[name] = result[name]
+    return kept
 
 
 def _short(loss: float | None) -> float | None:
@@ -197,6 +211,15 @@ def _work(weighed: frozenset[str], run: Run, folder: Path, on_epoch: OnEpoch) ->
             result = train(run, folder, on_epoch, keep_weights=tunes, data=data)
             weighing = {"weighing": _weighing(run, folder, data)} if tunes else {}
             return {**result, **weighing, "device": _device(run.device)}
+    except Busy as busy:
+        return {"elsewhere": busy.process, "epochs": []}
+
+
+def _measure(run: CostRun, folder: Path, on_question: OnEpoch) -> Row:
+    """Measure costs in a process of their own."""
+    try:
+        with holding(folder / "runs" / f".{run.key}.lock"):
+            return {**measure_costs(run, on_question), "device": _device(run.device)}
     except Busy as busy:
         return {"elsewhere": busy.process, "epochs": []}
 
@@ -238,7 +261,7 @@ def estimate(task: Task, rows: Mapping[str, Row], device: str) -> float:
     kind = device.partition(":")[0]
     run = task.run
     alike: list[float] = [
-        row["seconds"] / row["settings"]["epochs"]
+        row["seconds"] / job_of(row["settings"]).epochs
         for row in rows.values()
         if row["made_with"]["device"].partition(",")[0] == kind and _alike(row["settings"], run)
     ]
@@ -247,7 +270,10 @@ def estimate(task: Task, rows: Mapping[str, Row], device: str) -> float:
     return task.flops / _RATE.get(kind, _RATE["cpu"]) + task.steps * _STEP.get(kind, _STEP["cpu"])
 
 
-def _alike(settings: Mapping[str, Any], run: Run) -> bool:
+def _alike(settings: Mapping[str, Any], run: Job) -> bool:
     sizes = ("batch_size", "image_size", "train_size", "test_size", "validation_size")
-    names = ("data", "model", *sizes)
-    return all(settings[name] == getattr(run, name) for name in names)
+    names: tuple[str, ...] = ("data", "model", *sizes)
+    if isinstance(run, CostRun):
+        names = ("model", "batch_size", "example", "methods", "questions", "rounds")
+    own = run.as_dict()
+    return all(name in settings and settings[name] == own[name] for name in names)

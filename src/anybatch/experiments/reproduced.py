@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anybatch.experiments.config import Run
+from anybatch.experiments.jobs import CostRun, RecordedRun, job_of, trained
+from anybatch.experiments.measured import Reading, of_costs, of_noise
 from anybatch.experiments.objectives import objective
-from anybatch.experiments.reproduction import Cell, Number, Reproduction, Size
+from anybatch.experiments.reproduction import MEASURED, Cell, Number, Reproduction, Size
 from anybatch.experiments.store import Row
 
 NOT_RUN = "not run"
@@ -18,14 +19,16 @@ class Value:
     """A number of ours.
 
     Attributes:
-        values: In per cent, a value a seed that was run.
+        values: A value a seed that was run, in per cent or as measured.
         wanted: Seeds that there should be.
         ids: Of the rows it is from.
+        text: What a table has of one seed, where it is not the number.
     """
 
     values: tuple[float, ...]
     wanted: int
     ids: tuple[str, ...]
+    text: str = ""
 
     @property
     def mean(self) -> float:
@@ -38,9 +41,10 @@ class Value:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
-        text = f"{self.mean:.1f}"
+        digits = 2 if self.text else 1
+        text = self.text or f"{self.mean:.1f}"
         if len(self.values) > 1:
-            text += f" ± {self.spread:.1f}"
+            text = f"{self.mean:.{digits}f} ± {self.spread:.{digits}f}"
         if len(self.values) < self.wanted:
             text += f" ({len(self.values)} of {self.wanted} seeds)"
         return text
@@ -80,7 +84,7 @@ def value(cell: Cell, unit: str, seeds: int, rows: Mapping[str, Row]) -> Value |
 
     Args:
         cell: The cell.
-        unit: One of `anybatch.experiments.reproduction.UNITS`.
+        unit: Of the reproduction.
         seeds: Runs that there should be.
         rows: Of the store.
 
@@ -90,13 +94,37 @@ def value(cell: Cell, unit: str, seeds: int, rows: Mapping[str, Row]) -> Value |
     found = rows_of(cell, rows)
     if not found:
         return None
+    if unit in MEASURED:
+        return _measured(cell, seeds, found)
     reached = [_reached(row["result"], cell) for row in found]
     values = tuple(100 * (1 - a if unit == "error" else a) for a in reached)
     return Value(values, seeds, tuple(row["id"] for row in found))
 
 
+def _measured(cell: Cell, seeds: int, found: list[Row]) -> Value | None:
+    """A number that is no accuracy; None where a method could not be measured."""
+    readings = [_reading(cell, row["result"]) for row in found]
+    there = [(one, row["id"]) for one, row in zip(readings, found, strict=True) if one is not None]
+    if not there:
+        return None
+    values, ids = tuple(one.value for one, _ in there), tuple(key for _, key in there)
+    return Value(values, seeds, ids, there[0][0].text)
+
+
+def _reading(cell: Cell, result: Mapping[str, Any]) -> Reading | None:
+    if isinstance(cell.run, CostRun):
+        return of_costs(result, cell.run, cell.row, cell.measure)
+    assert isinstance(cell.run, RecordedRun)
+    return of_noise(result, cell.run, cell.measure)
+
+
+def columns_of(one: Reproduction) -> str:
+    """What the columns of a reproduction are, for a person."""
+    return one.across if one.unit in MEASURED else f"{one.unit} (%) by {one.across}"
+
+
 def _reached(result: Mapping[str, Any], cell: Cell) -> float:
-    learned = objective(cell.run)
+    learned = objective(trained(cell.run))
     if cell.measure == "mean of 5":
         return statistics.fmean(result[learned.curve][-5:])
     if cell.measure == "tuned":
@@ -270,7 +298,7 @@ def checked(rows: Iterable[Row]) -> dict[str, Row]:
     """
     found = {}
     for row in rows:
-        if Run.from_dict(row["settings"]).identity != row["id"]:
+        if job_of(row["settings"]).identity != row["id"]:
             raise ValueError(f"id={row['id']!r}: the settings of this row are not those it is of")
         found[row["id"]] = row
     return found

@@ -4,7 +4,11 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from anybatch.experiments import noise_figures
 from anybatch.experiments.figures import COLOURS, DASHES, MARKERS, blank
+from anybatch.experiments.jobs import trained
+from anybatch.experiments.measurement_figures import ratios
+from anybatch.experiments.measurements import Measurement
 from anybatch.experiments.objectives import objective
 from anybatch.experiments.reproduced import Value, rows_of, value
 from anybatch.experiments.reproduction import Cell, Reproduction, Size
@@ -128,7 +132,7 @@ def _curves(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
             found = [] if cell is None else rows_of(cell, rows)
             if cell is None or not found:
                 continue
-            curves = [row["result"][objective(cell.run).curve] for row in found]
+            curves = [row["result"][objective(trained(cell.run)).curve] for row in found]
             points = [[100 * a for a in epoch] for epoch in zip(*curves, strict=True)]
             if one.unit == "error":
                 points = [[100 - a for a in epoch] for epoch in points]
@@ -166,11 +170,20 @@ def _weights(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure"
     return figure
 
 
+def _ratios(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
+    """What each method costs, a panel a question, with quartiles."""
+    row = rows_of(size.cells[0], rows)[0]
+    return ratios([Measurement(**costs) for costs in row["result"]["costs"]])
+
+
 _DRAWN: dict[str, Callable[[Reproduction, Size, Mapping[str, Row]], "Figure"]] = {
     "lines": _lines,
     "bars": _bars,
     "curves": _curves,
     "weights": _weights,
+    "ratios": _ratios,
+    "series": noise_figures.series,
+    "noise": noise_figures.noise,
 }
 
 

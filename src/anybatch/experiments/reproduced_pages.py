@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from anybatch.evaluation.pages import render
 from anybatch.experiments import figures, reproduced_figures
 from anybatch.experiments.files import write_bytes, write_json, write_text
-from anybatch.experiments.reproduced import Grid, as_data, backing, checked, grid
-from anybatch.experiments.reproduction import SIZES, Reproduction, reproductions
+from anybatch.experiments.reproduced import Grid, as_data, backing, checked, columns_of, grid
+from anybatch.experiments.reproduction import MEASURED, SIZES, Reproduction, reproductions
 from anybatch.experiments.store import Row, Store, write_rows
 
 PAGE, PICTURES, RESULTS = "reproductions.md", "images/reproductions", "results"
@@ -42,6 +42,11 @@ class Section(NamedTuple):
         return f"anybatch reproduce {self.one.name} --size {self.size}"
 
     @property
+    def columns(self) -> str:
+        """What the columns are."""
+        return columns_of(self.one)
+
+    @property
     def origin(self) -> str:
         """Commits, versions and machines behind its numbers."""
         made = [row["made_with"] for row in self.rows]
@@ -50,7 +55,7 @@ class Section(NamedTuple):
         devices = sorted({f"{m['processor']} ({m['device']})" for m in made})
         seconds = sum(row["seconds"] for row in self.rows)
         return (
-            f"{len(self.rows)} runs, {seconds / 60:.0f} minutes of training; "
+            f"{len(self.rows)} runs, {seconds / 60:.0f} minutes; "
             f"commit {', '.join(commits)}; {', '.join(versions)}; {', '.join(devices)}"
         )
 
@@ -206,9 +211,11 @@ _HEAD = """# Reproductions
 What the papers report, made again with `anybatch reproduce`, as [explained here](reproduce.md): our
 numbers beside theirs. Each number is taken from the rows in `docs/results`, with the settings, the
 versions, the machine and the command behind it; a test fails when page and rows part. A number is
-the mean over the seeds and, behind ±, their standard deviation, in per cent. The small sizes are
-not the papers' experiments: data, networks and schedules are shrunk until two cores do with them,
-so that their numbers show directions and are not to be compared with the papers' one by one.
+the mean over the seeds and, behind ±, their standard deviation, in per cent. Costs are parts of
+what the first row costs, measured in turn in one process: the median of the rounds and, in
+brackets, their quartiles. The small sizes are not the papers' experiments: data, networks and
+schedules are shrunk until two cores do with them, so that their numbers show directions and are not
+to be compared with the papers' one by one.
 """
 
 
@@ -241,7 +248,7 @@ def _described(one: Reproduction, rows: Mapping[str, Row]) -> str:
 def _sized(part: Section) -> list[str]:
     one = part.one
     lines = [f"*{_SIZE_NAMES[part.size]}.* {one.sizes[part.size].text}", ""]
-    lines += [f"Rows: {one.down}. Columns: {one.unit} (%) by {one.across}.", ""]
+    lines += [f"Rows: {one.down}. Columns: {part.columns}.", ""]
     lines += [part.grid.markdown(), ""]
     if part.rows:
         picture = f"{PICTURES}/{one.name}-{part.size}.png"
@@ -255,7 +262,8 @@ def terminal_table(part: Section) -> Any:
     from rich.table import Table
 
     one = part.one
-    title = f"{one.paper}, {one.source}, {_SIZE_NAMES[part.size].lower()}: {one.unit} (%)"
+    unit = "" if one.unit in MEASURED else f": {one.unit} (%)"
+    title = f"{one.paper}, {one.source}, {_SIZE_NAMES[part.size].lower()}{unit}"
     table = Table(title=title, caption=f"columns: {one.across}")
     for index, name in enumerate(part.grid.head):
         table.add_column(name, justify="right" if index else "left")

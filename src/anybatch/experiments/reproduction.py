@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from anybatch.experiments.config import Run
+from anybatch.experiments.jobs import CostRun, Job, RecordedRun, trained
+from anybatch.experiments.measured import COSTS, NOISE, STATISTICS
 from anybatch.experiments.objectives import objective
 
 FOLDER = Path(__file__).parent / "reproductions"
 SIZES = ("small", "paper")
 MEASURES = ("last", "mean of 5", "tuned")
 UNITS = ("accuracy", "error", "mean IoU", "AP")
-FIGURES = ("lines", "bars", "curves", "weights")
+MEASURED = ("ratio", "noise")  # units of what is measured beside or in place of an accuracy
+FIGURES = ("lines", "bars", "curves", "weights", "ratios", "series", "noise")
 _UNGROUPED = ("gn", "ln", "in")  # their statistics do not depend on the batch
 # Training and held-out examples, where the data say so by their name.
 _KNOWN = {
@@ -34,15 +37,16 @@ class Cell:
     Attributes:
         row: Label of its row.
         column: Label of its column.
-        run: The training, with seed 0 and no root.
+        run: The training, with seed 0 and no root, or the measurement.
         measure: "last" (after the last epoch), "mean of 5" (over the last five) or "tuned" (with
-            the example weight that is best on the other half of the held-out examples).
+            the example weight that is best on the other half of the held-out examples); of what is
+            measured, see `anybatch.experiments.measured`.
         paper: The paper's number and its spread; None where it gives none.
     """
 
     row: str
     column: str
-    run: Run
+    run: Job
     measure: str
     paper: Number | None
 
@@ -57,10 +61,12 @@ class Reproduction:
         source: Table or figure there.
         title: What it is of.
         claim: What the paper finds.
-        unit: One of `UNITS`, in per cent.
+        unit: One of `UNITS`, in per cent; "ratio" of a cost to that of the first row, whose
+            paper's numbers are turned into ratios, too; or "noise" of statistics.
         down: What its rows are.
         across: What its columns are.
-        figure: How it is drawn: "lines", "bars", "curves" or "weights".
+        figure: How it is drawn: "lines", "bars", "curves" or "weights"; "ratios" of costs;
+            "series" along a training, or "noise" with its distribution.
         sizes: What is trained, by size.
         share: Rows between which the share recovered is counted; None where it is not.
         notes: Readings of what the paper leaves open.
@@ -115,17 +121,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Task:
-    """A training that is to be made.
+    """A training or a measurement that is to be made.
 
     Attributes:
-        run: What to train.
+        run: What to train or to measure.
         weighed: Whether its example weight is tuned afterwards.
         name: Of the first reproduction that needs it.
         flops: Operations of training it, about.
         steps: Optimizer steps.
     """
 
-    run: Run
+    run: Job
     weighed: bool = False
     name: str = ""
     flops: float = field(default=0.0, compare=False)
@@ -193,7 +199,7 @@ def read(name: str, data: Mapping[str, Any]) -> Reproduction:
         KeyError: For something that is missing.
     """
     _only(data, _FIELDS)
-    for key, choices in (("unit", UNITS), ("figure", FIGURES)):
+    for key, choices in (("unit", (*UNITS, *MEASURED)), ("figure", FIGURES)):
         _one_of(key, data[key], choices)
     if set(data["sizes"]) != set(SIZES):
         raise ValueError(f"sizes={list(data['sizes'])}: give {' and '.join(SIZES)}")
@@ -203,9 +209,12 @@ def read(name: str, data: Mapping[str, Any]) -> Reproduction:
         if share is not None and (len(size.columns) > 1 or not set(share) <= set(size.rows)):
             raise ValueError(f"share={share!r}: give two rows of a table of one column")
     for cell in (cell for size in sizes.values() for cell in size.cells):
-        _one_of("unit", data["unit"], objective(cell.run).units)
-        if cell.measure == "tuned" and cell.run.task != "classification":
-            raise ValueError(f"measure='tuned': data={cell.run.data!r} are not classified")
+        if data["unit"] in MEASURED:
+            continue
+        run = trained(cell.run)
+        _one_of("unit", data["unit"], objective(run).units)
+        if cell.measure == "tuned" and run.task != "classification":
+            raise ValueError(f"measure='tuned': data={run.data!r} are not classified")
     _check_numbers(data.get("paper_numbers", {}), sizes["paper"])
     return Reproduction(
         name,
@@ -230,20 +239,67 @@ def _size(data: Mapping[str, Any], size: str) -> Size:
     for parts in data.get("cells", {}).values():
         for part in parts.values():
             _only(part, ("run", *SIZES))
-    for row in _entries(data["rows"], size):
-        for column in _entries(data["columns"], size):
+    rows, columns = (_entries(data[name], size) for name in ("rows", "columns"))
+    if data["unit"] == "ratio":
+        return _costs(rows, columns, own, numbers, size)
+    measures = NOISE if data["unit"] == "noise" else MEASURES
+    kind = RecordedRun if data["unit"] == "noise" else Run
+    for row in rows:
+        for column in columns:
             own_part = data.get("cells", {}).get(row["label"], {}).get(column["label"], {})
-            entries = (column, row, own_part)
-            parts = [entry.get(key, {}) for entry in entries for key in ("run", size)]
-            changes = reduce(_merged, parts, own.get("run", {}))
+            changes = _settings((column, row, own_part), own.get("run", {}), size)
             measure = row.get("measure", column.get("measure", "last"))
-            _one_of("measure", measure, MEASURES)
+            statistic = ""
+            if data["unit"] == "noise":  # a row is a statistic, or a method; a column a number
+                measure, statistic = column["measure"], row["measure"]
+                _one_of("measure", statistic, STATISTICS)
+            _one_of("measure", measure, measures)
             number = numbers.get(row["label"], {}).get(column["label"])
             paper = None if number is None else _number(number)
-            cells.append(Cell(row["label"], column["label"], _run(changes), measure, paper))
-    known = _KNOWN.get(cells[0].run.data, (0, 0))
+            measured = f"{measure} of {statistic}" if statistic else measure
+            cells.append(Cell(row["label"], column["label"], _run(changes, kind), measured, paper))
+    known = _KNOWN.get(trained(cells[0].run).data, (0, 0))
     examples = tuple(own.get("examples", known))
     return Size(tuple(cells), own["seeds"], own.get("folder"), examples, own["text"])
+
+
+def _costs(
+    rows: list[dict[str, Any]],
+    columns: list[dict[str, Any]],
+    own: Mapping[str, Any],
+    numbers: Mapping[str, Mapping[str, Any]],
+    size: str,
+) -> Size:
+    """One measurement of all rows in turn; a column is what is asked of it."""
+    methods = []
+    for row in rows:
+        settings = _settings((row,), {}, size)
+        options = sorted(settings.pop("options").items())
+        methods.append([row["label"], settings.pop("method"), options])
+        if settings:
+            raise ValueError(f"rows: {row['label']!r}: a method has costs here, and options")
+    for column in columns:
+        _one_of("measure", column.get("measure"), tuple(COSTS))
+    questions = list(dict.fromkeys(COSTS[column["measure"]].question for column in columns))
+    run = CostRun.from_dict({**own["run"], "methods": methods, "questions": questions})
+    cells = []
+    for row in rows:
+        for column in columns:
+            label = column["label"]
+            number, base = (
+                numbers.get(one, {}).get(label) for one in (row["label"], methods[0][0])
+            )
+            paper = None if number is None else (round(number / base, 3), None)
+            cells.append(Cell(row["label"], label, run, column["measure"], paper))
+    return Size(tuple(cells), own["seeds"], None, (1, 0), own["text"])
+
+
+def _settings(
+    entries: tuple[Mapping[str, Any], ...], settings: dict[str, Any], size: str
+) -> dict[str, Any]:
+    """Settings with those of columns, rows and cells put over them, in this order."""
+    parts = [entry.get(key, {}) for entry in entries for key in ("run", size)]
+    return reduce(_merged, parts, settings)
 
 
 def _entries(entries: list[dict[str, Any]], size: str) -> list[dict[str, Any]]:
@@ -258,12 +314,12 @@ def _merged(settings: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
     return {**settings, **more, "options": options}
 
 
-def _run(settings: Mapping[str, Any]) -> Run:
+def _run(settings: Mapping[str, Any], kind: type[Run]) -> Run:
     """A run of settings; what makes no difference is said in one way, so that runs are shared."""
     plain = {**settings, "options": sorted(settings.get("options", {}).items())}
     if plain.get("method") in _UNGROUPED or plain.get("norm_batch_size") == plain["batch_size"]:
         plain["norm_batch_size"] = None
-    return Run.from_dict(plain)
+    return kind.from_dict(plain)
 
 
 def _number(value: Any) -> Number:
@@ -317,8 +373,11 @@ def tasks(
     return sorted(found.values(), key=lambda task: (task.run.seed, -task.flops))
 
 
-def _cost(run: Run, examples: tuple[int, int]) -> tuple[float, int]:
+def _cost(run: Job, examples: tuple[int, int]) -> tuple[float, int]:
     """Operations of a run, backward ones twice those of forward, and its steps."""
+    if isinstance(run, CostRun):
+        steps = len(run.methods) * len(run.questions) * run.rounds
+        return 3.0 * steps * run.batch_size * _forward_flops(run.model, run.example), steps
     train = examples[0] if run.train_size is None else run.train_size
     test = examples[1] if run.test_size is None else run.test_size
     if run.validation_size is not None:
@@ -343,10 +402,13 @@ def _forward_flops(model: str, shape: tuple[int, ...]) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from anybatch.experiments import models
+    from anybatch.experiments.config import LIBRARIES, MODELS
+    from anybatch.experiments.networks import factory
 
+    own = model in MODELS or model.partition(":")[0] in LIBRARIES
     with torch.device("meta"):
         try:
-            net = models.build(model, 100, shape).eval()
+            net = (models.build(model, 100, shape) if own else factory(model)()).eval()
         except ValueError:  # its library is not installed, and a list of tables needs none
             return 0.0
         with FlopCounterMode(display=False) as counter:

@@ -22,8 +22,10 @@ from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, Run
 from anybatch.experiments.data import Dataset, load, steps_per_epoch
 from anybatch.experiments.files import write_json, write_whole
+from anybatch.experiments.jobs import RecordedRun, job_of
 from anybatch.experiments.objectives import objective
 from anybatch.experiments.pictures import PictureFiles, read_ahead
+from anybatch.experiments.recording import Recorder
 from anybatch.layers import VirtualDataset, accumulate
 from anybatch.layers.base import NormLayer
 from anybatch.methods import METHODS
@@ -196,11 +198,16 @@ def train(
     data = load(run) if data is None else data
     training = prepare(run, data)
     data = data.to(run.device)
-    rows = _resume(run, training, checkpoint)
+    recorder = None
+    if isinstance(run, RecordedRun):
+        recorder = Recorder(run, training.model, steps_per_epoch(run, data))
+    rows = _resume(run, training, recorder, checkpoint)
     while len(rows) < run.epochs:
         rows.append(train_epoch(run, training, data, len(rows) + 1))
         if len(rows) < run.epochs:
             state = _state(run, training, rows)
+            if recorder is not None:
+                state["recorder"] = recorder.state_dict()
             write_whole(checkpoint, partial(torch.save, state))
         if on_epoch is not None:
             on_epoch(len(rows), rows[-1])
@@ -213,6 +220,8 @@ def train(
         "seconds": sum(row["seconds"] for row in rows),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if recorder is not None:
+        row["series"] = recorder.series()
     if keep_weights:
         trained = {"run": run.as_dict(), "model": training.model.state_dict()}
         write_whole(weights, partial(torch.save, trained))
@@ -227,7 +236,7 @@ def stored_result(path: Path, run: Run) -> Row | None:
     """The result of a finished run, None if there is none or it is another's."""
     try:
         row = json.loads(path.read_text(encoding="utf-8"))
-        same = Run.from_dict(row["run"]) == run and len(row["epochs"]) == run.epochs
+        same = job_of(row["run"]) == run and len(row["epochs"]) == run.epochs
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return row if same else None
@@ -270,13 +279,13 @@ def _state(run: Run, training: Training, rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _resume(run: Run, training: Training, checkpoint: Path) -> list[Row]:
+def _resume(run: Run, training: Training, recorder: Recorder | None, checkpoint: Path) -> list[Row]:
     """Load the checkpoint of a run that was stopped; the rows of its epochs."""
     if not checkpoint.is_file():
         return []
     try:
         state = torch.load(checkpoint, map_location=run.device, weights_only=True)
-        if Run.from_dict(state["run"]) != run:
+        if job_of(state["run"]) != run:
             raise ValueError("it belongs to another run")
         if training.progress is not None:
             training.progress.load_state_dict(state["progress"])
@@ -284,6 +293,8 @@ def _resume(run: Run, training: Training, checkpoint: Path) -> list[Row]:
         training.optimizer.load_state_dict(state["optimizer"])
         training.learning_rate.load_state_dict(state["learning_rate"])
         training.scaler.load_state_dict(state["scaler"])
+        if recorder is not None:
+            recorder.load_state_dict(state["recorder"])
     except Exception as error:
         raise ValueError(
             f"{checkpoint}: cannot go on from it ({error}); delete it to start the run again"
