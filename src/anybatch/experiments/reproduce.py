@@ -20,8 +20,8 @@ from anybatch.experiments.training import OnEpoch, train
 ROWS = "results.jsonl"
 # Operations a second that networks of this kind reach in one process, and the time of a step
 # besides: orders of magnitude, for estimates of what nothing like it was measured of.
-_RATE = {"cpu": 80e9, "cuda": 15e12}
-_STEP = {"cpu": 3e-3, "cuda": 15e-3}
+_RATE = {"cpu": 150e9, "cuda": 15e12}
+_STEP = {"cpu": 5e-3, "cuda": 15e-3}
 
 
 class Made(NamedTuple):
