@@ -11,7 +11,7 @@ from torch import Tensor
 from anybatch.experiments.coco import BOX, CLASS, CROWD
 from anybatch.experiments.detectors import Found
 
-_NAMES = ("average_precision", "average_precision_50", "average_precision_75")
+NUMBERS = ("average_precision", "average_precision_50", "average_precision_75")
 
 
 def average_precision(
@@ -50,11 +50,11 @@ def average_precision(
         "annotations": [dict(one, id=k) for k, one in enumerate(_true(targets, masks), 1)],
     }
     guesses = list(_guessed(found))
-    numbers = {}
+    numbers: dict[str, float] = {}
     for kind, before in (("bbox", ""), ("segm", "mask_")):
         if kind == "segm" and masks is None:
             continue
-        precisions = [0.0] * len(_NAMES)
+        precisions = [0.0] * len(NUMBERS)
         if guesses:  # of none, pycocotools makes no index
             with contextlib.redirect_stdout(io.StringIO()):  # it says what it does
                 truth.createIndex()
@@ -62,8 +62,8 @@ def average_precision(
                 judge.evaluate()
                 judge.accumulate()
                 judge.summarize()
-            precisions = [max(float(p), 0.0) for p in judge.stats[: len(_NAMES)]]
-        numbers.update(zip((before + name for name in _NAMES), precisions, strict=True))
+            precisions = [max(float(p), 0.0) for p in judge.stats[: len(NUMBERS)]]
+        numbers.update(zip((before + name for name in NUMBERS), precisions, strict=True))
     return numbers
 
 

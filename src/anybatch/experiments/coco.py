@@ -88,6 +88,10 @@ class AnnotatedPictures(PictureFiles):
             row[:, : pixels.shape[1], : pixels.shape[2]] = pixels
         return x
 
+    def widths(self) -> Tensor:
+        """How much of each one's width is no filling, ``(N,)``."""
+        return torch.tensor([resized(size, self.size)[0] for size in self.part.sizes])
+
     def augmented(self, generator: torch.Generator) -> Tensor:
         """Not for pictures with boxes, which `anybatch.experiments.detection` flips together."""
         raise NotImplementedError
@@ -144,7 +148,7 @@ def resized(size: tuple[int, int], side: int) -> tuple[int, int]:
     return width, height
 
 
-def read(root: Path, side: int) -> tuple[dict[str, AnnotatedPictures], int, bool]:
+def read(root: Path, side: int) -> tuple[AnnotatedPictures, AnnotatedPictures, int]:
     """Read the lists of a data set; its pictures are read as they are needed.
 
     Args:
@@ -154,22 +158,21 @@ def read(root: Path, side: int) -> tuple[dict[str, AnnotatedPictures], int, bool
         side: Longer side of the pictures, which are resized to it.
 
     Returns:
-        The pictures of "train" and "test", the number of classes, and whether all boxes have
-        outlines.
+        Training and held-out pictures, and the number of classes. Training pictures without a
+        box that is no crowd are left out.
 
     Raises:
         ValueError: If files are missing, incomplete or of another form.
     """
     place = opened(root)
     lists = {name: _list(place, parts) for name, parts in PARTS.items()}
-    train, test = (lists[name][1] for name in ("train", "test"))
-    classes = _classes(root, train, test)
-    found = {n: _part(place, part, data, classes, side) for n, (part, data) in lists.items()}
-    shapes = [resized(size, side) for part in found.values() for size in part.sizes]
+    classes = _classes(root, *(data for _, data in lists.values()))
+    found = [_part(place, part, data, classes, side) for part, data in lists.values()]
+    shapes = [resized(size, side) for part in found for size in part.sizes]
     width, height = (-(-max(lengths) // _STEP) * _STEP for lengths in zip(*shapes, strict=True))
-    pictures = {n: AnnotatedPictures(p, side, height, width) for n, p in found.items()}
-    outlined = all(o for p in found.values() for outlines in p.outlines for o in outlines)
-    return pictures, len(classes), outlined
+    train, test = (AnnotatedPictures(part, side, height, width) for part in found)
+    learned = (train.part.targets[..., CLASS] >= 0) & (train.part.targets[..., CROWD] == 0)
+    return train[learned.any(1).nonzero()[:, 0]], test, len(classes)
 
 
 def opened(root: Path) -> Place:

@@ -1,5 +1,6 @@
 """A small detector that learns from scratch on a CPU: one stage, without anchors, as FCOS."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,24 @@ class Found(NamedTuple):
     scores: Tensor
     classes: Tensor
     masks: Tensor | None = None
+
+
+class Targets(NamedTuple):
+    """What is in some pictures.
+
+    Attributes:
+        boxes: ``(N, M, 6)``, as `anybatch.experiments.coco.Part` has them.
+        masks: ``(N, M, height, width)``, bool; None for a detector of boxes alone.
+    """
+
+    boxes: Tensor
+    masks: Tensor | None = None
+
+    def split(self, size: int) -> "list[Targets]":
+        """So many pictures at a time."""
+        parts = self.boxes.split(size)
+        masks = [None] * len(parts) if self.masks is None else self.masks.split(size)
+        return [Targets(*pair) for pair in zip(parts, masks, strict=True)]
 
 
 class Places(NamedTuple):
@@ -71,7 +90,8 @@ class Body(nn.Module):
         middle = self.stages[2](fine)
         coarse = self.across[2](self.stages[3](middle))
         coarse = self.across[1](middle) + F.interpolate(coarse, scale_factor=2.0)
-        return self.smooth(self.across[0](fine) + F.interpolate(coarse, scale_factor=2.0))
+        y: Tensor = self.smooth(self.across[0](fine) + F.interpolate(coarse, scale_factor=2.0))
+        return y
 
 
 def _with_norm(inputs: int, outputs: int, size: int) -> nn.Sequential:
@@ -109,9 +129,8 @@ class OneStage(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for last in (self.classes, self.distances, self.centres):
             nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(self.centres.bias)
-        nn.init.constant_(self.distances.bias, 0.5)
-        nn.init.constant_(self.classes.bias, -torch.tensor(1 / _PRIOR - 1).log().item())
+            assert last.bias is not None
+            nn.init.constant_(last.bias, -math.log(1 / _PRIOR - 1) if last is self.classes else 0.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.body(x)
@@ -119,18 +138,18 @@ class OneStage(nn.Module):
         classes = self.classes(self.heads["classes"](features))
         return classes, self.distances(boxes), self.centres(boxes)
 
-    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, x: Tensor, targets: Targets) -> Tensor:
         """Focal loss of classes, GIoU loss of boxes, cross-entropy of nearness, in sum.
 
         Args:
             x: Pictures, ``(N, 3, height, width)``.
-            targets: ``(N, M, 6)``, as `anybatch.experiments.coco.Part` has them.
+            targets: Their boxes.
 
         Returns:
             The loss, divided by the number of places that learn a box.
         """
         said = Places(*(part.float() for part in self(x)))
-        return loss(said, targets)
+        return loss(said, targets.boxes)
 
     def find(self, x: Tensor) -> list[Found]:
         """What is in each of some pictures."""
@@ -249,7 +268,7 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def _found(said: Places) -> Found:
     """What is in one picture: the best places, without those that a better one stands for."""
-    classes, height, width = said.classes.shape
+    height, width = said.classes.shape[1:]
     points = grid(height, width, said.classes.device)
     guessed = around(points, said.distances.flatten(1).T)
     sure = (said.classes.sigmoid() * said.centres.sigmoid()).sqrt().flatten()

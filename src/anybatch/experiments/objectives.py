@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from anybatch.experiments import classification, segmentation
+from anybatch.experiments import classification, detection, segmentation
+from anybatch.experiments.average_precision import NUMBERS
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset
 
-Batches = Callable[[Run, Dataset, int], Iterator[tuple[Tensor, Tensor]]]
-Loss = Callable[[Run, nn.Module, Tensor, Tensor], Tensor]
+# Targets are a tensor, or what else can be split into those of some of the examples.
+Batches = Callable[[Run, Dataset, int], Iterator[tuple[Tensor, Any]]]
+Loss = Callable[[Run, nn.Module, Tensor, Any], Tensor]
 Evaluate = Callable[[Run, nn.Module, Dataset], tuple[float | None, dict[str, float]]]
 
 
@@ -81,5 +84,13 @@ _OBJECTIVES = {
         batches=segmentation.batches,
         loss=segmentation.loss,
         evaluate=segmentation.evaluate,
+    ),
+    "detection": Objective(
+        numbers=NUMBERS,
+        curve="average_precisions",
+        units=("AP",),
+        batches=detection.batches,
+        loss=detection.loss,
+        evaluate=detection.evaluate,
     ),
 }
