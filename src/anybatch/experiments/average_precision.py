@@ -44,8 +44,9 @@ def average_precision(
         ) from error
     truth = COCO()
     there = sorted({int(k) for k in targets[..., CLASS].unique().tolist() if k >= 0})
+    height, width = (0, 0) if masks is None else masks[0].shape[1:]
     truth.dataset = {
-        "images": [{"id": k} for k in range(len(targets))],
+        "images": [{"id": k, "height": height, "width": width} for k in range(len(targets))],
         "categories": [{"id": k} for k in there],
         "annotations": [dict(one, id=k) for k, one in enumerate(_true(targets, masks), 1)],
     }

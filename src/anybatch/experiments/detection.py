@@ -27,11 +27,9 @@ class Detector(Protocol):
 def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Targets]]:
     """The batches of an epoch; order, noise and flips follow from seed and epoch alone."""
     for index, generator in shuffled(run, data, epoch):
-        pictures, boxes = (
-            _pictures(data.train_x)[index],
-            data.train_y[index.to(data.train_y.device)],
-        )
-        x, masks = pictures.centred(), pictures.masks() if _masked(run) else None
+        pictures = _pictures(data.train_x)[index]
+        boxes = data.train_y[index.to(data.train_y.device)].cpu()
+        x, masks = pictures.centred(), pictures.masks() if finds_masks(run) else None
         if run.augments:
             flips = torch.rand(len(x), generator=generator) < 0.5
             x, boxes, masks = flipped(x, boxes, masks, flips, pictures.widths())
@@ -46,7 +44,8 @@ def _pictures(x: object) -> AnnotatedPictures:
     return x
 
 
-def _masked(run: Run) -> bool:
+def finds_masks(run: Run) -> bool:
+    """Whether a run's network finds masks beside boxes."""
     return run.model.startswith("maskrcnn")
 
 
@@ -114,7 +113,7 @@ def evaluate(
     model.eval()
     pictures = _pictures(data.test_x)
     found: list[Found] = []
-    masks: list[Tensor] | None = [] if _masked(run) else None
+    masks: list[Tensor] | None = [] if finds_masks(run) else None
     with torch.no_grad(), precision(run):
         for start in range(0, len(pictures), size):
             some = pictures[start : start + size]

@@ -1,7 +1,7 @@
 """What a run learns on its data: its batches, its loss, and the numbers it is judged by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +60,10 @@ def objective(run: Run) -> Objective:
         >>> objective(Run(data="digits")).metric
         'accuracy'
     """
-    return _OBJECTIVES[run.task]
+    found = _OBJECTIVES[run.task]
+    if detection.finds_masks(run):
+        found = replace(found, numbers=(*found.numbers, *(f"mask_{n}" for n in found.numbers)))
+    return found
 
 
 def _classified(run: Run, model: nn.Module, data: Dataset) -> tuple[float, dict[str, float]]:
