@@ -214,8 +214,6 @@ def assigned(points: Tensor, targets: Tensor) -> Tensor:
     real = (targets[..., CLASS] >= 0) & (targets[..., CROWD] == 0)
     fits = inside.all(-1) & near.all(-1) & real[:, None]
     size = boxes.area(sides).masked_fill(~fits, torch.inf)
-    if not size.shape[2]:
-        return torch.full(size.shape[:2], -1, device=size.device)
     smallest, which = size.min(2)
     return torch.where(smallest.isfinite(), which, -1)
 

@@ -15,13 +15,20 @@ SIZES = ("small", "paper")
 MEASURES = ("last", "mean of 5", "tuned")
 UNITS = ("accuracy", "error", "mean IoU", "AP")
 FIGURES = ("lines", "bars", "curves", "weights")
-_UNGROUPED = ("gn", "ln", "in")  # their statistics do not depend on the batch
+_UNGROUPED = ("gn", "ln", "in", "frozen")  # their statistics do not depend on the batch
 # Training and held-out examples, where the data say so by their name.
 _KNOWN = {
     "digits": (1297, 500),
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "camvid": (367, 233),
+}
+# A pixel, from what torchvision states of such networks at 800x1333.
+_TWO_STAGE_FLOPS = {
+    "fasterrcnn50": 5.2e5,
+    "fasterrcnn101": 6.6e5,
+    "maskrcnn50": 6.2e5,
+    "maskrcnn101": 7.6e5,
 }
 
 Number = tuple[float, float | None]
@@ -36,7 +43,8 @@ class Cell:
         column: Label of its column.
         run: The training, with seed 0 and no root.
         measure: "last" (after the last epoch), "mean of 5" (over the last five) or "tuned" (with
-            the example weight that is best on the other half of the held-out examples).
+            the example weight that is best on the other half of the held-out examples), of the
+            objective's first number; or the name of another one, after the last epoch.
         paper: The paper's number and its spread; None where it gives none.
     """
 
@@ -237,10 +245,11 @@ def _size(data: Mapping[str, Any], size: str) -> Size:
             parts = [entry.get(key, {}) for entry in entries for key in ("run", size)]
             changes = reduce(_merged, parts, own.get("run", {}))
             measure = row.get("measure", column.get("measure", "last"))
-            _one_of("measure", measure, MEASURES)
+            run = _run(changes)
+            _one_of("measure", measure, (*MEASURES, *objective(run).numbers))
             number = numbers.get(row["label"], {}).get(column["label"])
             paper = None if number is None else _number(number)
-            cells.append(Cell(row["label"], column["label"], _run(changes), measure, paper))
+            cells.append(Cell(row["label"], column["label"], run, measure, paper))
     known = _KNOWN.get(cells[0].run.data, (0, 0))
     examples = tuple(own.get("examples", known))
     return Size(tuple(cells), own["seeds"], own.get("folder"), examples, own["text"])
@@ -344,6 +353,8 @@ def _forward_flops(model: str, shape: tuple[int, ...]) -> float:
 
     from anybatch.experiments import models
 
+    if model in _TWO_STAGE_FLOPS:  # which boxes they look at is no matter of shapes
+        return _TWO_STAGE_FLOPS[model] * shape[1] * shape[2]
     with torch.device("meta"):
         try:
             net = models.build(model, 100, shape).eval()
