@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 import reference
-from anybatch.experiments import boxes, coco, detection, detectors, models
+from anybatch.cli import app
+from anybatch.experiments import boxes, coco, detection, detectors, models, reproduction
 from anybatch.experiments.average_precision import NUMBERS, average_precision
+from anybatch.experiments.compare import OnProgress, Work
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.detectors import Found, OneStage, Places, Targets
 from anybatch.experiments.frozen import FrozenBatchNorm2d
 from anybatch.experiments.objectives import objective
+from anybatch.experiments.reproduce import placed
+from anybatch.experiments.reproduction import chosen, tasks
+from anybatch.experiments.store import Store
 from anybatch.experiments.training import prepare, step, train
 from anybatch.experiments.two_stage import TwoStage
 from anybatch.layers.base import NormLayer
@@ -652,3 +659,93 @@ def test_torchvisions_detectors_train_and_find(name: str, scenes: Path, tmp_path
     assert body["detector.backbone.body.layer2.0.conv1.weight"].requires_grad
     with pytest.raises(ValueError, match=r"weights='no.pth': there is no .*no.pth; it is to hold"):
         prepare(run.but(weights="no.pth"), made)
+
+
+# --- tables ---------------------------------------------------------------------------
+
+TINY = {
+    "paper": "detection",
+    "source": "Table 1",
+    "title": "Scenes",
+    "claim": "MABN recovers.",
+    "unit": "AP",
+    "down": "method",
+    "across": "number",
+    "figure": "bars",
+    "rows": [
+        {"label": "none", "run": {"method": "frozen", "norms": "heads"}},
+        {"label": "MABN", "run": {"method": "mabn", "norms": "heads"}},
+    ],
+    "columns": [{"label": "AP"}, {"label": "AP50", "measure": "average_precision_50"}],
+    "sizes": {
+        size: {
+            "run": {**SETTINGS, "norm_batch_size": 2, "epochs": epochs, "lr": 0.1},
+            "seeds": 1,
+            "folder": "cells",
+            "examples": [12, 5],
+            "text": "Made up.",
+        }
+        for size, epochs in (("small", 2), ("paper", 3))
+    },
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "reproductions"
+    folder.mkdir()
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    monkeypatch.setattr(reproduction, "FOLDER", folder)
+    reproduction.reproductions.cache_clear()
+    yield tmp_path
+    reproduction.reproductions.cache_clear()
+
+
+def in_this_process(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+) -> None:
+    for one in runs:
+        on_progress(one.key, 0, work(one, folder, lambda *_: None))
+
+
+def test_a_table_is_made_and_drawn(
+    tiny: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anybatch.experiments.reproduce.in_processes", in_this_process)
+    store = tiny / "store"
+    call = ["reproduce", "tiny", "--store", str(store)]
+    result = CliRunner().invoke(app, [*call, "--root", str(scenes.parent)])
+    assert result.exit_code == 0, result.output
+    rows = Store(store / "results.jsonl").rows()
+    assert len(rows) == 2  # both columns are read off the same runs
+    for row in rows.values():
+        assert set(NUMBERS) <= set(row["result"])
+        assert len(row["result"]["average_precisions"]) == 2
+        assert row["result"]["test_loss"] is None
+    cells = json.loads((store / "report.json").read_text())[0]["cells"]
+    by_id = {cell["ids"][0]: rows[cell["ids"][0]]["result"] for cell in cells}
+    for cell in cells:
+        name = NUMBERS[1] if cell["column"] == "AP50" else NUMBERS[0]
+        assert cell["mean"] == pytest.approx(100 * by_id[cell["ids"][0]][name])
+
+
+def test_data_are_found_beside_others_packed_or_not(tiny: Path, scenes: Path) -> None:
+    task = tasks(chosen(["tiny"]), "small")[0]
+    zipped(scenes, tiny / "cells.zip")
+    for root, found in (
+        (scenes, scenes),
+        (scenes.parent, scenes),
+        (tiny, tiny / "cells.zip"),
+        (tiny / "cells.zip", tiny / "cells.zip"),
+    ):
+        assert placed(task, root, "cpu").run.root == str(found)
+    with pytest.raises(ValueError, match=r"no folder 'cells' nor a zip file in it, with train"):
+        placed(task, tiny / "store", "cpu")
+
+
+def test_other_commands_are_for_classification(scenes: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["train", "--data", "coco", "--model", "onestage", "--root", str(scenes)]
+    )
+    assert result.exit_code == 2
+    assert "this is for classification" in result.output
