@@ -11,7 +11,7 @@ Numbers of equations: momentum-bn (MBN), moving-average-bn (MABN), four-things (
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -869,3 +869,53 @@ def foretelling(x: Tensor, mean: Tensor, var: Tensor, eps: float, size: int) -> 
                 asked.append((((batch[:, c] - mean[c]) ** 2).mean() + eps) / v - 1)
     matrix, right = torch.stack(given)[:, None], torch.stack(asked)[:, None]
     return float(torch.linalg.lstsq(matrix, right).solution)
+
+
+def generalized_iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rezatofighi et al. 2019, algorithm 1, of two boxes (left, top, right, bottom)."""
+    wide = max(min(one[2], other[2]) - max(one[0], other[0]), 0)
+    high = max(min(one[3], other[3]) - max(one[1], other[1]), 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    union = sum(areas) - wide * high
+    hull_wide = max(one[2], other[2]) - min(one[0], other[0])
+    hull_high = max(one[3], other[3]) - min(one[1], other[1])
+    return wide * high / union - (hull_wide * hull_high - union) / (hull_wide * hull_high)
+
+
+def suppressed(
+    boxes: Sequence[Sequence[float]], scores: Sequence[float], classes: Sequence[int], most: float
+) -> list[int]:
+    """Boxes, best first, but those that a kept one of their class overlaps by more than most."""
+    kept: list[int] = []
+    for k in sorted(range(len(boxes)), key=lambda k: -scores[k]):
+        left, top, right, bottom = boxes[k]
+        for j in kept:
+            wide = max(min(right, boxes[j][2]) - max(left, boxes[j][0]), 0)
+            high = max(min(bottom, boxes[j][3]) - max(top, boxes[j][1]), 0)
+            own = (right - left) * (bottom - top)
+            others = (boxes[j][2] - boxes[j][0]) * (boxes[j][3] - boxes[j][1])
+            if classes[j] == classes[k] and wide * high > most * (own + others - wide * high):
+                break
+        else:
+            kept.append(k)
+    return kept
+
+
+def focal_loss(logit: float, wanted: bool) -> float:
+    """Lin et al. 2017, equation 5, with alpha 0.25 and gamma 2."""
+    p = 1 / (1 + math.exp(-logit))
+    if wanted:
+        return -0.25 * (1 - p) ** 2 * math.log(p)
+    return -0.75 * p**2 * math.log(1 - p)
+
+
+def learned_box(point: Sequence[float], boxes: Sequence[Sequence[float]], reach: float) -> int:
+    """FCOS: the smallest of the boxes (class, 4 sides, crowd) that a place is in the middle of."""
+    best, which = math.inf, -1
+    for k, (label, left, top, right, bottom, crowd) in enumerate(boxes):
+        if label < 0 or crowd or not (left < point[0] < right and top < point[1] < bottom):
+            continue
+        across, down = abs(point[0] - (left + right) / 2), abs(point[1] - (top + bottom) / 2)
+        if max(across, down) <= reach and (right - left) * (bottom - top) < best:
+            best, which = (right - left) * (bottom - top), k
+    return which

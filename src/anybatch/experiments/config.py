@@ -12,6 +12,7 @@ from anybatch.methods import METHODS, get_method
 TASKS = {  # what is learned on which data
     "classification": ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz"),
     "segmentation": ("camvid",),
+    "detection": ("coco",),
 }
 DATA = tuple(name for names in TASKS.values() for name in names)
 MODELS = (
@@ -30,9 +31,13 @@ MODELS = (
 )
 SEGMENTERS = ("unet", "pspnet8", "pspnet50", "pspnet101")
 SEGMENTERS_OF_TORCHVISION = ("deeplabv3_", "fcn_", "lraspp_")  # what their names begin with
+DETECTORS = ("onestage", "fasterrcnn50", "fasterrcnn101", "maskrcnn50", "maskrcnn101")
+TWO_STAGES = DETECTORS[1:]  # torchvision's, where installed
 LIBRARIES = ("torchvision", "timm")  # whose networks are named LIBRARY:NAME, where installed
 PRECISIONS = ("float32", "bfloat16", "float16")
 BASELINE = "torch"
+FROZEN = "frozen"
+PARTS = ("all", "heads", "body")
 NORM_DECAYS = (True, False, "auto")
 Option = tuple[str, Any]
 
@@ -43,6 +48,8 @@ _LATER = (
     "gamma_target",
     "validation_size",
     "test_size",
+    "norms",
+    "weights",
 )
 
 
@@ -54,9 +61,16 @@ class Run:
         data: Name of the data set.
         root: Folder or file of the data; None for data that need none.
         model: Name of the network, one of `MODELS`, or of `SEGMENTERS` for data that are
-            segmented, or ``torchvision:NAME`` or ``timm:NAME``.
+            segmented, or of `DETECTORS` for data with boxes, or ``torchvision:NAME`` or
+            ``timm:NAME``.
         method: Short name of the method; "torch" leaves the network's
-            ``torch.nn.BatchNorm`` layers as they are.
+            ``torch.nn.BatchNorm`` layers as they are, "frozen" keeps those of a detector at what
+            they were loaded with: fresh ones do nothing.
+        norms: Which norms of a detector are the method's: "all", those of its "heads" (the
+            others are frozen where they were loaded, and group norms where they are fresh) or of
+            its "body" (the heads have none).
+        weights: Name of a file with the weights of a detector's ResNet, in the folder of its data;
+            None: it learns from scratch.
         batch_size: Examples in a step.
         accumulate: Micro-batches that a step's examples come in (gradient accumulation).
         centralize: Centralize the weights of the layers that feed norms, whatever the method.
@@ -74,9 +88,9 @@ class Run:
         gamma_target: What scales are decayed towards, from 0 to 1.
         noise: Standard deviation added to the inputs; None is 0.3 for digits, else 0.
         augment: Flip and shifted crop; None is yes for CIFAR, image folders and CamVid, of which
-            random parts are taken.
+            random parts are taken, and for pictures with boxes, which are flipped alone.
         image_size: Side that pictures of folders are resized or cropped to; of CamVid's, the
-            shorter side that they are resized to.
+            shorter side that they are resized to; of pictures with boxes, the longer one.
         train_size: Use only so many training examples; None is all.
         validation_size: Hold out so many of the training examples, in place of the test set.
         test_size: Use only so many held-out examples; None is all.
@@ -111,6 +125,8 @@ class Run:
     test_size: int | None = None
     device: str = "cpu"
     precision: str = "float32"
+    norms: str = "all"
+    weights: str | None = None
     options: tuple[Option, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -152,29 +168,50 @@ class Run:
                 f"norm_batch_size={self.norm_batch_size}: leave it out with "
                 f"accumulate={self.accumulate}"
             )
-        if self.centralize and self.method == BASELINE:
-            raise ValueError("centralize=True: method 'torch' stays as it is, give 'bn'")
+        if self.centralize and self.method in (BASELINE, FROZEN):
+            raise ValueError(f"centralize=True: method {self.method!r} stays as it is, give 'bn'")
         self._check_method()
 
     def _check_model(self) -> None:
+        names = {"segmentation": SEGMENTERS, "detection": DETECTORS}.get(self.task, MODELS)
         segmented = self.task == "segmentation"
         library, colon, name = self.model.partition(":")
         if not (colon and name and library in LIBRARIES):
-            _choice("model", self.model, SEGMENTERS if segmented else MODELS)
-        elif segmented != (library == "torchvision" and name.startswith(SEGMENTERS_OF_TORCHVISION)):
+            _choice("model", self.model, names)
+        elif self.task == "detection" or segmented != (
+            library == "torchvision" and name.startswith(SEGMENTERS_OF_TORCHVISION)
+        ):
             raise ValueError(
                 f"model={self.model!r}: give a network for {self.task}, which is what "
                 f"data={self.data!r} is for"
             )
+        _choice("norms", self.norms, PARTS)
+        if self.task != "detection":
+            for setting, usual in (("norms", "all"), ("weights", None)):
+                if getattr(self, setting) != usual:
+                    raise ValueError(
+                        f"{setting}={getattr(self, setting)!r}: leave it out, it is for detectors"
+                    )
+        if self.weights is not None and self.model not in TWO_STAGES:
+            raise ValueError(f"weights={self.weights!r}: give one of {', '.join(TWO_STAGES)}")
+        if self.model in TWO_STAGES and self.norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: the heads of {self.model} normalize "
+                "regions, not pictures; give accumulate, which cuts the batch of pictures"
+            )
 
     def _check_method(self) -> None:
         options = dict(self.options)
-        if self.method == BASELINE:
+        if self.method == FROZEN and self.task != "detection":
+            raise ValueError("method='frozen': it is for detectors")
+        if self.method in (BASELINE, FROZEN):
             if options:
-                raise ValueError(f"options={options!r}: method 'torch' has none")
+                raise ValueError(f"options={options!r}: method {self.method!r} has none")
         else:
             method = get_method(self.method)
             method.check_options({n: v for n, v in options.items() if n != "centralize"})
+            if method.wraps and self.task == "detection":
+                raise ValueError(f"method={self.method!r}: a detector takes no virtual examples")
             if method.wraps and self.norm_batch_size is not None:
                 raise ValueError(
                     f"norm_batch_size={self.norm_batch_size}: leave it out with "
@@ -221,7 +258,8 @@ class Run:
     @property
     def label(self) -> str:
         """The method and its batch size, for a person."""
-        title = "BatchNorm (torch)" if self.method == BASELINE else METHODS[self.method].title
+        own = {BASELINE: "BatchNorm (torch)", FROZEN: "BatchNorm (frozen)"}
+        title = own.get(self.method) or METHODS[self.method].title
         steps = f" x {self.accumulate}" if self.accumulate > 1 else ""
         return f"{title}, {self.statistics_size}{steps}"
 
@@ -233,7 +271,7 @@ class Run:
     @property
     def augments(self) -> bool:
         """Whether pictures are flipped and shifted."""
-        usual = self.data in ("cifar10", "cifar100", "imagefolder", "imagenet", "camvid")
+        usual = self.data in ("cifar10", "cifar100", "imagefolder", "imagenet", "camvid", "coco")
         return usual if self.augment is None else self.augment
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anybatch.experiments import camvid
+from anybatch.experiments import camvid, coco
 from anybatch.experiments.config import Run
 from anybatch.experiments.pictures import PictureFiles, files_by_class, read_picture
 
@@ -42,7 +42,7 @@ class Dataset:
         name: Of the data.
         train_x: Training examples, float32, ``(N, ...)``, or pictures as bytes, which are
             standardized batch by batch; pictures in files are read as they are needed.
-        train_y: Their targets: classes, or of each pixel, as the objective has it.
+        train_y: Their targets: classes, or of each pixel, or boxes, as the objective has it.
         test_x: Held-out examples.
         test_y: Their targets.
         classes: Number of classes.
@@ -408,6 +408,11 @@ def _camvid(run: Run) -> Dataset:
     return Dataset("camvid", *train, *test, camvid.CLASSES)
 
 
+def _coco(run: Run) -> Dataset:
+    train, test, classes = coco.read(_root(run), run.image_size)
+    return Dataset(_root(run).stem, train, train.part.targets, test, test.part.targets, classes)
+
+
 _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "digits": _digits,
     "cifar10": _cifar,
@@ -416,4 +421,5 @@ _LOADERS: dict[str, Callable[[Run], Dataset]] = {
     "imagenet": _imagenet,
     "npz": _npz,
     "camvid": _camvid,
+    "coco": _coco,
 }

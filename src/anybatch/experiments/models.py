@@ -5,16 +5,19 @@ the network has for ImageNet.
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from anybatch.experiments.config import LIBRARIES, SEGMENTERS_OF_TORCHVISION, Run
+from anybatch.experiments.config import LIBRARIES, SEGMENTERS_OF_TORCHVISION, TWO_STAGES, Run
 from anybatch.experiments.densenet import DEPTHS, densenet
+from anybatch.experiments.detectors import OneStage
 from anybatch.experiments.inception import inception_v3
 from anybatch.experiments.mobilenet import mobilenet_v2
 from anybatch.experiments.residual import Basic, Bottleneck, conv
 from anybatch.experiments.segmenters import PSPNETS, OutputAlone, pspnet, unet
+from anybatch.experiments.two_stage import two_stage
 
 _BASIC = {"resnet8": 1, "resnet20": 3, "resnet56": 9}  # blocks a stage
 _DEEP = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
@@ -31,9 +34,10 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     """Build a network.
 
     Args:
-        name: One of `anybatch.experiments.config.MODELS` or `SEGMENTERS` there, or
+        name: One of `anybatch.experiments.config.MODELS`, `SEGMENTERS` or `DETECTORS` there, or
             ``torchvision:NAME`` or ``timm:NAME``.
-        classes: Outputs; of a network for segmentation, outputs a pixel.
+        classes: Outputs; of a network for segmentation, outputs a pixel; of a detector, kinds of
+            objects.
         shape: Of one example: ``(features,)`` for "mlp", else ``(channels, height, width)``.
 
     Returns:
@@ -48,6 +52,10 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         raise ValueError(f"model={name!r}: it takes pictures, and an example here is {shape}")
     if name.partition(":")[0] in LIBRARIES:
         return _from_library(name, classes, shape[0])
+    if name == "onestage":
+        return OneStage(classes)
+    if name in TWO_STAGES:
+        return two_stage(name, classes, shape)
     if name == "unet":
         return unet(classes, shape[0])
     channels, large = shape[0], shape[2] > _SMALL
@@ -74,12 +82,16 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
     """What a network puts out, in the run's precision."""
-    if run.precision == "float32":
+    with precision(run):
         y: Tensor = model(x)
-        return y
-    with torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision]):
-        y = model(x)
     return y.float()
+
+
+def precision(run: Run) -> AbstractContextManager[None]:
+    """What a network computes in, in the run's precision."""
+    if run.precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision])
 
 
 def _from_library(name: str, classes: int, channels: int) -> nn.Module:

@@ -1,16 +1,19 @@
 """What a run learns on its data: its batches, its loss, and the numbers it is judged by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from anybatch.experiments import classification, segmentation
+from anybatch.experiments import classification, detection, segmentation
+from anybatch.experiments.average_precision import NUMBERS
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset
 
-Batches = Callable[[Run, Dataset, int], Iterator[tuple[Tensor, Tensor]]]
-Loss = Callable[[Run, nn.Module, Tensor, Tensor], Tensor]
+# Targets are a tensor, or what else can be split into those of some of the examples.
+Batches = Callable[[Run, Dataset, int], Iterator[tuple[Tensor, Any]]]
+Loss = Callable[[Run, nn.Module, Tensor, Any], Tensor]
 Evaluate = Callable[[Run, nn.Module, Dataset], tuple[float | None, dict[str, float]]]
 
 
@@ -57,7 +60,10 @@ def objective(run: Run) -> Objective:
         >>> objective(Run(data="digits")).metric
         'accuracy'
     """
-    return _OBJECTIVES[run.task]
+    found = _OBJECTIVES[run.task]
+    if detection.finds_masks(run):
+        found = replace(found, numbers=(*found.numbers, *(f"mask_{n}" for n in found.numbers)))
+    return found
 
 
 def _classified(run: Run, model: nn.Module, data: Dataset) -> tuple[float, dict[str, float]]:
@@ -81,5 +87,13 @@ _OBJECTIVES = {
         batches=segmentation.batches,
         loss=segmentation.loss,
         evaluate=segmentation.evaluate,
+    ),
+    "detection": Objective(
+        numbers=NUMBERS,
+        curve="average_precisions",
+        units=("AP",),
+        batches=detection.batches,
+        loss=detection.loss,
+        evaluate=detection.evaluate,
     ),
 }

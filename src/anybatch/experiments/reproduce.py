@@ -72,13 +72,28 @@ def placed(task: Task, root: Path | None, device: str) -> Task:
     sizes = reproductions()[task.name].sizes.values()
     folders = [size.folder for size in sizes if size.folder and _holds(size.cells, task.run)]
     if folders and not (root / "train").is_dir():
-        root = root / folders[0]
-        if not root.is_dir():
-            raise ValueError(
-                f"root={str(root.parent)!r}: there is no folder {folders[0]!r} in it, with the "
-                "folders train and val and a folder a class in each"
-            )
+        root = _inside(root, folders[0], run)
     return replace(task, run=run.but(root=str(root)))
+
+
+def _inside(root: Path, folder: str, run: Run) -> Path:
+    """A folder of that name, or for data with boxes also a zip file, where the root is not it."""
+    boxes = run.task == "detection"
+    if boxes and (root.is_file() or (root / "train.json").is_file()):
+        return root
+    looked = [root / folder, *([root / f"{folder}.zip"] if boxes else [])]
+    found = next((path for path in looked if path.exists()), None)
+    if found is None:
+        held = (
+            "train.json, test.json and their pictures, or COCO as it comes"
+            if boxes
+            else "the folders train and val and a folder a class in each"
+        )
+        more = " nor a zip file" if boxes else ""
+        raise ValueError(
+            f"root={str(root)!r}: there is no folder {folder!r}{more} in it, with {held}"
+        )
+    return found
 
 
 def _holds(cells: Any, run: Job) -> bool:

@@ -129,6 +129,8 @@ def _reached(result: Mapping[str, Any], cell: Cell) -> float:
         return statistics.fmean(result[learned.curve][-5:])
     if cell.measure == "tuned":
         return _tuned(result["weighing"])
+    if cell.measure in learned.numbers:
+        return float(result[cell.measure])
     return float(result[learned.metric])
 
 

@@ -18,13 +18,20 @@ MEASURES = ("last", "mean of 5", "tuned")
 UNITS = ("accuracy", "error", "mean IoU", "AP")
 MEASURED = ("ratio", "noise")  # units of what is measured beside or in place of an accuracy
 FIGURES = ("lines", "bars", "curves", "weights", "ratios", "series", "noise")
-_UNGROUPED = ("gn", "ln", "in")  # their statistics do not depend on the batch
+_UNGROUPED = ("gn", "ln", "in", "frozen")  # their statistics do not depend on the batch
 # Training and held-out examples, where the data say so by their name.
 _KNOWN = {
     "digits": (1297, 500),
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "camvid": (367, 233),
+}
+# A pixel, from what torchvision states of such networks at 800x1333.
+_TWO_STAGE_FLOPS = {
+    "fasterrcnn50": 5.2e5,
+    "fasterrcnn101": 6.6e5,
+    "maskrcnn50": 6.2e5,
+    "maskrcnn101": 7.6e5,
 }
 
 Number = tuple[float, float | None]
@@ -39,7 +46,8 @@ class Cell:
         column: Label of its column.
         run: The training, with seed 0 and no root, or the measurement.
         measure: "last" (after the last epoch), "mean of 5" (over the last five) or "tuned" (with
-            the example weight that is best on the other half of the held-out examples); of what is
+            the example weight that is best on the other half of the held-out examples), of the
+            objective's first number; or the name of another one, after the last epoch. Of what is
             measured, see `anybatch.experiments.measured`.
         paper: The paper's number and its spread; None where it gives none.
     """
@@ -242,22 +250,23 @@ def _size(data: Mapping[str, Any], size: str) -> Size:
     rows, columns = (_entries(data[name], size) for name in ("rows", "columns"))
     if data["unit"] == "ratio":
         return _costs(rows, columns, own, numbers, size)
-    measures = NOISE if data["unit"] == "noise" else MEASURES
     kind = RecordedRun if data["unit"] == "noise" else Run
     for row in rows:
         for column in columns:
             own_part = data.get("cells", {}).get(row["label"], {}).get(column["label"], {})
             changes = _settings((column, row, own_part), own.get("run", {}), size)
             measure = row.get("measure", column.get("measure", "last"))
-            statistic = ""
+            run, statistic = _run(changes, kind), ""
             if data["unit"] == "noise":  # a row is a statistic, or a method; a column a number
                 measure, statistic = column["measure"], row["measure"]
                 _one_of("measure", statistic, STATISTICS)
-            _one_of("measure", measure, measures)
+                _one_of("measure", measure, NOISE)
+            else:
+                _one_of("measure", measure, (*MEASURES, *objective(trained(run)).numbers))
             number = numbers.get(row["label"], {}).get(column["label"])
             paper = None if number is None else _number(number)
             measured = f"{measure} of {statistic}" if statistic else measure
-            cells.append(Cell(row["label"], column["label"], _run(changes, kind), measured, paper))
+            cells.append(Cell(row["label"], column["label"], run, measured, paper))
     known = _KNOWN.get(trained(cells[0].run).data, (0, 0))
     examples = tuple(own.get("examples", known))
     return Size(tuple(cells), own["seeds"], own.get("folder"), examples, own["text"])
@@ -402,10 +411,13 @@ def _forward_flops(model: str, shape: tuple[int, ...]) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from anybatch.experiments import models
-    from anybatch.experiments.config import LIBRARIES, MODELS
+    from anybatch.experiments.config import DETECTORS, LIBRARIES, MODELS, SEGMENTERS
     from anybatch.experiments.networks import factory
 
-    own = model in MODELS or model.partition(":")[0] in LIBRARIES
+    if model in _TWO_STAGE_FLOPS:  # which boxes they look at is no matter of shapes
+        return _TWO_STAGE_FLOPS[model] * shape[1] * shape[2]
+    known = (*MODELS, *SEGMENTERS, *DETECTORS)
+    own = model in known or model.partition(":")[0] in LIBRARIES
     with torch.device("meta"):
         try:
             net = (models.build(model, 100, shape) if own else factory(model)()).eval()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from anybatch.conversion import GammaDecay, convert, param_groups
 from anybatch.evaluation.dataset import dataset_statistics
 from anybatch.experiments import models
-from anybatch.experiments.config import BASELINE, Run
+from anybatch.experiments.config import BASELINE, FROZEN, Run
 from anybatch.experiments.data import Dataset, load, steps_per_epoch
 from anybatch.experiments.files import write_json, write_whole
+from anybatch.experiments.frozen import prepared
 from anybatch.experiments.jobs import RecordedRun, job_of
 from anybatch.experiments.objectives import objective
 from anybatch.experiments.pictures import PictureFiles, read_ahead
@@ -98,11 +99,12 @@ def prepare(run: Run, data: Dataset) -> Training:
     torch.manual_seed(run.seed)
     model = models.build(run.model, data.classes, data.shape)
     progress = None
-    if run.method != BASELINE:
+    where = prepared(run, model) if run.task == "detection" else None
+    if run.method not in (BASELINE, FROZEN):
         options = method_options(run, steps)
         wraps = METHODS[run.method].wraps
         num_virtual = options.pop("num_virtual", None) if wraps else None
-        model = convert(model, run.method, batch_size=run.statistics_size, **options)
+        model = convert(model, run.method, batch_size=run.statistics_size, where=where, **options)
         model = _wrap(run, model, data, num_virtual) if wraps else model
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
@@ -144,7 +146,7 @@ def _learning_rate(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
 
 
-def step(run: Run, training: Training, x: Tensor, y: Tensor) -> Tensor:
+def step(run: Run, training: Training, x: Tensor, y: Any) -> Tensor:
     """One step of training, in as many micro-batches as the run has.
 
     Args:
