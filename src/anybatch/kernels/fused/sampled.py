@@ -29,20 +29,19 @@ _WIDE = 512  # rows of few channels are taken together, up to so many values
 
 @inlined
 def _plane_moments(x, c, channels, runs):
-    """Count, mean and biased variance of a channel's sampled values, in two passes."""
-    count, total = 0, 0.0
+    """Count, mean and biased variance of a channel's sampled values, in a pass about the first."""
+    count, total, squares = 0, 0.0, 0.0
+    away = np.float64(x[runs[0, 0] * channels + c, runs[0, 1]])
     for r in range(runs.shape[0]):
         some = x[runs[r, 0] * channels + c, runs[r, 1] : runs[r, 1] + runs[r, 2]]
         for k in range(some.shape[0]):
-            total += some[k]
-        count += runs[r, 2]
-    mean, squares = total / max(count, 1), 0.0
-    for r in range(runs.shape[0]):
-        some = x[runs[r, 0] * channels + c, runs[r, 1] : runs[r, 1] + runs[r, 2]]
-        for k in range(some.shape[0]):
-            offset = some[k] - mean
+            offset = some[k] - away
+            total += offset
             squares += offset * offset
-    return count, mean, squares / max(count, 1)
+        count += runs[r, 2]
+    offset = total / count
+    var = squares / count - offset * offset
+    return count, away + offset, 0.0 if var < 0.0 else var  # by rounding; nan stays nan
 
 
 @inlined
