@@ -32,6 +32,7 @@ from anybatch.experiments.store import Store
 from anybatch.experiments.training import prepare, step, train
 from anybatch.experiments.two_stage import TwoStage
 from anybatch.layers.base import NormLayer
+from interrupted import train_stopped_after_each_epoch
 
 pytest.importorskip("pycocotools")
 # Of pycocotools, where it decodes masks under NumPy 2.
@@ -569,17 +570,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     groups = {} if method == "torch" else {"norm_batch_size": 2}
     run = Run(root=str(scenes), method=method, epochs=3, norms="heads", **groups, **SETTINGS)
     whole = train(run, tmp_path / "whole")
-
-    class Stopped(Exception):
-        pass
-
-    def stop(epoch: int, _: object) -> None:
-        raise Stopped
-
-    for _ in range(run.epochs - 1):
-        with pytest.raises(Stopped):
-            train(run, tmp_path / "stopped", stop)
-    again = train(run, tmp_path / "stopped")
+    again = train_stopped_after_each_epoch(run, tmp_path / "stopped")
     for a, b in zip(whole["epochs"], again["epochs"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     assert set(whole["epochs"][0]) == {"epoch", "train_loss", "test_loss", "seconds", *NUMBERS}

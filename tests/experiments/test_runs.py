@@ -24,6 +24,7 @@ from anybatch.experiments.files import output_folder, write_whole
 from anybatch.experiments.pictures import PictureFiles
 from anybatch.experiments.timing import time_steps
 from anybatch.experiments.training import method_options, prepare, step, train
+from interrupted import train_stopped_after_each_epoch
 
 SMALL = {"train_size": 24, "epochs": 3}
 
@@ -451,17 +452,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
 ) -> None:
     run = Run(method=method, **SMALL, **settings)
     whole = train(run, tmp_path / "whole")
-
-    class Stopped(Exception):
-        pass
-
-    def stop(epoch: int, _: object) -> None:
-        raise Stopped
-
-    for _ in range(run.epochs - 1):
-        with pytest.raises(Stopped):
-            train(run, tmp_path / "stopped", stop)
-    again = train(run, tmp_path / "stopped")
+    again = train_stopped_after_each_epoch(run, tmp_path / "stopped")
     timeless = [
         [{k: v for k, v in row.items() if k != "seconds"} for row in result["epochs"]]
         for result in (whole, again)

@@ -25,6 +25,7 @@ from anybatch.experiments.reproduce import estimate, placed
 from anybatch.experiments.reproduction import Task, chosen, read, reproductions, tasks
 from anybatch.experiments.store import Store
 from anybatch.experiments.training import prepare, step, train
+from interrupted import train_stopped_after_each_epoch
 
 pytest.importorskip("torchmetrics")
 WIDE, HIGH = 24, 18
@@ -401,17 +402,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     groups = {} if method == "torch" else {"norm_batch_size": 2}
     run = Run(root=str(scenes), method=method, epochs=3, accumulate=1, **groups, **SETTINGS)
     whole = train(run, tmp_path / "whole")
-
-    class Stopped(Exception):
-        pass
-
-    def stop(epoch: int, _: object) -> None:
-        raise Stopped
-
-    for _ in range(run.epochs - 1):
-        with pytest.raises(Stopped):
-            train(run, tmp_path / "stopped", stop)
-    again = train(run, tmp_path / "stopped")
+    again = train_stopped_after_each_epoch(run, tmp_path / "stopped")
     for a, b in zip(whole["epochs"], again["epochs"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     assert set(whole["epochs"][0]) == {
