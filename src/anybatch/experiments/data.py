@@ -154,6 +154,13 @@ def shuffled(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, torc
         yield order[step * run.batch_size : (step + 1) * run.batch_size], generator
 
 
+def noisy(run: Run, x: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch with the run's noise, which is drawn where the generator is."""
+    if not run.adds_noise:
+        return x
+    return x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
+
+
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Flip each picture with a chance of a half, and crop it at a random shift.
 

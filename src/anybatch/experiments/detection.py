@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anybatch.experiments.average_precision import average_precision
 from anybatch.experiments.coco import BOX, AnnotatedPictures
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset, shuffled
+from anybatch.experiments.data import Dataset, noisy, shuffled
 from anybatch.experiments.detectors import Found, Targets
 from anybatch.experiments.models import precision
 
@@ -33,10 +33,8 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Targe
         if run.augments:
             flips = torch.rand(len(x), generator=generator) < 0.5
             x, boxes, masks = flipped(x, boxes, masks, flips, pictures.widths())
-        if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator)
         masks = None if masks is None else masks.to(run.device)
-        yield x.to(run.device), Targets(boxes.to(run.device), masks)
+        yield noisy(run, x, generator).to(run.device), Targets(boxes.to(run.device), masks)
 
 
 def _pictures(x: object) -> AnnotatedPictures:

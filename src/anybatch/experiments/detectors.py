@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anybatch.experiments import boxes
 from anybatch.experiments.coco import BOX, CLASS, CROWD
-from anybatch.experiments.residual import Basic, conv
+from anybatch.experiments.residual import Basic, conv, normed
 
 _WIDTHS, _FEATURES = (16, 32, 64, 96), 48
 _STRIDE = 8  # pixels between the places that are asked for a box
@@ -81,8 +81,8 @@ class Body(nn.Module):
         self.stem = nn.Sequential(conv(3, narrow, 3, 2), nn.BatchNorm2d(narrow), nn.ReLU())
         pairs = zip((narrow, *_WIDTHS[:-1]), _WIDTHS, strict=True)
         self.stages = nn.ModuleList([Basic(i, o, 2) for i, o in pairs])
-        self.across = nn.ModuleList([_with_norm(w, _FEATURES, 1) for w in _WIDTHS[1:]])
-        self.smooth = nn.Sequential(_with_norm(_FEATURES, _FEATURES, 3), nn.ReLU())
+        self.across = nn.ModuleList([normed(w, _FEATURES, 1) for w in _WIDTHS[1:]])
+        self.smooth = nn.Sequential(normed(_FEATURES, _FEATURES, 3), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages[0](self.stem(x))
@@ -94,15 +94,11 @@ class Body(nn.Module):
         return y
 
 
-def _with_norm(inputs: int, outputs: int, size: int) -> nn.Sequential:
-    return nn.Sequential(conv(inputs, outputs, size), nn.BatchNorm2d(outputs))
-
-
 def _tower() -> nn.Sequential:
     """The four convolutions with norms that a head is made of."""
     layers: list[nn.Module] = []
     for _ in range(4):
-        layers += [*_with_norm(_FEATURES, _FEATURES, 3), nn.ReLU()]
+        layers += [*normed(_FEATURES, _FEATURES, 3), nn.ReLU()]
     return nn.Sequential(*layers)
 
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,10 +23,11 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LEAST_AREA, _ASPECT = 0.08, 4 / 3
 _BORDER = 256 / 224  # the shorter side that is resized to, over the side that is cropped
 
+Place = Path | zipfile.Path  # a file or folder, on disk or in a zip file
 Edit = Callable[["Image"], "Image"]
 
 
-def read_picture(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
+def read_picture(file: Place, edit: Edit) -> NDArray[np.uint8]:
     """A picture in red, green and blue, edited while the file is open.
 
     Args:
@@ -43,7 +43,7 @@ def read_picture(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
     return edited(file, lambda image: edit(image).convert("RGB"))
 
 
-def edited(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
+def edited(file: Place, edit: Edit) -> NDArray[np.uint8]:
     """The pixels of a picture, edited while the file is open.
 
     Args:
@@ -63,7 +63,7 @@ def edited(file: Path | zipfile.Path, edit: Edit) -> NDArray[np.uint8]:
     try:
         with file.open("rb") as stream, opened(stream) as image:
             return np.asarray(edit(image), np.uint8)
-    except (OSError, UnidentifiedImageError, DecompressionBombError, BadZipFile) as error:
+    except (OSError, UnidentifiedImageError, DecompressionBombError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: not a picture that can be read ({error})") from error
 
 

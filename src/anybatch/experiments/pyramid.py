@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.experiments import models
+from anybatch.experiments.residual import normed
 
 _HEAD = 3  # pooling, flattening and the linear layer of a classifier
 
@@ -35,8 +36,8 @@ class Pyramid(nn.Module):
         for depth in depths:
             self.stages.append(nn.Sequential(*layers[first : first + depth]))
             first += depth
-        self.lateral = nn.ModuleList(_unit(width, channels, 1) for width in widths)
-        self.smooth = nn.ModuleList(_unit(channels, channels, 3) for _ in widths)
+        self.lateral = nn.ModuleList(normed(width, channels, 1) for width in widths)
+        self.smooth = nn.ModuleList(normed(channels, channels, 3) for _ in widths)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps, finest first."""
@@ -48,11 +49,6 @@ class Pyramid(nn.Module):
         for place in range(len(maps) - 2, -1, -1):
             maps[place] = maps[place] + F.interpolate(maps[place + 1], scale_factor=2.0)
         return tuple(smooth(m) for smooth, m in zip(self.smooth, maps, strict=True))
-
-
-def _unit(inputs: int, outputs: int, size: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 def resnet50() -> Pyramid:

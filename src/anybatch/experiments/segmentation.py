@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anybatch.experiments.camvid import IGNORED
 from anybatch.experiments.config import Run
-from anybatch.experiments.data import Dataset, shuffled
+from anybatch.experiments.data import Dataset, noisy, shuffled
 from anybatch.experiments.models import forward
 from anybatch.experiments.pictures import standardized
 
@@ -23,9 +23,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
         x, y = standardized(data.train_x[index]), data.train_y[index]
         if run.augments:
             x, y = augment(x, y, generator)
-        if run.adds_noise:
-            x = x + run.adds_noise * torch.randn(x.shape, generator=generator).to(x.device)
-        yield x.to(run.device), y.long().to(run.device)
+        yield noisy(run, x, generator).to(run.device), y.long().to(run.device)
 
 
 def augment(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
