@@ -69,7 +69,12 @@ def test_others_do_not(x: torch.Tensor) -> None:
 )
 def test_loops_for_small_batches_do_not_get_others(x: torch.Tensor) -> None:
     row = torch.zeros(4)
-    assert fused_for(x, row, row, small=True) is None
+    assert fused_for(x, row, row, serial=x.numel()) is None
+
+
+def test_loops_for_small_batches_get_a_large_one_in_small_parts() -> None:
+    row = torch.zeros(4)
+    assert fused_for(torch.zeros(4, 4, SERIAL), row, row, serial=SERIAL) is not None
 
 
 def test_it_can_be_switched_off() -> None:

@@ -425,7 +425,8 @@ class NormLayer(NormState):
         """The forward in a CPU's compiled loops, and whether they did the activation."""
         scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
         small = self.fuses_small_only
-        loops = kernels.fused_for(x, self._buffers["running_var"], scale, small)
+        serial = max(1, x.shape[1] * values * max(cut.batches, default=0)) if small else 0
+        loops = kernels.fused_for(x, self._buffers["running_var"], scale, serial)
         if loops is None or shift is None or self._live(cut, values) is not None:
             return None, False
         inside = then is not None and not small and then.is_plain()

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-SERIAL = 2**16  # values in a batch, above which torch's threads win where the loops have none
+SERIAL = 2**16  # values at a time, above which torch's threads win where the loops have none
 _choice = os.environ.get("ANYBATCH_FUSED", "auto")
 
 
@@ -37,7 +37,7 @@ def use_fused(choice: str) -> None:
 
 
 def fused_for(
-    x: Tensor, state: Tensor | None, weight: Tensor | None, small: bool = False
+    x: Tensor, state: Tensor | None, weight: Tensor | None, serial: int = 0
 ) -> ModuleType | None:
     """The compiled kernels, where they can serve a batch.
 
@@ -45,7 +45,8 @@ def fused_for(
         x: The batch.
         state: A running statistic.
         weight: Scale of the layer.
-        small: Whether only small contiguous batches can be served.
+        serial: Where the loops have one thread and serve contiguous batches alone, the values that
+            they take at a time; else 0.
 
     Returns:
         The module of the kernels, or None: another device or layout, types that differ, a
@@ -58,9 +59,9 @@ def fused_for(
     if not x.dtype == state.dtype == weight.dtype or x.is_neg():
         return None
     large = x.numel() > SERIAL
-    if not x.is_contiguous() and (small or not lies_last(x)):
+    if not x.is_contiguous() and (serial or not lies_last(x)):
         return None
-    kernels = None if small and large else _kernels()
+    kernels = None if serial > SERIAL else _kernels()
     return None if kernels is None or (large and kernels.without_threads()) else kernels
 
 
