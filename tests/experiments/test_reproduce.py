@@ -103,7 +103,7 @@ def row_of(task: Task, accuracy: float = 0.5, **result: object) -> dict:
 def test_every_table_and_figure_is_there_in_both_sizes() -> None:
     names = set(reproductions())
     wanted = {
-        "recovery": [""],
+        "recovery": ["", "-memory"],
         "bn-sampling": ["-figure-3", "-figure-4", "-table-2"],
         "cross-iteration-bn": [*(f"-table-{k}" for k in (2, 3, 4, 5, 6, 9)), "-figure-3"],
         "cross-iteration-bn-table": ["-8"],
@@ -111,7 +111,7 @@ def test_every_table_and_figure_is_there_in_both_sizes() -> None:
         "moving-average-bn": [*(f"-table-{k}" for k in (1, 2, 3, 4, 5, 9))],
         "moving-average-bn-figure": ["-2", "-3", "-4"],
         "four-things": [*(f"-figure-{k}" for k in (2, 3, 4, 5)), "-weight-decay"],
-        "study": ["-brn-limits", "-cbn-burn-in", "-momentum"],
+        "study": ["-brn-limits", "-cbn-burn-in", "-memory", "-momentum"],
         "study-mabn": ["-form", "-momentum", "-warm-up", "-window"],
     }
     assert {paper + end for paper, ends in wanted.items() for end in ends} <= names
