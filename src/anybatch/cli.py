@@ -991,7 +991,7 @@ def reproduce(
     rows = Store(store / ROWS).rows()
     count = _workers({"workers": workers, "device": device})
     if list_:
-        _list_reproductions(wanted, rows, device, count, as_json)
+        _list_reproductions(wanted, numbers, rows, device, count, as_json)
         return
     if dry_run:
         _show_tasks(missing(asked, rows), rows, device, count, as_json)
@@ -1022,6 +1022,7 @@ def reproduce(
 
 def _list_reproductions(
     wanted: "list[Reproduction]",
+    seeds: tuple[int, ...] | None,
     rows: "dict[str, StoredRow]",
     device: str,
     workers: int,
@@ -1034,7 +1035,7 @@ def _list_reproductions(
     for one in wanted:
         line: dict[str, Any] = {"name": one.name, "source": one.source, "title": one.title}
         for size in SIZES:
-            asked = tasks([one], size)
+            asked = tasks([one], size, seeds)
             left = missing(asked, rows)
             seconds = sum(estimate(task, rows, device) for task in left) / workers
             done = len(asked) - len(left)

@@ -111,7 +111,7 @@ def test_every_table_and_figure_is_there_in_both_sizes() -> None:
         "moving-average-bn": [*(f"-table-{k}" for k in (1, 2, 3, 4, 5, 9))],
         "moving-average-bn-figure": ["-2", "-3", "-4"],
         "four-things": [*(f"-figure-{k}" for k in (2, 3, 4, 5)), "-weight-decay"],
-        "study": ["-brn-limits", "-cbn-burn-in", "-memory", "-momentum"],
+        "study": ["-brn-limits", "-cbn-burn-in", "-memory", "-momentum", "-update-size"],
         "study-mabn": ["-form", "-momentum", "-warm-up", "-window"],
     }
     assert {paper + end for paper, ends in wanted.items() for end in ends} <= names
@@ -539,6 +539,8 @@ def test_what_there_is_and_what_would_be_trained(tiny: Path) -> None:
         ("tiny", 6),
         ("weighed", 2),
     ]
+    listed = json.loads(run("--list", "--json", "--store", store, "--seeds", "1").stdout)
+    assert [line["small"]["runs"] for line in listed] == [3, 1]
     shown = json.loads(run("tiny", "weighed", "--dry-run", "--json", "--store", store).stdout)
     assert len(shown) == 6  # the weighed ones are shared
     assert "6" in run("tiny", "--dry-run", "--store", store).output or shown
