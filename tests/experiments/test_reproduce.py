@@ -112,7 +112,7 @@ def test_every_table_and_figure_is_there_in_both_sizes() -> None:
         "moving-average-bn-figure": ["-2", "-3", "-4"],
         "four-things": [*(f"-figure-{k}" for k in (2, 3, 4, 5)), "-weight-decay"],
         "study": ["-brn-limits", "-cbn-burn-in", "-memory", "-momentum", "-update-size"],
-        "study-mabn": ["-form", "-momentum", "-warm-up", "-window"],
+        "study-mabn": ["-form", "-momentum", "-warm-up"],
     }
     assert {paper + end for paper, ends in wanted.items() for end in ends} <= names
     for one in reproductions().values():
