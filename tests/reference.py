@@ -599,7 +599,7 @@ class SampledBatchNorm(BatchNorm):
         if kind == "points":
             total = n * length
             s = self.closest(self.ratio * total if self.size is None else self.size, total)
-            s = max(s, min(2, total)) if self.size is None else s
+            s = max(s, min(16, total)) if self.size is None else s
             order = sorted(range(total), key=lambda p: self.hash(p, numbers[0]))
             picked = sorted(order[:s]) if s < total else range(total)
             return [(rows[p // length], p % length) for p in picked]
@@ -617,8 +617,8 @@ class SampledBatchNorm(BatchNorm):
             ]
             return [(i, k) for i in rows for k in inside]
         s = self.closest(self.ratio * n if self.size is None else self.size, n)
-        if self.size is None and s * length == 1 and n > 1:
-            s = 2
+        while self.size is None and s * length < 16 and s < n:
+            s += 1
         begin = numbers[0] * (n - s + 1) // 2**31 if kind == "batch" else 0
         return [(i, k) for i in rows[begin : begin + s] for k in range(length)]
 
@@ -632,7 +632,7 @@ class SampledBatchNorm(BatchNorm):
             given = self.size if isinstance(self.size, tuple) else [self.size] * len(self.spatial)
             return [min(a, b) for a, b in zip(given, self.spatial, strict=True)]
         area = math.prod(self.spatial)
-        for wanted in (self.ratio * area, 2.0):
+        for wanted in (self.ratio * area, min(16.0 / n, area)):
             sides, left = list(self.spatial), wanted
             order = sorted(range(len(sides)), key=lambda d: self.spatial[d])
             for k, d in enumerate(order):
@@ -640,7 +640,7 @@ class SampledBatchNorm(BatchNorm):
                 scale = (left / later) ** (1 / (len(order) - k))
                 sides[d] = self.closest(self.spatial[d] * scale, self.spatial[d])
                 left /= sides[d]
-            if n * math.prod(sides) > 1 or area == 1:
+            if n * math.prod(sides) >= 16:
                 break
         return sides
 

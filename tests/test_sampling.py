@@ -306,6 +306,19 @@ def test_an_index_is_drawn_between_micro_batches_for_good() -> None:
     assert torch.equal(layer.memory["index"], drawn)
 
 
+@pytest.mark.parametrize("sample", ["naive", "batch", "feature", "points"])
+@pytest.mark.parametrize("shape", [(4, 8, 2, 2), (16, 8, 2, 2), (32, 8, 1, 1), (2, 8, 5, 5)])
+def test_a_ratio_of_few_values_is_of_enough_to_divide_by(
+    sample: str, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    layer = random_layer(shape, sample=sample, ratio=1 / 32)
+    scale = float(layer.weight.detach().abs().max()) + float(layer.bias.detach().abs().max())
+    for _ in range(100):
+        layer.redraw()
+        assert layer(torch.randn(shape)).abs().max() < 15 * scale  # two values alike: 300
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.floats(0.001, 1.0))
 def test_a_patch_is_about_the_ratios_area(sides: list[int], ratio: float) -> None:

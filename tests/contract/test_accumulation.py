@@ -32,6 +32,8 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 def pair(name: str, steps: int | None = 3, **options: object) -> tuple[NormLayer, NormLayer]:
     """Two equal layers, of which the second accumulates."""
+    if name == "fs":  # a ratio takes larger patches of few examples
+        options = {"size": 2, **options}
     one = make(name, **options).double()
     other = copy.deepcopy(one)
     other.accumulate(steps)

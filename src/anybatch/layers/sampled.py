@@ -70,8 +70,8 @@ class _SampledBatchNorm(NormLayer):
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         sample: See above (default "batch").
         ratio: Part of the batch's values in the sample (default 1/32): of its examples, or of a
-            map's area with the map's aspect as nearly as whole pixels allow. A sample has two
-            values a channel at least, where the batch has.
+            map's area with the map's aspect as nearly as whole pixels allow. A sample has about
+            16 values a channel at least, where the batch has.
         size: Instead of ratio: the number of examples ("naive", "batch") or points, or the side or
             sides of the patch; a sample of one value is normalized by the running statistics.
         num_virtual: Rows in front of the batch that are virtual (default None: those that
