@@ -22,6 +22,7 @@ ROWS = "results.jsonl"
 # besides: orders of magnitude, for estimates of what nothing like it was measured of.
 _RATE = {"cpu": 150e9, "cuda": 15e12}
 _STEP = {"cpu": 5e-3, "cuda": 15e-3}
+_PART = {"cpu": 0.0, "cuda": 2e-3}  # of each further normalization batch, for its launches
 
 
 class Made(NamedTuple):
@@ -282,7 +283,11 @@ def estimate(task: Task, rows: Mapping[str, Row], device: str) -> float:
     ]
     if alike:
         return run.epochs * sum(alike) / len(alike)
-    return task.flops / _RATE.get(kind, _RATE["cpu"]) + task.steps * _STEP.get(kind, _STEP["cpu"])
+    kind = kind if kind in _RATE else "cpu"
+    norm_batch_size: int | None = getattr(run, "norm_batch_size", None)
+    parts = 1 if norm_batch_size is None else -(-run.batch_size // norm_batch_size)
+    step = _STEP[kind] + (parts - 1) * _PART[kind]
+    return task.flops / _RATE[kind] + task.steps * step
 
 
 def _alike(settings: Mapping[str, Any], run: Job) -> bool:
