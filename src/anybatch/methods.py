@@ -212,7 +212,7 @@ _TABLE = (
         "CrossIterationBatchNorm",
         CROSS_ITERATION,
         "Statistics of recent steps, moved to today's weights by a Taylor polynomial.",
-        "Batches of 2 to 8 of convolutional networks, with gradient accumulation too.",
+        "Detection and segmentation of 1 to 8 pictures, with gradient accumulation too.",
         scheduled=True,
         binds=True,
         suggested={"backward_stats": "window", "running_stats": "window"},
