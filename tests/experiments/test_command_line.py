@@ -393,7 +393,7 @@ def completed(typed: str) -> list[str]:
         ("bench --model resnet1", ["resnet18"]),
         ("bench --methods gn,m", ["gn,mbn", "gn,mabn"]),
         ("train --method nothing", []),
-        ("reproduce reco", ["recovery"]),
+        ("reproduce reco", ["recovery", "recovery-memory"]),
         ("reproduce --size p", ["paper"]),
     ],
 )

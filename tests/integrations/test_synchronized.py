@@ -34,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "cbn, order 0": ("cbn", {"window": 3, "order": 0, "burn_in": 0.0}),
     "l1": ("l1", {}),
     "range": ("range", {}),
-    "fs": ("fs", {"ratio": 0.3, "seed": 3}),
+    "fs": ("fs", {"size": 2, "seed": 3}),
     "ns, all of it": ("ns", {"ratio": 1.0}),
 }
 
@@ -225,9 +225,9 @@ def _samples(rank: int) -> None:
         close(total, dw, layer)
 
     whole = x.clone().requires_grad_()
-    # Naive: the first examples of each process.
+    # Naive: the first examples of each process, of 16 values or more.
     layer = layer_of("ns", {"ratio": 0.25}, process_group="world")
-    check(layer, whole, [_rows(torch.cat([whole[:2], whole[8:9]]))], [1.0])
+    check(layer, whole, [_rows(torch.cat([whole[:2], whole[8:10]]))], [1.0])
     # A subset of the processes, the same on each, another in another draw.
     layer = layer_of("bs", {"ratio": 1.0, "seed": 5 + rank, "ranks": 1}, process_group="world")
     chosen = set()
