@@ -424,12 +424,11 @@ class NormLayer(NormState):
     ) -> tuple[Tensor | None, bool]:
         """The forward in a CPU's compiled loops, and whether they did the activation."""
         scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
-        small = self.fuses_small_only
-        serial = max(1, x.shape[1] * values * max(cut.batches, default=0)) if small else 0
+        serial = x.shape[1] * values * max(cut.batches) if self.fuses_small_only else 0
         loops = kernels.fused_for(x, self._buffers["running_var"], scale, serial)
         if loops is None or shift is None or self._live(cut, values) is not None:
             return None, False
-        inside = then is not None and not small and then.is_plain()
+        inside = then is not None and not serial and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, cut, update, inside)
         y: Tensor = Compiled.apply(x, scale, shift, added, how)  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from anybatch.kernels.samples import Box, Place, Points, Sample, random_position
 
 NUMBERS = 4  # of a draw: for the examples, and for each spatial dimension
 _BITS = 31
-LEAST = 16  # values a channel that a ratio gives a sample; fewer may be alike, and have no variance
+_LEAST = 16  # values a channel in the sample of a ratio: fewer may be alike, without variance
 
 Size = int | tuple[int, ...] | None
 
@@ -113,7 +113,7 @@ def place(
         total = rows * area
         wanted = ratio * total if size is None else size
         assert not isinstance(wanted, tuple)
-        count = nearest(wanted, min(LEAST, total) if size is None else 1, total)
+        count = nearest(wanted, min(_LEAST, total) if size is None else 1, total)
         flat = random_positions(numbers[0], total, count, device)
         where: list[torch.Tensor] = []
         for side in reversed(sides):
@@ -127,7 +127,7 @@ def place(
             begin[dim + 1] = _begin(numbers[dim + 1], whole, side)
         return Part(Box(tuple(begin), (rows, *patch)), 1.0, rows * _volume(patch))
     assert not isinstance(size, tuple)
-    least = min(-(-LEAST // area), rows) if size is None else 1
+    least = min(-(-_LEAST // area), rows) if size is None else 1
     examples = nearest(ratio * rows if size is None else size, least, rows)
     if kind == "batch":
         start = _begin(numbers[0], rows, examples)
@@ -139,8 +139,8 @@ def _patch(rows: int, sides: tuple[int, ...], ratio: float, size: Size) -> tuple
     if size is None:
         patch = patch_sides(sides, ratio)
         area = _volume(sides)
-        if rows * _volume(patch) < LEAST:
-            patch = patch_sides(sides, min(LEAST / max(rows * area, 1), 1.0))
+        if rows * _volume(patch) < _LEAST:
+            patch = patch_sides(sides, min(_LEAST / max(rows * area, 1), 1.0))
         return patch
     wanted = size if isinstance(size, tuple) else (size,) * len(sides)
     return tuple(min(side, whole) for side, whole in zip(wanted, sides, strict=True))
