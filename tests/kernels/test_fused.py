@@ -122,6 +122,39 @@ def test_what_overflows_the_state_is_not_remembered(name: str) -> None:
         assert all(bool(tensor.isfinite().all()) for tensor in state(layer).values())
 
 
+@pytest.mark.parametrize("example", [0, 1, -1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_is_not_remembered_wherever_it_is(
+    name: str, dtype: torch.dtype, value: float, example: int
+) -> None:
+    for shape in ((16, 4), (16, 4, 3), (3, 4, 70)):
+        layer = make(name, 4, 1).to(dtype)
+        for number in range(3):
+            x = torch.randn(shape, dtype=dtype)
+            if number == 1:
+                x[example, 1].view(-1)[-1] = value
+            step(layer, x)
+        assert all(torch.isfinite(t).all() for t in state(layer).values())
+
+
+@pytest.mark.parametrize("name", ["l1", "range"])
+def test_equal_ends_share_a_gradient(name: str) -> None:
+    """Of a few whole numbers, many are the largest, the smallest, or the mean."""
+    for shape, last in (((16, 3, 4, 5), False), ((4, 3, 9, 9), False), ((6, 3, 4, 5), True)):
+        x = torch.randint(-1, 2, shape).double()
+        x[0] = x[1]
+        x = x.to(memory_format=torch.channels_last) if last else x
+        dy, found = torch.randn_like(x), []
+        for choice in ("auto", "never"):
+            use_fused(choice)
+            torch.manual_seed(0)
+            found.append(step(make(name, 3, 2).double(), x, dy))
+        for a, b in zip(*found, strict=True):
+            assert torch.allclose(a, b, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tracer_sees_operators(name: str) -> None:
     layer, x = make(name, 4, 1), torch.randn(2, 4, 3)

@@ -91,14 +91,14 @@ SHAPES = [
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn"])
+@pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn", "l1", "range"])
 def test_large_batches(name: str, shape: tuple[int, ...], last: bool, threads: int) -> None:
     torch.set_num_threads(threads)
     check(name, shape, last=last)
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn"])
+@pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn", "l1", "range"])
 def test_float32(name: str, last: bool) -> None:
     torch.set_num_threads(2)
     check(name, (17, 24, 41, 29), torch.float32, last, 3)
@@ -122,6 +122,10 @@ def test_float32(name: str, last: bool) -> None:
         ("mabn", {"forward_stats": "batch", "backward_stats": "batch"}),
         ("mabn", {"momentum": None, "backward_stats": "ema"}),
         ("bn", {"momentum": None}),
+        ("l1", {"norm_batch_size": 4}),
+        ("l1", {"momentum": None}),
+        ("range", {"norm_batch_size": 5}),
+        ("range", {"momentum": None, "norm_batch_size": 3}),
     ],
     ids=str,
 )

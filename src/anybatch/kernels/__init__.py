@@ -22,6 +22,7 @@ from anybatch.kernels.fused import (
     is_watched,
     lies_last,
     sampled_kernels_for,
+    spread_kernels,
     use_fused,
 )
 from anybatch.kernels.masked import (
@@ -63,6 +64,7 @@ __all__ = [
     "sampled_kernels_for",
     "scalar",
     "second_moment",
+    "spread_kernels",
     "statistics_dtype",
     "sums",
     "take_dense",

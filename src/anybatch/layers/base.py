@@ -22,7 +22,7 @@ from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
 from anybatch.layers.launched import Launched
-from anybatch.layers.normalize import BackwardMemory, normalize
+from anybatch.layers.normalize import BackwardMemory, Call, Gradients, gradients, normalize
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
 from anybatch.layers.source import (
@@ -125,6 +125,7 @@ class NormLayer(NormState):
     pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
     fuses: bool = False
     fuses_small_only: bool = False
+    fuses_activation: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -274,6 +275,33 @@ class NormLayer(NormState):
         centers = kept.used[0] if kept.centers is None else kept.centers
         unused = (loops.BATCH, loops.none(arrays.x), loops.NO_COUNT, 0.0, True, False)
         loops.backward(*arrays, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        statistics: Statistics,
+        cut: Partition,
+        needs: tuple[bool, ...],
+        update: bool,
+    ) -> Gradients:
+        """The backward of a compiled forward by torch's operators, where something watches them.
+
+        Args:
+            dy: Gradient of the output, in the type of `x`.
+            x: Input.
+            weight: Scale.
+            statistics: What the forward normalized by.
+            cut: Its normalization batches.
+            needs: Which of input, weight and bias need a gradient.
+            update: Whether state may change.
+
+        Returns:
+            Gradients of input, weight and bias, None where not asked for.
+        """
+        memory = self.backward_memory(statistics, None, update)
+        return gradients(dy, x, weight, Call(statistics, cut.sizes, self.eps, memory), needs)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
         """The method as the GPU kernels take it, for layers with `fuses`; None if they do not.
@@ -428,7 +456,7 @@ class NormLayer(NormState):
         loops = kernels.fused_for(x, self._buffers["running_var"], scale, serial)
         if loops is None or shift is None or self._live(cut, values) is not None:
             return None, False
-        inside = then is not None and not serial and then.is_plain()
+        inside = then is not None and not serial and self.fuses_activation and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, cut, update, inside)
         y: Tensor = Compiled.apply(x, scale, shift, added, how)  # type: ignore[no-untyped-call]

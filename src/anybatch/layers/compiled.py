@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch import kernels
-from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
+from anybatch.layers.normalize import refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.statistics import Statistics, stack
 
@@ -88,6 +88,8 @@ class Kept(NamedTuple):
         share: Part of the groups' own statistics in those used.
         own: Whether the backward statistics are the batch's own.
         centered: Whether there is a mean.
+        ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
+            with a value.
     """
 
     used: Array
@@ -95,6 +97,7 @@ class Kept(NamedTuple):
     share: float = 1.0
     own: bool = True
     centered: bool = True
+    ends: Array | None = None
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, for a forward that is computed again."""
@@ -171,13 +174,12 @@ class Compiled(torch.autograd.Function):
         x, weight, *activated = ctx.saved_tensors
         needs, adds = ctx.needs_input_grad, ctx.needs_input_grad[3]
         if not is_plain(dy) or kernels.is_watched():
-            statistics = as_statistics(ctx.kept, x)
-            memory = ctx.layer.backward_memory(statistics, None, ctx.update)
-            call = Call(statistics, ctx.cut.sizes, ctx.layer.eps, memory)
             dy = dy.to(x.dtype)
             for y in activated:
                 dy = dy.masked_fill(y <= 0, 0)
-            return *gradients(dy, x, weight, call, needs), dy if adds else None, None
+            statistics = as_statistics(ctx.kept, x)
+            given = (dy, x, weight, statistics, ctx.cut, needs, ctx.update)
+            return *ctx.layer.gradients(*given), dy if adds else None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
         dy, x = ordered(dy, last), ordered(x.detach(), last)

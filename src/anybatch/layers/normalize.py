@@ -42,7 +42,7 @@ class Call(NamedTuple):
     source: Source | None = None
 
 
-_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def normalize(
@@ -105,7 +105,7 @@ class _Normalize(torch.autograd.Function):
 
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> _Gradients:
+) -> Gradients:
     """The backward pass of `normalize`.
 
     Args:
@@ -160,7 +160,7 @@ def _is_exact(x: Tensor, call: Call) -> bool:
 
 def _one_pass(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> _Gradients:
+) -> Gradients:
     mean, var, r, d, *_ = call.statistics
     assert mean is not None
     scale = _scale(weight, r, x.shape[1], call)
@@ -174,7 +174,7 @@ def _one_pass(
 
 def _two_passes(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> _Gradients:
+) -> Gradients:
     (mean, var, r, d, center, share, _, counted), sizes, eps, memory, source = call
     channels, columns = x.shape[1], var.shape[-1]
     center = mean if center is None else center

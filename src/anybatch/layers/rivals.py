@@ -1,6 +1,7 @@
 """Batch normalization by other spreads: L1 (Wu et al. 2018) and range (Banner et al. 2018)."""
 
 import math
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from anybatch import kernels
 from anybatch.kernels import spread
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
+from anybatch.layers.compiled import BackwardArrays, ForwardArrays, Kept
+from anybatch.layers.normalize import BackwardMemory, Gradients, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.source import Source
 from anybatch.layers.statistics import Statistics
@@ -57,6 +59,9 @@ class _SpreadNorm(NormLayer):
     """A batch norm whose variance is the square of another spread."""
 
     pools: ClassVar[bool] = False
+    fuses = True
+    fuses_activation: ClassVar[bool] = False
+    fused_kind: ClassVar[str]
 
     @staticmethod
     def spread(values: _Values) -> Tensor:
@@ -97,6 +102,37 @@ class _SpreadNorm(NormLayer):
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
+    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+        kernels_ = kernels.spread_kernels()
+        x, y, last, starts, weight, bias, parts, *_ = arrays
+        used, ends = loops.table(2, 1, self.num_features), kernels_.ends(x, self.num_features)
+        kernels_.spread_forward(
+            kernels_.KINDS[self.fused_kind],
+            *(x, y, last, starts, weight, bias, parts, used, ends),
+            *(self._running(), self._number(), self.eps, update),
+        )
+        return Kept(used, ends=ends)
+
+    def fused_backward(
+        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
+    ) -> None:
+        kernels_ = kernels.spread_kernels()
+        kind, given = kernels_.KINDS[self.fused_kind], arrays[: arrays._fields.index("relu")]
+        kernels_.spread_backward(kind, *given, kept.used, kept.ends, self.eps)
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        statistics: Statistics,
+        cut: Partition,
+        needs: tuple[bool, ...],
+        update: bool,
+    ) -> Gradients:
+        call = _Call(statistics, cut.sizes, self.eps, type(self), None)
+        return _gradients(dy, x, weight, call, needs)
+
 
 class _Call(NamedTuple):
     """How one forward normalizes, and what its backward needs beside the input."""
@@ -128,35 +164,43 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, weight = ctx.saved_tensors
-        (mean, var, *_), sizes, eps, kind, source = ctx.call
-        share, needs = ctx.call.statistics.share, ctx.needs_input_grad
         dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        inv = torch.rsqrt(var + kernels.scalar(eps))
-        if x.numel():
-            total, moment = kernels.sums(dy, x, sizes, mean)
-        else:
-            total, moment = var.new_zeros(2, *var.shape)
-        moment = moment * inv
-        dx = dw = db = None
-        if needs[0]:
-            on_dy = inv if weight is None else inv * weight
-            # Own statistics: at inference those used are a mixture of them and the running ones.
-            own = _Values.of(x, sizes, source)
-            own_spread, count = kind.spread(own), own.counts.clamp(min=1)
-            all_dy, all_moment = own.source.sum(total, moment)
-            assert all_dy is not None and all_moment is not None
-            on_var = on_dy * inv * all_moment * share * -0.5
-            constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
-            inner = kind.slope(own).mul_(own.on_examples(2 * on_var * own_spread))
-            inner.add_(own.on_examples(constant))
-            if own.source.mask is not None:
-                inner = inner.masked_fill(~own.source.mask, 0)
-            dx = inner.addcmul_(dy, own.on_examples(on_dy)).to(x.dtype)
-        if needs[1]:
-            dw = moment if len(sizes) == 1 else moment.sum(0)
-        if needs[2]:
-            db = total if len(sizes) == 1 else total.sum(0)
-        return dx, dw, db, None
+        return *_gradients(dy, x, weight, ctx.call, ctx.needs_input_grad), None
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+) -> Gradients:
+    """The backward pass, see `anybatch.layers.normalize.gradients`."""
+    (mean, var, *_), sizes, eps, kind, source = call
+    assert mean is not None
+    share = call.statistics.share
+    inv = torch.rsqrt(var + kernels.scalar(eps))
+    if x.numel():
+        total, moment = kernels.sums(dy, x, sizes, mean)
+    else:
+        total, moment = var.new_zeros(2, *var.shape)
+    moment = moment * inv
+    dx = dw = db = None
+    if needs[0]:
+        on_dy = inv if weight is None else inv * weight
+        # Own statistics: at inference those used are a mixture of them and the running ones.
+        own = _Values.of(x, sizes, source)
+        own_spread, count = kind.spread(own), own.counts.clamp(min=1)
+        all_dy, all_moment = own.source.sum(total, moment)
+        assert all_dy is not None and all_moment is not None
+        on_var = on_dy * inv * all_moment * share * -0.5
+        constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
+        inner = kind.slope(own).mul_(own.on_examples(2 * on_var * own_spread))
+        inner.add_(own.on_examples(constant))
+        if own.source.mask is not None:
+            inner = inner.masked_fill(~own.source.mask, 0)
+        dx = inner.addcmul_(dy, own.on_examples(on_dy)).to(x.dtype)
+    if needs[1]:
+        dw = moment if len(sizes) == 1 else moment.sum(0)
+    if needs[2]:
+        db = total if len(sizes) == 1 else total.sum(0)
+    return dx, dw, db
 
 
 class _L1BatchNorm(_SpreadNorm):
@@ -205,6 +249,8 @@ class _L1BatchNorm(_SpreadNorm):
         >>> round(y[0].item(), 3)  # 1 / sqrt(pi / 2)
         0.798
     """
+
+    fused_kind: ClassVar[str] = "l1"
 
     @staticmethod
     def spread(values: _Values) -> Tensor:
@@ -267,6 +313,8 @@ class _RangeBatchNorm(_SpreadNorm):
         >>> round(y[0].item(), 3)  # sqrt(2 * ln(2)) / 2
         0.589
     """
+
+    fused_kind: ClassVar[str] = "range"
 
     @staticmethod
     def spread(values: _Values) -> Tensor:

@@ -99,6 +99,14 @@ def cross_iteration_kernels() -> ModuleType:
     return cross_iteration
 
 
+@lru_cache(maxsize=1)
+def spread_kernels() -> ModuleType:
+    """The compiled kernels of other spreads, where `fused_for` gave some."""
+    from anybatch.kernels.fused import spread
+
+    return spread
+
+
 def sampled_kernels_for(
     x: Tensor, state: Tensor | None, weight: Tensor | None
 ) -> ModuleType | None:

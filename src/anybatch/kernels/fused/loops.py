@@ -23,11 +23,14 @@ from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
+    channel_sums,
+    in_rows,
     plane_gradient,
     plane_moments,
     plane_sums,
     plane_write,
     row_gradient,
+    row_layout,
     row_moments,
     row_sums,
     row_write,
@@ -75,11 +78,6 @@ __all__ = [
     "without_threads",
 ]
 
-_SHORT = 32  # values of a channel side by side, below which vector registers stay half empty
-_FEW = 8  # examples, below which making rows costs more than they save
-_ROW = 256  # values of a row, about
-
-
 NO_COUNT = np.zeros((), np.int64)
 NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
 
@@ -104,36 +102,6 @@ def table(rows, groups, columns):
 def cut(sizes):
     """Where groups of examples begin, and the end."""
     return np.cumsum([0, *sizes])
-
-
-@inlined
-def _in_rows(x, last):
-    """Whether a batch is taken in rows: where short planes and enough of them make one."""
-    return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
-
-
-@inlined
-def _layout(x, last, starts):
-    """Length of a row, values of a channel side by side in it, and values of an example."""
-    channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
-    inner = 1 if last else length
-    unit, example = channels * inner, channels * length
-    smallest = (starts[-1] - starts[-2]) * example  # of all groups, the last one
-    return unit * max(1, min(_ROW, smallest) // unit), inner, example
-
-
-@inlined
-def _per_channel(sums, shape):
-    """Sums over parts and over the places of a channel in a row."""
-    repeats, channels, inner = shape
-    places, total = sums.reshape(-1, 2, repeats, channels, inner), np.zeros((2, channels))
-    for part in range(places.shape[0]):
-        for kind in range(2):
-            for repeat in range(repeats):
-                for c in range(channels):
-                    for k in range(inner):
-                        total[kind, c] += places[part, kind, repeat, c, k]
-    return total
 
 
 # --- forward ----------------------------------------------------------------
@@ -205,7 +173,7 @@ def _forward_group(
             shift[:, c] = x[first + c * inner]
     sums = np.zeros((parts, 2, period))
     fork(row_moments, parts, (x, first, last, shift.reshape(-1), sums))
-    count, total = (last - first) // channels, _per_channel(sums, shift.shape)
+    count, total = (last - first) // channels, channel_sums(sums, shift.shape)
     for c in range(channels):
         away = np.float64(shift[0, c, 0])
         own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
@@ -316,11 +284,11 @@ def forward(
     rule = (kind, eps, first, second)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
     rest = (weight, bias, relu, own, used, rule, old_mean, old_var, window)
-    if not _in_rows(x, last):
+    if not in_rows(x, last):
         fork(_forward_planes, parts, (x, y, added, starts, *rest))
     else:
         flat = (x.reshape(-1), y.reshape(-1), added.reshape(-1))
-        some = (*flat, starts, _layout(x, last, starts), *rest)
+        some = (*flat, starts, row_layout(x, last, starts), *rest)
         if groups >= parts:
             fork(_forward_groups, parts, some)
         else:
@@ -438,7 +406,7 @@ def _backward_group(
         fork(row_kept_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
     else:
         fork(row_sums, parts, (dy, x, first, last, middle, partial))
-    total = _per_channel(partial, center.shape)
+    total = channel_sums(partial, center.shape)
     for c in range(channels):
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
         sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
@@ -545,11 +513,11 @@ def backward(
     old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
     rule = (eps, share, centered, steps, old_weight)
     rest = (weight, relu, used, centers, sums, on, rule, memory, wanted)
-    if not _in_rows(x, last):
+    if not in_rows(x, last):
         fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, *rest))
     else:
         flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
-        some = (*flat, starts, _layout(x, last, starts), *rest)
+        some = (*flat, starts, row_layout(x, last, starts), *rest)
         if groups >= parts:
             fork(_backward_groups, parts, some)
         else:

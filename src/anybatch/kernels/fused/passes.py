@@ -80,7 +80,41 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
 # that writes goes from the end back, block by block: the sums before it have left the end in
 # cache. Within a block it goes forward, as the processor expects.
 
+_SHORT = 32  # values of a channel side by side, below which vector registers stay half empty
+_FEW = 8  # examples, below which making rows costs more than they save
+_ROW = 256  # values of a row, about
 _BLOCK = 64  # rows, 64 KiB or so
+
+
+@inlined
+def in_rows(x, last):
+    """Whether a batch is taken in rows: where short planes and enough of them make one."""
+    return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
+
+
+@inlined
+def row_layout(x, last, starts):
+    """Length of a row, values of a channel side by side in it, and values of an example."""
+    channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
+    inner = 1 if last else length
+    unit, example = channels * inner, channels * length
+    smallest = (starts[-1] - starts[-2]) * example  # of all groups, the last one
+    return unit * max(1, min(_ROW, smallest) // unit), inner, example
+
+
+@inlined
+def channel_sums(sums, shape):
+    """Sums over parts and over the places of a channel in a row."""
+    repeats, channels, inner = shape
+    kinds = sums.shape[1]
+    places, total = sums.reshape(-1, kinds, repeats, channels, inner), np.zeros((kinds, channels))
+    for part in range(places.shape[0]):
+        for kind in range(kinds):
+            for repeat in range(repeats):
+                for c in range(channels):
+                    for k in range(inner):
+                        total[kind, c] += places[part, kind, repeat, c, k]
+    return total
 
 
 @inlined
