@@ -2,14 +2,21 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import anybatch
-from anybatch.layers.centralization import centralized_weight, decentralize, is_centralized
+from anybatch.kernels import row_kernels_for, use_fused
+from anybatch.layers.centralization import (
+    _centre,
+    centralized_weight,
+    decentralize,
+    is_centralized,
+)
 
 LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -65,6 +72,42 @@ def test_gradients_pass_the_subtraction(kind: str) -> None:
         return torch.func.functional_call(layer, {"weight": w}, (x,))
 
     assert torch.autograd.gradcheck(run, (weight,))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda w: w,
+        lambda w: w.to(memory_format=torch.channels_last),
+        lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda w: torch.stack([w, w], -1)[..., 0],
+        lambda w: w[:0],
+    ],
+    ids=["contiguous", "channels last", "transposed", "strided", "empty"],
+)
+def test_compiled_loops_centre_what_is_dense(
+    arrange: Callable[[Tensor], Tensor], dtype: torch.dtype, threads: int
+) -> None:
+    pytest.importorskip("numba")
+    weight = arrange(torch.randn(37, 48, 5, 5, dtype=dtype) + 3).requires_grad_()
+    assert (row_kernels_for(weight) is not None) == (
+        weight.numel() > 0
+        and (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last))
+    )
+    dy, found = torch.randn_like(weight), []
+    torch.set_num_threads(threads)
+    try:
+        for choice in ("auto", "never"):
+            use_fused(choice)
+            y = _centre(weight, (1, 2, 3))
+            found.append((y, *torch.autograd.grad(y, weight, dy)))
+    finally:
+        use_fused("auto")
+        torch.set_num_threads(1)
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5 if dtype == torch.float32 else 1e-13)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import anybatch
-from anybatch.kernels import fused_for, use_fused
+from anybatch.kernels import fused_for, sampled_kernels_for, use_fused
 from anybatch.kernels.fused import SERIAL
 from contract.gauntlet import NAMES, make, state, step
 
@@ -60,6 +60,52 @@ def test_others_do_not(x: torch.Tensor) -> None:
     assert fused_for(x, row, row) is None
     assert fused_for(torch.zeros(2, 4), None, row) is None
     assert fused_for(torch.zeros(2, 4), row, None) is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        torch.zeros(8)[::2],
+        torch.zeros(1).expand(4),
+        torch.zeros(4, device="meta"),
+        torch.zeros(5),
+        torch.zeros(4, dtype=torch.float64),
+        torch._neg_view(torch.zeros(4)),
+        torch.zeros(4).as_subclass(type("Own", (torch.Tensor,), {})),
+        None,
+    ],
+    ids=["strided", "expanded", "meta", "longer", "other type", "neg", "subclass", "none"],
+)
+def test_a_layer_whose_rows_are_not_plain_memory_does_not(row: torch.Tensor | None) -> None:
+    x, plain = torch.zeros(2, 4, 3), torch.nn.Parameter(torch.zeros(4))
+    assert fused_for(x, plain, plain, plain, plain) is not None
+    assert sampled_kernels_for(x, plain, plain, plain, plain) is not None
+    for place in range(4):
+        rows = [plain] * 4
+        rows[place] = row
+        assert fused_for(x, *rows) is None
+        assert sampled_kernels_for(x, *rows) is None
+
+
+def test_rows_that_are_not_plain_memory_give_the_same() -> None:
+    """Addresses of parameters are taken only where these are dense."""
+    layers = [anybatch.BatchNorm1d(4, affine=True) for _ in range(2)]
+    with torch.no_grad():
+        layers[0].weight.copy_(torch.arange(1.0, 5.0))
+    strided = torch.stack([torch.arange(1.0, 5.0), torch.zeros(4)], 1)[:, 0]
+    layers[1].weight = torch.nn.Parameter(strided)
+    assert not layers[1].weight.is_contiguous()
+    x = torch.randn(5, 4)
+    for mine, theirs in zip(*(step(layer, x, x) for layer in layers), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_a_gradient_of_zeros_without_memory() -> None:
+    layer = anybatch.BatchNorm1d(4)
+    x = torch.randn(6, 4, requires_grad=True)
+    layer(x).backward(torch._efficientzerotensor((6, 4)))
+    assert x.grad is not None
+    assert not x.grad.any()
 
 
 @pytest.mark.parametrize(

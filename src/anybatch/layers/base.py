@@ -20,7 +20,7 @@ from anybatch.kernels.triton import Recipe
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
-from anybatch.layers.compiled import BackwardArrays, Compiled, ForwardArrays, Kept
+from anybatch.layers.compiled import BackwardData, Compiled, ForwardData, Kept
 from anybatch.layers.launched import Launched
 from anybatch.layers.normalize import BackwardMemory, Call, Gradients, gradients, normalize
 from anybatch.layers.partition import Partition, partition
@@ -255,12 +255,12 @@ class NormLayer(NormState):
         """Statistics a group of examples has: channels, or groups of channels."""
         return self.num_features
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         """The forward of one normalization batch in one compiled call, for layers with `fuses`.
 
         Args:
             loops: The compiled kernels.
-            arrays: Input, output and parameters.
+            data: Input, output and parameters.
             update: Whether state may change.
 
         Returns:
@@ -269,12 +269,12 @@ class NormLayer(NormState):
         raise NotImplementedError
 
     def fused_backward(
-        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
+        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
     ) -> None:
         """The backward of one normalization batch in one compiled call."""
         centers = kept.used[0] if kept.centers is None else kept.centers
-        unused = (loops.BATCH, loops.none(arrays.x), loops.NO_COUNT, 0.0, True, False)
-        loops.backward(*arrays, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
+        unused = (loops.BATCH, loops.NONE, loops.NO_COUNT, 0.0, True, False)
+        loops.backward(*data, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
 
     def gradients(
         self,
@@ -451,15 +451,15 @@ class NormLayer(NormState):
         self, x: Tensor, cut: Partition, values: int, update: bool, then: Activation | None
     ) -> tuple[Tensor | None, bool]:
         """The forward in a CPU's compiled loops, and whether they did the activation."""
-        scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
+        rows = self._rows()
         serial = x.shape[1] * values * max(cut.batches) if self.fuses_small_only else 0
-        loops = kernels.fused_for(x, self._buffers["running_var"], scale, serial)
-        if loops is None or shift is None or self._live(cut, values) is not None:
+        loops = kernels.fused_for(x, *rows, serial=serial)
+        if loops is None or self._live(cut, values) is not None:
             return None, False
         inside = then is not None and not serial and self.fuses_activation and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, cut, update, inside)
-        y: Tensor = Compiled.apply(x, scale, shift, added, how)  # type: ignore[no-untyped-call]
+        y: Tensor = Compiled.apply(x, *rows[:2], added, how)  # type: ignore[no-untyped-call]
         return y, inside
 
     def _apply_statistics(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from anybatch.kernels.triton import Recipe
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import ForwardArrays, Kept
+from anybatch.layers.compiled import ForwardData, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -64,22 +64,22 @@ class _BatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
-        return fused_groups(self, loops, arrays, update)
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+        return fused_groups(self, loops, data, update)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
         return Recipe()
 
 
-def fused_groups(layer: NormLayer, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+def fused_groups(layer: NormLayer, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
     """`NormLayer.fused` of layers whose groups of examples are normalized by their own alone."""
-    groups, (mean, var, tracked) = len(arrays.starts) - 1, layer._running()
+    groups, running = len(data.starts) - 1, layer._running()
     used = loops.table(2, groups, layer.columns)
     pooled = layer.columns != layer.num_features
     own = loops.table(2, groups, layer.num_features) if pooled else used
-    memory, running = (mean, var, loops.none(mean)), (mean, var, tracked)
+    memory = (*running[:2], *loops.NONE)
     constants = (loops.NO_COUNT, loops.NO_SETTINGS, layer._number(), layer.eps, update)
-    loops.forward(loops.PLAIN, *arrays, own, used, running, memory, *constants)
+    loops.forward(loops.PLAIN, *data, own, used, running, memory, *constants)
     return Kept(used)
 
 

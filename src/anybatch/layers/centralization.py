@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from anybatch import kernels
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -34,18 +36,31 @@ def _centre(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     return centred
 
 
+def _minus_mean(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    loops = (
+        kernels.row_kernels_for(weight) if dims[0] == 1 and len(dims) == weight.dim() - 1 else None
+    )
+    if loops is None:
+        return weight - weight.mean(dims, keepdim=True)
+    centred = torch.empty_like(weight)
+    shape = weight.shape[0], weight.numel() // weight.shape[0]
+    places = weight.data_ptr(), centred.data_ptr()
+    loops.centre(loops.LIKE[weight.dtype], *places, shape, loops.parts(weight.numel()))
+    return centred
+
+
 class _Centre(torch.autograd.Function):
     """``w - mean(w)``; a projection, so that the gradient is centred too."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, dims: tuple[int, ...]) -> Tensor:
         ctx.dims = dims
-        return weight - weight.mean(dims, keepdim=True)
+        return _minus_mean(weight, dims)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
-            return gradient - gradient.mean(ctx.dims, keepdim=True), None
+            return _minus_mean(gradient, ctx.dims), None
         centred: Tensor = _Centre.apply(gradient, ctx.dims)  # type: ignore[no-untyped-call]
         return centred, None
 

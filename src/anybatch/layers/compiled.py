@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from itertools import accumulate
+from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,39 +20,45 @@ if TYPE_CHECKING:
 Array = Any  # numpy's; the library does not import numpy
 
 
-class ForwardArrays(NamedTuple):
-    """One normalization batch as the compiled kernels take it.
+class ForwardData(NamedTuple):
+    """One normalization batch as the compiled kernels take it; tensors are addresses.
 
     Attributes:
-        x: Input, ``(N, C, L)``, or ``(N, L, C)`` where channels are `last`.
+        like: An empty array of the type of all tensors.
+        x: Input.
         y: Output, to be written.
+        shape: Of both, ``(N, C, L)``, or ``(N, L, C)`` where channels are `last`.
         last: Whether channels are.
         starts: Where groups of examples begin, and the end.
         weight: Scale.
         bias: Shift.
         parts: Threads.
         relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; empty for nothing.
+        added: What is added before it, like `x`; 0 for nothing.
     """
 
-    x: Array
-    y: Array
+    like: Array
+    x: int
+    y: int
+    shape: tuple[int, int, int]
     last: bool
     starts: Array
-    weight: Array
-    bias: Array
+    weight: int
+    bias: int
     parts: int
     relu: bool
-    added: Array
+    added: int
 
 
-class BackwardArrays(NamedTuple):
-    """One normalization batch of the backward pass, see `ForwardArrays`.
+class BackwardData(NamedTuple):
+    """One normalization batch of the backward pass, see `ForwardData`.
 
     Attributes:
+        like: An empty array of the type of all tensors.
         dy: Gradient of the output.
         x: Input.
         dx: Gradient of the input, to be written where it is `wanted`.
+        shape: Of the three.
         last: Whether channels are.
         starts: Where groups of examples begin, and the end.
         weight: Scale.
@@ -60,23 +67,25 @@ class BackwardArrays(NamedTuple):
         wanted: Whether the input needs a gradient.
         parts: Threads.
         relu: Whether a ReLU followed.
-        y: Its output; empty without one.
-        g_added: Gradient of what was added before it, to be written; empty where none is wanted.
+        y: Its output; 0 without one.
+        g_added: Gradient of what was added before it, to be written; 0 where none is wanted.
     """
 
-    dy: Array
-    x: Array
-    dx: Array
+    like: Array
+    dy: int
+    x: int
+    dx: int
+    shape: tuple[int, int, int]
     last: bool
     starts: Array
-    weight: Array
-    dw: Array
-    db: Array
+    weight: int
+    dw: int
+    db: int
     wanted: bool
     parts: int
     relu: bool
-    y: Array
-    g_added: Array
+    y: int
+    g_added: int
 
 
 class Kept(NamedTuple):
@@ -119,9 +128,10 @@ def as_statistics(kept: list[Kept], like: Tensor) -> Statistics:
 
 
 class _Step(NamedTuple):
-    """The examples of a normalization batch, and the sizes of its groups."""
+    """A normalization batch: its first example, how many it has, and the sizes of its groups."""
 
-    rows: slice
+    first: int
+    examples: int
     sizes: tuple[int, ...]
 
 
@@ -129,7 +139,7 @@ class _Step(NamedTuple):
 def _steps(cut: Partition) -> tuple[_Step, ...]:
     ends, groups = list(accumulate(cut.batches)), list(accumulate(cut.steps))
     return tuple(
-        _Step(slice(end - size, end), cut.sizes[group - number : group])
+        _Step(end - size, size, cut.sizes[group - number : group])
         for end, size, group, number in zip(ends, cut.batches, groups, cut.steps, strict=True)
     )
 
@@ -149,17 +159,17 @@ class Compiled(torch.autograd.Function):
         layer, loops, cut, update, relu = how
         y: Tensor = loops.empty_like(x)
         last = not x.is_contiguous()
-        x_, y_, parts = _flat(x.detach(), last), _flat(y, last), loops.parts(x.numel())
-        added_ = nothing = loops.nothing(x_.dtype)
         if added is not None:
-            added_ = _flat(ordered(added.detach().resolve_neg(), last), last)
-        w, b = loops.read(weight), loops.read(bias)
-        steps, kept = _steps(cut), []
-        for rows, sizes in steps:
-            some = (x_, y_) if len(steps) == 1 else (x_[rows], y_[rows])
-            more = nothing if added is None else added_[rows]
-            arrays = ForwardArrays(*some, last, loops.cut(sizes), w, b, parts, relu, more)
-            kept.append(layer.fused(loops, arrays, update))
+            added = dense(added, last)
+        like, parts = loops.LIKE[x.dtype], loops.parts(x.numel())
+        w, b, kept = weight.data_ptr(), bias.data_ptr(), []
+        places = [0 if t is None else t.data_ptr() for t in (x, y, added)]
+        (_, rows, columns), example = _shape(x, last), _example(x)
+        for first, size, sizes in _steps(cut):
+            x_, y_, added_ = [place and place + first * example for place in places]
+            shape, starts = (size, rows, columns), loops.cut(sizes)
+            data = ForwardData(like, x_, y_, shape, last, starts, w, b, parts, relu, added_)
+            kept.append(layer.fused(loops, data, update))
         if relu:  # whose mask is the sign of its output
             ctx.save_for_backward(x, weight, y)
         else:
@@ -181,29 +191,30 @@ class Compiled(torch.autograd.Function):
             given = (dy, x, weight, statistics, ctx.cut, needs, ctx.update)
             return *ctx.layer.gradients(*given), dy if adds else None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
-        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        dy, x = ordered(dy, last), ordered(x.detach(), last)
+        dy, x, weight = dense(dy, last, x.dtype), dense(x, last), weight.contiguous()
         dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
-        dy_, x_, dx_ = _flat(dy, last), _flat(x, last), _flat(dx, last)
-        y_ = g_ = nothing = loops.nothing(x_.dtype)
-        g = None
+        y = g = None
         if activated:
-            y_ = _flat(ordered(activated[0].detach(), last), last)
-            if adds:
-                g = loops.empty_like(x)
-                g_ = _flat(g, last)
+            y = dense(activated[0], last)
+            g = loops.empty_like(x) if adds else None
         if one:
             dw, db = torch.empty_like(weight), torch.empty_like(weight)
         else:
             dw, db = weight.new_empty(2, len(steps), *weight.shape)
-        w, dw_, db_ = loops.read(weight), dw.numpy(), db.numpy()
-        for step, (rows, sizes) in enumerate(steps):
-            some = (dy_, x_, dx_) if one else (dy_[rows], x_[rows], dx_[rows])
-            own: tuple[Array, Array] = (dw_, db_) if one else (dw_[step], db_[step])
-            behind = y_[rows] if activated else nothing, g_ if g is None else g_[rows]
-            how = (needs[0], parts, bool(activated), *behind)
-            arrays = BackwardArrays(*some, last, loops.cut(sizes), w, *own, *how)
-            ctx.layer.fused_backward(loops, arrays, ctx.kept[step], ctx.update)
+        row, like, w = weight.nbytes, loops.LIKE[x.dtype], weight.data_ptr()
+        places = [0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g)]
+        (_, rows, columns), example = _shape(x, last), _example(x)
+        relu, dw_, db_ = bool(activated), dw.data_ptr(), db.data_ptr()
+        for step, (first, size, sizes) in enumerate(steps):
+            above, x_, dx_, *behind = [place and place + first * example for place in places]
+            shape, starts, own = (
+                (size, rows, columns),
+                loops.cut(sizes),
+                (dw_ + step * row, db_ + step * row),
+            )
+            how = (needs[0], parts, relu, *behind)
+            data = BackwardData(like, above, x_, dx_, shape, last, starts, w, *own, *how)
+            ctx.layer.fused_backward(loops, data, ctx.kept[step], ctx.update)
         if not one:
             dw, db = dw.sum(0), db.sum(0)
         return (
@@ -217,23 +228,29 @@ class Compiled(torch.autograd.Function):
 
 def is_plain(x: Tensor) -> bool:
     """Whether a gradient is memory to read: not traced, not one of a batch of gradients."""
-    return type(x) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(x)
+    if type(x) is not Tensor or x._is_zerotensor():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def ordered(x: Tensor, last: bool) -> Tensor:
-    """A tensor whose channels lie first or last in memory."""
+def dense(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor without gaps in memory, whose channels lie first or last, of a type if given."""
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    if x.is_neg():
+        x = x.resolve_neg()
     if not last:
         return x.contiguous()
     return x if kernels.lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-_CHANNELS_LAST = {2: (0, 1), 3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+def _shape(x: Tensor, last: bool) -> tuple[int, int, int]:
+    """Of a dense tensor as ``(N, C, L)`` or ``(N, L, C)``."""
+    examples, channels, *space = x.shape
+    length = prod(space)
+    return (examples, length, channels) if last else (examples, channels, length)
 
 
-def _flat(x: Tensor, last: bool) -> Array:
-    """An ordered tensor as an array ``(N, C, L)`` or ``(N, L, C)`` of the same memory."""
-    shape = x.shape
-    if last:
-        array = x.numpy().transpose(_CHANNELS_LAST[len(shape)])
-        return array.reshape(shape[0], -1, shape[1])
-    return x.numpy().reshape(shape[0], shape[1], -1)
+def _example(x: Tensor) -> int:
+    """Bytes of an example in a dense tensor."""
+    return x.nbytes // x.shape[0]

@@ -18,7 +18,7 @@ from anybatch.layers.backward_average import BackwardAverage, all_finite, slide,
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
 from anybatch.layers.centralization import centralized_weight, is_centralized
-from anybatch.layers.compiled import Array, BackwardArrays, ForwardArrays, Kept
+from anybatch.layers.compiled import Array, BackwardData, ForwardData, Kept
 from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward
@@ -509,28 +509,25 @@ class _CrossIterationBatchNorm(NormLayer):
         """Whether it takes the loops of the window, which are for small batches."""
         return self._flow.batch is not None
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         if self._flow.batch is None:
             if update:
                 self.memory["step"].add_(1)
-            return fused_groups(self, loops, arrays, update)
-        x, y, weight, bias = arrays.x, arrays.y, arrays.weight, arrays.bias
+            return fused_groups(self, loops, data, update)
+        examples, channels, length = data.shape
         feed, output, first, _ = self._flow.batch
-        self._flow.batch = _Batch(feed, output, first + x.shape[0])
+        self._flow.batch = _Batch(feed, output, first + examples)
         kernels = cross_iteration_kernels()
         rings, counters = self._arrays(kernels)
         fed, paces = kernels.NO_FEED, None
         if feed is not None:
             fed, paces = self._feed_arrays(kernels, feed, output)
         order = 0 if feed is None else 1
-        values, count = x.shape[0] * x.shape[2], self.gradient_sample
+        values, count = examples * length, self.gradient_sample
         whole = update and order > 0 and (count is None or count >= values)
-        own, used = kernels.table(x.shape[1]), loops.table(2, 1, x.shape[1])
+        own, used = kernels.table(channels), loops.table(2, 1, channels)
         share = kernels.cross_iteration_norm(
-            x,
-            y,
-            weight,
-            bias,
+            *(data.like, data.x, data.y, data.shape, data.weight, data.bias),
             own,
             used[0, 0],
             used[1, 0],
@@ -546,7 +543,7 @@ class _CrossIterationBatchNorm(NormLayer):
         )
         if update:
             if feed is not None:
-                self._write_slope(kernels, x, own[0], fed, paces, feed, output, first)
+                self._write_slope(kernels, data, own[0], fed, paces, feed, output, first)
             kernels.record(own, values, order, fed, rings, counters, self.burn_in_steps)
         if self.backward_stats == "window" and share > 0:
             share = 1.0
@@ -555,7 +552,7 @@ class _CrossIterationBatchNorm(NormLayer):
     def _write_slope(
         self,
         kernels: ModuleType,
-        x: Array,
+        data: ForwardData,
         means: Array,
         arrays: Any,
         paces: Any,
@@ -565,17 +562,19 @@ class _CrossIterationBatchNorm(NormLayer):
     ) -> None:
         """Write the gradient of the variance into the slot of this step."""
         (*_, patch_ring, slope_ring), counters = self._arrays(kernels)
-        place, values, count = int(counters[1]), x.shape[0] * x.shape[2], self.gradient_sample
+        (examples, channels, length), count = data.shape, self.gradient_sample
+        place, values = int(counters[1]), examples * length
         if count is None or count >= values:
-            some = slice(first, first + x.shape[0])
+            some = slice(first, first + examples)
             whole = patches.raw_gradient(feed.geometry, feed.x[some], output[some])
             product = whole.contiguous().numpy()
             kernels.from_product(product, values, means, patch_ring, slope_ring, place)
             return
         groups, fan_in = patch_ring.shape[1:]
-        apart, seen = kernels.workspace(groups, x.shape[1] // groups, count, fan_in, output.dtype)
+        apart, seen = kernels.workspace(groups, channels // groups, count, fan_in, output.dtype)
         start = int(counters[0]) * count
-        kernels.sample(x, arrays, first, means, patch_ring, place, paces, start, apart, seen)
+        given = (arrays, first, means, patch_ring, place, paces, start, apart, seen)
+        kernels.sample(data.like, data.x, data.shape, *given)
         kernels.product(apart, seen, slope_ring[place])
 
     def _arrays(self, kernels: ModuleType) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -603,20 +602,15 @@ class _CrossIterationBatchNorm(NormLayer):
         return (x, rows, bias, taps, meetings, sizes, feed.geometry.groups), paces
 
     def fused_backward(
-        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
+        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
     ) -> None:
         windowed = "backward_window" in self.memory and not self.burning
         if kept.own or kept.share == 0 or not windowed:
-            return super().fused_backward(loops, arrays, kept, update)
-        dy, x, dx, _, _, weight, dw, db, *_ = arrays
+            return super().fused_backward(loops, data, kept, update)
+        like, dy, x, dx, shape, _, _, weight, dw, db, *_ = data
         window, count = self.memory["backward_window"], self.memory["backward_step"]
         cross_iteration_kernels().windowed_backward(
-            dy,
-            x,
-            dx,
-            weight,
-            dw,
-            db,
+            *(like, dy, x, dx, shape, weight, dw, db),
             *kept.used[:, 0],
             self.eps,
             update,

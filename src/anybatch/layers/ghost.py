@@ -12,7 +12,7 @@ from anybatch.kernels.triton import Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups
-from anybatch.layers.compiled import ForwardArrays, Kept
+from anybatch.layers.compiled import ForwardData, Kept
 from anybatch.layers.source import several, sum_processes
 from anybatch.layers.statistics import Statistics
 
@@ -111,8 +111,8 @@ class _GhostBatchNorm(NormLayer):
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
-        return fused_groups(self, loops, arrays, update)
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+        return fused_groups(self, loops, data, update)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
         return Recipe()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybatch import kernels
 from anybatch.kernels.triton import MOMENTUM, RENORM, WINDOW, Recipe
-from anybatch.layers.compiled import is_plain, ordered
+from anybatch.layers.compiled import dense, is_plain
 from anybatch.layers.normalize import Call, gradients, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.statistics import Statistics
@@ -114,7 +114,7 @@ class Launched(torch.autograd.Function):
         if not is_plain(dy) or kernels.is_watched():
             return *gradients(dy, x, weight, kept.call(), needs), *_REST
         with _on(x):
-            dy, x = ordered(dy, kept.last), ordered(x, kept.last)
+            dy, x = dense(dy, kept.last), dense(x, kept.last)
             dx, groups = torch.empty_like(x) if needs[0] else x, kept.used.shape[1]
             shape = (2, groups, weight.shape[0]) if groups > 1 else (2, weight.shape[0])
             slopes = weight.new_empty(shape)

@@ -11,7 +11,7 @@ from anybatch.kernels import INFINITY
 from anybatch.kernels.triton import MOMENTUM, Recipe
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import ForwardArrays, Kept
+from anybatch.layers.compiled import ForwardData, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -197,19 +197,19 @@ class _MomentumBatchNorm(NormLayer):
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         if update and self.batch_size is None:
-            self._set_batch_size(arrays.x.shape[0])
+            self._set_batch_size(data.shape[0])
         own, used = (loops.table(2, 1, self.num_features) for _ in range(2))
-        mean, var, count = (self.memory[name].numpy() for name in ("mean", "var", "count"))
+        mean, var, count = (self.memory[name].data_ptr() for name in ("mean", "var", "count"))
         settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
         keep = loops.forward(
             loops.MOMENTUM,
-            *arrays,
+            *data,
             own,
             used,
             self._running(),
-            (mean, var, loops.none(mean)),
+            (mean, var, *loops.NONE),
             count,
             settings,
             self._number(),

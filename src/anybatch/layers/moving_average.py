@@ -12,7 +12,7 @@ from anybatch.kernels.triton import AVERAGES, WINDOW, Recipe
 from anybatch.layers.arguments import check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import BackwardArrays, ForwardArrays, Kept
+from anybatch.layers.compiled import BackwardData, ForwardData, Kept
 from anybatch.layers.normalize import BackwardMemory
 from anybatch.layers.statistics import Statistics
 
@@ -218,20 +218,21 @@ class _MovingAverageBatchNorm(NormLayer):
         """Whether the compiled kernels know this form."""
         return not self.centered
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         own, used = loops.table(2, 1, self.num_features), loops.table(4, 1, self.num_features)
-        running, averages = self._running(), self.forward_stats != "batch"
-        window = self.memory["window"].numpy() if averages else loops.none(running[0])
+        running, window = self._running(), loops.NONE
+        if self.forward_stats != "batch":
+            window = self.memory["window"].data_ptr(), len(self.memory["window"])
         clip = self.clip if self.forward_stats == "ema" else 0.0
         steps = (float(self.warmup_steps), float(self.renorm_warmup_steps))
         warming = loops.forward(
             loops.WINDOW,
-            *arrays,
+            *data,
             own,
             used,
             running,
-            (*running[:2], window),
-            self.memory["step"].numpy(),
+            (*running[:2], *window),
+            self.memory["step"].data_ptr(),
             (float(self.window), *steps, clip),
             self._number(),
             self.eps,
@@ -240,16 +241,17 @@ class _MovingAverageBatchNorm(NormLayer):
         return Kept(used, own=warming > 0, centered=False)
 
     def fused_backward(
-        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
+        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
     ) -> None:
-        average, count = loops.none(arrays.x), loops.NO_COUNT
+        average, count = loops.NONE, loops.NO_COUNT
         if self.backward_stats != "batch":
-            average = self.memory["backward_average"].numpy().reshape(-1, self.num_features)
-            count = self.memory["backward_step"].numpy()
+            stored = self.memory["backward_average"]
+            average = stored.data_ptr(), stored.numel() // self.num_features
+            count = self.memory["backward_step"].data_ptr()
         assert self.num_batches_tracked is not None
         pace = 1 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
         loops.backward(
-            *arrays,
+            *data,
             kept.used,
             kept.used[0],
             kept.share,

@@ -11,7 +11,7 @@ from anybatch.kernels import scalar
 from anybatch.kernels.triton import RENORM, Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import ForwardArrays, Kept
+from anybatch.layers.compiled import ForwardData, Kept
 from anybatch.layers.statistics import Statistics
 
 
@@ -134,12 +134,12 @@ class _BatchRenorm(NormLayer):
             return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
         return (step > self.warmup_steps).to(dtype)
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         used, running = loops.table(4, 1, self.num_features), self._running()
-        memory = (*running[:2], loops.none(running[0]))
+        memory = (*running[:2], *loops.NONE)
         limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
-        constants = (self.memory["step"].numpy(), limits, self._number(), self.eps, update)
-        loops.forward(loops.RENORM, *arrays, used, used, running, memory, *constants)
+        constants = (self.memory["step"].data_ptr(), limits, self._number(), self.eps, update)
+        loops.forward(loops.RENORM, *data, used, used, running, memory, *constants)
         return Kept(used)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:

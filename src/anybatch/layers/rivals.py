@@ -10,7 +10,7 @@ from torch import Tensor
 from anybatch import kernels
 from anybatch.kernels import spread
 from anybatch.layers.base import Batch, NormLayer
-from anybatch.layers.compiled import BackwardArrays, ForwardArrays, Kept
+from anybatch.layers.compiled import BackwardData, ForwardData, Kept
 from anybatch.layers.normalize import BackwardMemory, Gradients, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.source import Source
@@ -102,22 +102,20 @@ class _SpreadNorm(NormLayer):
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
-    def fused(self, loops: ModuleType, arrays: ForwardArrays, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
         kernels_ = kernels.spread_kernels()
-        x, y, last, starts, weight, bias, parts, *_ = arrays
-        used, ends = loops.table(2, 1, self.num_features), kernels_.ends(x, self.num_features)
-        kernels_.spread_forward(
-            kernels_.KINDS[self.fused_kind],
-            *(x, y, last, starts, weight, bias, parts, used, ends),
-            *(self._running(), self._number(), self.eps, update),
-        )
+        kind, given = kernels_.KINDS[self.fused_kind], data[: data._fields.index("relu")]
+        used = loops.table(2, 1, self.num_features)
+        ends = kernels_.ends(data.like, self.num_features)
+        constants = (self._running(), self._number(), self.eps, update)
+        kernels_.spread_forward(kind, *given, used, ends, *constants)
         return Kept(used, ends=ends)
 
     def fused_backward(
-        self, loops: ModuleType, arrays: BackwardArrays, kept: Kept, update: bool
+        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
     ) -> None:
         kernels_ = kernels.spread_kernels()
-        kind, given = kernels_.KINDS[self.fused_kind], arrays[: arrays._fields.index("relu")]
+        kind, given = kernels_.KINDS[self.fused_kind], data[: data._fields.index("relu")]
         kernels_.spread_backward(kind, *given, kept.used, kept.ends, self.eps)
 
     def gradients(

@@ -12,7 +12,7 @@ from anybatch.kernels.samples import Box, Place
 from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.base import Batch, NormLayer, updates
-from anybatch.layers.compiled import Array, Kept, is_plain, ordered
+from anybatch.layers.compiled import Array, Kept, dense, is_plain
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward, may_run_again
@@ -356,13 +356,12 @@ class _SampledBatchNorm(NormLayer):
 
     def _normalize_compiled(self, x: Tensor, then: Activation | None) -> Tensor | None:
         """The whole forward in compiled calls, where these can serve it."""
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         rows = x.shape[0]
         if self.outlier_limit is not None:
             return None
-        if bias is None or (self.norm_batch_size is not None and self.norm_batch_size < rows):
+        if self.norm_batch_size is not None and self.norm_batch_size < rows:
             return None
-        loops = kernels.sampled_kernels_for(x, self._buffers["running_var"], weight)
+        loops = kernels.sampled_kernels_for(x, *self._rows())
         found = None if loops is None else self._parts(x, (rows,))
         if found is None or sum(part.values for part in found[0]) < 2:
             return None
@@ -370,6 +369,7 @@ class _SampledBatchNorm(NormLayer):
         inside = then is not None and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, found[0], updates.enabled, inside)
+        weight, bias, *_ = self._rows()
         y: Tensor = _Compiled.apply(x, weight, bias, added, how)  # type: ignore[no-untyped-call]
         if again and self._last is not None:
             self._recent.note(x, self._last)
@@ -518,11 +518,11 @@ def _is_planes(x: Tensor) -> bool:
     return x.is_contiguous() and x.shape[2:].numel() > 1
 
 
-def _flat(x: Tensor, planes: bool) -> Array:
-    """A dense activation as an array of the same memory: planes or rows of channels."""
-    if planes:
-        return x.numpy().reshape(x.shape[0] * x.shape[1], -1)
-    return x.movedim(1, -1).numpy().reshape(-1, x.shape[1])
+def _map(x: Tensor, planes: bool) -> tuple[int, int]:
+    """Shape of a dense activation as planes or rows of channels."""
+    rows, channels = x.shape[0], x.shape[1]
+    length = x.numel() // (rows * channels)
+    return (rows * channels, length) if planes else (rows * length, channels)
 
 
 class _Compiled(torch.autograd.Function):
@@ -543,19 +543,20 @@ class _Compiled(torch.autograd.Function):
             ctx.save_for_backward(x, weight, y)
         else:
             ctx.save_for_backward(x, weight)
-        x_ = _flat(x.detach(), planes)
-        added_ = loops.nothing(x_.dtype)
         if added is not None:
-            added_ = _flat(ordered(added.detach().resolve_neg(), not x.is_contiguous()), planes)
+            added = dense(added, not x.is_contiguous())
         ctx.kept = loops.forward(
-            x_,
-            _flat(y, planes),
+            loops.LIKE[x.dtype],
+            x.data_ptr(),
+            y.data_ptr(),
+            _map(x, planes),
             planes,
             relu,
-            added_,
+            0 if added is None else added.data_ptr(),
             sample,
-            loops.read(weight),
-            loops.read(bias),
+            x.shape[1],
+            weight.data_ptr(),
+            bias.data_ptr(),
             layer._running(),
             layer._number(),
             layer.eps,
@@ -577,30 +578,17 @@ class _Compiled(torch.autograd.Function):
             own = _gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs)
             return *own, dy if needs[3] else None, None
         planes, loops = _is_planes(x), ctx.loops
-        x = x.detach()
+        last = not x.is_contiguous()
+        dy, x, weight = dense(dy, last), dense(x, last), weight.contiguous()
         dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        dy = ordered(dy, not x.is_contiguous())
-        arrays = (_flat(dy, planes), _flat(x, planes), _flat(dx, planes))
-        y_ = g_ = loops.nothing(arrays[1].dtype)
-        g = None
+        y = g = None
         if activated:
-            y_ = _flat(activated[0].detach(), planes)
-            if needs[3]:
-                g = loops.empty_like(x)
-                g_ = _flat(g, planes)
-        loops.backward(
-            *arrays,
-            planes,
-            bool(activated),
-            y_,
-            g_,
-            ctx.length,
-            loops.read(weight),
-            dw.numpy(),
-            db.numpy(),
-            ctx.kept,
-            ctx.eps,
-        )
+            y = dense(activated[0], last)
+            g = loops.empty_like(x) if needs[3] else None
+        dy_, x_, dx_, y_, g_ = (0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g))
+        shape, rows = _map(x, planes), (weight.data_ptr(), dw.data_ptr(), db.data_ptr())
+        how = (planes, y is not None, y_, g_, ctx.length)
+        loops.backward(loops.LIKE[x.dtype], dy_, x_, dx_, shape, *how, *rows, ctx.kept, ctx.eps)
         grads = (dx, dw, db)
         wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
         return *wanted, g, None

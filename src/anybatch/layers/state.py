@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import kernels
 from anybatch.layers.accumulation import StepMemory
-from anybatch.layers.compiled import Array
 from anybatch.layers.recompute import Recent
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -197,12 +196,17 @@ class NormState(_NormBase):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_recent": Recent(), "_arrivals": None}
 
-    def _running(self) -> tuple[Array, Array, Array]:
-        """Running statistics and the number of batches as arrays of the same memory."""
+    def _rows(self) -> tuple[Tensor | None, ...]:
+        """Scale, shift and running statistics, as compiled kernels need them, all or none."""
+        of, kept = self._parameters, self._buffers
+        return of.get("weight"), of.get("bias"), kept["running_mean"], kept["running_var"]
+
+    def _running(self) -> tuple[int, int, int]:
+        """Addresses of the running statistics and of the number of batches."""
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         count = self._buffers["num_batches_tracked"]
         assert mean is not None and var is not None and count is not None
-        return mean.numpy(), var.numpy(), count.numpy()
+        return mean.data_ptr(), var.data_ptr(), count.data_ptr()
 
     def _number(self) -> float:
         """Momentum for the compiled kernels: -1 averages over all batches."""

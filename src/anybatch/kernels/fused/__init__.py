@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TYPES = (torch.float32, torch.float64)
 SERIAL = 2**16  # values at a time, above which torch's threads win where the loops have none
 _choice = os.environ.get("ANYBATCH_FUSED", "auto")
 
@@ -36,33 +38,71 @@ def use_fused(choice: str) -> None:
     _choice = choice
 
 
-def fused_for(
-    x: Tensor, state: Tensor | None, weight: Tensor | None, serial: int = 0
-) -> ModuleType | None:
+def fused_for(x: Tensor, *rows: Tensor | None, serial: int = 0) -> ModuleType | None:
     """The compiled kernels, where they can serve a batch.
 
     Args:
         x: The batch.
-        state: A running statistic.
-        weight: Scale of the layer.
+        rows: Parameters and running statistics of the layer, None where it has none.
         serial: Where the loops have one thread and serve contiguous batches alone, the values that
             they take at a time; else 0.
 
     Returns:
-        The module of the kernels, or None: another device or layout, types that differ, a
-        compiler, tracer or transform at work, no Numba, or a large batch without threads.
+        The module of the kernels, or None: another device or layout, rows that are missing or of
+        another type, a compiler, tracer or transform at work, no Numba, or a large
+        batch without threads.
     """
-    if _choice == "never" or state is None or weight is None:
-        return None
-    if x.device.type != "cpu" or type(x) is not Tensor or is_watched():
-        return None
-    if not x.dtype == state.dtype == weight.dtype or x.is_neg():
+    if not _is_served(x, rows):
         return None
     large = x.numel() > SERIAL
     if not x.is_contiguous() and (serial or not lies_last(x)):
         return None
     kernels = None if serial > SERIAL else _kernels()
     return None if kernels is None or (large and kernels.without_threads()) else kernels
+
+
+def row_kernels_for(x: Tensor) -> ModuleType | None:
+    """The compiled kernels of rows, where they can serve a weight or its gradient.
+
+    Args:
+        x: Of any shape; a row is all that belongs to an index of the first dimension.
+
+    Returns:
+        Their module, or None: another device or type, rows with gaps or one in another, a compiler,
+        tracer or transform at work, no Numba.
+    """
+    if type(x) not in _PLAIN or not _is_memory(x):
+        return None
+    if not (x.is_contiguous() or (x.dim() > 3 and lies_last(x))):
+        return None
+    return _row_kernels() if x.numel() and _kernels() is not None else None
+
+
+@lru_cache(maxsize=1)
+def _row_kernels() -> ModuleType:
+    from anybatch.kernels.fused import rows
+
+    return rows
+
+
+def _is_served(x: Tensor, rows: tuple[Tensor | None, ...]) -> bool:
+    """Whether a batch and all rows of its layer are memory of one type to read and write."""
+    if type(x) is not Tensor or not _is_memory(x):
+        return False
+    dtype, channels = x.dtype, x.shape[1]
+    for row in rows:
+        if row is None or row.dtype is not dtype or type(row) not in _PLAIN or not row.is_cpu:
+            return False
+        if row.numel() != channels or not row.is_contiguous() or row.is_neg():
+            return False
+    return True
+
+
+def _is_memory(x: Tensor) -> bool:
+    """Whether a tensor's numbers are in memory as they are, and nothing watches."""
+    if _choice == "never" or not x.is_cpu or x.dtype not in _TYPES or is_watched():
+        return False
+    return not (x.is_neg() or x._is_zerotensor())
 
 
 def lies_last(x: Tensor) -> bool:
@@ -107,27 +147,20 @@ def spread_kernels() -> ModuleType:
     return spread
 
 
-def sampled_kernels_for(
-    x: Tensor, state: Tensor | None, weight: Tensor | None
-) -> ModuleType | None:
+def sampled_kernels_for(x: Tensor, *rows: Tensor | None) -> ModuleType | None:
     """The compiled kernels of batch normalization sampling, where they can serve a batch.
 
     Args:
         x: The batch, of any size.
-        state: A running statistic.
-        weight: Scale of the layer.
+        rows: Parameters and running statistics of the layer, None where it has none.
 
     Returns:
-        Their module, or None: another device or layout, types that differ, a compiler, tracer or
-        transform at work, no Numba.
+        Their module, or None: another device or layout, rows that are missing or of another type, a
+        compiler, tracer or transform at work, no Numba.
     """
-    if _choice == "never" or state is None or weight is None:
+    if not _is_served(x, rows):
         return None
-    if x.device.type != "cpu" or type(x) is not Tensor or is_watched() or x.is_neg():
-        return None
-    if not x.dtype == state.dtype == weight.dtype or not (
-        x.is_contiguous() or (x.dim() > 3 and lies_last(x))
-    ):
+    if not (x.is_contiguous() or (x.dim() > 3 and lies_last(x))):
         return None
     return None if _kernels() is None else _sampled_kernels()
 

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 
+from anybatch.kernels.fused.arrays import array_at, running_at
 from anybatch.kernels.fused.arrays import read as read
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.passes import (
@@ -108,7 +109,7 @@ def _mean_patch(feed, first, examples, patches, place):
 
 
 @jit
-def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
+def sample(like, x, shape, feed, first, means, patches, place, paces, start, apart, seen):
     """Write outputs and patches, minus their means, at the next points of the covering sequence.
 
     ``apart`` is ``(groups, outputs / groups, points)``, times 2 / points; ``seen`` is ``(groups,
@@ -117,7 +118,7 @@ def sample(x, feed, first, means, patches, place, paces, start, apart, seen):
     """
     inputs, _, _, taps, _, sizes, _ = feed
     t0, t1, t2 = taps
-    examples = x.shape[0]
+    x, examples = array_at(x, shape, like), shape[0]
     groups, out_group, count = apart.shape
     per_group = inputs.shape[1] // groups
     k0, k1, k2 = t0.shape[1], t1.shape[1], t2.shape[1]
@@ -197,8 +198,10 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
 
 @jit
 def cross_iteration_norm(
+    like,
     x,
     y,
+    shape,
     weight,
     bias,
     own,
@@ -224,8 +227,10 @@ def cross_iteration_norm(
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
     _, rows, feed_bias, _, _, _, groups = feed
     biased, width = feed_bias.shape[0] > 0, ring_mean.shape[1] // groups
-    running_mean, running_var, tracked = running
     slots, channels = ring_mean.shape
+    x, y = array_at(x, shape, like), array_at(y, shape, like)
+    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    running_mean, running_var, tracked = running_at(running, channels, like)
     values = x.shape[0] * x.shape[2]
     place, known = position[()], entries[()]
     total = np.float64(values)
@@ -303,9 +308,14 @@ def record(own, values, order, feed, rings, counters, burn_in):
 
 
 @jit
-def windowed_backward(dy, x, dx, weight, dw, db, means, variances, eps, update, window, count):
+def windowed_backward(
+    like, dy, x, dx, shape, weight, dw, db, means, variances, eps, update, window, count
+):
     """Gradients with the mean of g * z averaged over a window; see `slide_mean`."""
-    channels, values = x.shape[1], x.shape[0] * x.shape[2]
+    channels, values = shape[1], shape[0] * shape[2]
+    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
+    weight = array_at(weight, channels, like)
+    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
     psi, average = np.empty(channels), np.empty(channels)
     for c in range(channels):
         db[c], second = plane_sums(dy, x, c, 0, x.shape[0], means[c])

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """A whole layer in one compiled call: passes, rule and state, forward and backward.
 
-Arrays ``x``, ``y``, ``dy`` and ``dx`` are ``(N, C, L)``, or ``(N, L, C)`` where channels are
-`last`. Groups of examples begin at ``starts``. One function serves all methods, so that one
-is compiled.
+Tensors are given by their addresses, see `anybatch.kernels.fused.arrays`. Activations ``x``, ``y``,
+``dy`` and ``dx`` are ``(N, C, L)``, or ``(N, L, C)`` where channels are `last`. Groups of examples
+begin at ``starts``. One function serves all methods, so that one is compiled.
 """
 
 from functools import lru_cache
@@ -19,7 +19,13 @@ from anybatch.kernels.fused.activated import (
     row_masked_gradient,
     row_masked_sums,
 )
-from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.arrays import (
+    LIKE,
+    activation_at,
+    array_at,
+    counter_at,
+    running_at,
+)
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like
 from anybatch.kernels.fused.passes import (
@@ -60,7 +66,9 @@ from anybatch.kernels.fused.threads import fork, parts, without_threads
 __all__ = [
     "BATCH",
     "KINDS",
+    "LIKE",
     "MOMENTUM",
+    "NONE",
     "NO_COUNT",
     "NO_SETTINGS",
     "PLAIN",
@@ -70,27 +78,15 @@ __all__ = [
     "cut",
     "empty_like",
     "forward",
-    "none",
-    "nothing",
     "parts",
-    "read",
     "table",
     "without_threads",
 ]
 
-NO_COUNT = np.zeros((), np.int64)
+_ZERO = np.zeros((), np.int64)
+NO_COUNT = _ZERO.ctypes.data  # of a method that counts nothing
+NONE = (0, 0)  # a window without rows
 NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
-
-
-def none(like):
-    """An empty window, of the type of an array."""
-    return np.empty((0, 0), like.dtype)
-
-
-@lru_cache(maxsize=16)
-def nothing(dtype):
-    """An empty activation: nothing added, no gradient wanted."""
-    return np.empty((0, 0, 0), dtype)
 
 
 def table(rows, groups, columns):
@@ -217,8 +213,10 @@ def _forward_groups(
 @jit
 def forward(
     kind,
+    like,
     x,
     y,
+    shape,
     last,
     starts,
     weight,
@@ -240,19 +238,21 @@ def forward(
 
     Args:
         kind: How statistics are chosen.
+        like: An empty array of the type of all tensors.
         x: Input.
         y: Output, to be written.
+        shape: Of both.
         last: Whether channels are.
         starts: Where groups of examples begin, and the end.
         weight: Scale.
         bias: Shift.
         parts: Threads.
         relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; empty for nothing.
+        added: What is added before it, like `x`; 0 for nothing.
         own: Takes the groups' own statistics, ``(2, G, C)``; it may be `used`.
         used: Takes those to normalize by, ``(2 or 4, G, K)``.
         running: Running mean, running variance, batches tracked.
-        memory: Mean, variance and window of the method.
+        memory: Mean and variance of the method, its window and how many rows that has.
         counter: Steps of the method's memory.
         settings: RENORM's (max_r, max_d, warm-up steps, smooth), MOMENTUM's weight of the old
             averages, WINDOW's (length, warm-up steps, renorm warm-up steps, clip or 0).
@@ -264,8 +264,16 @@ def forward(
         MOMENTUM's weight of the old averages in what was used; for WINDOW, 1 where the statistics
         are the batch's own; else 0.
     """
-    running_mean, running_var, tracked = running
-    old_mean, old_var, window = memory
+    channels = shape[2] if last else shape[1]
+    x, y, added = (
+        array_at(x, shape, like),
+        array_at(y, shape, like),
+        activation_at(added, shape, like),
+    )
+    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    running_mean, running_var, tracked = running_at(running, channels, like)
+    old_mean, old_var = array_at(memory[0], channels, like), array_at(memory[1], channels, like)
+    window, counter = array_at(memory[2], (memory[3], channels), like), counter_at(counter)
     now = counter[()] + 1
     first = second = result = 0.0
     if kind == RENORM:
@@ -454,9 +462,11 @@ def _backward_groups(
 
 @jit
 def backward(
+    like,
     dy,
     x,
     dx,
+    shape,
     last,
     starts,
     weight,
@@ -482,9 +492,11 @@ def backward(
     """Gradients of `forward`.
 
     Args:
+        like: An empty array of the type of all tensors.
         dy: Gradient of the output.
         x: Input.
         dx: Takes the gradient of the input.
+        shape: Of the three.
         last: Whether channels are.
         starts: Where groups of examples begin, and the end.
         weight: Scale.
@@ -493,21 +505,26 @@ def backward(
         wanted: Whether to write `dx`.
         parts: Threads.
         relu: Whether a ReLU followed.
-        y: Its output; empty without one.
-        g_added: Takes the gradient of what was added before it; empty where none is wanted.
+        y: Its output; 0 without one.
+        g_added: Takes the gradient of what was added before it; 0 where none is wanted.
         used: Statistics that it was normalized by.
         centers: Centres of the groups' own variances, ``(G, K)``.
         share: Part of the groups' own statistics in `used`.
         centered: Whether a mean was subtracted.
         eps: Added to the variance.
         kind: Which averages of Psi, BATCH for none.
-        memory: A window of them, or an exponential average as a window of one.
+        memory: A window of them, or an exponential average as a window of one, and its rows.
         counter: Steps in them.
         old: Weight of the old exponential average.
         own: Whether the batch's own Psi is used whatever is remembered.
         update: Whether averages may change.
     """
-    groups, channels = used.shape[1], weight.shape[0]
+    groups, channels = used.shape[1], shape[2] if last else shape[1]
+    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
+    y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
+    weight = array_at(weight, channels, like)
+    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
+    memory, counter = array_at(memory[0], (memory[1], channels), like), counter_at(counter)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
     old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0

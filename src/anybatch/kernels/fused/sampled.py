@@ -5,18 +5,19 @@ Statistics come from a few values, so that forward is one pass over the data, an
 that writes the gradient as if statistics were constants and sums what passes through them; the
 sample is written again at the end.
 
-Arrays ``x``, ``y``, ``dy`` and ``dx`` are planes ``(N * C, L)`` of the contiguous format, or rows
-``(N * L, C)`` where a channel's values are not side by side. A sample is a table of runs ``(R, 3)``
+Tensors are given by their addresses, see `anybatch.kernels.fused.arrays`. Activations ``x``, ``y``,
+``dy`` and ``dx`` are planes ``(N * C, L)`` of the contiguous format, or rows ``(N * L, C)`` where a
+channel's values are not side by side. A sample is a table of runs ``(R, 3)``
 of adjacent pixels: example, first pixel, length. A second, empty table is none.
 """
 
 import math
-from functools import lru_cache
 
 import numpy as np
 
 from anybatch.kernels.fused.activated import mask_gradient
-from anybatch.kernels.fused.arrays import read as read
+from anybatch.kernels.fused.arrays import LIKE as LIKE
+from anybatch.kernels.fused.arrays import array_at, running_at
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like as empty_like
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
@@ -325,10 +326,18 @@ def _cast(row, take, like):
     return table
 
 
+@inlined
+def _map_at(address, shape, like):
+    """Planes or rows; none of them at address 0."""
+    return array_at(address, (0 if address == 0 else shape[0], shape[1]), like)
+
+
 @jit
 def _forward(
+    like,
     x,
     y,
+    shape,
     planes,
     relu,
     added,
@@ -347,7 +356,10 @@ def _forward(
     stats,
 ):
     """`forward`, into `table` and `stats`."""
-    channels, (first, second) = weight.shape[0], runs
+    channels, (first, second) = stats.shape[1], runs
+    x, y, added = array_at(x, shape, like), array_at(y, shape, like), _map_at(added, shape, like)
+    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    running = running_at(running, channels, like)
     if planes:
         fork(_planes_statistics, parts, (x, channels, length, first, second, table))
     else:
@@ -369,9 +381,11 @@ def _forward(
 
 @jit
 def _backward(
+    like,
     dy,
     x,
     dx,
+    shape,
     planes,
     relu,
     y,
@@ -389,7 +403,14 @@ def _backward(
     parts,
 ):
     """`backward`, of what `forward` kept."""
-    channels, work = weight.shape[0], np.zeros((7, weight.shape[0]))
+    channels, work = stats.shape[1], np.zeros((7, stats.shape[1]))
+    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
+    y, g, weight = (
+        _map_at(y, shape, like),
+        _map_at(g, shape, like),
+        array_at(weight, channels, like),
+    )
+    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
     wanted = np.empty(channels)
     for c in range(channels):
         wanted[c] = weight[c] / math.sqrt(stats[1, c] + eps)
@@ -458,22 +479,35 @@ class Kept:
         self.stats, self.table = stats, table
 
 
-@lru_cache(maxsize=16)
-def nothing(dtype):
-    """No planes or rows: nothing added, no gradient wanted."""
-    return np.empty((0, 0), dtype)
-
-
-def forward(x, y, planes, relu, added, sample, weight, bias, running, pace, eps, update):
+def forward(
+    like,
+    x,
+    y,
+    shape,
+    planes,
+    relu,
+    added,
+    sample,
+    channels,
+    weight,
+    bias,
+    running,
+    pace,
+    eps,
+    update,
+):
     """The whole forward.
 
     Args:
+        like: An empty array of the type of all tensors.
         x: Planes ``(N * C, L)`` or rows ``(N * L, C)``.
         y: The same, to be written.
+        shape: Of both.
         planes: Whether they are planes.
         relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; `nothing` for nothing.
+        added: What is added before it, like `x`; 0 for nothing.
         sample: Tables of runs, their shares, their counts, and L.
+        channels: C.
         weight: Scale.
         bias: Shift.
         running: Running mean, variance and number of batches.
@@ -485,23 +519,29 @@ def forward(x, y, planes, relu, added, sample, weight, bias, running, pace, eps,
         What `backward` needs.
     """
     runs, shares, counts, length = sample
-    table, stats = np.empty((4, weight.shape[0])), np.empty((2, weight.shape[0]))
-    how = (length, weight, bias, running, pace, eps, update, parts(x.size), table, stats)
-    _forward(x, y, planes, relu, added, runs, shares, counts, *how)
+    table, stats, threads = (
+        np.empty((4, channels)),
+        np.empty((2, channels)),
+        parts(math.prod(shape)),
+    )
+    how = (length, weight, bias, running, pace, eps, update, threads, table, stats)
+    _forward(like, x, y, shape, planes, relu, added, runs, shares, counts, *how)
     return Kept(runs, shares, counts, stats, table)
 
 
-def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
-    """The whole backward; arrays as in `forward`.
+def backward(like, dy, x, dx, shape, planes, relu, y, g, length, weight, dw, db, kept, eps):
+    """The whole backward; tensors as in `forward`.
 
     Args:
+        like: An empty array of the type of all tensors.
         dy: Gradient of the output.
         x: Input.
         dx: Takes the gradient of the input.
+        shape: Of the three.
         planes: Whether they are planes.
         relu: Whether a ReLU followed.
-        y: Its output; `nothing` without one.
-        g: Takes the gradient of what was added before it; `nothing` where none is wanted.
+        y: Its output; 0 without one.
+        g: Takes the gradient of what was added before it; 0 where none is wanted.
         length: Pixels of a map.
         weight: Scale.
         dw: Takes the gradient of the scale.
@@ -510,5 +550,5 @@ def backward(dy, x, dx, planes, relu, y, g, length, weight, dw, db, kept, eps):
         eps: Added to the variance.
     """
     of_forward = (kept.runs, kept.shares, kept.counts, kept.stats, kept.table)
-    arrays = (dy, x, dx, planes, relu, y, g, length, weight, dw, db)
-    _backward(*arrays, *of_forward, eps, parts(x.size))
+    given = (like, dy, x, dx, shape, planes, relu, y, g, length, weight, dw, db)
+    _backward(*given, *of_forward, eps, parts(math.prod(shape)))

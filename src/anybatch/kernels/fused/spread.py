@@ -5,13 +5,14 @@ The variance is the square of another spread: the mean absolute deviation, or th
 one's derivative by a value depends only on whether the value is `low` or less, `high` or more: the
 mean twice for L1, the smallest and the largest value for the range. So both have one backward.
 
-Arrays are those of `anybatch.kernels.fused.loops`, with a single group of examples.
+Tensors are given as to `anybatch.kernels.fused.loops`, with a single group of examples.
 """
 
 import math
 
 import numpy as np
 
+from anybatch.kernels.fused.arrays import array_at, running_at
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.passes import (
     block_of,
@@ -279,14 +280,31 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
 
 @jit
 def spread_forward(
-    kind, x, y, last, starts, weight, bias, parts, used, ends, running, pace, eps, update
+    kind,
+    like,
+    x,
+    y,
+    shape,
+    last,
+    starts,
+    weight,
+    bias,
+    parts,
+    used,
+    ends,
+    running,
+    pace,
+    eps,
+    update,
 ):
     """Normalize a batch by a spread, and track it if it is to `update`.
 
     Args:
         kind: L1 or RANGE.
+        like: An empty array of the type of all tensors.
         x: Input.
         y: Output, to be written.
+        shape: Of both.
         last: Whether channels are.
         starts: Where the group of examples begins, and the end.
         weight: Scale.
@@ -299,17 +317,20 @@ def spread_forward(
         eps: Added to the squared spread.
         update: Whether state may change.
     """
+    channels = shape[2] if last else shape[1]
+    x, y = array_at(x, shape, like), array_at(y, shape, like)
+    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
     rest = (weight, bias, used, ends, eps)
     if not in_rows(x, last):
         fork(_forward_planes, parts, (kind, x, y, *rest))
     else:
         period, inner, _ = row_layout(x, last, starts)
-        shape = (period // (weight.shape[0] * inner), weight.shape[0], inner)
-        _forward_rows(parts, kind, x.reshape(-1), y.reshape(-1), shape, *rest)
+        places = (period // (channels * inner), channels, inner)
+        _forward_rows(parts, kind, x.reshape(-1), y.reshape(-1), places, *rest)
     if update:
-        running_mean, running_var, tracked = running
+        running_mean, running_var, tracked = running_at(running, channels, like)
         pace = count_batch(tracked, pace)
-        for c in range(weight.shape[0]):
+        for c in range(channels):
             track(c, used[0, 0, c], used[1, 0, c], pace, running_mean, running_var)
 
 
@@ -381,14 +402,18 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
 
 
 @jit
-def spread_backward(kind, dy, x, dx, last, starts, weight, dw, db, wanted, parts, used, ends, eps):
+def spread_backward(
+    kind, like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, used, ends, eps
+):
     """Gradients of `spread_forward`.
 
     Args:
         kind: L1 or RANGE.
+        like: An empty array of the type of all tensors.
         dy: Gradient of the output.
         x: Input.
         dx: Takes the gradient of the input.
+        shape: Of the three.
         last: Whether channels are.
         starts: Where the group of examples begins, and the end.
         weight: Scale.
@@ -400,11 +425,15 @@ def spread_backward(kind, dy, x, dx, last, starts, weight, dw, db, wanted, parts
         ends: Of `spread_forward`.
         eps: Added to the squared spread.
     """
+    channels = shape[2] if last else shape[1]
+    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
+    weight = array_at(weight, channels, like)
+    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
     rest = (weight, dw, db, wanted, used, ends, eps)
     if not in_rows(x, last):
         fork(_backward_planes, parts, (kind, dy, x, dx, *rest))
     else:
         period, inner, _ = row_layout(x, last, starts)
-        shape = (period // (weight.shape[0] * inner), weight.shape[0], inner)
+        places = (period // (channels * inner), channels, inner)
         flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
-        _backward_rows(parts, kind, *flat, shape, *rest)
+        _backward_rows(parts, kind, *flat, places, *rest)
