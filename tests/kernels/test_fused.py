@@ -87,17 +87,25 @@ def test_a_layer_whose_rows_are_not_plain_memory_does_not(row: torch.Tensor | No
         assert sampled_kernels_for(x, *rows) is None
 
 
-def test_rows_that_are_not_plain_memory_give_the_same() -> None:
+@pytest.mark.parametrize("choice", ["auto", "never"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_are_not_plain_memory_give_the_same(name: str, choice: str) -> None:
     """Addresses of parameters are taken only where these are dense."""
-    layers = [anybatch.BatchNorm1d(4, affine=True) for _ in range(2)]
-    with torch.no_grad():
-        layers[0].weight.copy_(torch.arange(1.0, 5.0))
-    strided = torch.stack([torch.arange(1.0, 5.0), torch.zeros(4)], 1)[:, 0]
-    layers[1].weight = torch.nn.Parameter(strided)
-    assert not layers[1].weight.is_contiguous()
-    x = torch.randn(5, 4)
-    for mine, theirs in zip(*(step(layer, x, x) for layer in layers), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-6)
+    use_fused(choice)
+    x, dy, found = torch.randn(5, 4, 3).double(), torch.randn(5, 4, 3).double(), []
+    for strided in (False, True):
+        layer = make(name, 4, 1).double()
+        with torch.no_grad():
+            for row in (layer.weight, layer.bias):
+                row.copy_(torch.arange(1.0, 5.0))
+        if strided:
+            for own in ("weight", "bias"):
+                row = torch.stack([getattr(layer, own).detach(), torch.zeros(4).double()], 1)[:, 0]
+                setattr(layer, own, torch.nn.Parameter(row))
+            assert not layer.weight.is_contiguous()
+        found.append(step(layer, x, dy))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-9)
 
 
 def test_a_gradient_of_zeros_without_memory() -> None:

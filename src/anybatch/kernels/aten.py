@@ -178,6 +178,7 @@ def exact_gradient(
         Gradients of input, weight and bias, None where not asked for.
     """
     inv = torch.rsqrt(var + scalar(eps))
+    weight = None if weight is None else weight.contiguous()  # whose strides torch does not read
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]
     grads = torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, None, None, mean, inv, True, eps, list(mask)

@@ -127,6 +127,7 @@ def fixed_gradient(
         Gradients of input, weight (``sum(dy * z)``) and bias (``sum(dy)``), None where not asked
         for.
     """
+    weight = None if weight is None else weight.contiguous()  # whose strides torch does not read
     grads: tuple[Tensor | None, Tensor | None, Tensor | None]
     grads = torch.ops.aten.native_batch_norm_backward(
         dy, x, weight, mean, var, None, None, False, eps, list(mask)
