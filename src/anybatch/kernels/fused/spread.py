@@ -153,31 +153,51 @@ def _row_deviations(part, parts, x, first, last, center, sums):
 def _row_ends(part, parts, x, first, last, shift, sums, ends):
     """Add up x - shift for each place of a row, and find its smallest and largest value."""
     period, totals, lows, highs = shift.shape[0], sums[part, 0], ends[part, 0], ends[part, 1]
-    begin, end, _ = stretch(part, parts, first, last, period, 1)
-    for at in range(begin, end, period):
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        for j in range(period):
+            a, b, away = one[j], two[j], shift[j]
+            totals[j] += (a - away) + (b - away)
+            lows[j] = _less(_less(a, b), lows[j])
+            highs[j] = _more(_more(a, b), highs[j])
+    for at in range(begin + 2 * length, end, period):
         row = x[at : min(at + period, end)]
         for j in range(row.shape[0]):
-            value, low, high = row[j], lows[j], highs[j]
-            totals[j] += value - shift[j]
-            lows[j], highs[j] = _less(value, low), _more(value, high)
+            totals[j] += row[j] - shift[j]
+            lows[j], highs[j] = _less(row[j], lows[j]), _more(row[j], highs[j])
 
 
 @inlined
-def _row_sums(part, parts, dy, x, first, last, table, sums):
-    """Sum dy and dy * (x - center) for each place of a row, count values at or beyond the ends."""
+def _row_sums(part, parts, dy, x, first, last, table, sums, counts):
+    """Sum dy and dy * (x - center) for each place of a row, count values at or beyond the ends.
+
+    Counts have the type of the data, which holds those of a place exactly.
+    """
     center, lows, highs = table[0], table[1], table[2]
-    totals, products, below, above = sums[part, 0], sums[part, 1], sums[part, 2], sums[part, 3]
-    period = center.shape[0]
-    begin, end, _ = stretch(part, parts, first, last, period, 1)
-    for at in range(begin, end, period):
+    totals, products, below, above = sums[part, 0], sums[part, 1], counts[part, 0], counts[part, 1]
+    period, none, one_more = center.shape[0], x.dtype.type(0), x.dtype.type(1)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        g, g_two = dy[at : at + period], dy[far : far + period]
+        for j in range(period):
+            a, b, low, high = one[j], two[j], lows[j], highs[j]
+            totals[j] += g[j] + g_two[j]
+            products[j] += g[j] * (a - center[j]) + g_two[j] * (b - center[j])
+            below[j] += (one_more if a <= low else none) + (one_more if b <= low else none)
+            above[j] += (one_more if a >= high else none) + (one_more if b >= high else none)
+    for at in range(begin + 2 * length, end, period):
         stop = min(at + period, end)
         g, row = dy[at:stop], x[at:stop]
         for j in range(row.shape[0]):
-            value = row[j]
+            a = row[j]
             totals[j] += g[j]
-            products[j] += g[j] * (value - center[j])
-            below[j] += 1.0 if value <= lows[j] else 0.0
-            above[j] += 1.0 if value >= highs[j] else 0.0
+            products[j] += g[j] * (a - center[j])
+            below[j] += one_more if a <= lows[j] else none
+            above[j] += one_more if a >= highs[j] else none
 
 
 @inlined
@@ -374,12 +394,13 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
     """Sums and gradient of all channels."""
     repeats, channels, inner = shape
     count, period = x.shape[0] // channels, repeats * channels * inner
-    table, sums = np.empty((7, repeats, channels, inner), x.dtype), np.zeros((parts, 4, period))
+    table, sums = np.empty((7, repeats, channels, inner), x.dtype), np.zeros((parts, 2, period))
+    counts = np.zeros((parts, 2, period), x.dtype)
     for c in range(channels):
         table[0, :, c], table[1, :, c], table[2, :, c] = used[0, 0, c], ends[0, c], ends[1, c]
     rows = table.reshape(7, -1)
-    fork(_row_sums, parts, (dy, x, 0, x.shape[0], rows, sums))
-    total = channel_sums(sums, shape)
+    fork(_row_sums, parts, (dy, x, 0, x.shape[0], rows, sums, counts))
+    total, beyond = channel_sums(sums, shape), channel_sums(counts, shape)
     for c in range(channels):
         db[c] = total[0, c]
         rounded = np.float64(table[0, 0, c, 0]) - used[0, 0, c]
@@ -392,8 +413,8 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
             product,
             used[1, 0, c],
             count,
-            total[2, c],
-            total[3, c],
+            beyond[0, c],
+            beyond[1, c],
         )
         table[3, :, c], table[4, :, c] = on_dy, constant
         table[5, :, c], table[6, :, c] = on_low, on_high
