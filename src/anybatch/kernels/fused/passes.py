@@ -11,6 +11,7 @@ Sums are float64; rows add up a few values in the input's type first, which spar
 import numpy as np
 
 from anybatch.kernels.fused.options import inlined
+from anybatch.kernels.fused.stores import lanes, leaves, put_affine, put_gradient, settle_stores
 
 
 @inlined
@@ -47,6 +48,13 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
     """Write y = (x - mean) * scale + shift."""
     dtype = x.dtype.type
     mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
+    if leaves(y, y.shape[2]):
+        for i in range(first, last):
+            row, out = x[i, c], y[i, c]
+            for k in range(0, x.shape[2], lanes(y)):
+                put_affine(out, row, k, mean, scale, shift, k)
+        settle_stores()
+        return
     for i in range(first, last):
         for k in range(x.shape[2]):
             y[i, c, k] = (x[i, c, k] - mean) * scale + shift
@@ -68,6 +76,13 @@ def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
     """Write dx = on_dy * dy + on_x * (x - center) + constant."""
     dtype = x.dtype.type
     center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
+    if leaves(dx, dx.shape[2]):
+        for i in range(first, last):
+            above, row, out = dy[i, c], x[i, c], dx[i, c]
+            for k in range(0, x.shape[2], lanes(dx)):
+                put_gradient(out, above, row, k, center, on_dy, on_x, constant, k)
+        settle_stores()
+        return
     for i in range(first, last):
         for k in range(x.shape[2]):
             dx[i, c, k] = on_dy * dy[i, c, k] + on_x * (x[i, c, k] - center) + constant
@@ -168,10 +183,16 @@ def row_write(part, parts, x, y, first, last, table):
     means, scales, shifts = table[0], table[1], table[2]
     period = means.shape[0]
     begin, end, length = stretch(part, parts, first, last, period, 2)
+    past = leaves(y, period) and leaves(y, begin)
     for block in range(blocks(length, period) - 1, -1, -1):
         start, stop = block_of(block, period, begin, begin + length)
         for at in range(start, stop, period):
             far = at + length
+            if past:
+                for j in range(0, period, lanes(y)):
+                    put_affine(y, x, at + j, means, scales, shifts, j)
+                    put_affine(y, x, far + j, means, scales, shifts, j)
+                continue
             one, two = x[at : at + period], x[far : far + period]
             out, out_two = y[at : at + period], y[far : far + period]
             for j in range(period):
@@ -182,6 +203,8 @@ def row_write(part, parts, x, y, first, last, table):
         row, out = x[at : min(at + period, end)], y[at : min(at + period, end)]
         for j in range(row.shape[0]):
             out[j] = (row[j] - means[j]) * scales[j] + shifts[j]
+    if past:
+        settle_stores()
 
 
 @inlined
@@ -211,10 +234,17 @@ def row_gradient(part, parts, dy, x, dx, first, last, center, table):
     on_dy, on_x, constant = table[0], table[1], table[2]
     period = center.shape[0]
     begin, end, _ = stretch(part, parts, first, last, period, 1)
+    past = leaves(dx, period) and leaves(dx, begin)
     for block in range(blocks(end - begin, period) - 1, -1, -1):
         start, to = block_of(block, period, begin, end)
         for at in range(start, to, period):
             stop = min(at + period, end)
+            if past and stop - at == period:
+                for j in range(0, period, lanes(dx)):
+                    put_gradient(dx, dy, x, at + j, center, on_dy, on_x, constant, j)
+                continue
             above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
             for j in range(row.shape[0]):
                 out[j] = on_dy[j] * above[j] + on_x[j] * (row[j] - center[j]) + constant[j]
+    if past:
+        settle_stores()

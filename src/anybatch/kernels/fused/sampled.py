@@ -21,6 +21,7 @@ from anybatch.kernels.fused.arrays import array_at, running_at
 from anybatch.kernels.fused.options import inlined, jit
 from anybatch.kernels.fused.pages import empty_like as empty_like
 from anybatch.kernels.fused.rules import count_batch, track, unbiased
+from anybatch.kernels.fused.stores import lanes, leaves, put_affine, settle_stores
 from anybatch.kernels.fused.threads import fork, parts
 
 _CHUNK = 2048  # values of a plane that are summed in the type of the data
@@ -107,10 +108,15 @@ def _planes_affine(part, parts, x, y, relu, added, means, scales, shifts):
     """Write y = (x - mean) * scale + shift, or the `relu` of it, with what is `added`."""
     planes, length = x.shape
     channels, zero = means.shape[0], x.dtype.type(0)
+    past = not relu and leaves(y, length)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
         mean, scale, shift = means[c], scales[c], shifts[c]
-        if not relu:
+        if past:
+            row, out = x[p], y[p]
+            for k in range(0, length, lanes(y)):
+                put_affine(out, row, k, mean, scale, shift, k)
+        elif not relu:
             for k in range(length):
                 y[p, k] = (x[p, k] - mean) * scale + shift
         elif added.shape[0] == 0:
@@ -121,16 +127,21 @@ def _planes_affine(part, parts, x, y, relu, added, means, scales, shifts):
             for k in range(length):
                 value = (x[p, k] - mean) * scale + shift + added[p, k]
                 y[p, k] = zero if value <= zero else value
+    if past:
+        settle_stores()
 
 
 @inlined
 def _rows_affine(part, parts, x, y, relu, added, scales, shifts):
     """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
-    zero = x.dtype.type(0)
+    zero, past = x.dtype.type(0), not relu and leaves(y, width)
     for i in range(rows * part // parts, rows * (part + 1) // parts):
         row_x, row_y = x[i], y[i]
-        if not relu:
+        if past:
+            for k in range(0, width, lanes(y)):
+                put_affine(row_y, row_x, k, zero, scales, shifts, k)
+        elif not relu:
             for c in range(width):
                 row_y[c] = row_x[c] * scales[c] + shifts[c]
         elif added.shape[0] == 0:
@@ -142,6 +153,8 @@ def _rows_affine(part, parts, x, y, relu, added, scales, shifts):
             for c in range(width):
                 value = row_x[c] * scales[c] + shifts[c] + more[c]
                 row_y[c] = zero if value <= zero else value
+    if past:
+        settle_stores()
 
 
 @inlined
@@ -157,6 +170,16 @@ def _pass_through(dy, x, dx, mean, scale):
 
 
 @inlined
+def _sums_only(dy, x, mean):
+    """The same two sums."""
+    one, two = dy.dtype.type(0), dy.dtype.type(0)
+    for k in range(dy.shape[0]):
+        one += dy[k]
+        two += dy[k] * (x[k] - mean)
+    return one, two
+
+
+@inlined
 def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """Write dx = scale * dy, and (sum(dy), sum(dy * (x - mean))) of each plane into `sums`.
 
@@ -164,7 +187,8 @@ def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """
     planes, length = x.shape
     channels = means.shape[0]
-    made = np.empty(min(length, _CHUNK), x.dtype)
+    made, zero = np.empty(min(length, _CHUNK), x.dtype), x.dtype.type(0)
+    past = not relu and leaves(dx, length)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         mean, scale = means[p % channels], scales[p % channels]
         total, moment = 0.0, 0.0
@@ -172,7 +196,11 @@ def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             end = min(begin + _CHUNK, length)
             above, row, out = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
             # A call for each array: of one that may be either, the compiler makes slow loops.
-            if not relu:
+            if past:
+                one, two = _sums_only(above, row, mean)
+                for k in range(0, end - begin, lanes(dx)):
+                    put_affine(out, above, k, zero, scale, zero, k)
+            elif not relu:
                 one, two = _pass_through(above, row, out, mean, scale)
             elif g.shape[0] > 0:
                 mask_gradient(above, y[p, begin:end], g[p, begin:end])
@@ -184,6 +212,8 @@ def _planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             moment += two
         sums[p, 0, 0] = total
         sums[p, 1, 0] = moment
+    if past:
+        settle_stores()
 
 
 @inlined
@@ -197,12 +227,21 @@ def _pass_row_through(dy, x, dx, means, scales, one, two):
 
 
 @inlined
+def _sum_row_only(dy, x, means, one, two):
+    """Adds a row to the two sums."""
+    for c in range(dy.shape[0]):
+        d = dy[c]
+        one[c] += d
+        two[c] += d * (x[c] - means[c])
+
+
+@inlined
 def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """The same of rows; `sums` has a row a block of them."""
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
-    made = np.empty(width, x.dtype)
+    made, zero, past = np.empty(width, x.dtype), x.dtype.type(0), not relu and leaves(dx, width)
     for b in range(blocks * part // parts, blocks * (part + 1) // parts):
         one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
         total, moment = np.zeros(width), np.zeros(width)
@@ -211,7 +250,12 @@ def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             one[:] = 0
             two[:] = 0
             for i in range(begin, min(begin + _FEW, end)):
-                if not relu:
+                if past:
+                    _sum_row_only(dy[i], x[i], means, one, two)
+                    above, out = dy[i], dx[i]
+                    for k in range(0, width, lanes(dx)):
+                        put_affine(out, above, k, zero, scales, zero, k)
+                elif not relu:
                     _pass_row_through(dy[i], x[i], dx[i], means, scales, one, two)
                 elif g.shape[0] > 0:
                     mask_gradient(dy[i], y[i], g[i])
@@ -224,6 +268,8 @@ def _rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
                 moment[c] += two[c]
         sums[b, 0] = total
         sums[b, 1] = moment
+    if past:
+        settle_stores()
 
 
 @inlined
