@@ -107,7 +107,7 @@ def test_float32(name: str, last: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("name", ["bn", "ghost", "l1", "fs"])
+@pytest.mark.parametrize("name", ["bn", "ghost", "l1", "range", "fs"])
 def test_outputs_past_the_caches(name: str, last: bool, dtype: torch.dtype, threads: int) -> None:
     """They are stored by other instructions, unless a row is no whole number of lines."""
     from anybatch.kernels.fused.stores import last_cache

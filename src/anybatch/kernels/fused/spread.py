@@ -28,6 +28,7 @@ from anybatch.kernels.fused.passes import (
     stretch,
 )
 from anybatch.kernels.fused.rules import count_batch, fits, track
+from anybatch.kernels.fused.stores import lanes, leaves, put_gradient, settle_stores
 from anybatch.kernels.fused.threads import fork
 
 L1, RANGE = 0, 1  # which spread
@@ -123,6 +124,18 @@ def _plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high):
     dtype = x.dtype.type
     on_dy, constant, zero = dtype(on_dy), dtype(constant), dtype(0)
     on_low, on_high = dtype(on_low), dtype(on_high)
+    if leaves(dx, dx.shape[2]):
+        one, beyond = dtype(1), np.empty(x.shape[2], x.dtype)
+        for i in range(x.shape[0]):
+            above, row, out = dy[i, c], x[i, c], dx[i, c]
+            for k in range(x.shape[2]):
+                value = row[k]
+                down, up = on_low if value <= low else zero, on_high if value >= high else zero
+                beyond[k] = down + up
+            for k in range(0, x.shape[2], lanes(dx)):
+                put_gradient(out, above, beyond, k, zero, on_dy, one, constant, k)
+        settle_stores()
+        return
     for i in range(x.shape[0]):
         for k in range(x.shape[2]):
             value = x[i, c, k]
@@ -205,17 +218,28 @@ def _row_gradient(part, parts, dy, x, dx, first, last, table):
     """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
     lows, highs, on_dy, constant = table[1], table[2], table[3], table[4]
     on_low, on_high, zero = table[5], table[6], x.dtype.type(0)
-    period = lows.shape[0]
+    period, unit, made = lows.shape[0], x.dtype.type(1), np.empty(lows.shape[0], x.dtype)
     begin, end, _ = stretch(part, parts, first, last, period, 1)
+    past = leaves(dx, period) and leaves(dx, begin)
     for block in range(blocks(end - begin, period) - 1, -1, -1):
         start, to = block_of(block, period, begin, end)
         for at in range(start, to, period):
             stop = min(at + period, end)
             g, row, out = dy[at:stop], x[at:stop], dx[at:stop]
+            if past and stop - at == period:
+                for j in range(period):
+                    value, down, up = row[j], on_low[j], on_high[j]
+                    down, up = down if value <= lows[j] else zero, up if value >= highs[j] else zero
+                    made[j] = down + up
+                for j in range(0, period, lanes(dx)):
+                    put_gradient(out, g, made, j, zero, on_dy, unit, constant, j)
+                continue
             for j in range(row.shape[0]):
                 value, down, up = row[j], on_low[j], on_high[j]
                 beyond = (down if value <= lows[j] else zero) + (up if value >= highs[j] else zero)
                 out[j] = on_dy[j] * g[j] + constant[j] + beyond
+    if past:
+        settle_stores()
 
 
 # --- forward ----------------------------------------------------------------
