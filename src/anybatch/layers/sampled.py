@@ -361,7 +361,8 @@ class _SampledBatchNorm(NormLayer):
             return None
         if self.norm_batch_size is not None and self.norm_batch_size < rows:
             return None
-        loops = kernels.sampled_kernels_for(x, *self._rows())
+        of_layer = self._rows()
+        loops = kernels.sampled_kernels_for(x, *of_layer)
         found = None if loops is None else self._parts(x, (rows,))
         if found is None or sum(part.values for part in found[0]) < 2:
             return None
@@ -369,8 +370,7 @@ class _SampledBatchNorm(NormLayer):
         inside = then is not None and then.is_plain()
         added = then.residual if then is not None and inside else None
         how = (self, loops, found[0], updates.enabled, inside)
-        weight, bias, *_ = self._rows()
-        y: Tensor = _Compiled.apply(x, weight, bias, added, how)  # type: ignore[no-untyped-call]
+        y: Tensor = _Compiled.apply(x, *of_layer[:2], added, how)  # type: ignore[no-untyped-call]
         if again and self._last is not None:
             self._recent.note(x, self._last)
         return y if then is None or inside else then.of(y, fresh=True)

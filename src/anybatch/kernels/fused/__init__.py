@@ -49,8 +49,8 @@ def fused_for(x: Tensor, *rows: Tensor | None, serial: int = 0) -> ModuleType | 
 
     Returns:
         The module of the kernels, or None: another device or layout, rows that are missing or of
-        another type, a compiler, tracer or transform at work, no Numba, or a large
-        batch without threads.
+        another type, a compiler, tracer or transform at work, no Numba, or a large batch
+        without threads.
     """
     if not _is_served(x, rows):
         return None
@@ -71,9 +71,7 @@ def row_kernels_for(x: Tensor) -> ModuleType | None:
         Their module, or None: another device or type, rows with gaps or one in another, a compiler,
         tracer or transform at work, no Numba.
     """
-    if type(x) not in _PLAIN or not _is_memory(x):
-        return None
-    if not (x.is_contiguous() or (x.dim() > 3 and lies_last(x))):
+    if type(x) not in _PLAIN or not _is_memory(x) or not _is_dense(x):
         return None
     return _row_kernels() if x.numel() and _kernels() is not None else None
 
@@ -103,6 +101,11 @@ def _is_memory(x: Tensor) -> bool:
     if _choice == "never" or not x.is_cpu or x.dtype not in _TYPES or is_watched():
         return False
     return not (x.is_neg() or x._is_zerotensor())
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor is without gaps, its last dimension innermost or, of a map, its channels."""
+    return x.is_contiguous() or (x.dim() > 3 and lies_last(x))
 
 
 def lies_last(x: Tensor) -> bool:
@@ -158,9 +161,7 @@ def sampled_kernels_for(x: Tensor, *rows: Tensor | None) -> ModuleType | None:
         Their module, or None: another device or layout, rows that are missing or of another type, a
         compiler, tracer or transform at work, no Numba.
     """
-    if not _is_served(x, rows):
-        return None
-    if not (x.is_contiguous() or (x.dim() > 3 and lies_last(x))):
+    if not _is_served(x, rows) or not _is_dense(x):
         return None
     return None if _kernels() is None else _sampled_kernels()
 
