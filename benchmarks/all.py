@@ -71,6 +71,8 @@ def gpu_tasks(tiny: bool, device: str) -> list[Task]:
     step = (*step, "--precision", "bfloat16", "--channels-last")
     methods = ("--methods", "bn", "mbn", "mabn", "brn", "ghost", "bgn", "gn", "fs")
     memory = (*step, "--layers-csv", "memory-layers.csv", "--shapes", small[0], large[0])
+    compiled = ("--networks", "resnet8" if tiny else "resnet20", "--batch-sizes", *sizes)
+    compiled = (*compiled, "--mode", "compiled", "--methods", "bn", "mabn")
     names = ("--layers", *OURS, *peers)
     return [
         Task("layers-large", "layers", ("--shapes", *large, *both, *modes, *names)),
@@ -89,6 +91,8 @@ def gpu_tasks(tiny: bool, device: str) -> list[Task]:
             "inference",
             ("--network", network, "--inputs", picture, "--batch-sizes", *sizes),
         ),
+        Task("steps-compiled", "training_step", compiled, 9),
+        Task("steps-operators", "training_step", (*compiled, "--operators"), 9),
     ]
 
 

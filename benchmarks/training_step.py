@@ -2,11 +2,13 @@
 
 Forward, backward and SGD with momentum, in turn in one process, medians of the ratios by round.
 The networks are those of `anybatch bench`, with which this measures: a name of its own, or
-module:factory. With ``--cbn``, the ways of cross-iteration batch norm.
+module:factory. With ``--cbn``, the ways of cross-iteration batch norm. With
+``--operators``, graphs of ``--mode compiled`` have our kernels as operators.
 
     python benchmarks/training_step.py [--networks resnet8 resnet20] [--batch-sizes 2 32]
         [--inputs 3x32x32] [--methods bn mabn ...] [--precision float32] [--mode eager graph]
-        [--channels-last] [--cbn] [--rounds 15] [--device cpu] [--threads 2] [--csv steps.csv]
+        [--operators] [--channels-last] [--cbn] [--rounds 15] [--device cpu] [--threads 2]
+        [--csv steps.csv]
 """
 
 import sys
@@ -17,6 +19,7 @@ from harness import DTYPES, arguments, finish, sizes, start
 from anybatch.experiments.bench import MODES, Bench, Variant, costs
 from anybatch.experiments.compare import DEFAULT_METHODS
 from anybatch.experiments.networks import example_shape, factory
+from anybatch.kernels import use_fused
 
 # What cross-iteration batch norm can leave out, from what `convert` sets to what its paper has.
 WAYS = {
@@ -43,7 +46,9 @@ def main(typed: Sequence[str] | None = None, questions: tuple[str, ...] = ("step
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--block", type=float, default=0.05, help="seconds of a block")
     parser.add_argument("--cbn", action="store_true")
+    parser.add_argument("--operators", action="store_true")
     given = parser.parse_args(typed)
+    use_fused("always" if given.operators else "auto")
     variants = {name: Variant(name) for name in given.methods}
     if given.cbn:
         variants = {"bn": Variant("bn")}

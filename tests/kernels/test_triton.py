@@ -373,3 +373,23 @@ def test_everything_works_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_graph_has_them_as_operators(name: str, last: bool) -> None:
+    use_fused("always")
+    torch._dynamo.reset()
+    layer = make(name, 4, **QUICK.get(name, {})).to(DEVICE)
+    compiled = copy.deepcopy(layer)
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for number in range(STEPS[name]):
+        torch.manual_seed(number)
+        x, dy = (like(torch.randn(4, 4, 3, 2), last) for _ in "xy")
+        mine, theirs = step(layer, x, dy), step(run, x, dy)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    known = state(layer)
+    for key, value in state(compiled).items():
+        torch.testing.assert_close(value, known[key], rtol=0, atol=0)

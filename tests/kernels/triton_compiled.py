@@ -16,7 +16,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anybatch.kernels.triton import backward, forward, launch, recipe
+from anybatch.kernels import recipe
+from anybatch.kernels.triton import backward, forward, launch, sources
 
 DATA = {"x", "y", "dy", "dx"}
 COUNTERS = {"tracked", "counter", "arrivals", "psi_counter"}
@@ -31,7 +32,7 @@ def build(kernel: Any, values: str, table: str, constants: dict[str, Any], warps
     pointers |= {"running_mean", "running_var", "old_mean", "old_var"}
     for parameter in kernel.params:
         name = parameter.name
-        tables = constants.get("SOURCE") == recipe.PARTS and name in ("x", "y", "dx")
+        tables = constants.get("SOURCE") == sources.PARTS and name in ("x", "y", "dx")
         if name in constants:
             signature[name] = "constexpr"
         elif name.startswith(NUMBERS):
@@ -85,7 +86,7 @@ def every(layout: launch.Layout) -> Iterator[tuple[Any, dict[str, Any], int]]:
             yield forward.forward_columns, {**shape, **first, "UPDATE": True}, warps
             more = {"UPDATE": True, "WANTED": True}
             yield backward.backward_columns, {**shape, **second, **more}, warps
-    if plan.source == recipe.PARTS:
+    if plan.source == sources.PARTS:
         names = {"BLOCK_M": plan.part_block[0], "BLOCK_C": plan.part_block[1]}
         part = {"LAST": layout.last, "LONG": layout.long, "ALIGN": plan.align, **names}
         warps = launch._warps(plan.part_block[0] * plan.part_block[1])

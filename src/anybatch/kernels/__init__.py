@@ -18,6 +18,7 @@ from anybatch.kernels.aten import (
 from anybatch.kernels.elementary import example_affine, example_moments
 from anybatch.kernels.fused import (
     cross_iteration_kernels,
+    dense,
     fused_for,
     is_watched,
     lies_last,
@@ -32,6 +33,7 @@ from anybatch.kernels.masked import (
     masked_moments,
     masked_second_moment,
 )
+from anybatch.kernels.operators import operators_for
 from anybatch.kernels.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.kernels.samples import fixed_gradient, put_gradient, sample_moments, take_dense
 from anybatch.kernels.scalars import INFINITY, scalar
@@ -43,6 +45,7 @@ __all__ = [
     "affine",
     "all_counts",
     "cross_iteration_kernels",
+    "dense",
     "exact_gradient",
     "example_affine",
     "example_moments",
@@ -57,6 +60,7 @@ __all__ = [
     "masked_moments",
     "masked_second_moment",
     "moments",
+    "operators_for",
     "pool_channels",
     "pool_groups",
     "put_gradient",

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import kernels
-from anybatch.kernels.triton import Recipe
+from anybatch.kernels.recipe import Course, Recipe
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.compiled import BackwardData, Compiled, ForwardData, Kept
 from anybatch.layers.launched import Launched
 from anybatch.layers.normalize import BackwardMemory, Call, Gradients, gradients, normalize
+from anybatch.layers.operated import operate
 from anybatch.layers.partition import Partition, partition
 from anybatch.layers.recompute import Recent, in_backward, may_run_again
 from anybatch.layers.source import (
@@ -410,6 +411,8 @@ class NormLayer(NormState):
             y, inside = self._launch(x, cut, values, update, again), False
             if y is None:
                 y, inside = self._compiled(x, cut, values, update, then)
+            if y is None:
+                y = self._operate(x, cut, values, update)
             if y is not None:
                 if again and self._last is not None:
                     self._recent.note(x, self._last)
@@ -438,12 +441,10 @@ class NormLayer(NormState):
         launches = kernels.launches_for(x, self._buffers["running_var"], scale, shift)
         if launches is None or self._live(cut, values) is not None:
             return None
-        if self.num_features > self.columns * kernels.WIDEST:
-            return None
-        recipe = self.recipe(cut.batches[0], update)
+        recipe = self._recipe(cut, update)
         if recipe is None:
             return None
-        how = (self, recipe, launches, cut, update, again)
+        how = (self, launches, self._course(recipe, cut, x, update), again)
         y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
         return y
 
@@ -461,6 +462,30 @@ class NormLayer(NormState):
         how = (self, loops, cut, update, inside)
         y: Tensor = Compiled.apply(x, *rows[:2], added, how)  # type: ignore[no-untyped-call]
         return y, inside
+
+    def _operate(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
+        """The forward by the kernels as operators, where a compiler is to see these."""
+        rows = self._rows()
+        if not kernels.operators_for(x, *rows) or self._live(cut, values) is not None:
+            return None
+        recipe = self._recipe(cut, update)
+        if recipe is None:
+            return None
+        weight, bias, *_ = rows
+        assert weight is not None and bias is not None
+        self._last = None
+        return operate(self, x, weight, bias, self._course(recipe, cut, x, update))
+
+    def _recipe(self, cut: Partition, update: bool) -> Recipe | None:
+        """The method as kernels take it, if they do."""
+        if self.num_features > self.columns * kernels.WIDEST:
+            return None
+        return self.recipe(cut.batches[0], update)
+
+    def _course(self, recipe: Recipe, cut: Partition, x: Tensor, update: bool) -> Course:
+        """How kernels go through a dense batch."""
+        last = x.shape[2:].numel() == 1 or not x.is_contiguous()
+        return Course(recipe, cut, self.columns, last, self._number(), self.eps, update)
 
     def _apply_statistics(
         self,

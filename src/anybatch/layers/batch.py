@@ -4,7 +4,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from anybatch.kernels.triton import Recipe
+from anybatch.kernels.recipe import Recipe
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardData, Kept
 from anybatch.layers.statistics import Statistics

@@ -160,7 +160,7 @@ class Compiled(torch.autograd.Function):
         y: Tensor = loops.empty_like(x)
         last = not x.is_contiguous()
         if added is not None:
-            added = dense(added, last)
+            added = kernels.dense(added, last)
         like, parts = loops.LIKE[x.dtype], loops.parts(x.numel())
         w, b, kept = weight.data_ptr(), bias.data_ptr(), []
         places = [0 if t is None else t.data_ptr() for t in (x, y, added)]
@@ -191,11 +191,15 @@ class Compiled(torch.autograd.Function):
             given = (dy, x, weight, statistics, ctx.cut, needs, ctx.update)
             return *ctx.layer.gradients(*given), dy if adds else None, None
         last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
-        dy, x, weight = dense(dy, last, x.dtype), dense(x, last), weight.contiguous()
+        dy, x, weight = (
+            kernels.dense(dy, last, x.dtype),
+            kernels.dense(x, last),
+            weight.contiguous(),
+        )
         dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
         y = g = None
         if activated:
-            y = dense(activated[0], last)
+            y = kernels.dense(activated[0], last)
             g = loops.empty_like(x) if adds else None
         if one:
             dw, db = torch.empty_like(weight), torch.empty_like(weight)
@@ -231,17 +235,6 @@ def is_plain(x: Tensor) -> bool:
     if type(x) is not Tensor or x._is_zerotensor():
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(x)
-
-
-def dense(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor without gaps in memory, whose channels lie first or last, of a type if given."""
-    if dtype is not None and x.dtype != dtype:
-        x = x.to(dtype)
-    if x.is_neg():
-        x = x.resolve_neg()
-    if not last:
-        return x.contiguous()
-    return x if kernels.lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _shape(x: Tensor, last: bool) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import statistics_dtype
-from anybatch.kernels.triton import Recipe
+from anybatch.kernels.recipe import Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.batch import fused_groups

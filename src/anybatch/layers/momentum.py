@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import INFINITY
-from anybatch.kernels.triton import MOMENTUM, Recipe
+from anybatch.kernels.recipe import MOMENTUM, Recipe
 from anybatch.layers.arguments import check_between, check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardData, Kept

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import scalar
-from anybatch.kernels.triton import AVERAGES, WINDOW, Recipe
+from anybatch.kernels.recipe import AVERAGES, WINDOW, Recipe
 from anybatch.layers.arguments import check_choice, check_count
 from anybatch.layers.backward_average import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.layers.base import Batch, NormLayer

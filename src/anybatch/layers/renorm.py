@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anybatch.kernels import scalar
-from anybatch.kernels.triton import RENORM, Recipe
+from anybatch.kernels.recipe import RENORM, Recipe
 from anybatch.layers.arguments import check_count
 from anybatch.layers.base import Batch, NormLayer
 from anybatch.layers.compiled import ForwardData, Kept

@@ -12,7 +12,7 @@ from anybatch.kernels.samples import Box, Place
 from anybatch.layers.activation import Activation
 from anybatch.layers.arguments import check_between, check_choice, check_count
 from anybatch.layers.base import Batch, NormLayer, updates
-from anybatch.layers.compiled import Array, Kept, dense, is_plain
+from anybatch.layers.compiled import Array, Kept, is_plain
 from anybatch.layers.normalize import BackwardMemory, refuse_second_derivative
 from anybatch.layers.partition import Partition
 from anybatch.layers.recompute import in_backward, may_run_again
@@ -544,7 +544,7 @@ class _Compiled(torch.autograd.Function):
         else:
             ctx.save_for_backward(x, weight)
         if added is not None:
-            added = dense(added, not x.is_contiguous())
+            added = kernels.dense(added, not x.is_contiguous())
         ctx.kept = loops.forward(
             loops.LIKE[x.dtype],
             x.data_ptr(),
@@ -579,11 +579,11 @@ class _Compiled(torch.autograd.Function):
             return *own, dy if needs[3] else None, None
         planes, loops = _is_planes(x), ctx.loops
         last = not x.is_contiguous()
-        dy, x, weight = dense(dy, last), dense(x, last), weight.contiguous()
+        dy, x, weight = kernels.dense(dy, last), kernels.dense(x, last), weight.contiguous()
         dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         y = g = None
         if activated:
-            y = dense(activated[0], last)
+            y = kernels.dense(activated[0], last)
             g = loops.empty_like(x) if needs[3] else None
         dy_, x_, dx_, y_, g_ = (0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g))
         shape, rows = _map(x, planes), (weight.data_ptr(), dw.data_ptr(), db.data_ptr())

@@ -26,15 +26,16 @@ def use_fused(choice: str) -> None:
     """Choose whether batches take compiled kernels, Numba's on a CPU and Triton's on a GPU.
 
     Args:
-        choice: "auto" where they are installed, "never" otherwise. The environment
-            variable ``ANYBATCH_FUSED`` gives the choice at the start.
+        choice: "auto" where they are installed and nothing traces the call; "always" also in what
+            ``torch.compile`` and ``torch.export`` make of a network in training mode, as operators;
+            "never". The environment variable ``ANYBATCH_FUSED`` gives the choice at the start.
 
     Raises:
         ValueError: For another choice.
     """
     global _choice
-    if choice not in ("auto", "never"):
-        raise ValueError(f"choice={choice!r}: give 'auto' or 'never'")
+    if choice not in ("auto", "never", "always"):
+        raise ValueError(f"choice={choice!r}: give 'auto', 'always' or 'never'")
     _choice = choice
 
 
@@ -98,7 +99,7 @@ def _is_served(x: Tensor, rows: tuple[Tensor | None, ...]) -> bool:
 
 def _is_memory(x: Tensor) -> bool:
     """Whether a tensor's numbers are in memory as they are, and nothing watches."""
-    if _choice == "never" or not x.is_cpu or x.dtype not in _TYPES or is_watched():
+    if _choice == "never" or is_watched() or not x.is_cpu or x.dtype not in _TYPES:
         return False
     return not (x.is_neg() or x._is_zerotensor())
 
@@ -113,6 +114,17 @@ def lies_last(x: Tensor) -> bool:
     if x.dim() == 4:
         return x.is_contiguous(memory_format=torch.channels_last)
     return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor without gaps in memory, whose channels lie first or last, of a type if given."""
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    if x.is_neg():
+        x = x.resolve_neg()
+    if not last:
+        return x.contiguous()
+    return x if lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def is_watched() -> bool:

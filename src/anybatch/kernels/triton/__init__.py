@@ -17,18 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from anybatch.kernels import fused
-from anybatch.kernels.triton.recipe import AVERAGES, MOMENTUM, PLAIN, RENORM, WINDOW, Recipe
 
-__all__ = [
-    "AVERAGES",
-    "MOMENTUM",
-    "PLAIN",
-    "RENORM",
-    "WIDEST",
-    "WINDOW",
-    "Recipe",
-    "launches_for",
-]
+__all__ = ["WIDEST", "launches_for"]
 
 WIDEST = 256  # channels in a group of channels, at most
 _DEVICES = ("cuda",)  # the tests' interpreter is on a CPU
@@ -78,7 +68,7 @@ def _is_able(device: torch.device) -> bool:
 @lru_cache(maxsize=1)
 def _kernels() -> ModuleType | None:
     try:
-        from anybatch.kernels.triton import launch
+        from anybatch.kernels.triton import steps
     except ImportError:
         return None
-    return launch
+    return steps

@@ -9,7 +9,8 @@ scale; `on` ``(4, groups, C)`` centre, factors of dy and x, and constant; `parti
 import triton
 import triton.language as tl
 
-from anybatch.kernels.triton import recipe
+from anybatch.kernels import recipe
+from anybatch.kernels.triton import sources
 from anybatch.kernels.triton.forward import get, put
 from anybatch.kernels.triton.rules import arrive, earlier, finite, flow, number, push
 from anybatch.kernels.triton.tiles import (
@@ -26,11 +27,11 @@ _MOMENTUM: tl.constexpr = tl.constexpr(recipe.MOMENTUM)
 _BATCH: tl.constexpr = tl.constexpr(recipe.BATCH)
 _SMA: tl.constexpr = tl.constexpr(recipe.SMA)
 _EMA: tl.constexpr = tl.constexpr(recipe.EMA)
-_TILE: tl.constexpr = tl.constexpr(recipe.TILE)
-_PARTS: tl.constexpr = tl.constexpr(recipe.PARTS)
+_TILE: tl.constexpr = tl.constexpr(sources.TILE)
+_PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def backward_columns(
     dy,
     x,
@@ -200,7 +201,7 @@ def backward_columns(
         tl.store(psi_counter, tl.sum(count, 0) + 1, mask=last)
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def backward_parts(
     dy,
     x,
@@ -253,7 +254,7 @@ def backward_parts(
     put(partial, 1, place, groups * parts, c, channels, product, inside)
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def backward_write(
     dy,
     x,

@@ -13,7 +13,8 @@ groups' own; `on` ``(3, groups, C)`` mean, scale and shift; `partial` ``(2, grou
 import triton
 import triton.language as tl
 
-from anybatch.kernels.triton import recipe
+from anybatch.kernels import recipe
+from anybatch.kernels.triton import sources
 from anybatch.kernels.triton.rules import (
     arrive,
     choose,
@@ -37,8 +38,8 @@ from anybatch.kernels.triton.tiles import (
 
 _PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
 _WINDOW: tl.constexpr = tl.constexpr(recipe.WINDOW)
-_TILE: tl.constexpr = tl.constexpr(recipe.TILE)
-_PARTS: tl.constexpr = tl.constexpr(recipe.PARTS)
+_TILE: tl.constexpr = tl.constexpr(sources.TILE)
+_PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def part_moments(
     return mean, square
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def forward_columns(
     x,
     y,
@@ -281,7 +282,7 @@ def forward_columns(
         )
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def forward_parts(
     x,
     partial,
@@ -326,7 +327,7 @@ def forward_parts(
     put(partial, 1, place, groups * parts, c, channels, square, inside)
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def forward_write(
     x,
     y,
@@ -365,7 +366,7 @@ def forward_write(
         tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=recipe.LOOSE)
+@triton.jit(do_not_specialize=sources.LOOSE)
 def forward_track(
     own,
     running_mean,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anybatch.kernels.recipe import EMA, PLAIN, SMA, Recipe
 from anybatch.kernels.triton.backward import backward_columns, backward_parts, backward_write
 from anybatch.kernels.triton.forward import (
     forward_columns,
@@ -14,7 +15,7 @@ from anybatch.kernels.triton.forward import (
     forward_track,
     forward_write,
 )
-from anybatch.kernels.triton.recipe import EMA, PARTS, PLAIN, SMA, TILE, TILES, Recipe
+from anybatch.kernels.triton.sources import PARTS, TILE, TILES
 
 # Chosen by reckoning for an H200: 132 processors of 2,048 threads, 4.8 TB/s, 50 MB of cache.
 _SECTOR = 32  # bytes that memory gives at a time: channels of a program, channels last

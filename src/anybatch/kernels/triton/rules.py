@@ -9,7 +9,7 @@ writes it: `arrivals` is a number on the device that is zero between launches.
 import triton
 import triton.language as tl
 
-from anybatch.kernels.triton import recipe
+from anybatch.kernels import recipe
 from anybatch.kernels.triton.tiles import pool
 
 _PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)

@@ -1,4 +1,4 @@
-"""What a method tells the GPU kernels: its rule, its numbers, and the tensors it remembers in."""
+"""What a method tells kernels that are a whole layer: its rule, its numbers, its memory."""
 
 from typing import NamedTuple
 
@@ -7,28 +7,9 @@ from torch import Tensor
 PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
 BATCH, SMA, EMA = 0, 1, 2  # which averages of Psi the backward pass takes
 AVERAGES = {"batch": BATCH, "sma": SMA, "ema": EMA}
-TILE, TILES, PARTS = 0, 1, 2  # where a program takes moments and sums from
 
-# What changes from layer to layer, and is no reason to compile again.
-LOOSE = [
-    "inner",
-    "outer",
-    "start",
-    "small",
-    "large",
-    "groups",
-    "group",
-    "all_groups",
-    "tiles",
-    "held",
-    "parts",
-    "window_rows",
-    "psi_rows",
-    "warmup",
-    "renorm_warmup",
-    "weighing",
-    "total",
-]
+# How a batch is cut: examples of each group, groups and examples of each normalization batch.
+Cut = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class Recipe(NamedTuple):
@@ -69,3 +50,25 @@ class Recipe(NamedTuple):
     def rows(self) -> int:
         """Rows of the table of statistics."""
         return 2 if self.kind == PLAIN else 4
+
+
+class Course(NamedTuple):
+    """How a layer goes through a batch, forward and backward.
+
+    Attributes:
+        recipe: The method.
+        cut: How the batch is cut.
+        columns: Statistics that a group of examples has.
+        last: Whether channels are last in memory.
+        pace: Weight of the newest batch; below 0 for the mean of all.
+        eps: Added to the variance.
+        update: Whether state may change.
+    """
+
+    recipe: Recipe
+    cut: Cut
+    columns: int
+    last: bool
+    pace: float
+    eps: float
+    update: bool
