@@ -292,15 +292,20 @@ def _planes_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
 @inlined
 def _rows_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
     centers, scales, on_x, constants = rows[0], rows[1], rows[2], rows[3]
-    zero = x.dtype.type(0)
-    for r in range(runs.shape[0] * part // parts, runs.shape[0] * (part + 1) // parts):
-        start = runs[r, 0] * length + runs[r, 1]
-        for i in range(start, start + runs[r, 2]):
+    zero, count, seen = x.dtype.type(0), 0, 0
+    for r in range(runs.shape[0]):
+        count += runs[r, 2]
+    begin, end = count * part // parts, count * (part + 1) // parts
+    for r in range(runs.shape[0]):
+        start, some = runs[r, 0] * length + runs[r, 1] - seen, runs[r, 2]
+        for i in range(start + max(begin, seen), start + min(end, seen + some)):
+            above, row, out = dy[i], x[i], dx[i]
             for c in range(centers.shape[0]):
-                d = dy[i, c]
+                d = above[c]
                 if relu and y[i, c] <= zero:
                     d = zero
-                dx[i, c] = scales[c] * d + on_x[c] * (x[i, c] - centers[c]) + constants[c]
+                out[c] = scales[c] * d + on_x[c] * (row[c] - centers[c]) + constants[c]
+        seen += some
 
 
 @inlined
