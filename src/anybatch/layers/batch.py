@@ -64,20 +64,22 @@ class _BatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
-        return fused_groups(self, loops, data, update)
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        return fused_groups(self, loops, data, groups, update)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
         return Recipe()
 
 
-def fused_groups(layer: NormLayer, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+def fused_groups(
+    layer: NormLayer, loops: ModuleType, data: ForwardData, groups: int, update: bool
+) -> Kept:
     """`NormLayer.fused` of layers whose groups of examples are normalized by their own alone."""
-    groups, running = len(data.starts) - 1, layer._running()
-    used = loops.table(2, groups, layer.columns)
-    pooled = layer.columns != layer.num_features
-    own = loops.table(2, groups, layer.num_features) if pooled else used
-    memory = (*running[:2], *loops.NONE)
+    columns, channels, running = layer.columns, layer.num_features, layer._running()
+    used = own = loops.table((2, groups, columns))
+    if columns != channels:
+        own = loops.table((2, groups, channels))
+    memory = (*running[:2], 0, 0)
     constants = (loops.NO_COUNT, loops.NO_SETTINGS, layer._number(), layer.eps, update)
     loops.forward(loops.PLAIN, *data, own, used, running, memory, *constants)
     return Kept(used)

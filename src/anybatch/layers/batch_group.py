@@ -129,8 +129,8 @@ class _BatchGroupNorm(NormLayer):
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
-        return fused_groups(self, loops, data, update)
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        return fused_groups(self, loops, data, groups, update)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
         return Recipe()

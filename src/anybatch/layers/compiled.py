@@ -1,6 +1,5 @@
 """The autograd function around the compiled kernels of a CPU."""
 
-from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from types import ModuleType
@@ -20,72 +19,35 @@ if TYPE_CHECKING:
 Array = Any  # numpy's; the library does not import numpy
 
 
-class ForwardData(NamedTuple):
-    """One normalization batch as the compiled kernels take it; tensors are addresses.
+# One normalization batch as the compiled kernels take it, tensors as addresses: an empty array of
+# the type of all tensors; input; output, to be written; shape of both, (N, C, L) or (N, L, C) where
+# channels are last; whether they are; where groups of examples begin, and the end; scale; shift;
+# threads; whether a ReLU follows; what is added before it, like the input, or 0. A plain tuple, for
+# a named one takes as long to make as the kernels take for a small batch.
+ForwardData = tuple[Array, int, int, tuple[int, int, int], bool, Array, int, int, int, bool, int]
 
-    Attributes:
-        like: An empty array of the type of all tensors.
-        x: Input.
-        y: Output, to be written.
-        shape: Of both, ``(N, C, L)``, or ``(N, L, C)`` where channels are `last`.
-        last: Whether channels are.
-        starts: Where groups of examples begin, and the end.
-        weight: Scale.
-        bias: Shift.
-        parts: Threads.
-        relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; 0 for nothing.
-    """
-
-    like: Array
-    x: int
-    y: int
-    shape: tuple[int, int, int]
-    last: bool
-    starts: Array
-    weight: int
-    bias: int
-    parts: int
-    relu: bool
-    added: int
-
-
-class BackwardData(NamedTuple):
-    """One normalization batch of the backward pass, see `ForwardData`.
-
-    Attributes:
-        like: An empty array of the type of all tensors.
-        dy: Gradient of the output.
-        x: Input.
-        dx: Gradient of the input, to be written where it is `wanted`.
-        shape: Of the three.
-        last: Whether channels are.
-        starts: Where groups of examples begin, and the end.
-        weight: Scale.
-        dw: Gradient of the scale, to be written.
-        db: Gradient of the shift, to be written.
-        wanted: Whether the input needs a gradient.
-        parts: Threads.
-        relu: Whether a ReLU followed.
-        y: Its output; 0 without one.
-        g_added: Gradient of what was added before it, to be written; 0 where none is wanted.
-    """
-
-    like: Array
-    dy: int
-    x: int
-    dx: int
-    shape: tuple[int, int, int]
-    last: bool
-    starts: Array
-    weight: int
-    dw: int
-    db: int
-    wanted: bool
-    parts: int
-    relu: bool
-    y: int
-    g_added: int
+# Of the backward pass: an empty array; gradient of the output; input; gradient of the input, to be
+# written where it is wanted; shape of the three; whether channels are last; where groups begin, and
+# the end; scale; gradients of scale and shift, to be written; whether the input needs a gradient;
+# threads; whether a ReLU followed; its output, or 0; gradient of what was added before it, to be
+# written, or 0.
+BackwardData = tuple[
+    Array,
+    int,
+    int,
+    int,
+    tuple[int, int, int],
+    bool,
+    Array,
+    int,
+    int,
+    int,
+    bool,
+    int,
+    bool,
+    int,
+    int,
+]
 
 
 class Kept(NamedTuple):
@@ -127,21 +89,42 @@ def as_statistics(kept: list[Kept], like: Tensor) -> Statistics:
     return parts[0] if len(parts) == 1 else stack(parts)
 
 
-class _Step(NamedTuple):
-    """A normalization batch: its first example, how many it has, and the sizes of its groups."""
+class Way(NamedTuple):
+    """How batches of one shape and layout go through the compiled kernels.
 
-    first: int
-    examples: int
-    sizes: tuple[int, ...]
+    Attributes:
+        loops: The kernels.
+        like: An empty array of the type of all tensors.
+        dtype: That type.
+        strides: Of the batch.
+        last: Whether channels are last.
+        cut: How it is cut.
+        small: Whether one thread does it, and writes little.
+        steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
+            where its groups begin, and how many there are.
+    """
+
+    loops: ModuleType
+    like: Array
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    last: bool
+    cut: Partition
+    small: bool
+    steps: tuple[tuple[int, tuple[int, int, int], Array, int], ...]
 
 
-@lru_cache(maxsize=256)
-def _steps(cut: Partition) -> tuple[_Step, ...]:
-    ends, groups = list(accumulate(cut.batches)), list(accumulate(cut.steps))
-    return tuple(
-        _Step(end - size, size, cut.sizes[group - number : group])
-        for end, size, group, number in zip(ends, cut.batches, groups, cut.steps, strict=True)
-    )
+def way_of(x: Tensor, loops: ModuleType, cut: Partition) -> Way:
+    """How a dense batch goes through the kernels, cut so."""
+    last, steps, group = not x.is_contiguous(), [], 0
+    channels, length, example = x.shape[1], prod(x.shape[2:]), x.nbytes // x.shape[0]
+    for end, size, number in zip(accumulate(cut.batches), cut.batches, cut.steps, strict=True):
+        shape = (size, length, channels) if last else (size, channels, length)
+        starts = loops.cut(cut.sizes[group : group + number])
+        steps.append(((end - size) * example, shape, starts, number))
+        group += number
+    like, small = loops.LIKE[x.dtype], loops.is_small(x.numel())
+    return Way(loops, like, x.dtype, x.stride(), last, cut, small, tuple(steps))
 
 
 class Compiled(torch.autograd.Function):
@@ -154,72 +137,68 @@ class Compiled(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         added: Tensor | None,
-        how: "tuple[NormLayer, ModuleType, Partition, bool, bool]",
+        how: "tuple[NormLayer, Way, bool, bool]",
     ) -> Tensor:
-        layer, loops, cut, update, relu = how
-        y: Tensor = loops.empty_like(x)
-        last = not x.is_contiguous()
+        layer, (loops, like, _, _, last, _, small, steps), update, relu = how
+        y: Tensor = torch.empty_like(x) if small else loops.empty_like(x)
+        parts = 1 if small else loops.parts(x.numel())
+        x_, y_, w, b, added_ = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0
         if added is not None:
             added = kernels.dense(added, last)
-        like, parts = loops.LIKE[x.dtype], loops.parts(x.numel())
-        w, b, kept = weight.data_ptr(), bias.data_ptr(), []
-        places = [0 if t is None else t.data_ptr() for t in (x, y, added)]
-        (_, rows, columns), example = _shape(x, last), _example(x)
-        for first, size, sizes in _steps(cut):
-            x_, y_, added_ = [place and place + first * example for place in places]
-            shape, starts = (size, rows, columns), loops.cut(sizes)
-            data = ForwardData(like, x_, y_, shape, last, starts, w, b, parts, relu, added_)
-            kept.append(layer.fused(loops, data, update))
+            added_ = added.data_ptr()
+        kept = []
+        for first, shape, starts, groups in steps:
+            here = added_ and added_ + first
+            data = (like, x_ + first, y_ + first, shape, last, starts, w, b, parts, relu, here)
+            kept.append(layer.fused(loops, data, groups, update))
         if relu:  # whose mask is the sign of its output
             ctx.save_for_backward(x, weight, y)
         else:
             ctx.save_for_backward(x, weight)
-        ctx.kept = layer.__dict__["_last"] = kept  # past the checks of a module
-        ctx.layer, ctx.loops, ctx.cut, ctx.last, ctx.update = layer, loops, cut, last, update
+        layer.__dict__["_last"] = kept  # past the checks of a module
+        ctx.how = layer, how[1], update, kept
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        if torch.is_grad_enabled():
+            refuse_second_derivative()
         x, weight, *activated = ctx.saved_tensors
-        needs, adds = ctx.needs_input_grad, ctx.needs_input_grad[3]
+        layer, way, update, kept = ctx.how
+        needs = ctx.needs_input_grad
         if not is_plain(dy) or kernels.is_watched():
             dy = dy.to(x.dtype)
             for y in activated:
                 dy = dy.masked_fill(y <= 0, 0)
-            statistics = as_statistics(ctx.kept, x)
-            given = (dy, x, weight, statistics, ctx.cut, needs, ctx.update)
-            return *ctx.layer.gradients(*given), dy if adds else None, None
-        last, loops, steps = ctx.last, ctx.loops, _steps(ctx.cut)
-        dy, x, weight = (
-            kernels.dense(dy, last, x.dtype),
-            kernels.dense(x, last),
-            weight.contiguous(),
-        )
-        dx, one, parts = loops.empty_like(x), len(steps) == 1, loops.parts(x.numel())
-        y = g = None
+            statistics = as_statistics(kept, x)
+            given = (dy, x, weight, statistics, way.cut, needs, update)
+            return *layer.gradients(*given), dy if needs[3] else None, None
+        loops, like, dtype, strides, last, _, small, steps = way
+        if dy.stride() != strides or dy.dtype is not dtype or dy.is_neg():
+            dy = kernels.dense(dy, last, dtype)
+        if x.stride() != strides:  # as what was saved on another device and came back
+            x = kernels.dense(x, last)
+        weight = weight.contiguous()
+        fresh = torch.empty_like if small else loops.empty_like
+        dx, parts, g, y_, g_ = fresh(x), 1 if small else loops.parts(x.numel()), None, 0, 0
         if activated:
             y = kernels.dense(activated[0], last)
-            g = loops.empty_like(x) if adds else None
-        if one:
+            g = fresh(x) if needs[3] else None
+            y_, g_ = y.data_ptr(), 0 if g is None else g.data_ptr()
+        if len(steps) == 1:
             dw, db = torch.empty_like(weight), torch.empty_like(weight)
         else:
             dw, db = weight.new_empty(2, len(steps), *weight.shape)
-        row, like, w = weight.nbytes, loops.LIKE[x.dtype], weight.data_ptr()
-        places = [0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g)]
-        (_, rows, columns), example = _shape(x, last), _example(x)
-        relu, dw_, db_ = bool(activated), dw.data_ptr(), db.data_ptr()
-        for step, (first, size, sizes) in enumerate(steps):
-            above, x_, dx_, *behind = [place and place + first * example for place in places]
-            shape, starts, own = (
-                (size, rows, columns),
-                loops.cut(sizes),
-                (dw_ + step * row, db_ + step * row),
-            )
-            how = (needs[0], parts, relu, *behind)
-            data = BackwardData(like, above, x_, dx_, shape, last, starts, w, *own, *how)
-            ctx.layer.fused_backward(loops, data, ctx.kept[step], ctx.update)
-        if not one:
+        above, x_, dx_, w = dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr()
+        dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
+        wanted, relu = needs[0], y_ != 0
+        for (first, shape, starts, _), one in zip(steps, kept, strict=True):
+            places = (above + first, x_ + first, dx_ + first)
+            behind = (relu, y_ and y_ + first, g_ and g_ + first)
+            how = (shape, last, starts, w, dw_, db_, wanted, parts, *behind)
+            layer.fused_backward(loops, (like, *places, *how), one, update)
+            dw_, db_ = dw_ + row, db_ + row
+        if len(steps) > 1:
             dw, db = dw.sum(0), db.sum(0)
         return (
             dx if needs[0] else None,
@@ -235,15 +214,3 @@ def is_plain(x: Tensor) -> bool:
     if type(x) is not Tensor or x._is_zerotensor():
         return False
     return not torch._C._functorch.is_legacy_batchedtensor(x)
-
-
-def _shape(x: Tensor, last: bool) -> tuple[int, int, int]:
-    """Of a dense tensor as ``(N, C, L)`` or ``(N, L, C)``."""
-    examples, channels, *space = x.shape
-    length = prod(space)
-    return (examples, length, channels) if last else (examples, channels, length)
-
-
-def _example(x: Tensor) -> int:
-    """Bytes of an example in a dense tensor."""
-    return x.nbytes // x.shape[0]

@@ -491,6 +491,8 @@ class _CrossIterationBatchNorm(NormLayer):
 
     # --- in one compiled call ------------------------------------------------
 
+    steady = False  # it is the bound layer's forward that tells
+
     @property
     def fuses(self) -> bool:  # type: ignore[override]
         """Whether the compiled kernels know this step."""
@@ -509,12 +511,13 @@ class _CrossIterationBatchNorm(NormLayer):
         """Whether it takes the loops of the window, which are for small batches."""
         return self._flow.batch is not None
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
         if self._flow.batch is None:
             if update:
                 self.memory["step"].add_(1)
-            return fused_groups(self, loops, data, update)
-        examples, channels, length = data.shape
+            return fused_groups(self, loops, data, groups, update)
+        like, x, y, shape, _, _, weight, bias, *_ = data
+        examples, channels, length = shape
         feed, output, first, _ = self._flow.batch
         self._flow.batch = _Batch(feed, output, first + examples)
         kernels = cross_iteration_kernels()
@@ -525,9 +528,9 @@ class _CrossIterationBatchNorm(NormLayer):
         order = 0 if feed is None else 1
         values, count = examples * length, self.gradient_sample
         whole = update and order > 0 and (count is None or count >= values)
-        own, used = kernels.table(channels), loops.table(2, 1, channels)
+        own, used = kernels.table(channels), loops.table((2, 1, channels))
         share = kernels.cross_iteration_norm(
-            *(data.like, data.x, data.y, data.shape, data.weight, data.bias),
+            *(like, x, y, shape, weight, bias),
             own,
             used[0, 0],
             used[1, 0],
@@ -562,7 +565,8 @@ class _CrossIterationBatchNorm(NormLayer):
     ) -> None:
         """Write the gradient of the variance into the slot of this step."""
         (*_, patch_ring, slope_ring), counters = self._arrays(kernels)
-        (examples, channels, length), count = data.shape, self.gradient_sample
+        like, x, _, (examples, channels, length), *_ = data
+        count = self.gradient_sample
         place, values = int(counters[1]), examples * length
         if count is None or count >= values:
             some = slice(first, first + examples)
@@ -574,7 +578,7 @@ class _CrossIterationBatchNorm(NormLayer):
         apart, seen = kernels.workspace(groups, channels // groups, count, fan_in, output.dtype)
         start = int(counters[0]) * count
         given = (arrays, first, means, patch_ring, place, paces, start, apart, seen)
-        kernels.sample(data.like, data.x, data.shape, *given)
+        kernels.sample(like, x, (examples, channels, length), *given)
         kernels.product(apart, seen, slope_ring[place])
 
     def _arrays(self, kernels: ModuleType) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

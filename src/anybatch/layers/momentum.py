@@ -197,10 +197,10 @@ class _MomentumBatchNorm(NormLayer):
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
         if update and self.batch_size is None:
-            self._set_batch_size(data.shape[0])
-        own, used = (loops.table(2, 1, self.num_features) for _ in range(2))
+            self._set_batch_size(data[3][0])
+        own, used = (loops.table((2, 1, self.num_features)) for _ in range(2))
         mean, var, count = (self.memory[name].data_ptr() for name in ("mean", "var", "count"))
         settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
         keep = loops.forward(

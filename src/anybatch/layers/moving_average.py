@@ -218,8 +218,8 @@ class _MovingAverageBatchNorm(NormLayer):
         """Whether the compiled kernels know this form."""
         return not self.centered
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
-        own, used = loops.table(2, 1, self.num_features), loops.table(4, 1, self.num_features)
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        own, used = loops.table((2, 1, self.num_features)), loops.table((4, 1, self.num_features))
         running, window = self._running(), loops.NONE
         if self.forward_stats != "batch":
             window = self.memory["window"].data_ptr(), len(self.memory["window"])

@@ -23,6 +23,10 @@ _LOST = (
 )
 
 
+_task, _records = torch._C._current_graph_task_id, torch.is_grad_enabled
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def in_backward() -> bool:
     """Whether this forward runs inside a backward pass."""
     if torch.compiler.is_compiling():
@@ -40,8 +44,15 @@ def may_run_again() -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks is None or hooks(True) is not None
+    return _hooks is None or _hooks(True) is not None
+
+
+def runs_once() -> bool:
+    """Whether this forward neither is nor may be one that runs again.
+
+    The same as `in_backward` and `may_run_again`, at once, where no compiler is.
+    """
+    return _task() == -1 and _records() and _hooks is not None and _hooks(True) is None
 
 
 class Recent:

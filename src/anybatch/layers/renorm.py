@@ -134,8 +134,8 @@ class _BatchRenorm(NormLayer):
             return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
         return (step > self.warmup_steps).to(dtype)
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
-        used, running = loops.table(4, 1, self.num_features), self._running()
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        used, running = loops.table((4, 1, self.num_features)), self._running()
         memory = (*running[:2], *loops.NONE)
         limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
         constants = (self.memory["step"].data_ptr(), limits, self._number(), self.eps, update)

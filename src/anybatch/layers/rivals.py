@@ -102,11 +102,11 @@ class _SpreadNorm(NormLayer):
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
-    def fused(self, loops: ModuleType, data: ForwardData, update: bool) -> Kept:
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
         kernels_ = kernels.spread_kernels()
-        kind, given = kernels_.KINDS[self.fused_kind], data[: data._fields.index("relu")]
-        used = loops.table(2, 1, self.num_features)
-        ends = kernels_.ends(data.like, self.num_features)
+        kind, given = kernels_.KINDS[self.fused_kind], data[:9]  # without what a ReLU asks for
+        used = loops.table((2, 1, self.num_features))
+        ends = kernels_.ends(data[0], self.num_features)
         constants = (self._running(), self._number(), self.eps, update)
         kernels_.spread_forward(kind, *given, used, ends, *constants)
         return Kept(used, ends=ends)
@@ -115,7 +115,7 @@ class _SpreadNorm(NormLayer):
         self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
     ) -> None:
         kernels_ = kernels.spread_kernels()
-        kind, given = kernels_.KINDS[self.fused_kind], data[: data._fields.index("relu")]
+        kind, given = kernels_.KINDS[self.fused_kind], data[:12]
         kernels_.spread_backward(kind, *given, kept.used, kept.ends, self.eps)
 
     def gradients(

@@ -40,6 +40,11 @@ class NormState(_NormBase):
     _last: Any
     _recent: Recent
     _arrivals: Tensor | None = None  # a GPU kernel's, see `anybatch.layers.launched`
+    _ways: dict[torch.Size, Any] | None = None  # see `anybatch.layers.compiled.Way`
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_ways", None)
+        super().__setattr__(name, value)
 
     def remembered(self) -> tuple[Tensor, Tensor]:
         """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
@@ -194,7 +199,8 @@ class NormState(_NormBase):
             parameter.requires_grad_(not frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_recent": Recent(), "_arrivals": None}
+        fresh = {"_last": None, "_recent": Recent(), "_arrivals": None, "_ways": None}
+        return {**self.__dict__, **fresh}
 
     def _rows(self) -> tuple[Tensor | None, ...]:
         """Scale, shift and running statistics, as compiled kernels need them, all or none."""

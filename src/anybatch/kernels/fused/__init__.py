@@ -53,7 +53,7 @@ def fused_for(x: Tensor, *rows: Tensor | None, serial: int = 0) -> ModuleType | 
         another type, a compiler, tracer or transform at work, no Numba, or a large batch
         without threads.
     """
-    if not _is_served(x, rows):
+    if not is_served(x, rows):
         return None
     large = x.numel() > SERIAL
     if not x.is_contiguous() and (serial or not lies_last(x)):
@@ -84,7 +84,7 @@ def _row_kernels() -> ModuleType:
     return rows
 
 
-def _is_served(x: Tensor, rows: tuple[Tensor | None, ...]) -> bool:
+def is_served(x: Tensor, rows: tuple[Tensor | None, ...]) -> bool:
     """Whether a batch and all rows of its layer are memory of one type to read and write."""
     if type(x) is not Tensor or not _is_memory(x):
         return False
@@ -173,7 +173,7 @@ def sampled_kernels_for(x: Tensor, *rows: Tensor | None) -> ModuleType | None:
         Their module, or None: another device or layout, rows that are missing or of another type, a
         compiler, tracer or transform at work, no Numba.
     """
-    if not _is_served(x, rows) or not _is_dense(x):
+    if not is_served(x, rows) or not _is_dense(x):
         return None
     return None if _kernels() is None else _sampled_kernels()
 

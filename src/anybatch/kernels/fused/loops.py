@@ -61,7 +61,7 @@ from anybatch.kernels.fused.rules import (
     track_groups,
     unbiased,
 )
-from anybatch.kernels.fused.threads import fork, parts, without_threads
+from anybatch.kernels.fused.threads import fork, is_small, parts, without_threads
 
 __all__ = [
     "BATCH",
@@ -78,20 +78,17 @@ __all__ = [
     "cut",
     "empty_like",
     "forward",
+    "is_small",
     "parts",
     "table",
     "without_threads",
 ]
 
+table = np.empty  # room for statistics, of a shape
 _ZERO = np.zeros((), np.int64)
 NO_COUNT = _ZERO.ctypes.data  # of a method that counts nothing
 NONE = (0, 0)  # a window without rows
 NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
-
-
-def table(rows, groups, columns):
-    """Room for statistics."""
-    return np.empty((rows, groups, columns))
 
 
 @lru_cache(maxsize=256)

@@ -73,6 +73,11 @@ def parts(values: int) -> int:
     return min(torch.get_num_threads(), values // _GRAIN)
 
 
+def is_small(values: int) -> bool:
+    """Whether so many values have one thread whatever there are, and few bytes."""
+    return values < 2 * _GRAIN
+
+
 def without_threads() -> bool:
     """Whether torch has threads that compiled loops cannot use."""
     return not _found and torch.get_num_threads() > 1
