@@ -446,7 +446,10 @@ def test_a_wrong_argument_is_one_line_and_code_2(
 # --- the scripts ------------------------------------------------------------------------
 
 ONE = ("--threads", "1")
-SCRIPTS = ("all", "draw", "harness", "inference", "layers", "memory", "page", "peers", "roofline")
+SCRIPTS = (
+    *("all", "draw", "harness", "inference", "layers", "memory", "page", "peers", "roofline"),
+    "small_steps",
+)
 
 
 @pytest.fixture
@@ -504,6 +507,14 @@ def test_layers_are_timed_and_drawn(
         scripts["layers"].main(["--layers", "nonsense"])
     with pytest.raises(SystemExit):
         scripts["draw"].main([str(BENCHMARKS / "draw.py")])
+
+
+def test_small_steps_have_a_floor(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    path = tmp_path / "small.csv"
+    typed = [*ONE, "--networks", "resnet8", "--methods", "brn", "--rounds", "1", "--csv", str(path)]
+    assert scripts["small_steps"].main(typed) == 0
+    empty = ["no norm", "a copy", "an empty function"]
+    assert [row.name for row in read_csv(path)] == ["nn.BatchNorm2d", *empty, "brn", "brn, fused"]
 
 
 def test_inference_has_the_network_without_norms(

@@ -470,7 +470,8 @@ class NormLayer(NormState):
         added = then.residual if then is not None and inside else None
         way = way_of(x, loops, cut)
         if self.steady and self._group is None:
-            ways = self._ways if self._ways is not None and len(self._ways) < _WAYS else {}
+            known = self._ways
+            ways = {} if known is None or len(known) >= _WAYS else known
             ways[x.shape] = way
             self.__dict__["_ways"] = ways  # past `__setattr__`
         how = (self, way, update, inside)
@@ -479,9 +480,10 @@ class NormLayer(NormState):
 
     def _known(self, x: Tensor) -> Way | None:
         """How batches like this went through a CPU's loops, if nothing has changed since."""
-        if self._ways is None or torch.compiler.is_compiling():
+        ways = self._ways  # which another thread may take away
+        if ways is None or torch.compiler.is_compiling():
             return None
-        way: Way | None = self._ways.get(x.shape)
+        way: Way | None = ways.get(x.shape)
         if way is None or x.dtype is not way.dtype or x.stride() != way.strides:
             return None
         return way if runs_once() and kernels.is_served(x, self._rows()) else None
