@@ -152,6 +152,21 @@ def test_swapped_parameters_are_those_of_the_call() -> None:
     assert torch.equal(y, own["bias"].view(-1, 1, 1).expand_as(y))
 
 
+def test_a_tensor_that_outlived_a_transform_is_a_tensor() -> None:
+    layer, x, kept = make("bn"), batch(4), []
+    for _ in range(2):
+        step(layer, x)
+    fresh = copy.deepcopy(layer)
+
+    def leaky(z: Tensor) -> Tensor:
+        kept.append(z)
+        return z.sum()
+
+    torch.func.grad(leaky)(x)
+    assert torch.equal(layer(kept[0]), fresh(x))
+    assert same(state(layer), state(fresh))
+
+
 def test_many_shapes_do_not_pile_up() -> None:
     layer = make("bn")
     for length in range(2, 60):

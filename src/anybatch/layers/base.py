@@ -20,7 +20,16 @@ from anybatch.kernels.recipe import Course, Recipe
 from anybatch.layers.accumulation import Seen, StepBackward, StepMemory
 from anybatch.layers.activation import Activation, read_activation
 from anybatch.layers.arguments import check_between, check_count
-from anybatch.layers.compiled import BackwardData, Compiled, ForwardData, Kept, Way, way_of
+from anybatch.layers.compiled import (
+    BackwardData,
+    Compiled,
+    ForwardData,
+    Kept,
+    Way,
+    apply,
+    outlived,
+    way_of,
+)
 from anybatch.layers.launched import Launched
 from anybatch.layers.normalize import BackwardMemory, Call, Gradients, gradients, normalize
 from anybatch.layers.operated import operate
@@ -348,8 +357,7 @@ class NormLayer(NormState):
         if way is not None and (then is None or (self.fuses_activation and then.is_plain())):
             weight, bias, added = *self._rows()[:2], None if then is None else then.residual
             how = (self, way, updates.enabled, then is not None)
-            y: Tensor = Compiled.apply(input, weight, bias, added, how)  # type: ignore[no-untyped-call]
-            return y
+            return apply(input, weight, bias, added, how)
         shape = input.shape
         if len(shape) not in self._ranks or shape[1] != self.num_features:
             self._refuse(input)
@@ -484,7 +492,7 @@ class NormLayer(NormState):
         if ways is None or torch.compiler.is_compiling():
             return None
         way: Way | None = ways.get(x.shape)
-        if way is None or x.dtype is not way.dtype or x.stride() != way.strides:
+        if way is None or x.dtype is not way.dtype or x.stride() != way.strides or outlived(x):
             return None
         return way if runs_once() and kernels.is_served(x, self._rows()) else None
 

@@ -43,7 +43,8 @@ class NormState(_NormBase):
     _ways: dict[torch.Size, Any] | None = None  # see `anybatch.layers.compiled.Way`
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_ways", None)
+        if not torch.compiler.is_compiling():
+            self.__dict__.pop("_ways", None)
         super().__setattr__(name, value)
 
     def remembered(self) -> tuple[Tensor, Tensor]:
