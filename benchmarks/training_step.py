@@ -48,7 +48,8 @@ def main(typed: Sequence[str] | None = None, questions: tuple[str, ...] = ("step
     parser.add_argument("--cbn", action="store_true")
     parser.add_argument("--operators", action="store_true")
     given = parser.parse_args(typed)
-    use_fused("always" if given.operators else "auto")
+    if given.operators:
+        use_fused("always")
     variants = {name: Variant(name) for name in given.methods}
     if given.cbn:
         variants = {"bn": Variant("bn")}
