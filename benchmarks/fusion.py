@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from harness import FORMATS, arguments, finish, sizes, start
+from harness import FORMATS, arguments, finish, sizes, start, training_step
 from torch import Tensor, nn
 
 from anybatch import convert
@@ -82,17 +82,7 @@ def step_rows(batch: int, form: str, methods: list[str], rounds: int) -> list[Me
         fused = convert(copy.deepcopy(plain), method, batch_size=batch, fuse=True)
         networks[f"{method}, fused"] = fused
 
-    def step(network: nn.Module) -> Call:
-        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
-
-        def call() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), target).backward()
-            optimizer.step()
-
-        return call
-
-    calls = {name: step(network) for name, network in networks.items()}
+    calls = {name: training_step(network, x, target) for name, network in networks.items()}
     setting = Setting("step", f"resnet20, batch {batch}", form)
     return timed(setting, interleaved(calls, rounds), BASELINE)
 

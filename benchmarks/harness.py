@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from anybatch.experiments.measurements import Measurement, as_table, surroundings, write_csv
+from anybatch.experiments.timing import Call
 
 SHAPES = ("2x64x56x56", "32x64x56x56", "4x256x100x152", "128x16x32x32")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -69,3 +72,15 @@ def reason(error: BaseException) -> str:
 def sizes(shape: str) -> tuple[int, ...]:
     """The numbers of a shape."""
     return tuple(int(size) for size in shape.split("x"))
+
+
+def training_step(network: nn.Module, x: Tensor, target: Tensor) -> Call:
+    """A step of a classifier: forward, loss, backward, SGD with momentum."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9)
+
+    def call() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), target).backward()
+        optimizer.step()
+
+    return call

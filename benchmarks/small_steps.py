@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from harness import arguments, finish, start
+from harness import arguments, finish, start, training_step
 from torch import Tensor, nn
 
 from anybatch import convert
 from anybatch.experiments.measurements import Measurement, Setting, timed
 from anybatch.experiments.models import build
-from anybatch.experiments.timing import Call, interleaved
+from anybatch.experiments.timing import interleaved
 from anybatch.methods import METHODS
 
 BASELINE = "nn.BatchNorm2d"
@@ -83,17 +82,7 @@ def step_rows(name: str, batch: int, methods: list[str], rounds: int) -> list[Me
             converted = convert(copy.deepcopy(plain), method, batch_size=batch, fuse=fuse)
             networks[f"{method}, fused" if fuse else method] = converted
 
-    def step(network: nn.Module) -> Call:
-        optimizer = torch.optim.SGD(network.parameters(), 1e-6, momentum=0.9)
-
-        def call() -> None:
-            optimizer.zero_grad()
-            F.cross_entropy(network(x), target).backward()
-            optimizer.step()
-
-        return call
-
-    calls = {name: step(network) for name, network in networks.items()}
+    calls = {name: training_step(network, x, target) for name, network in networks.items()}
     times = interleaved(calls, rounds, block_seconds=0.05)
     return timed(Setting("step", f"{name}, batch {batch}"), times, BASELINE)
 
