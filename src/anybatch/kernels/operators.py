@@ -57,10 +57,9 @@ def operators_for(x: Tensor, *rows: Tensor | None) -> bool:
 
 def _is_there(device: str) -> bool:
     """Whether there are kernels for a kind of device."""
-    if device not in triton._DEVICES:
-        return device == "cpu" and fused._kernels() is not None
-    able = device != "cuda" or triton._is_able(torch.device(device))
-    return able and triton._kernels() is not None
+    if triton.launches_on(torch.device(device)) is not None:
+        return True
+    return device == "cpu" and fused._kernels() is not None
 
 
 # What `torch.compiler.assume_constant_result` does, but for loading the compiler.

@@ -1,5 +1,6 @@
 """What a method tells kernels that are a whole layer: its rule, its numbers, its memory."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,17 @@ AVERAGES = {"batch": BATCH, "sma": SMA, "ema": EMA}
 
 # How a batch is cut: examples of each group, groups and examples of each normalization batch.
 Cut = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(maxsize=256)
+def walk(cut: Cut) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
+    """First example, first group, examples and sizes of the groups of each normalization batch."""
+    sizes, numbers, batches = cut
+    found, first, group = [], 0, 0
+    for examples, number in zip(batches, numbers, strict=True):
+        found.append((first, group, examples, sizes[group : group + number]))
+        first, group = first + examples, group + number
+    return tuple(found)
 
 
 class Recipe(NamedTuple):

@@ -50,8 +50,8 @@ from anybatch.layers.statistics import Statistics, stack
 
 _LOW = (torch.float16, torch.bfloat16)
 _SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
-_WAYS = 16  # shapes of batches of which a layer remembers how they go through the loops
 _PATIENCE = 10  # batches in a row after which it is not an accident
+_WAYS = 16  # shapes of batches of which a layer remembers how they go through the loops
 
 
 class Batch(NamedTuple):
@@ -353,11 +353,9 @@ class NormLayer(NormState):
         then = None
         if activation is not None or residual is not None:
             then = read_activation(activation, residual, input)
-        way = self._known(input) if mask is None else None
-        if way is not None and (then is None or (self.fuses_activation and then.is_plain())):
-            weight, bias, added = *self._rows()[:2], None if then is None else then.residual
-            how = (self, way, updates.enabled, then is not None)
-            return apply(input, weight, bias, added, how)
+        known = self._go_known_way(input, then) if mask is None else None
+        if known is not None:
+            return known
         shape = input.shape
         if len(shape) not in self._ranks or shape[1] != self.num_features:
             self._refuse(input)
@@ -461,7 +459,9 @@ class NormLayer(NormState):
         recipe = self._recipe(cut, update)
         if recipe is None:
             return None
-        how = (self, launches, self._course(recipe, cut, x, update), again)
+        last = values == 1 or not x.is_contiguous()
+        course = Course(recipe, cut, self.columns, last, self._number(), self.eps, update)
+        how = (self, launches, course, again)
         y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
         return y
 
@@ -486,15 +486,21 @@ class NormLayer(NormState):
         y: Tensor = Compiled.apply(x, *rows[:2], added, how)  # type: ignore[no-untyped-call]
         return y, inside
 
-    def _known(self, x: Tensor) -> Way | None:
-        """How batches like this went through a CPU's loops, if nothing has changed since."""
+    def _go_known_way(self, x: Tensor, then: Activation | None) -> Tensor | None:
+        """The forward as a batch like this went through a CPU's loops, if nothing changed since."""
         ways = self._ways  # which another thread may take away
         if ways is None or torch.compiler.is_compiling():
             return None
         way: Way | None = ways.get(x.shape)
         if way is None or x.dtype is not way.dtype or x.stride() != way.strides or outlived(x):
             return None
-        return way if runs_once() and kernels.is_served(x, self._rows()) else None
+        if then is not None and not (self.fuses_activation and then.is_plain()):
+            return None
+        rows = self._rows()
+        if not runs_once() or not kernels.is_served(x, rows):
+            return None
+        added = None if then is None else then.residual
+        return apply(x, *rows[:2], added, (self, way, updates.enabled, then is not None))
 
     def _operate(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
         """The forward by the kernels as operators, where a compiler is to see these."""
@@ -507,18 +513,13 @@ class NormLayer(NormState):
         weight, bias, *_ = rows
         assert weight is not None and bias is not None
         self._last = None
-        return operate(self, x, weight, bias, self._course(recipe, cut, x, update))
+        return operate(self, x, weight, bias, recipe, cut, update)
 
     def _recipe(self, cut: Partition, update: bool) -> Recipe | None:
         """The method as kernels take it, if they do."""
         if self.num_features > self.columns * kernels.WIDEST:
             return None
         return self.recipe(cut.batches[0], update)
-
-    def _course(self, recipe: Recipe, cut: Partition, x: Tensor, update: bool) -> Course:
-        """How kernels go through a dense batch."""
-        last = x.shape[2:].numel() == 1 or not x.is_contiguous()
-        return Course(recipe, cut, self.columns, last, self._number(), self.eps, update)
 
     def _apply_statistics(
         self,

@@ -79,7 +79,7 @@ def fused_groups(
     used = own = loops.table((2, groups, columns))
     if columns != channels:
         own = loops.table((2, groups, channels))
-    memory = (*running[:2], 0, 0)
+    memory = (*running[:2], *loops.NONE)
     constants = (loops.NO_COUNT, loops.NO_SETTINGS, layer._number(), layer.eps, update)
     loops.forward(loops.PLAIN, *data, own, used, running, memory, *constants)
     return Kept(used)

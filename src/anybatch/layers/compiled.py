@@ -1,8 +1,6 @@
 """The autograd function around the compiled kernels of a CPU."""
 
 from collections.abc import Callable
-from itertools import accumulate
-from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,15 +115,9 @@ class Way(NamedTuple):
 
 def way_of(x: Tensor, loops: ModuleType, cut: Partition) -> Way:
     """How a dense batch goes through the kernels, cut so."""
-    last, steps, group = not x.is_contiguous(), [], 0
-    channels, length, example = x.shape[1], prod(x.shape[2:]), x.nbytes // x.shape[0]
-    for end, size, number in zip(accumulate(cut.batches), cut.batches, cut.steps, strict=True):
-        shape = (size, length, channels) if last else (size, channels, length)
-        starts = loops.cut(cut.sizes[group : group + number])
-        steps.append(((end - size) * example, shape, starts, number))
-        group += number
-    like, small = loops.LIKE[x.dtype], loops.is_small(x.numel())
-    return Way(loops, like, x.dtype, x.stride(), last, cut, small, tuple(steps))
+    last, like, small = not x.is_contiguous(), loops.LIKE[x.dtype], loops.is_small(x.numel())
+    steps = loops.steps_of(x, cut, last)
+    return Way(loops, like, x.dtype, x.stride(), last, cut, small, steps)
 
 
 class Compiled(torch.autograd.Function):

@@ -257,7 +257,7 @@ class _MovingAverageBatchNorm(NormLayer):
             kept.share,
             kept.centered,
             self.eps,
-            loops.KINDS[self.backward_stats],
+            AVERAGES[self.backward_stats],
             average,
             count,
             1.0 - pace,

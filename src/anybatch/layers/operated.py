@@ -5,14 +5,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anybatch.kernels.recipe import Course
+from anybatch.kernels.recipe import Recipe
 from anybatch.layers.launched import running_of
+from anybatch.layers.partition import Partition
 
 if TYPE_CHECKING:
     from anybatch.layers.base import NormLayer
 
 
-def operate(layer: "NormLayer", x: Tensor, weight: Tensor, bias: Tensor, course: Course) -> Tensor:
+def operate(
+    layer: "NormLayer",
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    recipe: Recipe,
+    cut: Partition,
+    update: bool,
+) -> Tensor:
     """Normalize a batch by the operators.
 
     Args:
@@ -20,18 +29,18 @@ def operate(layer: "NormLayer", x: Tensor, weight: Tensor, bias: Tensor, course:
         x: Its input, dense.
         weight: Scale.
         bias: Shift.
-        course: How.
+        recipe: Its method.
+        cut: How the batch is cut.
+        update: Whether state may change.
 
     Returns:
         The output.
     """
-    recipe, sizes, groups, batches = course.recipe, *course.cut
-    rest = (course.columns, course.pace, course.eps, course.update)
-    cut = (list(sizes), list(groups), list(batches), *rest)
+    how = (*map(list, cut), layer.columns, layer._number(), layer.eps, update)
     memory = (recipe.mean, recipe.var, recipe.window, recipe.counter, recipe.keep)
-    forward = (recipe.kind, list(recipe.numbers), list(recipe.steps), recipe.smooth, *cut)
+    forward = (recipe.kind, list(recipe.numbers), list(recipe.steps), recipe.smooth, *how)
     tensors = (*running_of(layer), *memory, recipe.psi, recipe.psi_counter)
-    backward = (recipe.kind, recipe.averages, *cut)
+    backward = (recipe.kind, recipe.averages, *how)
     y: Tensor = Operated.apply(x, weight, bias, *tensors, forward, backward)  # type: ignore[no-untyped-call]
     return y
 

@@ -31,7 +31,7 @@ def in_backward() -> bool:
     """Whether this forward runs inside a backward pass."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._current_graph_task_id() != -1
+    return _task() != -1
 
 
 def may_run_again() -> bool:
@@ -42,7 +42,7 @@ def may_run_again() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if not torch.is_grad_enabled():
+    if not _records():
         return True
     return _hooks is None or _hooks(True) is not None
 

@@ -6,9 +6,12 @@ Tensors are given by their addresses, see `anybatch.kernels.fused.arrays`. Activ
 begin at ``starts``. One function serves all methods, so that one is compiled.
 """
 
+import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from anybatch.kernels.fused.activated import (
     plane_activate,
@@ -43,14 +46,6 @@ from anybatch.kernels.fused.passes import (
     settle,
 )
 from anybatch.kernels.fused.rules import (
-    BATCH,
-    EMA,
-    KINDS,
-    MOMENTUM,
-    PLAIN,
-    RENORM,
-    SMA,
-    WINDOW,
     choose,
     count_batch,
     factors,
@@ -62,10 +57,20 @@ from anybatch.kernels.fused.rules import (
     unbiased,
 )
 from anybatch.kernels.fused.threads import fork, is_small, parts, without_threads
+from anybatch.kernels.recipe import (
+    BATCH,
+    EMA,
+    MOMENTUM,
+    PLAIN,
+    RENORM,
+    SMA,
+    WINDOW,
+    Cut,
+    walk,
+)
 
 __all__ = [
     "BATCH",
-    "KINDS",
     "LIKE",
     "MOMENTUM",
     "NONE",
@@ -75,15 +80,16 @@ __all__ = [
     "RENORM",
     "WINDOW",
     "backward",
-    "cut",
     "empty_like",
     "forward",
     "is_small",
     "parts",
+    "steps_of",
     "table",
     "without_threads",
 ]
 
+Step = tuple[int, tuple[int, int, int], Any, int]
 table = np.empty  # room for statistics, of a shape
 _ZERO = np.zeros((), np.int64)
 NO_COUNT = _ZERO.ctypes.data  # of a method that counts nothing
@@ -92,9 +98,32 @@ NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
 
 
 @lru_cache(maxsize=256)
-def cut(sizes):
+def _starts(sizes):
     """Where groups of examples begin, and the end."""
     return np.cumsum([0, *sizes])
+
+
+def steps_of(x: Tensor, cut: Cut, last: bool) -> tuple[Step, ...]:
+    """Normalization batches of a dense batch: where each begins, its shape, where its groups do.
+
+    Args:
+        x: The batch.
+        cut: How it is cut.
+        last: Whether its channels are last.
+
+    Returns:
+        Of each the first byte, the shape as `forward` takes it, `starts`, and how many groups.
+    """
+    channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
+    return tuple(
+        (
+            first * example,
+            (examples, length, channels) if last else (examples, channels, length),
+            _starts(sizes),
+            len(sizes),
+        )
+        for first, _, examples, sizes in walk(cut)
+    )
 
 
 # --- forward ----------------------------------------------------------------

@@ -7,20 +7,22 @@ from typing import Any
 
 from numba import njit
 
+from anybatch.kernels import recipe
+
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
-def fingerprint(folder: Path) -> str:
-    """A number of the Python sources in a folder, which changes with any of them."""
+def fingerprint(folder: Path, *others: Path) -> str:
+    """A number of the Python sources in a folder and others, which changes with any of them."""
     found = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in (*sorted(folder.glob("*.py")), *others):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:12]
 
 
-_SOURCES = fingerprint(Path(__file__).parent)
+_SOURCES = fingerprint(Path(__file__).parent, Path(recipe.__file__))
 
 
 def jit(function: Callable[..., Any]) -> Any:

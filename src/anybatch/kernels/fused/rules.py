@@ -12,11 +12,7 @@ import math
 import numpy as np
 
 from anybatch.kernels.fused.options import inlined
-
-PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
-BATCH, SMA, EMA = 0, 1, 2  # which averages a window holds
-KINDS = {"batch": BATCH, "sma": SMA, "ema": EMA}
-
+from anybatch.kernels.recipe import MOMENTUM, RENORM, WINDOW
 
 # --- forward ----------------------------------------------------------------
 

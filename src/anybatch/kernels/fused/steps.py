@@ -1,8 +1,5 @@
 """A layer's batch by its recipe: the loops' calls for its normalization batches, in tensors."""
 
-from itertools import accumulate
-from math import prod
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,14 +32,13 @@ def forward(
     w, b, addresses = weight.data_ptr(), bias.data_ptr(), tuple(t.data_ptr() for t in running)
     memory, count = _memory(course, addresses)
     tables = []
-    for first, size, sizes in _steps(course):
-        places = [t.data_ptr() + first * _example(t) for t in (x, y)]
-        shape, starts = _shape(x, size, course.last), loops.cut(sizes)
+    for first, shape, starts, groups in loops.steps_of(x, course.cut, course.last):
+        places = [t.data_ptr() + first for t in (x, y)]
         data = (like, *places, shape, course.last, starts, w, b, parts, False, 0)
         rows = 4 if recipe.kind in (RENORM, WINDOW) else 2
-        used = np.empty((rows, len(sizes), course.columns))
+        used = np.empty((rows, groups, course.columns))
         whole = recipe.kind in (PLAIN, RENORM) and course.columns == x.shape[1]
-        own = used if whole else np.empty((2, len(sizes), x.shape[1]))
+        own = used if whole else np.empty((2, groups, x.shape[1]))
         state = (addresses, memory, count, _settings(course))
         constants = (course.pace, course.eps, course.update)
         result = loops.forward(recipe.kind, *data, own, used, *state, *constants)
@@ -79,11 +75,8 @@ def backward(
     Returns:
         Gradients of the input, empty where it is not wanted, and of shift and scale, ``(2, C)``.
     """
-    recipe, steps, dx = (
-        course.recipe,
-        _steps(course),
-        loops.empty_like(x) if wanted else x.new_empty(0),
-    )
+    recipe, steps = course.recipe, loops.steps_of(x, course.cut, course.last)
+    dx = loops.empty_like(x) if wanted else x.new_empty(0)
     like, parts, tables, group = loops.LIKE[x.dtype], loops.parts(x.numel()), used.numpy(), 0
     slopes, row = weight.new_empty(2, len(steps), *weight.shape), weight.nbytes
     db, dw = (slope.data_ptr() for slope in slopes)
@@ -92,12 +85,11 @@ def backward(
         length = recipe.psi.numel() // x.shape[1]
         average, count = (recipe.psi.data_ptr(), length), recipe.psi_counter.data_ptr()
     pace = 1 / max(int(tracked), 1) if course.pace < 0 and recipe.averages == EMA else course.pace
-    for step, (first, size, sizes) in enumerate(steps):
-        places = [t.data_ptr() + first * _example(x) for t in (dy, x, dx)]
-        shape, starts = _shape(x, size, course.last), loops.cut(sizes)
+    for step, (first, shape, starts, groups) in enumerate(steps):
+        places = [t.data_ptr() + first for t in (dy, x, dx)]
         slope = (dw + step * row, db + step * row)
         data = (like, *places, shape, course.last, starts, weight.data_ptr(), *slope, wanted)
-        table = np.ascontiguousarray(tables[:, group : group + len(sizes)])
+        table = np.ascontiguousarray(tables[:, group : group + groups])
         centers, share, own = table[0], 1.0, True
         if recipe.kind == MOMENTUM:
             table, centers, share = table[:2], table[2], float(table[3, 0, 0])
@@ -107,18 +99,8 @@ def backward(
         how = (parts, False, 0, 0, table, centers, share, recipe.kind != WINDOW, course.eps)
         kept = (recipe.averages, average, count, 1.0 - pace, own, course.update)
         loops.backward(*data, *how, *kept)
-        group += len(sizes)
+        group += groups
     return dx, slopes[:, 0] if len(steps) == 1 else slopes.sum(1)
-
-
-def _steps(course: Course) -> list[tuple[int, int, tuple[int, ...]]]:
-    """First example, examples and sizes of the groups of each normalization batch."""
-    sizes, numbers, batches = course.cut
-    ends, groups = accumulate(batches), accumulate(numbers)
-    return [
-        (end - size, size, sizes[group - number : group])
-        for end, size, group, number in zip(ends, batches, groups, numbers, strict=True)
-    ]
 
 
 def _memory(course: Course, running: tuple[int, ...]) -> tuple[tuple[int, int, int, int], int]:
@@ -143,13 +125,3 @@ def _settings(course: Course) -> tuple[float, float, float, float]:
         length, warmup, renorm_warmup = recipe.steps
         return float(length), float(warmup), float(renorm_warmup), first
     return 0.0 if recipe.keep is None else recipe.keep.item(), 0.0, 0.0, 0.0
-
-
-def _shape(x: Tensor, size: int, last: bool) -> tuple[int, int, int]:
-    channels, length = x.shape[1], prod(x.shape[2:])
-    return (size, length, channels) if last else (size, channels, length)
-
-
-def _example(x: Tensor) -> int:
-    """Bytes of an example in a dense tensor."""
-    return x.nbytes // x.shape[0]

@@ -66,16 +66,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_pool)
 
 
-def parts(values: int) -> int:
-    """Threads for so many values: torch's number at most, one in the child of a fork."""
-    if _forked or not _found or values < 2 * _GRAIN:
-        return 1
-    return min(torch.get_num_threads(), values // _GRAIN)
-
-
 def is_small(values: int) -> bool:
     """Whether so many values have one thread whatever there are, and few bytes."""
     return values < 2 * _GRAIN
+
+
+def parts(values: int) -> int:
+    """Threads for so many values: torch's number at most, one in the child of a fork."""
+    if _forked or not _found or is_small(values):
+        return 1
+    return min(torch.get_num_threads(), values // _GRAIN)
 
 
 def without_threads() -> bool:

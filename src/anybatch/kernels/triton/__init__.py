@@ -56,7 +56,14 @@ def launches_for(x: Tensor, state: Tensor | None, *parameters: Tensor | None) ->
             return None
     if fused.is_watched() or x.is_neg() or not (x.is_contiguous() or fused.lies_last(x)):
         return None
-    return _kernels() if device.type != "cuda" or _is_able(device) else None
+    return launches_on(device)
+
+
+def launches_on(device: torch.device) -> ModuleType | None:
+    """The module that launches the GPU kernels, where a device is one of theirs."""
+    if device.type not in _DEVICES or (device.type == "cuda" and not _is_able(device)):
+        return None
+    return _kernels()
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.kernels.recipe import Course, Cut
+from anybatch.kernels.recipe import Course, Cut, walk
 from anybatch.kernels.triton import launch
 
 
@@ -93,16 +93,11 @@ def _steps(
     cut: Cut, last: bool, channels: int, values: int, itemsize: int, columns: int
 ) -> tuple[tuple[launch.Layout, int, int], ...]:
     """How each normalization batch lies in memory, its first example and its first group."""
-    steps, start, group = [], 0, 0
-    all_sizes, numbers, batches = cut
-    for size, number in zip(batches, numbers, strict=True):
-        sizes = all_sizes[group : group + number]
-        width = channels // columns
-        long = launch.needs_long(sum(all_sizes) * channels * values)
-        layout = launch.Layout(last, channels, values, itemsize, sizes, width, long)
-        steps.append((layout, start, group))
-        start, group = start + size, group + number
-    return tuple(steps)
+    width, long = channels // columns, launch.needs_long(sum(cut[0]) * channels * values)
+    return tuple(
+        (launch.Layout(last, channels, values, itemsize, sizes, width, long), first, group)
+        for first, group, _, sizes in walk(cut)
+    )
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
