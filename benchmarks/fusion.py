@@ -24,7 +24,7 @@ from anybatch import convert
 from anybatch.experiments.measurements import Measurement, Setting, timed
 from anybatch.experiments.models import build
 from anybatch.experiments.timing import Call, interleaved
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 SHAPES = ("32x64x56x56", "128x16x32x32", "2x64x56x56")
 FOLLOWING = ("relu", "add and relu")

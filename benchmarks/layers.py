@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from anybatch.experiments.bench import compiled, steady_options
 from anybatch.experiments.measurements import Measurement, Setting, timed
 from anybatch.experiments.timing import Call, graphed, interleaved
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 BASELINE = "nn.BatchNorm2d"
 METHOD_NAMES = (

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from anybatch.conversion import to_batchnorm
-from anybatch.evaluation.dataset import dataset_statistics
+from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.experiments import sampling as study
 from anybatch.experiments import sampling_figures as figures
 from anybatch.experiments.classification import batches

@@ -24,7 +24,7 @@ from anybatch import convert
 from anybatch.experiments.measurements import Measurement, Setting, timed
 from anybatch.experiments.models import build
 from anybatch.experiments.timing import interleaved
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 BASELINE = "nn.BatchNorm2d"
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
-from anybatch.layers.base import NormLayer
+from anybatch.core.norm_layer import NormLayer
 
 WARM_UP = 0.25  # of the time: caches fill
 OPTIONS = {
@@ -143,7 +143,7 @@ def soak(minutes: float, every: float, seed: int) -> list[Sample]:
     chance, names = random.Random(seed), list(anybatch.METHODS)
     torch.manual_seed(seed)
     for number in range(1024):  # numbers that are kept, as many as ever will be
-        anybatch.kernels.scalar(1.0 + number / 1e6)
+        anybatch.backends.scalar(1.0 + number / 1e6)
     base = network()
     fresh = copy.deepcopy(base.state_dict())
     start, found, rounds, steps, due = time.monotonic(), [], 0, 0, every

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 FOLDER = Path(__file__).parent / "methods" / "pictures"
 STEPS, BATCH, CHANNELS = 60, 4, 4

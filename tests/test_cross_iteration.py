@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch
 import reference
-from anybatch.kernels import patches, use_fused
-from anybatch.layers.cross_iteration import recommended_window
-from anybatch.methods import METHODS
+from anybatch.backends import use_fused
+from anybatch.backends.aten import patches
+from anybatch.layers.cross_iteration_batch_norm import recommended_window
+from anybatch.registry import METHODS
 
 # Every way in which weights meet an input: the layer, and the shape of its input.
 FEEDERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from anybatch import cli
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

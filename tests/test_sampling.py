@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import anybatch
 import reference
-from anybatch.kernels import use_fused
-from anybatch.kernels.samples import random_positions
-from anybatch.layers.sampling import patch_sides
+from anybatch.backends import use_fused
+from anybatch.backends.aten.samples import random_positions
+from anybatch.layers.sample_positions import patch_sides
 
 REAL = ("naive", "batch", "feature", "points")
 RANDOM = REAL[1:]
@@ -173,7 +173,7 @@ def test_the_gradient_is_exact(sample: str, fused: str) -> None:
     assert torch.autograd.gradcheck(forward, (x, layer.weight, layer.bias))
 
 
-def test_outside_the_sample_the_gradient_is_that_of_constants() -> None:
+def test_untrusted_files_the_sample_the_gradient_is_that_of_constants() -> None:
     layer = random_layer((8, 3, 6, 6), sample="naive", size=2)
     x, dy = torch.randn(8, 3, 6, 6), torch.randn(8, 3, 6, 6)
     dx = step(layer, x, dy)[1]
@@ -219,7 +219,7 @@ def indices(layer: Any, x: Tensor) -> Any:
     """The places of a layer's sample, as a mask over examples and pixels."""
     mask = torch.zeros(x.shape[0], 1, *x.shape[2:])
     (part,) = layer._parts(x, (x.shape[0],))[0]
-    from anybatch.kernels.samples import Points, take
+    from anybatch.backends.aten.samples import Points, take
 
     if isinstance(part.sample, Points):
         mask[part.sample.index] = 1
@@ -426,7 +426,7 @@ def wrapped(form: str = "tensor", method: str = "vdn", num_virtual: int = 2, **o
 
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_lose_the_virtual_rows_in_any_nest(form: str) -> None:
-    from anybatch.conversion.feeders import tensors_in
+    from anybatch.conversion.producers import tensors_in
 
     net = wrapped(form)
     x = torch.rand(5, 3, 6, 6)

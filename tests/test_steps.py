@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import reference
-from anybatch.kernels import use_fused
-from anybatch.methods import METHODS
+from anybatch.backends import use_fused
+from anybatch.registry import METHODS
 from tolerances import tolerance
 
 STEPS = 44

@@ -19,12 +19,12 @@ from anybatch.conversion import (
     plan,
     to_batchnorm,
 )
-from anybatch.evaluation.dataset import DatasetStatistics, dataset_statistics
-from anybatch.evaluation.diagnose import Diagnosis, diagnose
+from anybatch.evaluation.dataset_statistics import DatasetStatistics, dataset_statistics
+from anybatch.evaluation.diagnosis.diagnose import Diagnosis, diagnose
 from anybatch.evaluation.evalnorm import EvalNorm, eval_norm
+from anybatch.evaluation.example_weighing import example_weighing, set_example_weight
+from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
-from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
-from anybatch.evaluation.weighing import example_weighing, set_example_weight
 from anybatch.layers import (
     Accumulation,
     BatchGroupNorm1d,
@@ -67,8 +67,8 @@ from anybatch.layers import (
     thaw,
     weight_centralization,
 )
-from anybatch.methods import METHODS, Method, get_method
-from anybatch.scheduling import NormScheduler
+from anybatch.registry import METHODS, Method, get_method
+from anybatch.schedule import NormScheduler
 
 __all__ = [
     "METHODS",

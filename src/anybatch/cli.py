@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 try:
     import typer
@@ -129,7 +129,7 @@ def _complete_precision(incomplete: str) -> list[str]:
 
 
 def _complete_metric(incomplete: str) -> list[str]:
-    from anybatch.evaluation.tuning import METRICS
+    from anybatch.evaluation.example_weight_search import METRICS
 
     return _beginning(incomplete, METRICS)
 
@@ -430,11 +430,11 @@ def tune(
 
         anybatch tune weights.pt --data cifar10 --root data/cifar10 --model resnet18
     """
-    from anybatch.evaluation.tuning import METRICS
+    from anybatch.core.arguments import check_choice
+    from anybatch.evaluation.example_weight_search import METRICS
     from anybatch.experiments import tuning
     from anybatch.experiments.config import parse_options
     from anybatch.experiments.files import output_folder
-    from anybatch.layers.arguments import check_choice
 
     given = _settings(context, config)
     check_choice("metric", given["metric"], METRICS)
@@ -763,7 +763,7 @@ def _comparison(given: dict[str, Any]) -> "Comparison":
 def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
     """The methods of `bench`, with their options."""
     from anybatch.experiments.bench import Variant
-    from anybatch.methods import get_method
+    from anybatch.registry import get_method
 
     chosen = _named(given)
     if not chosen:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybatch.layers.arguments import check_between
+from anybatch.core.arguments import check_between
 
 
 @dataclass(frozen=True)

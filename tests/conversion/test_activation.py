@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.conversion import convert, fold, plan, to_batchnorm
-from anybatch.conversion.activation import apply_activation
-from anybatch.methods import METHODS
+from anybatch.conversion.norm_with_activation import apply_activation
+from anybatch.registry import METHODS
 from zoo.listing import randomize
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 KEEPING = [name for name, method in METHODS.items() if method.exact_eval and not method.wraps]
 OPTIONS = {

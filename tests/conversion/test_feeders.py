@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.conversion.feeders import Feeder, find_feeders
+from anybatch.conversion.producers import Feeder, find_feeders
 
 Forward = Callable[..., Any]
 

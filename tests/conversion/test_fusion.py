@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import anybatch
+from anybatch.backends import use_fused
 from anybatch.conversion import convert, fold, plan, to_batchnorm
-from anybatch.conversion.feeders import NormTracer, tensors_in
-from anybatch.conversion.fused_block import fusions
-from anybatch.conversion.fusion import find_fusions
+from anybatch.conversion.producers import NormTracer, tensors_in
+from anybatch.conversion.relu_fusion.find import find_fusions
+from anybatch.conversion.relu_fusion.fused_block import fusions
+from anybatch.core.norm_layer import NormLayer
 from anybatch.experiments.models import build
-from anybatch.kernels import use_fused
-from anybatch.layers.base import NormLayer
 from conversion.networks import NETWORKS, Network
 from zoo.listing import randomize
 

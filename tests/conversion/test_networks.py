@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import NoEffectWarning, convert, fold, plan, to_batchnorm
-from anybatch.conversion.feeders import observe, tensors_in
-from anybatch.conversion.norms import is_batch_norm
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.conversion.producers import observe, tensors_in
+from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
-from anybatch.layers.base import NormLayer
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 from conversion.networks import NETWORKS, Network
 from zoo.listing import randomize
 

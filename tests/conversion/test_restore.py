@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.layers.base import NormLayer
-from anybatch.layers.centralization import is_centralized
-from anybatch.methods import METHODS
+from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.weight_centralization import is_centralized
+from anybatch.registry import METHODS
 from conversion.networks import Tabular, Wave, convnet
 from zoo.listing import randomize
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS = {

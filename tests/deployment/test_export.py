@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 import anybatch
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

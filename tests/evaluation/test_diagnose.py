@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch import Diagnosis, diagnose, theory
-from anybatch.evaluation.loaders import recut
+from anybatch.evaluation.batches import recut
 
 # --- measured noise against theory -------------------------------------------------
 
@@ -185,7 +185,7 @@ def test_problem_and_method_by_noise(size: int, problem: str, method: str | None
         assert reading.options["ideal_batch_size"] == pytest.approx(32, abs=3)
     if method is not None:
         converted = anybatch.convert(nn.Sequential(nn.BatchNorm1d(64)), method, **reading.options)
-        assert isinstance(converted[0], anybatch.layers.base.NormLayer)
+        assert isinstance(converted[0], anybatch.core.norm_layer.NormLayer)
 
 
 def test_only_the_noisy_norms_are_named() -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from anybatch.evaluation.borrowing import borrowed
-from anybatch.evaluation.loaders import (
+from anybatch.evaluation.batches import (
     check_repeatable,
     examples_in,
     logits_of,
@@ -19,6 +18,7 @@ from anybatch.evaluation.loaders import (
     target_of,
     to_device,
 )
+from anybatch.evaluation.restore_model import borrowed
 from anybatch.layers import MomentumBatchNorm1d, MovingAverageBatchNorm1d
 
 Pair = namedtuple("Pair", "x y")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch
 import reference
-from anybatch.evaluation.pooling import Pool
+from anybatch.evaluation.population_moments import Pool
 from anybatch.evaluation.recalibration import recalibrate
 from conversion.networks import NETWORKS
 from processes import spawn

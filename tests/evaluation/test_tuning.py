@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch
 import reference
-from anybatch.evaluation.tuning import CANDIDATES, tune_example_weight
+from anybatch.evaluation.example_weight_search import CANDIDATES, tune_example_weight
 
 ALPHAS = (0.0, 0.1, 0.4, 1.0)
 METHODS = ["torch", "bn", "ghost", "bgn", "gn"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import anybatch
 import reference
-from anybatch.evaluation.weighing import example_weighing, set_example_weight
+from anybatch.evaluation.example_weighing import example_weighing, set_example_weight
 from conversion.networks import NETWORKS
 from zoo.listing import randomize
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import reference
 from anybatch.cli import app
+from anybatch.core.norm_layer import NormLayer
 from anybatch.experiments import boxes, coco, detection, detectors, models, reproduction
 from anybatch.experiments.average_precision import NUMBERS, average_precision
 from anybatch.experiments.compare import OnProgress, Work
@@ -31,7 +32,6 @@ from anybatch.experiments.reproduction import chosen, tasks
 from anybatch.experiments.store import Store
 from anybatch.experiments.training import prepare, step, train
 from anybatch.experiments.two_stage import TwoStage
-from anybatch.layers.base import NormLayer
 from interrupted import train_stopped_after_each_epoch
 
 pytest.importorskip("pycocotools")
@@ -45,7 +45,7 @@ METHODS = ("torch", "frozen", "bn", "mabn", "mbn", "cbn", "brn", "bgn", "gn")
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anybatch.kernels.fused._choice", "never")
+    monkeypatch.setattr("anybatch.backends.numba._choice", "never")
 
 
 def scene(seed: int) -> tuple[np.ndarray, list[tuple[int, list[float]]]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.evaluation.tuning import ExampleWeightTuning
+from anybatch.evaluation.example_weight_search import ExampleWeightTuning
 from anybatch.experiments.config import Run
 from anybatch.experiments.example_weight import Weighed, _row, as_table, figure, pictures, weigh
 from anybatch.experiments.figures import png

@@ -68,7 +68,7 @@ def zipped(folder: Path, path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anybatch.kernels.fused._choice", "never")
+    monkeypatch.setattr("anybatch.backends.numba._choice", "never")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import anybatch
-from contract.gauntlet import NAMES, batch, make, step
+from method_cases import NAMES, batch, make, step
 from test_steps import CASES, SHAPES, check, drifting, flat, pair
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import anybatch
-from anybatch.kernels import use_fused
-from contract.gauntlet import NAMES, make, state, step
+from anybatch.backends import use_fused
+from method_cases import NAMES, make, state, step
 
 pytestmark = [
     pytest.mark.gpu,

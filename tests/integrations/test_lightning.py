@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import anybatch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.integrations.lightning import NormCallback, framework
-from anybatch.layers.base import NormLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import anybatch
-from anybatch.layers.base import NormLayer
+from anybatch.core.norm_layer import NormLayer
 from processes import spawn
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore")]

@@ -103,7 +103,7 @@ def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
 def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     """Eleven batches by fives: the last step of an epoch has one."""
     model = anybatch.convert(network(), method)
-    layer = next(m for m in model.modules() if isinstance(m, anybatch.layers.base.NormLayer))
+    layer = next(m for m in model.modules() if isinstance(m, anybatch.core.norm_layer.NormLayer))
     run = trainer(model, tmp_path, NormCallback(), gradient_accumulation_steps=5)
     run.train()
     # The Trainer leaves the mean over batches to networks whose forward takes **kwargs.

@@ -56,7 +56,7 @@ def test_a_window_forgets_after_its_length() -> None:
 @pytest.mark.parametrize("centered", [False, True])
 def test_empty_places_of_a_window_are_no_statistics(fused: str, centered: bool) -> None:
     """Steps that are not finite leave places empty, beyond the end of the warm-up."""
-    anybatch.kernels.use_fused(fused)
+    anybatch.backends.use_fused(fused)
     try:
         layer = anybatch.MovingAverageBatchNorm1d(
             3, window=8, warmup_steps=20, renorm_warmup_steps=200, centered=centered
@@ -68,7 +68,7 @@ def test_empty_places_of_a_window_are_no_statistics(fused: str, centered: bool) 
             y = layer(3 * torch.randn(400, 3)).detach()
             assert (y.square().mean(0) - 1).abs().max() < 0.3
     finally:
-        anybatch.kernels.use_fused("auto")
+        anybatch.backends.use_fused("auto")
 
 
 @pytest.mark.parametrize("method", REMEMBERING)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
-from anybatch.layers.base import NormLayer
-from contract.gauntlet import NAMES, batch, make, same, state, step, train
+from anybatch.core.norm_layer import NormLayer
+from method_cases import NAMES, batch, make, same, state, step, train
 
 COUNTERS = ("step", "num_batches_tracked", "outliers", "draw", "entries", "position")
 LIMIT = 100.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from anybatch.kernels import use_fused
+from anybatch.backends import use_fused
 from test_steps import CASES, CHANNELS, LAST, check, flat, pair
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,6 +1,6 @@
 """Networks that are copied, shared, moved, run in threads and workers, in the middle of training.
 
-What a single layer does alone is in tests/contract/test_state.py; here are networks of every method
+What a single layer does alone is in tests/core/test_state.py; here are networks of every method
 in the table, torch's group norms included.
 """
 
@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import anybatch
-from anybatch.layers.base import NormLayer
-from contract.gauntlet import QUICK, make, same, state
-from contract.gauntlet import train as layer_train
+from anybatch.core.norm_layer import NormLayer
+from method_cases import QUICK, make, same, state
+from method_cases import train as layer_train
 
 METHODS = list(anybatch.METHODS)
 OURS = [name for name in METHODS if anybatch.METHODS[name].builder is None]
@@ -342,11 +342,11 @@ class Twice(nn.Module):
 
 @contextmanager
 def passes(choice: str) -> Iterator[None]:
-    anybatch.kernels.use_fused(choice)
+    anybatch.backends.use_fused(choice)
     try:
         yield
     finally:
-        anybatch.kernels.use_fused("auto")
+        anybatch.backends.use_fused("auto")
 
 
 @pytest.mark.parametrize("method", METHODS)

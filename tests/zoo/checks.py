@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import convert, plan, to_batchnorm
-from anybatch.conversion.feeders import observe, tensors_in
-from anybatch.conversion.norms import is_batch_norm
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.conversion.producers import observe, tensors_in
+from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
-from anybatch.layers.base import NormLayer
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 from zoo.listing import Listed, randomize
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 
 @dataclass(frozen=True, eq=False)

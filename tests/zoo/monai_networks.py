@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 from zoo.listing import Call, Listed, image, images
 
 VERSION = "1.6"  # of MONAI, when the list was complete

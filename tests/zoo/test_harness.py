@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anybatch.layers.base import NormLayer
-from anybatch.methods import METHODS
+from anybatch.core.norm_layer import NormLayer
+from anybatch.registry import METHODS
 from zoo import smp_networks, timm_networks, torchvision_networks
 from zoo.checks import check_batch_of_one, check_conversion, require
 from zoo.listing import Call, Listed, image, named

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybatch.conversion.activation import ends_in_activation, keep_activation
-from anybatch.conversion.fused_block import Fusion, fuse_block, unfuse
+from anybatch.conversion.module_swap import NoEffectWarning, let_go, swap
+from anybatch.conversion.norm_with_activation import ends_in_activation, keep_activation
 from anybatch.conversion.plan import Decision, Plan, Where, decide
+from anybatch.conversion.relu_fusion.fused_block import Fusion, fuse_block, unfuse
 from anybatch.conversion.replacement import replacement
-from anybatch.conversion.surgery import NoEffectWarning, let_go, swap
-from anybatch.layers.centralization import decentralize, weight_centralization
+from anybatch.layers.weight_centralization import decentralize, weight_centralization
 
 _NONE: Mapping[nn.Module, nn.Module] = {}
 

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from anybatch.conversion.activation import ends_in_activation
-from anybatch.conversion.feeders import Feeder, find_feeders, observe, tensors_in
-from anybatch.conversion.fused_block import unfuse
-from anybatch.conversion.norms import (
+from anybatch.conversion.module_swap import NoEffectWarning, has_hooks, let_go, paths, swap
+from anybatch.conversion.norm_types import (
     dims_of,
     has_plain_forward,
     is_batch_norm,
     norm_kind,
     wrapper_refusal,
 )
-from anybatch.conversion.surgery import NoEffectWarning, has_hooks, let_go, paths, swap
-from anybatch.layers.base import NormLayer
-from anybatch.layers.centralization import decentralize, is_centralized
+from anybatch.conversion.norm_with_activation import ends_in_activation
+from anybatch.conversion.producers import Feeder, find_feeders, observe, tensors_in
+from anybatch.conversion.relu_fusion.fused_block import unfuse
+from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.weight_centralization import decentralize, is_centralized
 
 TOLERANCE = 1e-4
 

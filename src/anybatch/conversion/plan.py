@@ -12,23 +12,23 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from anybatch.conversion.activation import ends_in_activation
-from anybatch.conversion.feeders import Feeder, find_feeders
-from anybatch.conversion.fused_block import Fusion
-from anybatch.conversion.fusion import Found, find_fusions
-from anybatch.conversion.norms import (
+from anybatch.backends.aten.patches import geometry_of
+from anybatch.conversion.module_swap import paths
+from anybatch.conversion.norm_types import (
     NormKind,
     has_plain_forward,
     is_batch_norm,
     norm_kind,
     wrapper_refusal,
 )
+from anybatch.conversion.norm_with_activation import ends_in_activation
+from anybatch.conversion.producers import Feeder, find_feeders
+from anybatch.conversion.relu_fusion.find import Found, find_fusions
+from anybatch.conversion.relu_fusion.fused_block import Fusion
 from anybatch.conversion.replacement import trial
-from anybatch.conversion.surgery import paths
-from anybatch.kernels.patches import geometry_of
-from anybatch.layers.base import NormLayer
-from anybatch.layers.centralization import is_centralized, weight_centralization
-from anybatch.methods import Method, fitting_groups, get_method
+from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.weight_centralization import is_centralized, weight_centralization
+from anybatch.registry import Method, fitting_groups, get_method
 
 Where = str | Callable[[str, nn.Module], bool]
 

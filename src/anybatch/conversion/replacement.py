@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from anybatch.conversion.norms import TORCH_NORMS, dims_of
-from anybatch.conversion.surgery import move_hooks
-from anybatch.layers.arguments import check_count
-from anybatch.layers.base import NormLayer
-from anybatch.methods import Method, fitting_groups
+from anybatch.conversion.module_swap import move_hooks
+from anybatch.conversion.norm_types import TORCH_NORMS, dims_of
+from anybatch.core.arguments import check_count
+from anybatch.core.norm_layer import NormLayer
+from anybatch.registry import Method, fitting_groups
 
 _TORCH_MOMENTUM = 0.1
 
@@ -36,7 +36,7 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
         ValueError: the method cannot take this norm over.
 
     Example:
-        >>> from anybatch.methods import get_method
+        >>> from anybatch.registry import get_method
         >>> norm = nn.BatchNorm2d(12)
         >>> new = replacement(norm, get_method("gn"), {"num_groups": 8})
         >>> new.num_groups, new.weight is norm.weight
@@ -77,7 +77,7 @@ def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
         ValueError: the method cannot take this norm over.
 
     Example:
-        >>> from anybatch.methods import get_method
+        >>> from anybatch.registry import get_method
         >>> trial(nn.BatchNorm2d(4), get_method("mabn"), {})
         False
     """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from anybatch.conversion.activation import ends_in_activation, give_back_activation
-from anybatch.conversion.fused_block import unfuse
-from anybatch.conversion.norms import wrapper_refusal
+from anybatch.conversion.module_swap import let_go, paths, swap
+from anybatch.conversion.norm_types import wrapper_refusal
+from anybatch.conversion.norm_with_activation import ends_in_activation, give_back_activation
+from anybatch.conversion.relu_fusion.fused_block import unfuse
 from anybatch.conversion.replacement import torch_norm
-from anybatch.conversion.surgery import let_go, paths, swap
-from anybatch.layers.base import NormLayer
-from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybatch.layers.centralization import decentralize, is_centralized
+from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybatch.layers.weight_centralization import decentralize, is_centralized
 
 
 def to_batchnorm(model: nn.Module) -> nn.Module:

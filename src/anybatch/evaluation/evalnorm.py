@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch import kernels
-from anybatch.evaluation.borrowing import borrowed
-from anybatch.evaluation.loaders import Forward, Shown, device_of, reading, run
-from anybatch.evaluation.tables import text_table
-from anybatch.evaluation.weighing import Where, set_example_weight, weighable
-from anybatch.layers.arguments import check_count
-from anybatch.layers.base import NormLayer
-from anybatch.layers.normalize import normalize
-from anybatch.layers.statistics import Statistics
+from anybatch import backends
+from anybatch.core.arguments import check_count
+from anybatch.core.autograd import normalize
+from anybatch.core.norm_layer import NormLayer
+from anybatch.core.statistics import Statistics
+from anybatch.evaluation.batches import Forward, Shown, device_of, reading, run
+from anybatch.evaluation.example_weighing import Where, set_example_weight, weighable
+from anybatch.evaluation.restore_model import borrowed
+from anybatch.evaluation.text_tables import text_table
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Fit:
         sizes = (size,) * whole if rest == 0 else (*(size,) * (whole - 1), size + rest)
         self._compare(x[: whole * size].double())
         weight, bias = self.norm._parameters.get("weight"), self.norm._parameters.get("bias")
-        mean, var = kernels.moments(x, sizes)
+        mean, var = backends.moments(x, sizes)
         like = [None if p is None else p.to(var.dtype) for p in (weight, bias)]
         eps = float(self.norm.eps)  # type: ignore[arg-type]
         return normalize(x, like[0], like[1], sizes, Statistics(mean, var), eps)
@@ -189,7 +189,7 @@ class _Fit:
         middle, scale = (t.double() for t in running if t is not None)
         eps = float(self.norm.eps)  # type: ignore[arg-type]
         scale = scale + eps
-        own_mean, own_var = kernels.moments(x, (1,) * x.shape[0])
+        own_mean, own_var = backends.moments(x, (1,) * x.shape[0])
         own_mean, own_var = own_mean.view(x.shape[:2]), own_var.view(x.shape[:2])
         first = (own_mean - middle) / scale.sqrt()
         second = (own_var + (own_mean - middle).square() + eps) / scale - 1

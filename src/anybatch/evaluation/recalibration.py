@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from anybatch.conversion.norms import norm_kind
-from anybatch.evaluation.borrowing import borrowed, random_numbers
-from anybatch.evaluation.loaders import (
+from anybatch.conversion.norm_types import norm_kind
+from anybatch.core.arguments import check_choice
+from anybatch.core.norm_layer import NormLayer
+from anybatch.evaluation.batches import (
     Forward,
     Shown,
     check_repeatable,
@@ -19,11 +20,15 @@ from anybatch.evaluation.loaders import (
     examples_in,
     reading,
 )
-from anybatch.evaluation.loaders import run as run_batch
-from anybatch.evaluation.pooling import Pool, group_of_processes, pool_across, raise_together
-from anybatch.evaluation.tables import text_table
-from anybatch.layers.arguments import check_choice
-from anybatch.layers.base import NormLayer
+from anybatch.evaluation.batches import run as run_batch
+from anybatch.evaluation.population_moments import (
+    Pool,
+    group_of_processes,
+    pool_across,
+    raise_together,
+)
+from anybatch.evaluation.restore_model import borrowed, random_numbers
+from anybatch.evaluation.text_tables import text_table
 from anybatch.layers.control import no_update
 
 Where = str | Callable[[str, nn.Module], bool]

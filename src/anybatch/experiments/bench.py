@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import NoEffectWarning, convert, fold
-from anybatch.conversion.norms import is_batch_norm
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.core.arguments import check_choice, check_count
 from anybatch.experiments.config import BASELINE, PRECISIONS, Option
 from anybatch.experiments.flops import count_flops
 from anybatch.experiments.measurements import Measurement, Setting, counted, timed
@@ -21,9 +22,8 @@ from anybatch.experiments.memory import held_bytes, kept_bytes, peak_bytes, tens
 from anybatch.experiments.networks import Factory
 from anybatch.experiments.timing import Call, graphed, interleaved
 from anybatch.layers import VirtualDataset
-from anybatch.layers.arguments import check_choice, check_count
-from anybatch.methods import get_method
-from anybatch.scheduling import NormScheduler
+from anybatch.registry import get_method
+from anybatch.schedule import NormScheduler
 
 MODES = ("eager", "compiled", "graph")
 QUESTIONS = ("step", "inference", "kept", "peak")

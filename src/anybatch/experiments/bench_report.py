@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.evaluation.pages import render
+from anybatch.evaluation.html_pages import render
 from anybatch.experiments import measurement_figures
 from anybatch.experiments.bench import Bench, Costs
 from anybatch.experiments.config import BASELINE
 from anybatch.experiments.figures import png
 from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.measurements import Measurement, as_csv, surroundings
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from anybatch.experiments.config import BASELINE, Option, Run, classified
 from anybatch.experiments.files import exclusive
 from anybatch.experiments.training import OnEpoch, Row, stored_result, train
-from anybatch.methods import get_method
+from anybatch.registry import get_method
 
 # Those for the small batches of the default setting; a sample of these is smaller still.
 DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")

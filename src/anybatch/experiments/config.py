@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from anybatch.methods import METHODS, get_method
+from anybatch.registry import METHODS, get_method
 
 TASKS = {  # what is learned on which data
     "classification": ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz"),

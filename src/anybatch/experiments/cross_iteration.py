@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.conversion.feeders import find_feeders
-from anybatch.layers.normalize import normalize
-from anybatch.layers.statistics import Statistics
+from anybatch.conversion.producers import find_feeders
+from anybatch.core.autograd import normalize
+from anybatch.core.statistics import Statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

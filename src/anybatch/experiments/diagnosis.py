@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.evaluation.diagnose import HEAD, Diagnosis, cells, diagnose, word
+from anybatch.evaluation.diagnosis.diagnose import HEAD, Diagnosis, cells, diagnose, word
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.files import write_json, write_text, write_whole

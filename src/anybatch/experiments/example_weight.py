@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.recalibration import recalibrate
-from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load
 from anybatch.experiments.figures import COLOURS, MARKERS

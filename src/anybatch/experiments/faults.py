@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion.convert import convert
-from anybatch.methods import METHODS
-from anybatch.scheduling import NormScheduler
+from anybatch.registry import METHODS
+from anybatch.schedule import NormScheduler
 
 BATCH, CLOSE, LIMIT, BEFORE = 4, 0.05, 400, 60
 OPTIONS: dict[str, dict[str, Any]] = {

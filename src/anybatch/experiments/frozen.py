@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anybatch.conversion import convert
-from anybatch.conversion.norms import is_batch_norm
+from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.experiments.config import FROZEN, Run
 
 _GROUPS = 8  # of the group norms of a fresh body whose heads alone have the run's method

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from anybatch.experiments.config import BASELINE, Option, Run
-from anybatch.methods import get_method
+from anybatch.registry import get_method
 
 KEEPS = ("channel", "norms")
 Entry = tuple[str, str, tuple[Option, ...]]

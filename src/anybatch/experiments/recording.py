@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anybatch.evaluation.measured import watched
+from anybatch.core.grouping import partition
+from anybatch.core.norm_layer import NormLayer
+from anybatch.evaluation.diagnosis.probe import watched
 from anybatch.experiments.jobs import RecordedRun
 from anybatch.experiments.measured import STATISTICS
-from anybatch.layers.base import NormLayer
-from anybatch.layers.partition import partition
 
 _FORWARD, _BACKWARD = STATISTICS[:3], STATISTICS[3:]
 

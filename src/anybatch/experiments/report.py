@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.evaluation.pages import render
+from anybatch.evaluation.html_pages import render
 from anybatch.experiments import figures
 from anybatch.experiments.compare import Comparison, Line, machine
 from anybatch.experiments.config import BASELINE
 from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.timing import StepTime
 from anybatch.experiments.training import Row
-from anybatch.methods import METHODS
+from anybatch.registry import METHODS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anybatch.evaluation.pages import render
+from anybatch.evaluation.html_pages import render
 from anybatch.experiments import figures, reproduced_figures
 from anybatch.experiments.files import write_bytes, write_json, write_text
 from anybatch.experiments.reproduced import Grid, as_data, backing, checked, columns_of, grid

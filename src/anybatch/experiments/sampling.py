@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch import kernels
+from anybatch import backends
 from anybatch.conversion import convert
-from anybatch.conversion.norms import is_batch_norm
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.core.arguments import check_choice, check_count
 from anybatch.evaluation.recalibration import recalibrate
 from anybatch.experiments.classification import batches, evaluate
 from anybatch.experiments.config import BASELINE, Run
@@ -32,9 +33,8 @@ from anybatch.layers import (
     SampledBatchNorm3d,
     VirtualDataset,
 )
-from anybatch.layers.arguments import check_choice, check_count
-from anybatch.layers.sampling import Part, draw, nearest, part_moments, place, virtual
-from anybatch.methods import get_method
+from anybatch.layers.sample_positions import Part, draw, nearest, part_moments, place, virtual
+from anybatch.registry import get_method
 
 METHODS = {"naive": "ns", "batch": "bs", "feature": "fs", "points": "points", "virtual": "vdn"}
 STATISTICS = ("mean", "var")
@@ -203,7 +203,7 @@ def _part(layer: _Sampled, x: Tensor, virtual_rows: int) -> Part:
 def _errors(x: Tensor, part: Part, virtual_rows: int) -> tuple[int, float, float]:
     """Values in a sample, and the errors of its mean and variance."""
     real = x[virtual_rows:]
-    mean, var = kernels.moments(real, (len(real),))
+    mean, var = backends.moments(real, (len(real),))
     ((own_mean, own_var),) = part_moments(x, (part,))
     mean_error = (own_mean - mean).norm() / var.sum().sqrt()
     return part.values, float(mean_error), float((own_var - var).norm() / var.norm())

@@ -5,13 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from anybatch.experiments.config import BASELINE
 from anybatch.experiments.figures import COLOURS, DASHES, MARKERS, blank
-from anybatch.experiments.sampling import (
-    STATISTICS,
-    Averages,
-    NormShare,
-    PassTime,
-    SampleErrors,
-)
+from anybatch.experiments.sampling import STATISTICS, Averages, NormShare, PassTime, SampleErrors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import GammaDecay, convert, param_groups
-from anybatch.evaluation.dataset import dataset_statistics
+from anybatch.core.norm_layer import NormLayer
+from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.experiments import models
 from anybatch.experiments.config import BASELINE, FROZEN, Run
 from anybatch.experiments.data import Dataset, load, steps_per_epoch
@@ -28,9 +29,8 @@ from anybatch.experiments.objectives import objective
 from anybatch.experiments.pictures import PictureFiles, read_ahead
 from anybatch.experiments.recording import Recorder
 from anybatch.layers import VirtualDataset, accumulate
-from anybatch.layers.base import NormLayer
-from anybatch.methods import METHODS
-from anybatch.scheduling import NormScheduler
+from anybatch.registry import METHODS
+from anybatch.schedule import NormScheduler
 
 Row = dict[str, Any]
 OnEpoch = Callable[[int, Row], None]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from anybatch.evaluation.pages import render
+from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.html_pages import render
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
-from anybatch.evaluation.tuning import ExampleWeightTuning, tune_example_weight
 from anybatch.experiments.compare import machine
 from anybatch.experiments.config import Run
 from anybatch.experiments.data import Dataset, load

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from anybatch.layers.base import NormLayer
+from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.control import Accumulation, accumulate
-from anybatch.methods import METHODS
-from anybatch.scheduling import NormScheduler
+from anybatch.registry import METHODS
+from anybatch.schedule import NormScheduler
 
 
 class Course:

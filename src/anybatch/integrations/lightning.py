@@ -6,7 +6,7 @@ from typing import Any
 
 from anybatch.conversion.convert import convert
 from anybatch.integrations.course import Course
-from anybatch.methods import get_method
+from anybatch.registry import get_method
 
 try:
     import lightning.pytorch as framework

@@ -1,24 +1,16 @@
 """The normalization layers, one file a method."""
 
-from anybatch.layers.agreement import average_running_stats
-from anybatch.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybatch.layers.batch_group import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
-from anybatch.layers.centralization import weight_centralization
+from anybatch.layers.batch_group_norm import BatchGroupNorm1d, BatchGroupNorm2d, BatchGroupNorm3d
+from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybatch.layers.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from anybatch.layers.control import Accumulation, accumulate, freeze, masked, no_update, thaw
-from anybatch.layers.cross_iteration import (
+from anybatch.layers.cross_iteration_batch_norm import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
     CrossIterationBatchNorm3d,
 )
-from anybatch.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
-from anybatch.layers.momentum import MomentumBatchNorm1d, MomentumBatchNorm2d, MomentumBatchNorm3d
-from anybatch.layers.moving_average import (
-    MovingAverageBatchNorm1d,
-    MovingAverageBatchNorm2d,
-    MovingAverageBatchNorm3d,
-)
-from anybatch.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from anybatch.layers.rivals import (
+from anybatch.layers.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from anybatch.layers.l1_range_batch_norm import (
     L1BatchNorm1d,
     L1BatchNorm2d,
     L1BatchNorm3d,
@@ -26,9 +18,25 @@ from anybatch.layers.rivals import (
     RangeBatchNorm2d,
     RangeBatchNorm3d,
 )
-from anybatch.layers.running_group import RunningGroupNorm
-from anybatch.layers.sampled import SampledBatchNorm1d, SampledBatchNorm2d, SampledBatchNorm3d
-from anybatch.layers.virtual import VirtualDataset
+from anybatch.layers.momentum_batch_norm import (
+    MomentumBatchNorm1d,
+    MomentumBatchNorm2d,
+    MomentumBatchNorm3d,
+)
+from anybatch.layers.moving_average_batch_norm import (
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
+from anybatch.layers.running_group_norm import RunningGroupNorm
+from anybatch.layers.running_stats import average_running_stats
+from anybatch.layers.sampled_batch_norm import (
+    SampledBatchNorm1d,
+    SampledBatchNorm2d,
+    SampledBatchNorm3d,
+)
+from anybatch.layers.virtual_dataset import VirtualDataset
+from anybatch.layers.weight_centralization import weight_centralization
 
 __all__ = [
     "Accumulation",

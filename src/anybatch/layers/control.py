@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anybatch.layers.arguments import check_count
-from anybatch.layers.base import NormLayer, updates
+from anybatch.core.arguments import check_count
+from anybatch.core.norm_layer import NormLayer, updates
 
 Where = str | Callable[[str, nn.Module], bool]
 

@@ -1,0 +1,1 @@
+"""Passes by torch's own operators: every device, type and format."""

@@ -1,0 +1,41 @@
+"""How the loops are compiled."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+from anybatch.backends import protocol as recipe
+
+# Arrays are taken out of tuples before the loops: doing so counts references.
+# Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+def fingerprint(folder: Path, *others: Path) -> str:
+    """A number of the Python sources in a folder and others, which changes with any of them."""
+    found = hashlib.sha256()
+    for path in (*sorted(folder.glob("*.py")), *others):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+_SOURCES = fingerprint(Path(__file__).parent, Path(recipe.__file__))
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile what Python calls, and keep it on disk.
+
+    Numba looks at the file of a function to see whether what is kept is still its own, not at the
+    files of what it calls. So the name under which it is kept has a number of all of them.
+    """
+    function.__qualname__ += f"_{_SOURCES}"
+    return njit(cache=True, **_OPTIONS)(function)
+
+
+# What compiled code calls is inlined, always. A copy of it on disk would be a weak symbol: the
+# process that compiles would run the callee that it made first, all later ones the copy in the
+# file, whose sums are rounded in another order.
+inlined = njit(forceinline=True, **_OPTIONS)

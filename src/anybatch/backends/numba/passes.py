@@ -1,0 +1,256 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The compiled passes over an activation.
+
+In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a channel is read,
+decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
+channels: sums are kept for each place of a row, a few positions of all channels side by side.
+
+Sums are float64; rows add up a few values in the input's type first, which spares conversions.
+"""
+
+import numpy as np
+
+from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.streaming_stores import (
+    lanes,
+    leaves,
+    put_affine,
+    put_gradient,
+    settle_stores,
+)
+
+
+@inlined
+def settle(total, squares, count, shift, centered):
+    """Mean and biased variance from the sums of x - shift and its square; or 0 and mean square."""
+    if not centered:
+        return 0.0, squares / count
+    offset = total / count
+    var = squares / count - offset * offset
+    return shift + offset, 0.0 if var < 0 else var
+
+
+# --- planes -----------------------------------------------------------------
+
+
+@inlined
+def plane_moments(x, c, first, last, centered):
+    """Mean and biased variance of a channel in some examples, or 0 and its mean square.
+
+    In one pass: with a value of the channel subtracted, float64 loses nothing by it.
+    """
+    shift = np.float64(x[first, c, 0]) if centered else 0.0
+    total = squares = 0.0
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            offset = x[i, c, k] - shift
+            total += offset
+            squares += offset * offset
+    return settle(total, squares, (last - first) * x.shape[2], shift, centered)
+
+
+@inlined
+def plane_write(x, y, c, first, last, mean, scale, shift):
+    """Write y = (x - mean) * scale + shift."""
+    dtype = x.dtype.type
+    mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
+    if leaves(y, y.shape[2]):
+        for i in range(first, last):
+            row, out = x[i, c], y[i, c]
+            for k in range(0, x.shape[2], lanes(y)):
+                put_affine(out, row, k, mean, scale, shift, k)
+        settle_stores()
+        return
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            y[i, c, k] = (x[i, c, k] - mean) * scale + shift
+
+
+@inlined
+def plane_sums(dy, x, c, first, last, center):
+    """Return sum(dy) and sum(dy * (x - center))."""
+    total = product = 0.0
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            total += dy[i, c, k]
+            product += dy[i, c, k] * (x[i, c, k] - center)
+    return total, product
+
+
+@inlined
+def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
+    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
+    dtype = x.dtype.type
+    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
+    if leaves(dx, dx.shape[2]):
+        for i in range(first, last):
+            above, row, out = dy[i, c], x[i, c], dx[i, c]
+            for k in range(0, x.shape[2], lanes(dx)):
+                put_gradient(out, above, row, k, center, on_dy, on_x, constant, k)
+        settle_stores()
+        return
+    for i in range(first, last):
+        for k in range(x.shape[2]):
+            dx[i, c, k] = on_dy * dy[i, c, k] + on_x * (x[i, c, k] - center) + constant
+
+
+# --- rows -------------------------------------------------------------------
+#
+# A pass reads from two or four distant places at once: each is a stream that the processor
+# fetches ahead of, and what stands for a place of a row is loaded once for all of them. A pass
+# that writes goes from the end back, block by block: the sums before it have left the end in
+# cache. Within a block it goes forward, as the processor expects.
+
+_SHORT = 32  # values of a channel side by side, below which vector registers stay half empty
+_FEW = 8  # examples, below which making rows costs more than they save
+_ROW = 256  # values of a row, about
+_BLOCK = 64  # rows, 64 KiB or so
+
+
+@inlined
+def in_rows(x, last):
+    """Whether a batch is taken in rows: where short planes and enough of them make one."""
+    return last or (x.shape[2] < _SHORT and x.shape[0] >= _FEW)
+
+
+@inlined
+def row_layout(x, last, starts):
+    """Length of a row, values of a channel side by side in it, and values of an example."""
+    channels, length = (x.shape[2], x.shape[1]) if last else (x.shape[1], x.shape[2])
+    inner = 1 if last else length
+    unit, example = channels * inner, channels * length
+    smallest = (starts[-1] - starts[-2]) * example  # of all groups, the last one
+    return unit * max(1, min(_ROW, smallest) // unit), inner, example
+
+
+@inlined
+def channel_sums(sums, shape):
+    """Sums over parts and over the places of a channel in a row."""
+    repeats, channels, inner = shape
+    kinds = sums.shape[1]
+    places, total = sums.reshape(-1, kinds, repeats, channels, inner), np.zeros((kinds, channels))
+    for part in range(places.shape[0]):
+        for kind in range(kinds):
+            for repeat in range(repeats):
+                for c in range(channels):
+                    for k in range(inner):
+                        total[kind, c] += places[part, kind, repeat, c, k]
+    return total
+
+
+@inlined
+def stretch(part, parts, first, last, period, streams):
+    """Where a part begins and ends, in whole rows, and how long each of its streams is."""
+    rows = -(-(last - first) // period)
+    begin = first + period * (rows * part // parts)
+    end = min(last, first + period * (rows * (part + 1) // parts))
+    return begin, end, (end - begin) // streams // period * period
+
+
+@inlined
+def blocks(values, period):
+    """How many blocks there are in so many values."""
+    return -(-values // (_BLOCK * period))
+
+
+@inlined
+def block_of(block, period, begin, end):
+    """Where a block begins and ends."""
+    start = begin + block * _BLOCK * period
+    return start, min(start + _BLOCK * period, end)
+
+
+@inlined
+def row_moments(part, parts, x, first, last, shift, sums):
+    """Add up x - shift and its square for each place of a row."""
+    period = shift.shape[0]
+    begin, end, length = stretch(part, parts, first, last, period, 4)
+    totals, squares = sums[part, 0], sums[part, 1]
+    second, third, fourth = begin + length, begin + 2 * length, begin + 3 * length
+    for at in range(0, length, period):
+        one, two = x[begin + at : begin + at + period], x[second + at : second + at + period]
+        three, four = x[third + at : third + at + period], x[fourth + at : fourth + at + period]
+        for j in range(period):
+            away = shift[j]
+            a, b, c, d = one[j] - away, two[j] - away, three[j] - away, four[j] - away
+            totals[j] += (a + b) + (c + d)
+            squares[j] += (a * a + b * b) + (c * c + d * d)
+    for at in range(begin + 4 * length, end, period):
+        row = x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            offset = np.float64(row[j] - shift[j])
+            totals[j] += offset
+            squares[j] += offset * offset
+
+
+@inlined
+def row_write(part, parts, x, y, first, last, table):
+    """Write y = (x - mean) * scale + shift."""
+    means, scales, shifts = table[0], table[1], table[2]
+    period = means.shape[0]
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    past = leaves(y, period) and leaves(y, begin)
+    for block in range(blocks(length, period) - 1, -1, -1):
+        start, stop = block_of(block, period, begin, begin + length)
+        for at in range(start, stop, period):
+            far = at + length
+            if past:
+                for j in range(0, period, lanes(y)):
+                    put_affine(y, x, at + j, means, scales, shifts, j)
+                    put_affine(y, x, far + j, means, scales, shifts, j)
+                continue
+            one, two = x[at : at + period], x[far : far + period]
+            out, out_two = y[at : at + period], y[far : far + period]
+            for j in range(period):
+                mean, scale, shift = means[j], scales[j], shifts[j]
+                out[j] = (one[j] - mean) * scale + shift
+                out_two[j] = (two[j] - mean) * scale + shift
+    for at in range(begin + 2 * length, end, period):
+        row, out = x[at : min(at + period, end)], y[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            out[j] = (row[j] - means[j]) * scales[j] + shifts[j]
+    if past:
+        settle_stores()
+
+
+@inlined
+def row_sums(part, parts, dy, x, first, last, center, sums):
+    """Add up dy and dy * (x - center) for each place of a row."""
+    period = center.shape[0]
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    totals, products = sums[part, 0], sums[part, 1]
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        above, above_two = dy[at : at + period], dy[far : far + period]
+        for j in range(period):
+            a, b, middle = above[j], above_two[j], center[j]
+            totals[j] += a + b
+            products[j] += a * (one[j] - middle) + b * (two[j] - middle)
+    for at in range(begin + 2 * length, end, period):
+        above, row = dy[at : min(at + period, end)], x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            totals[j] += above[j]
+            products[j] += above[j] * (row[j] - center[j])
+
+
+@inlined
+def row_gradient(part, parts, dy, x, dx, first, last, center, table):
+    """Write dx = on_dy * dy + on_x * (x - center) + constant."""
+    on_dy, on_x, constant = table[0], table[1], table[2]
+    period = center.shape[0]
+    begin, end, _ = stretch(part, parts, first, last, period, 1)
+    past = leaves(dx, period) and leaves(dx, begin)
+    for block in range(blocks(end - begin, period) - 1, -1, -1):
+        start, to = block_of(block, period, begin, end)
+        for at in range(start, to, period):
+            stop = min(at + period, end)
+            if past and stop - at == period:
+                for j in range(0, period, lanes(dx)):
+                    put_gradient(dx, dy, x, at + j, center, on_dy, on_x, constant, j)
+                continue
+            above, row, out = dy[at:stop], x[at:stop], dx[at:stop]
+            for j in range(row.shape[0]):
+                out[j] = on_dy[j] * above[j] + on_x[j] * (row[j] - center[j]) + constant[j]
+    if past:
+        settle_stores()

@@ -1,0 +1,484 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+"""The compiled loops of L1 and range batch normalization, for batches of any size.
+
+The variance is the square of another spread: the mean absolute deviation, or the range. Either
+one's derivative by a value depends only on whether the value is `low` or less, `high` or more: the
+mean twice for L1, the smallest and the largest value for the range. So both have one backward.
+
+Tensors are given as to `anybatch.backends.numba.loops`, with a single group of examples.
+"""
+
+import math
+
+import numpy as np
+
+from anybatch.backends.numba.arrays import array_at, running_at
+from anybatch.backends.numba.compile import inlined, jit
+from anybatch.backends.numba.passes import (
+    block_of,
+    blocks,
+    channel_sums,
+    in_rows,
+    plane_moments,
+    plane_write,
+    row_layout,
+    row_moments,
+    row_write,
+    settle,
+    stretch,
+)
+from anybatch.backends.numba.rules import count_batch, fits, track
+from anybatch.backends.numba.streaming_stores import lanes, leaves, put_gradient, settle_stores
+from anybatch.backends.numba.threads import fork
+
+L1, RANGE = 0, 1  # which spread
+KINDS = {"l1": L1, "range": RANGE}
+_L1 = math.sqrt(math.pi / 2)
+_PLACES = 64  # of a plane, whose ends are found side by side
+
+
+def ends(like, channels):
+    """Room for the values at which spreads move."""
+    return np.empty((2, channels), like.dtype)
+
+
+@inlined
+def _less(a, b):
+    """The smaller of two values, the second where they have no order."""
+    return a if a < b else b
+
+
+@inlined
+def _more(a, b):
+    """The larger of two values, the second where they have no order."""
+    return a if a > b else b
+
+
+# --- planes -----------------------------------------------------------------
+
+
+@inlined
+def _plane_deviation(x, c, mean):
+    """Sum of abs(x - mean) of a channel."""
+    mean, total = x.dtype.type(mean), 0.0
+    for i in range(x.shape[0]):
+        for k in range(x.shape[2]):
+            total += abs(x[i, c, k] - mean)
+    return total
+
+
+@inlined
+def _plane_total(x, c, shift):
+    """Sum of x - shift of a channel."""
+    total = 0.0
+    for i in range(x.shape[0]):
+        for k in range(x.shape[2]):
+            total += x[i, c, k] - shift
+    return total
+
+
+@inlined
+def _plane_ends(x, c, lows, highs):
+    """Smallest and largest value of a channel, where all are finite.
+
+    They are found for each of some places, side by side: in one number, vector registers would have
+    to know an order of nan. Four values at a time come to a place.
+    """
+    lows[:], highs[:], places = np.inf, -np.inf, lows.shape[0]
+    for i in range(x.shape[0]):
+        plane, length = x[i, c], x.shape[2]
+        step = 4 * places
+        for at in range(0, length // step * step, step):
+            one, two = plane[at : at + places], plane[at + places : at + 2 * places]
+            three = plane[at + 2 * places : at + 3 * places]
+            four = plane[at + 3 * places : at + step]
+            for j in range(places):
+                a, b, third, fourth = one[j], two[j], three[j], four[j]
+                lows[j] = _less(lows[j], _less(_less(a, b), _less(third, fourth)))
+                highs[j] = _more(highs[j], _more(_more(a, b), _more(third, fourth)))
+        for at in range(length // step * step, length, places):
+            one = plane[at : min(at + places, length)]
+            for j in range(one.shape[0]):
+                lows[j], highs[j] = _less(lows[j], one[j]), _more(highs[j], one[j])
+    return lows.min(), highs.max()
+
+
+@inlined
+def _plane_sums(dy, x, c, center, low, high):
+    """Sums of dy and dy * (x - center), and how many values are at most `low`, at least `high`."""
+    total = product = 0.0
+    below = above = 0
+    for i in range(x.shape[0]):
+        for k in range(x.shape[2]):
+            value = x[i, c, k]
+            total += dy[i, c, k]
+            product += dy[i, c, k] * (value - center)
+            below += value <= low
+            above += value >= high
+    return total, product, below, above
+
+
+@inlined
+def _plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high):
+    """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
+    dtype = x.dtype.type
+    on_dy, constant, zero = dtype(on_dy), dtype(constant), dtype(0)
+    on_low, on_high = dtype(on_low), dtype(on_high)
+    if leaves(dx, dx.shape[2]):
+        one, beyond = dtype(1), np.empty(x.shape[2], x.dtype)
+        for i in range(x.shape[0]):
+            above, row, out = dy[i, c], x[i, c], dx[i, c]
+            for k in range(x.shape[2]):
+                value = row[k]
+                down, up = on_low if value <= low else zero, on_high if value >= high else zero
+                beyond[k] = down + up
+            for k in range(0, x.shape[2], lanes(dx)):
+                put_gradient(out, above, beyond, k, zero, on_dy, one, constant, k)
+        settle_stores()
+        return
+    for i in range(x.shape[0]):
+        for k in range(x.shape[2]):
+            value = x[i, c, k]
+            beyond = (on_low if value <= low else zero) + (on_high if value >= high else zero)
+            dx[i, c, k] = on_dy * dy[i, c, k] + constant + beyond
+
+
+# --- rows -------------------------------------------------------------------
+
+
+@inlined
+def _row_deviations(part, parts, x, first, last, center, sums):
+    """Add up abs(x - center) for each place of a row."""
+    period, totals = center.shape[0], sums[part, 0]
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        for j in range(period):
+            totals[j] += abs(one[j] - center[j]) + abs(two[j] - center[j])
+    for at in range(begin + 2 * length, end, period):
+        row = x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            totals[j] += abs(row[j] - center[j])
+
+
+@inlined
+def _row_ends(part, parts, x, first, last, shift, sums, ends):
+    """Add up x - shift for each place of a row, and find its smallest and largest value."""
+    period, totals, lows, highs = shift.shape[0], sums[part, 0], ends[part, 0], ends[part, 1]
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        for j in range(period):
+            a, b, away = one[j], two[j], shift[j]
+            totals[j] += (a - away) + (b - away)
+            lows[j] = _less(_less(a, b), lows[j])
+            highs[j] = _more(_more(a, b), highs[j])
+    for at in range(begin + 2 * length, end, period):
+        row = x[at : min(at + period, end)]
+        for j in range(row.shape[0]):
+            totals[j] += row[j] - shift[j]
+            lows[j], highs[j] = _less(row[j], lows[j]), _more(row[j], highs[j])
+
+
+@inlined
+def _row_sums(part, parts, dy, x, first, last, table, sums, counts):
+    """Sum dy and dy * (x - center) for each place of a row, count values at or beyond the ends.
+
+    Counts have the type of the data, which holds those of a place exactly.
+    """
+    center, lows, highs = table[0], table[1], table[2]
+    totals, products, below, above = sums[part, 0], sums[part, 1], counts[part, 0], counts[part, 1]
+    period, none, one_more = center.shape[0], x.dtype.type(0), x.dtype.type(1)
+    begin, end, length = stretch(part, parts, first, last, period, 2)
+    for at in range(begin, begin + length, period):
+        far = at + length
+        one, two = x[at : at + period], x[far : far + period]
+        g, g_two = dy[at : at + period], dy[far : far + period]
+        for j in range(period):
+            a, b, low, high = one[j], two[j], lows[j], highs[j]
+            totals[j] += g[j] + g_two[j]
+            products[j] += g[j] * (a - center[j]) + g_two[j] * (b - center[j])
+            below[j] += (one_more if a <= low else none) + (one_more if b <= low else none)
+            above[j] += (one_more if a >= high else none) + (one_more if b >= high else none)
+    for at in range(begin + 2 * length, end, period):
+        stop = min(at + period, end)
+        g, row = dy[at:stop], x[at:stop]
+        for j in range(row.shape[0]):
+            a = row[j]
+            totals[j] += g[j]
+            products[j] += g[j] * (a - center[j])
+            below[j] += one_more if a <= lows[j] else none
+            above[j] += one_more if a >= highs[j] else none
+
+
+@inlined
+def _row_gradient(part, parts, dy, x, dx, first, last, table):
+    """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
+    lows, highs, on_dy, constant = table[1], table[2], table[3], table[4]
+    on_low, on_high, zero = table[5], table[6], x.dtype.type(0)
+    period, unit, made = lows.shape[0], x.dtype.type(1), np.empty(lows.shape[0], x.dtype)
+    begin, end, _ = stretch(part, parts, first, last, period, 1)
+    past = leaves(dx, period) and leaves(dx, begin)
+    for block in range(blocks(end - begin, period) - 1, -1, -1):
+        start, to = block_of(block, period, begin, end)
+        for at in range(start, to, period):
+            stop = min(at + period, end)
+            g, row, out = dy[at:stop], x[at:stop], dx[at:stop]
+            if past and stop - at == period:
+                for j in range(period):
+                    value, down, up = row[j], on_low[j], on_high[j]
+                    down, up = down if value <= lows[j] else zero, up if value >= highs[j] else zero
+                    made[j] = down + up
+                for j in range(0, period, lanes(dx)):
+                    put_gradient(out, g, made, j, zero, on_dy, unit, constant, j)
+                continue
+            for j in range(row.shape[0]):
+                value, down, up = row[j], on_low[j], on_high[j]
+                beyond = (down if value <= lows[j] else zero) + (up if value >= highs[j] else zero)
+                out[j] = on_dy[j] * g[j] + constant[j] + beyond
+    if past:
+        settle_stores()
+
+
+# --- forward ----------------------------------------------------------------
+
+
+@inlined
+def _range(low, high, mean, count, used):
+    """Range of values over that of as many normal ones; nan where they are not all finite.
+
+    `used` is what takes statistics.
+    """
+    if not fits(mean, used):
+        return np.nan
+    return (np.float64(high) - np.float64(low)) / math.sqrt(2 * math.log(count))
+
+
+@inlined
+def _remember(used, ends, c, mean, spread, low, high):
+    """Keep what a channel is normalized by, and the ends at which its spread moves with a value."""
+    used[0, 0, c], used[1, 0, c] = mean, spread * spread
+    ends[0, c], ends[1, c] = low, high
+
+
+@inlined
+def _forward_planes(part, parts, kind, x, y, weight, bias, used, ends, eps):
+    """Statistics and output of some channels, each while it is in cache."""
+    channels, count, dtype = x.shape[1], x.shape[0] * x.shape[2], x.dtype.type
+    lows, highs = np.empty(_PLACES, x.dtype), np.empty(_PLACES, x.dtype)
+    for c in range(channels * part // parts, channels * (part + 1) // parts):
+        if kind == L1:
+            mean, _ = plane_moments(x, c, 0, x.shape[0], True)
+            spread = _L1 * _plane_deviation(x, c, mean) / count
+            low = high = dtype(mean)
+        else:
+            shift = np.float64(x[0, c, 0])
+            mean = shift + _plane_total(x, c, shift) / count
+            low, high = _plane_ends(x, c, lows, highs)
+            spread = _range(low, high, mean, count, used)
+        _remember(used, ends, c, mean, spread, low, high)
+        scale = weight[c] / math.sqrt(used[1, 0, c] + eps)
+        plane_write(x, y, c, 0, x.shape[0], mean, scale, bias[c])
+
+
+@inlined
+def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
+    """Statistics and output of all channels."""
+    repeats, channels, inner = shape
+    count, dtype, period = x.shape[0] // channels, x.dtype.type, repeats * channels * inner
+    table = np.empty((3, repeats, channels, inner), x.dtype)
+    for c in range(channels):
+        table[0, :, c] = x[c * inner]
+    rows, sums = table.reshape(3, -1), np.zeros((parts, 2, period))
+    if kind == L1:
+        fork(row_moments, parts, (x, 0, x.shape[0], rows[0], sums))
+        total = channel_sums(sums, shape)
+        for c in range(channels):
+            away = np.float64(table[0, 0, c, 0])
+            used[0, 0, c], _ = settle(total[0, c], total[1, c], count, away, True)
+            table[0, :, c] = used[0, 0, c]
+        sums[:] = 0
+        fork(_row_deviations, parts, (x, 0, x.shape[0], rows[0], sums))
+        total = channel_sums(sums, shape)
+        for c in range(channels):
+            mean = used[0, 0, c]
+            _remember(used, ends, c, mean, _L1 * total[0, c] / count, dtype(mean), dtype(mean))
+    else:
+        places = np.empty((parts, 2, period), x.dtype)
+        places[:, 0], places[:, 1] = np.inf, -np.inf
+        fork(_row_ends, parts, (x, 0, x.shape[0], rows[0], sums, places))
+        total, found = channel_sums(sums, shape), places.reshape(parts, 2, repeats, channels, inner)
+        for c in range(channels):
+            mean = np.float64(table[0, 0, c, 0]) + total[0, c] / count
+            low, high = found[:, 0, :, c].min(), found[:, 1, :, c].max()
+            spread = _range(low, high, mean, count, used)
+            _remember(used, ends, c, mean, spread, low, high)
+    for c in range(channels):
+        table[0, :, c] = used[0, 0, c]
+        table[1, :, c] = weight[c] / math.sqrt(used[1, 0, c] + eps)
+        table[2, :, c] = bias[c]
+    fork(row_write, parts, (x, y, 0, x.shape[0], rows))
+
+
+@jit
+def spread_forward(
+    kind,
+    like,
+    x,
+    y,
+    shape,
+    last,
+    starts,
+    weight,
+    bias,
+    parts,
+    used,
+    ends,
+    running,
+    pace,
+    eps,
+    update,
+):
+    """Normalize a batch by a spread, and track it if it is to `update`.
+
+    Args:
+        kind: L1 or RANGE.
+        like: An empty array of the type of all tensors.
+        x: Input.
+        y: Output, to be written.
+        shape: Of both.
+        last: Whether channels are.
+        starts: Where the group of examples begins, and the end.
+        weight: Scale.
+        bias: Shift.
+        parts: Threads.
+        used: Takes mean and squared spread, ``(2, 1, C)``.
+        ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``.
+        running: Running mean, running variance, batches tracked.
+        pace: Weight of the new running statistics; below 0 for the mean of all.
+        eps: Added to the squared spread.
+        update: Whether state may change.
+    """
+    channels = shape[2] if last else shape[1]
+    x, y = array_at(x, shape, like), array_at(y, shape, like)
+    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    rest = (weight, bias, used, ends, eps)
+    if not in_rows(x, last):
+        fork(_forward_planes, parts, (kind, x, y, *rest))
+    else:
+        period, inner, _ = row_layout(x, last, starts)
+        places = (period // (channels * inner), channels, inner)
+        _forward_rows(parts, kind, x.reshape(-1), y.reshape(-1), places, *rest)
+    if update:
+        running_mean, running_var, tracked = running_at(running, channels, like)
+        pace = count_batch(tracked, pace)
+        for c in range(channels):
+            track(c, used[0, 0, c], used[1, 0, c], pace, running_mean, running_var)
+
+
+# --- backward ---------------------------------------------------------------
+
+
+@inlined
+def _flow(kind, eps, weight, mean_dy, sum_dyx, var, count, below, above):
+    """From a channel's sums: gradient of its weight, and the four factors of dx.
+
+    They are those of dy, of one, and of values at its lower and its upper end.
+    """
+    inverse = 1 / math.sqrt(var + eps)
+    dw, on_dy = sum_dyx * inverse, weight * inverse
+    on_spread = -on_dy * inverse * dw * math.sqrt(var)
+    constant = -on_dy * mean_dy
+    if kind == L1:
+        step = _L1 * on_spread / count
+        return dw, on_dy, constant - step * (above - below) / count, -step, step
+    step = on_spread / math.sqrt(2 * math.log(count))
+    return dw, on_dy, constant, -step / max(below, 1), step / max(above, 1)
+
+
+@inlined
+def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, used, ends, eps):
+    """Sums and gradient of some channels, each while it is in cache."""
+    channels, count = x.shape[1], x.shape[0] * x.shape[2]
+    for c in range(channels * part // parts, channels * (part + 1) // parts):
+        low, high = ends[0, c], ends[1, c]
+        total, product, below, above = _plane_sums(dy, x, c, used[0, 0, c], low, high)
+        db[c] = total
+        dw[c], on_dy, constant, on_low, on_high = _flow(
+            kind, eps, weight[c], total / count, product, used[1, 0, c], count, below, above
+        )
+        if wanted:
+            _plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
+
+
+@inlined
+def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, ends, eps):
+    """Sums and gradient of all channels."""
+    repeats, channels, inner = shape
+    count, period = x.shape[0] // channels, repeats * channels * inner
+    table, sums = np.empty((7, repeats, channels, inner), x.dtype), np.zeros((parts, 2, period))
+    counts = np.zeros((parts, 2, period), x.dtype)
+    for c in range(channels):
+        table[0, :, c], table[1, :, c], table[2, :, c] = used[0, 0, c], ends[0, c], ends[1, c]
+    rows = table.reshape(7, -1)
+    fork(_row_sums, parts, (dy, x, 0, x.shape[0], rows, sums, counts))
+    total, beyond = channel_sums(sums, shape), channel_sums(counts, shape)
+    for c in range(channels):
+        db[c] = total[0, c]
+        rounded = np.float64(table[0, 0, c, 0]) - used[0, 0, c]
+        product = total[1, c] + rounded * total[0, c]
+        dw[c], on_dy, constant, on_low, on_high = _flow(
+            kind,
+            eps,
+            weight[c],
+            total[0, c] / count,
+            product,
+            used[1, 0, c],
+            count,
+            beyond[0, c],
+            beyond[1, c],
+        )
+        table[3, :, c], table[4, :, c] = on_dy, constant
+        table[5, :, c], table[6, :, c] = on_low, on_high
+    if wanted:
+        fork(_row_gradient, parts, (dy, x, dx, 0, x.shape[0], rows))
+
+
+@jit
+def spread_backward(
+    kind, like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, used, ends, eps
+):
+    """Gradients of `spread_forward`.
+
+    Args:
+        kind: L1 or RANGE.
+        like: An empty array of the type of all tensors.
+        dy: Gradient of the output.
+        x: Input.
+        dx: Takes the gradient of the input.
+        shape: Of the three.
+        last: Whether channels are.
+        starts: Where the group of examples begins, and the end.
+        weight: Scale.
+        dw: Takes the gradient of the scale.
+        db: Takes the gradient of the shift.
+        wanted: Whether to write `dx`.
+        parts: Threads.
+        used: What it was normalized by.
+        ends: Of `spread_forward`.
+        eps: Added to the squared spread.
+    """
+    channels = shape[2] if last else shape[1]
+    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
+    weight = array_at(weight, channels, like)
+    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
+    rest = (weight, dw, db, wanted, used, ends, eps)
+    if not in_rows(x, last):
+        fork(_backward_planes, parts, (kind, dy, x, dx, *rest))
+    else:
+        period, inner, _ = row_layout(x, last, starts)
+        places = (period // (channels * inner), channels, inner)
+        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1))
+        _backward_rows(parts, kind, *flat, places, *rest)

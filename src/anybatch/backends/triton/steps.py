@@ -1,0 +1,107 @@
+"""A layer's batch on a GPU: its normalization batches one after the other."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.backends.protocol import Course, Cut, walk
+from anybatch.backends.triton import launch
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: tuple[Tensor, Tensor, Tensor],
+    course: Course,
+    arrivals: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalize a batch, and remember it.
+
+    Args:
+        x: Input, dense, channels first or last.
+        weight: Scale.
+        bias: Shift.
+        running: Running mean, running variance, batches tracked.
+        course: How.
+        arrivals: A whole number on the device that is 0, and is again; None for a new one.
+
+    Returns:
+        The output, and the statistics used, ``(rows, groups, K)``, see `Recipe`.
+    """
+    recipe, columns, channels = course.recipe, course.columns, x.shape[1]
+    groups = len(course.cut[0])
+    with _on(x):
+        y, used = torch.empty_like(x), weight.new_empty(recipe.rows, groups, columns)
+        own = used if columns == channels else weight.new_empty(2, groups, channels)
+        tensors = (x, y, weight, bias, used, own, running, _zero(x, arrivals), recipe)
+        for step in _steps_of(x, course):
+            launch.forward(*tensors, *step, course.pace, course.eps, course.update)
+    return y, used
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    used: Tensor,
+    tracked: Tensor,
+    course: Course,
+    wanted: bool,
+    arrivals: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `forward`.
+
+    Args:
+        dy: Gradient of the output, as ``x`` in type and memory.
+        x: Input.
+        weight: Scale.
+        used: Statistics of the forward.
+        tracked: Batches tracked.
+        course: How.
+        wanted: Whether the input needs a gradient.
+        arrivals: A whole number on the device that is 0, and is again; None for a new one.
+
+    Returns:
+        Gradients of the input, empty where it is not wanted, and of shift and scale, ``(2, C)``.
+    """
+    groups = used.shape[1]
+    with _on(x):
+        dx = torch.empty_like(x) if wanted else x.new_empty(0)
+        slopes = weight.new_empty((2, groups, *weight.shape) if groups > 1 else (2, *weight.shape))
+        state = (used, slopes, tracked, _zero(x, arrivals), course.recipe)
+        pace, eps, update = course.pace, course.eps, course.update
+        for step in _steps_of(x, course):
+            launch.backward(dy, x, dx, weight, *state, *step, pace, eps, update, wanted)
+    return dx, slopes if groups == 1 else slopes.sum(1)
+
+
+def _zero(x: Tensor, arrivals: Tensor | None) -> Tensor:
+    return x.new_zeros((), dtype=torch.int64) if arrivals is None else arrivals
+
+
+def _steps_of(x: Tensor, course: Course) -> tuple[tuple[launch.Layout, int, int], ...]:
+    values, columns = x.shape[2:].numel(), course.columns
+    return _steps(course.cut, course.last, x.shape[1], values, x.element_size(), columns)
+
+
+@lru_cache(maxsize=256)
+def _steps(
+    cut: Cut, last: bool, channels: int, values: int, itemsize: int, columns: int
+) -> tuple[tuple[launch.Layout, int, int], ...]:
+    """How each normalization batch lies in memory, its first example and its first group."""
+    width, long = channels // columns, launch.needs_long(sum(cut[0]) * channels * values)
+    return tuple(
+        (launch.Layout(last, channels, values, itemsize, sizes, width, long), first, group)
+        for first, group, _, sizes in walk(cut)
+    )
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """The device of a tensor, to launch on."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

@@ -1,0 +1,201 @@
+"""Which modules are batch norms, which of them can be taken over, and why the others cannot.
+
+Everything in ``conversion`` asks this file what a module is, so that `plan`, `convert`,
+`to_batchnorm` and `fold` never disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from anybatch.conversion.norm_with_activation import ends_in_activation
+from anybatch.core.norm_layer import NormLayer
+
+TORCH_NORMS: dict[int, type[_BatchNorm]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
+OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+# Methods of _NormBase and Module that a subclass may not change, or a replacement would lose it.
+_BEHAVIOUR = ("forward", "__call__", "train", "eval", "_apply", "state_dict", "load_state_dict")
+
+# Wrappers that hold on to the modules they were given: by class name, so that nothing is imported.
+_WRAPPERS = {
+    "DistributedDataParallel": "wrap it in DistributedDataParallel afterwards",
+    "DataParallel": "wrap it in DataParallel afterwards",
+    "FullyShardedDataParallel": "wrap it in FullyShardedDataParallel afterwards",
+    "FSDPModule": "call fully_shard afterwards",
+    "DeepSpeedEngine": "initialize DeepSpeed afterwards",
+    "OptimizedModule": "call torch.compile afterwards",
+    "ScriptModule": "script or trace it afterwards",
+}
+
+
+@dataclass(frozen=True)
+class NormKind:
+    """What a normalization module is to the converter.
+
+    Args:
+        family: "batch" (torch's or ours), "frozen" (constants by design) or "other".
+        dims: number of spatial dimensions the class is for (1, 2 or 3); None if it has none.
+        refusal: why a batch norm cannot be taken over, with the remedy; None if it can.
+    """
+
+    family: Literal["batch", "frozen", "other"]
+    dims: int | None = None
+    refusal: str | None = None
+
+
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """Say what kind of normalization a module is, or None if it is none.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The kind, with the reason and the remedy where a batch norm cannot be taken over.
+
+    Example:
+        >>> norm_kind(nn.BatchNorm2d(4))
+        NormKind(family='batch', dims=2, refusal=None)
+        >>> norm_kind(nn.Linear(2, 2)) is None
+        True
+    """
+    if "FrozenBatchNorm" in type(module).__name__:
+        return NormKind("frozen")
+    if isinstance(module, (NormLayer, _BatchNorm)):
+        return NormKind("batch", dims_of(module), _refusal(module))
+    if isinstance(module, OTHER_NORMS):
+        return NormKind("other")
+    return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization of any kind."""
+    return norm_kind(module) is not None
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm of torch's or of ours (frozen ones are not)."""
+    kind = norm_kind(module)
+    return kind is not None and kind.family == "batch"
+
+
+def dims_of(norm: nn.Module) -> int | None:
+    """The number of spatial dimensions a norm's class is for, read from its class.
+
+    Example:
+        >>> dims_of(nn.BatchNorm3d(4)), dims_of(nn.SyncBatchNorm(4))
+        (3, None)
+    """
+    if isinstance(norm, NormLayer):
+        return norm.dims or None
+    return next((dims for dims, cls in TORCH_NORMS.items() if isinstance(norm, cls)), None)
+
+
+def wrapper_refusal(model: nn.Module) -> str | None:
+    """Why a model's modules may not be exchanged: it, or a part of it, is wrapped or compiled.
+
+    Example:
+        >>> wrapper_refusal(nn.DataParallel(nn.Linear(2, 2)))
+        'the model is wrapped in DataParallel, ... is its .module.'
+    """
+    for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "the model"
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS and cls.__module__.startswith(("torch.", "deepspeed.")):
+                return _wrapped(where, cls.__name__, _WRAPPERS[cls.__name__])
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            return _wrapped(where, "torch.compile (Module.compile)", _WRAPPERS["OptimizedModule"])
+    return None
+
+
+def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:
+    """Whether a convolution or linear layer computes what its torch class computes.
+
+    A subclass that pads, standardizes its weight or quantizes in its own forward does not; nor
+    does a layer whose weight is recomputed by a parametrization or a weight-norm hook, but for
+    `any_weight`.
+
+    Example:
+        >>> has_plain_forward(nn.Conv2d(3, 4, 3))
+        True
+        >>> has_plain_forward(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
+        False
+    """
+    if "forward" in module.__dict__ or not (any_weight or "weight" in module._parameters):
+        return False
+    base = _torch_class(module)
+    names = ("forward", "_conv_forward", "__call__")
+    return base is not None and all(
+        getattr(type(module), name, None) is getattr(base, name, None) for name in names
+    )
+
+
+def _torch_class(module: nn.Module) -> type[nn.Module] | None:
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn.modules") and issubclass(cls, (_ConvNd, nn.Linear)):
+            return cls
+    return None
+
+
+def _refusal(norm: nn.Module) -> str | None:
+    if isinstance(norm, _LazyNormBase):
+        return (
+            "its number of channels is not known yet: run one batch through the model before "
+            "converting it"
+        )
+    if isinstance(norm, nn.SyncBatchNorm):
+        return (
+            "SyncBatchNorm does not say whether it is 1d, 2d or 3d: convert the model before "
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm, or leave this layer out with where="
+        )
+    if parametrize.is_parametrized(norm):
+        return "its parameters are parametrized: remove the parametrization first"
+    if dims_of(norm) is None:
+        return f"{_class_path(norm)} is not a 1d, 2d or 3d batch norm: leave it out with where="
+    if "forward" in norm.__dict__:
+        return "its forward was replaced on the instance: leave it out with where="
+    return _subclass_refusal(norm)
+
+
+def _subclass_refusal(norm: nn.Module) -> str | None:
+    if ends_in_activation(norm):
+        return None
+    bases = {cls for cls in type(norm).__mro__ if _is_ours_or_torchs(cls)}
+    own = [cls for cls in type(norm).__mro__ if cls not in bases]
+    changed = [name for name in _BEHAVIOUR if any(name in vars(cls) for cls in own)]
+    dims = dims_of(norm)
+    if changed:
+        return (
+            f"{_class_path(norm)} is a batch norm with its own {changed[0]}(), which a "
+            f"replacement would lose: put a torch.nn.BatchNorm{dims}d (and what {changed[0]} "
+            "adds) in its place, or leave it out with where="
+        )
+    if any(True for _ in norm.children()):
+        return f"{_class_path(norm)} holds modules of its own: leave it out with where="
+    return None
+
+
+def _is_ours_or_torchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] in {"torch", "anybatch", "builtins", "typing", "abc"}
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _wrapped(where: str, wrapper: str, afterwards: str) -> str:
+    inside = "" if "compile" in wrapper else "; the model inside it is its .module"
+    return (
+        f"{where} is wrapped in {wrapper}, which holds on to the modules it was given. Work on "
+        f"the bare model and {afterwards}{inside}."
+    )

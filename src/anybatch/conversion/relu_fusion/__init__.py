@@ -1,0 +1,1 @@
+"""ReLUs, and additions before them, done by the norm they follow."""

@@ -1,0 +1,1 @@
+"""Base class of the normalization layers and what it is built from."""

@@ -1,0 +1,147 @@
+"""Forwards that are computed again in backward: activation checkpointing.
+
+A forward that runs inside a backward pass must not count as a step, and must
+normalize as the first time, though memory has moved on since. While a forward
+may be checkpointed, its statistics are kept beside a fingerprint of its input;
+the forward that runs again finds them by it. No value is read from the device.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import is_watched, lies_last
+from anybatch.core.compiled import Kept, as_statistics
+from anybatch.core.statistics import Statistics
+
+_FINGERPRINT = 256  # values from all over the batch, beside the sum of all
+_ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
+_LOST = (
+    "a layer ran more often before one backward than the 64 times that it can tell apart under "
+    "activation checkpointing, or what is checkpointed computes something else when it runs again"
+)
+
+
+_task, _records = torch._C._current_graph_task_id, torch.is_grad_enabled
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def in_backward() -> bool:
+    """Whether this forward runs inside a backward pass."""
+    if torch.compiler.is_compiling():
+        return False
+    return _task() != -1
+
+
+def may_run_again() -> bool:
+    """Whether this forward may be one that is checkpointed.
+
+    Such a forward runs without gradients (reentrant checkpoints) or under hooks on
+    what is saved for backward (the others).
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not _records():
+        return True
+    return _hooks is None or _hooks(True) is not None
+
+
+def runs_once() -> bool:
+    """Whether this forward neither is nor may be one that runs again.
+
+    The same as `in_backward` and `may_run_again`, at once, where no compiler is.
+    """
+    return _task() == -1 and _records() and _hooks is not None and _hooks(True) is None
+
+
+class Recent:
+    """Statistics of a layer's latest forwards that may run again.
+
+    Args:
+        length: Forwards before one backward that are told apart (default 64).
+    """
+
+    def __init__(self, length: int = 64) -> None:
+        self.kept: deque[tuple[Tensor, Statistics | list[Kept]]] = deque(maxlen=length)
+
+    def note(self, x: Tensor, chosen: Statistics | list[Kept]) -> None:
+        """Keep the statistics of a forward of ``x``."""
+        self.kept.append((_fingerprint(x), chosen))
+
+    def find(self, x: Tensor, rows: tuple[int, ...]) -> Statistics | None:
+        """The statistics of the forward whose input this was.
+
+        Args:
+            x: The input.
+            rows: Leading shape of the statistics, () for one group.
+
+        Returns:
+            The statistics, or None if no forward of such a shape was noted.
+
+        Raises:
+            RuntimeError: If none of the forwards noted had such an input (on a GPU the device
+                fails, later).
+        """
+        own = _fingerprint(x)
+        fitting = [  # the latest first, which is taken of equals
+            (noted, kept)
+            for noted, kept in reversed(self.kept)
+            if noted.shape == own.shape and _leading(kept) == rows
+        ]
+        if not fitting:
+            return None
+        apart = (torch.stack([noted for noted, _ in fitting]) - own).abs().sum(1)
+        least = apart.amin()
+        # What is not finite is not compared: it has no statistics to mistake.
+        found = torch.le(least, _ALIKE * own.abs().sum()).logical_or_(
+            least.isfinite().logical_not_()
+        )
+        torch._assert_async(found, _LOST)
+        if len(fitting) == 1:
+            return _tables(fitting[0][1], x)
+        nearest = apart.argmin(keepdim=True)
+        if x.device.type == "cpu" and not is_watched():  # where reading costs no wait
+            return _tables(fitting[int(nearest)][1], x)
+        return _select([_tables(kept, x) for _, kept in fitting], nearest)
+
+
+def _fingerprint(x: Tensor) -> Tensor:
+    """Values at even distances in memory, and the sum of all: borders and first rows are alike."""
+    x = x.detach()
+    flat = (x.movedim(1, -1) if lies_last(x) else x).flatten()
+    step = max(flat.shape[0] // _FINGERPRINT, 1) | 1  # odd: not the same column of every row
+    some = flat[::step].to(torch.float32, copy=True)
+    return torch.cat([some, flat.sum(dtype=torch.float32).view(1)])
+
+
+def _leading(kept: Statistics | list[Kept]) -> tuple[int, ...]:
+    """Leading shape of statistics as tables."""
+    if not isinstance(kept, list):
+        return tuple(kept.var.shape[:-1])
+    groups = sum(step.used.shape[1] for step in kept)
+    return (groups,) if groups > 1 else ()
+
+
+def _tables(kept: Statistics | list[Kept], like: Tensor) -> Statistics:
+    return as_statistics(kept, like) if isinstance(kept, list) else kept
+
+
+def _select(choices: list[Statistics], index: Tensor) -> Statistics:
+    """One of several statistics, by an index on the device."""
+
+    def pick(name: str) -> Tensor | None:
+        values = [getattr(one, name) for one in choices]
+        if values[0] is None:
+            return None
+        values = [v if isinstance(v, Tensor) else choices[0].var.new_tensor(v) for v in values]
+        return torch.stack(values).index_select(0, index).squeeze(0)
+
+    mean, var, r, d = (pick(name) for name in ("mean", "var", "r", "d"))
+    share = choices[0].share
+    if any(one.share is not share and one.share != share for one in choices[1:]):
+        chosen = pick("share")
+        assert chosen is not None
+        share = chosen
+    assert var is not None
+    return Statistics(mean, var, r, d, pick("center"), share, pick("own"), pick("counts"))

@@ -1,0 +1,87 @@
+"""Backward statistics of a forward, averaged with those of recent steps."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import INFINITY
+
+
+class Averaging(Protocol):
+    """A layer that averages backward statistics over steps."""
+
+    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+        """Take the backward statistics of a step, give their average."""
+
+
+class BackwardAverage:
+    """The backward statistics of one forward, averaged along its groups.
+
+    Args:
+        layer: Keeps the averages.
+        own: Where the batch's own count, see `Statistics`; None for nowhere.
+        live: Which groups have statistics of their own; None for all.
+        update: Whether the averages may change.
+    """
+
+    def __init__(
+        self, layer: Averaging, own: Tensor | None, live: tuple[bool, ...] | None, update: bool
+    ) -> None:
+        self.layer, self.own, self.live, self.update = layer, own, live, update
+
+    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
+        new = psi if g is None else torch.cat([g, psi], -1)
+        average = self._average(new)
+        if self.own is not None:
+            average = torch.where(self.own, new, average)
+        if g is None:
+            return None, average
+        g, psi = average.chunk(2, -1)
+        return g, psi
+
+    def _average(self, new: Tensor) -> Tensor:
+        if new.dim() == 1:
+            return self.layer.average_backward(new, self.update)
+        live = (True,) * new.shape[0] if self.live is None else self.live
+        rows = zip(new, live, strict=True)
+        take = self.layer.average_backward
+        return torch.stack([take(row, self.update) if alive else row for row, alive in rows])
+
+
+def slide(window: Tensor, new: Tensor, finite: Tensor, update: bool) -> Tensor:
+    """A window with its oldest step replaced by ``new``; it changes where ``finite`` says so.
+
+    Args:
+        window: ``(steps, ...)``, the newest last.
+        new: The newest step.
+        finite: Where it may be remembered.
+        update: Whether the window may change.
+
+    Returns:
+        The window that holds ``new`` everywhere.
+    """
+    moved = torch.cat([window[1:], new.unsqueeze(0)])
+    if update:
+        window.copy_(torch.where(finite, moved, window))
+    return moved
+
+
+def slide_mean(window: Tensor, count: Tensor, new: Tensor, finite: Tensor, update: bool) -> Tensor:
+    """Average of a window that begins empty.
+
+    Args:
+        window: ``(steps, ...)``, zero where no step has been.
+        count: Steps that it has had, a number on its device.
+        new: The newest step.
+        finite: Where it may be remembered.
+        update: Whether the window may change.
+    """
+    moved = slide(window, new, finite, update)
+    return moved.sum(0).div_((count + 1).clamp_(max=window.shape[0]))
+
+
+def all_finite(new: Tensor, columns: int) -> Tensor:
+    """Where each of several rows that lie side by side is finite, ``columns`` wide each."""
+    finite = torch.lt(new.abs(), INFINITY).view(-1, columns)
+    return finite.all(0).repeat(finite.shape[0])

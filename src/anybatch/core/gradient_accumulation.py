@@ -1,0 +1,225 @@
+"""Several forwards that make one optimizer step: gradient accumulation.
+
+Within an optimizer step the weights stand still, so the statistics of its micro-batches are those
+of one batch, and pool exactly. A layer's memory therefore counts optimizer steps: each micro-batch
+starts from the memory that the step began with and leaves what the step would leave if it ended
+there. So a step may end after any number of micro-batches; a layer has to be told only that the
+next one begins.
+
+The two batch statistics of the backward pass are the micro-batch's own, with full weight. A method
+that averages them over steps averages those of a step's micro-batches first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import INFINITY
+from anybatch.core.autograd import BackwardMemory
+
+if TYPE_CHECKING:
+    from anybatch.core.norm_layer import NormLayer
+
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
+
+
+class Seen(NamedTuple):
+    """What an optimizer step has seen, this micro-batch included.
+
+    Attributes:
+        total: Values a channel, a number on the layer's device.
+        share: The micro-batch's part of them.
+        own_mean: Mean of the micro-batch, ``(C,)``; None in the uncentred form.
+        earlier_mean: Mean of those before it.
+    """
+
+    total: Tensor
+    share: Tensor
+    own_mean: Tensor | None
+    earlier_mean: Tensor | None
+
+
+class StepMemory:
+    """What a layer keeps within an optimizer step.
+
+    Args:
+        layer: The layer.
+        steps: Forwards in a step; None if only `begin` ends one.
+    """
+
+    def __init__(self, layer: NormLayer, steps: int | None) -> None:
+        self.steps = steps
+        self.tensors: dict[str, Tensor] = {}
+        counter, row = layer._new_counter(), layer._new_memory
+        for way, width in (("", layer.num_features), (BACKWARD, layer.columns)):
+            self.tensors[way + "micro_batches"] = counter.clone()
+            self.tensors[way + "count"] = row()
+            self.tensors[way + "mean"], self.tensors[way + "var"] = row(width), row(width)
+            for name, tensor in _state(layer, way):
+                self.tensors[f"start_{name}"] = tensor.clone()
+
+    def begin(self) -> None:
+        """The next forward is the first of an optimizer step."""
+        for way in ("", BACKWARD):
+            self.tensors[way + "micro_batches"].zero_()
+
+    def apply(self, lift: Callable[[Tensor], Tensor]) -> None:
+        """Move the tensors with their layer."""
+        self.tensors = {name: lift(tensor) for name, tensor in self.tensors.items()}
+
+    def load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Take over a checkpoint's; where it has none that fits, a new step begins."""
+        found = {name: state.get(prefix + name) for name in self.tensors}
+        pairs = [(tensor, found[name]) for name, tensor in self.tensors.items()]
+        if any(value is None or value.shape != tensor.shape for tensor, value in pairs):
+            return self.begin()
+        for tensor, value in pairs:
+            assert value is not None
+            tensor.copy_(value)
+
+    def _is_first(self, way: str) -> Tensor:
+        done = self.tensors[way + "micro_batches"]
+        return done == 0 if self.steps is None else done.remainder(self.steps) == 0
+
+    def rewind(self, layer: NormLayer, way: str, update: bool) -> dict[str, Tensor]:
+        """Take the layer's memory back to the start of the step.
+
+        Args:
+            layer: The layer.
+            way: "" for what moves in the forward pass, or `BACKWARD`.
+            update: Whether state may change; if not, the layer works on copies until `leave`.
+
+        Returns:
+            What to give to `leave`.
+        """
+        first, aside = self._is_first(way), {}
+        for name, tensor in _state(layer, way):
+            start = self.tensors[f"start_{name}"]
+            rewound = torch.where(first, tensor, start)
+            if update:
+                start.copy_(rewound)
+                tensor.copy_(rewound)
+            else:
+                aside[name] = tensor
+                _put(layer, name, rewound)
+        return aside
+
+    def leave(self, layer: NormLayer, way: str, aside: dict[str, Tensor], update: bool) -> None:
+        """End what `rewind` began, one micro-batch later."""
+        for name, tensor in aside.items():
+            _put(layer, name, tensor)
+        if update:
+            self.tensors[way + "micro_batches"].add_(1)
+
+    def pool(
+        self, mean: Tensor | None, var: Tensor, count: int | Tensor, update: bool
+    ) -> tuple[Tensor | None, Tensor, Seen]:
+        """Statistics of all micro-batches of the step, this one included.
+
+        A micro-batch that is not finite has no part in those that follow.
+
+        Args:
+            mean: Mean of this one, None in the uncentred form.
+            var: Biased variance, or second moment in the uncentred form.
+            count: Values a channel.
+            update: Whether to remember it.
+
+        Returns:
+            Mean, variance, and how they came about.
+        """
+        before, share = self._weigh("", count, var)
+        old_mean, old_var = (self.tensors[n].to(var.dtype, copy=True) for n in ("mean", "var"))
+        new_mean, new_var = mean, torch.lerp(old_var, var, share)
+        if mean is not None:
+            new_mean = torch.lerp(old_mean, mean, share)
+            new_var = torch.addcmul(new_var, (mean - old_mean).square(), share * (1 - share))
+        if update:
+            self._keep("", before, count, new_mean, new_var)
+        return new_mean, new_var, Seen(before + count, share, mean, old_mean)
+
+    def average(
+        self, way: str, first: Tensor | None, second: Tensor, count: int | Tensor, update: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Plain averages over the micro-batches of the step, this one included.
+
+        Args:
+            way: "" or `BACKWARD`.
+            first: A row, or None.
+            second: Another.
+            count: How much this micro-batch weighs.
+            update: Whether to remember it.
+
+        Returns:
+            Both averages.
+        """
+        before, share = self._weigh(way, count, second)
+        old = (self.tensors[way + name].to(second.dtype) for name in ("mean", "var"))
+        pairs = zip(old, (first, second), strict=True)
+        one, two = (None if new is None else torch.lerp(kept, new, share) for kept, new in pairs)
+        assert two is not None
+        if update:
+            self._keep(way, before, count, one, two)
+        return one, two
+
+    def _weigh(self, way: str, count: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Values seen before a micro-batch, and its share of all."""
+        before = self.tensors[way + "count"].to(like.dtype).masked_fill(self._is_first(way), 0)
+        return before, count / (before + count).clamp(min=1)
+
+    def _keep(
+        self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
+    ) -> None:
+        finite = torch.lt(var.abs(), INFINITY).all()
+        kept = self.tensors[way + "count"]
+        kept.copy_(before + count * finite)
+        for name, new in (("mean", mean), ("var", var)):
+            if new is not None:
+                kept = self.tensors[way + name]
+                kept.copy_(torch.where(finite, new, kept))
+
+
+class StepBackward(NamedTuple):
+    """The backward statistics of a micro-batch, averaged with those before it in the step.
+
+    Attributes:
+        layer: The layer.
+        step: Its `StepMemory`.
+        inner: The method's own memory of them, which counts optimizer steps.
+        values: Values a channel.
+        update: Whether state may change.
+    """
+
+    layer: NormLayer
+    step: StepMemory
+    inner: BackwardMemory
+    values: int | Tensor
+    update: bool
+
+    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
+        aside = self.step.rewind(self.layer, BACKWARD, self.update)
+        g, psi = self.step.average(BACKWARD, g, psi, self.values, self.update)
+        g, psi = self.inner(g, psi)
+        self.step.leave(self.layer, BACKWARD, aside, self.update)
+        return g, psi
+
+
+def _state(layer: NormLayer, way: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a step moves, by name."""
+    if not way:
+        for name in _RUNNING:
+            tensor = layer._buffers[name]
+            if tensor is not None:
+                yield name, tensor
+    for name, tensor in layer.memory.items():
+        if name.startswith(BACKWARD) == bool(way) and name not in layer.rings:
+            yield name, tensor
+
+
+def _put(layer: NormLayer, name: str, tensor: Tensor) -> None:
+    place = layer._buffers if name in _RUNNING else layer.memory
+    place[name] = tensor

@@ -1,0 +1,276 @@
+"""State of a layer: torch's own, the memory that a method adds, and what keeps both safe."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from anybatch import backends
+from anybatch.core.activation_checkpointing import Recent
+from anybatch.core.gradient_accumulation import StepMemory
+
+_LOW = (torch.float16, torch.bfloat16)
+_STEP = "step."  # before the names of memory within an optimizer step
+_OUTLIERS = "outliers"  # batches in a row that were out of proportion, a channel
+_HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
+
+
+class NormState(_NormBase):
+    """Parameters, running statistics and memory of a layer.
+
+    Attributes:
+        memory: Tensors beyond torch's buffers, by name. They follow the layer's
+            device and are in its ``state_dict``, but are no buffers:
+            DistributedDataParallel overwrites buffers with those of rank 0.
+        rings: Names of memory that micro-batches of a step leave alone: what has a slot a step, of
+            which only the newest is written, and what is set once a training or an epoch.
+        step: Memory within an optimizer step of several forwards; None where one makes it.
+        frozen: Whether running statistics and memory are frozen.
+        affine_frozen: Whether weight and bias are frozen.
+    """
+
+    memory: dict[str, Tensor]
+    rings: ClassVar[tuple[str, ...]] = ()
+    step: StepMemory | None = None
+    frozen: bool
+    affine_frozen: bool
+    _last: Any
+    _recent: Recent
+    _arrivals: Tensor | None = None  # a GPU kernel's, see `anybatch.core.launched`
+    _ways: dict[torch.Size, Any] | None = None  # see `anybatch.core.compiled.Way`
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__.pop("_ways", None)
+        super().__setattr__(name, value)
+
+    def remembered(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
+        if self.running_mean is None or self.running_var is None:
+            zeros = torch.zeros(self.num_features, device=self._device())
+            return zeros, torch.ones_like(zeros)
+        return self.running_mean, self.running_var
+
+    def reset_memory(self) -> None:
+        """Forget everything that is not torch's own state."""
+        if _OUTLIERS in self.memory:
+            self.memory[_OUTLIERS].zero_()
+
+    # --- running statistics ---------------------------------------------------
+
+    def track(self, mean: Tensor | None, var: Tensor) -> None:
+        """Move the running statistics towards a batch's mean and unbiased variance.
+
+        Channels whose statistics are not finite are passed over.
+
+        Args:
+            mean: Row ``(C,)``; None leaves the running mean alone.
+            var: Row ``(C,)``.
+        """
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        pace = self._pace()
+        finite = torch.lt(var, backends.INFINITY)  # false for nan too
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            if new is not None:
+                _lerp(running, torch.where(finite, new, running), pace)
+
+    def _pace(self) -> float | Tensor:
+        """Weight of the newest batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None and self.running_mean is not None
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+
+    def _new_memory(self, *shape: int) -> Tensor:
+        """Zeros of the type and place of the layer's statistics."""
+        like = self.weight if self.running_var is None else self.running_var
+        return torch.zeros(shape) if like is None else like.detach().new_zeros(shape)
+
+    def _new_counter(self) -> Tensor:
+        """A whole number on the layer's device: reading it there costs no synchronization."""
+        return self._new_memory().long()
+
+    def _device(self) -> torch.device | None:
+        tensors: Iterable[Tensor | None] = (self.weight, self.running_mean, *self.memory.values())
+        return next((t.device for t in tensors if t is not None), None)
+
+    def _parameters_like(self, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the type of the statistics (they may be a model's bfloat16)."""
+        weight, bias = self.weight, self.bias
+        return (
+            weight if weight is None or weight.dtype == var.dtype else weight.to(var.dtype),
+            bias if bias is None or bias.dtype == var.dtype else bias.to(var.dtype),
+        )
+
+    def reset_running_stats(self) -> None:
+        """Reset running statistics and memory."""
+        super().reset_running_stats()
+        self.reset_memory()
+        if self.step is not None:
+            self.step.begin()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NormState":
+        def lift(t: Tensor) -> Tensor:
+            """``fn``, but for a step down to a type too coarse for statistics."""
+            if t.dtype not in (torch.float32, torch.float64):
+                return fn(t)
+            target = fn(t.new_empty(0))
+            return t.to(target.device) if target.dtype in _LOW else fn(t)
+
+        super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
+        self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
+        if self.step is not None:
+            self.step.apply(lift)
+        self._last, self._recent = None, Recent()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self.memory.items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        if self.step is not None:
+            for name, tensor in self.step.tensors.items():
+                destination[f"{prefix}{_STEP}{name}"] = tensor if keep_vars else tensor.detach()
+        if self.frozen or self.affine_frozen:
+            destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {name: state_dict.get(prefix + name) for name in self.memory}
+        frozen = state_dict.get(prefix + "frozen")
+        ours = {prefix + name for name in (*own, "frozen")}
+        step = prefix + _STEP
+        if any(key.startswith(step) for key in state_dict):  # of a layer that may accumulate or not
+            memory = self.step or StepMemory(self, None)  # type: ignore[arg-type]
+            ours |= {step + name for name in memory.tensors}
+        plain = {key: value for key, value in state_dict.items() if key not in ours}
+        super()._load_from_state_dict(
+            plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, tensor in self.memory.items():
+            value = own[name]
+            if value is not None and value.shape != tensor.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: the checkpoint holds "
+                    f"{tuple(value.shape)}, this layer {tuple(tensor.shape)}"
+                )
+            elif value is not None:
+                tensor.copy_(value)
+        if frozen is not None:
+            self.frozen, affine = (bool(flag) for flag in frozen)
+            if affine:
+                self.freeze_affine(True)
+        if own.pop(_OUTLIERS, ...) is None:  # of a layer without a limit: none so far
+            self.memory[_OUTLIERS].zero_()
+        lacking = [name for name, value in own.items() if value is None]
+        if lacking:  # half of a memory is none
+            if len(lacking) < len(own):
+                warnings.warn(
+                    f"{prefix[:-1]}: the checkpoint lacks {', '.join(lacking)} of what "
+                    f"{type(self).__name__} remembers; its memory starts fresh",
+                    stacklevel=2,
+                )
+            self._start_from_batchnorm(error_msgs, prefix)
+        if self.step is not None:
+            self.step.load(state_dict, step)
+        self._last, self._recent = None, Recent()
+
+    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
+        """After loading a checkpoint without this layer's memory: start it fresh."""
+        self.reset_memory()
+
+    def freeze_affine(self, frozen: bool) -> None:
+        """Freeze or thaw weight and bias."""
+        self.affine_frozen = frozen
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(not frozen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {"_last": None, "_recent": Recent(), "_arrivals": None, "_ways": None}
+        return {**self.__dict__, **fresh}
+
+    def _rows(self) -> tuple[Tensor | None, ...]:
+        """Scale, shift and running statistics, as compiled kernels need them, all or none."""
+        of, kept = self._parameters, self._buffers
+        return of.get("weight"), of.get("bias"), kept["running_mean"], kept["running_var"]
+
+    def _running(self) -> tuple[int, int, int]:
+        """Addresses of the running statistics and of the number of batches."""
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        count = self._buffers["num_batches_tracked"]
+        assert mean is not None and var is not None and count is not None
+        return mean.data_ptr(), var.data_ptr(), count.data_ptr()
+
+    def _number(self) -> float:
+        """Momentum for the compiled kernels: -1 averages over all batches."""
+        return -1.0 if self.momentum is None else float(self.momentum)
+
+    def accumulate(self, steps: int | None) -> None:
+        """Count optimizer steps of several forwards; see `anybatch.accumulate`.
+
+        Args:
+            steps: Forwards in a step; None if only `StepMemory.begin` ends one; 1 for none.
+        """
+        raise NotImplementedError
+
+    # --- taking over another layer -----------------------------------------
+
+    def adopt_(self, norm: nn.Module) -> "NormState":
+        """Take over another batch norm: parameters, statistics, flags and hooks.
+
+        Parameters stay the same objects, so that an optimizer stays valid; this
+        layer's memory starts fresh; the output in evaluation mode is unchanged.
+
+        Args:
+            norm: A torch batch norm or an anybatch layer.
+
+        Returns:
+            This layer.
+
+        Raises:
+            ValueError: If it has another number of channels, or if the output
+                could not stay the same. ``norm`` is then as it was.
+        """
+        if not isinstance(norm, _NormBase) or norm.num_features != self.num_features:
+            raise ValueError(f"norm={norm!r}: give a batch norm of {self.num_features} channels")
+        self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(norm, name)
+            if value is not None and self.track_running_stats:
+                low = value.dtype in _LOW
+                self._buffers[name] = value.float() if low else value
+        self._apply_to_device(norm)
+        self.training = norm.training
+        self.reset_memory()
+        if isinstance(norm, NormState):
+            self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
+            if norm.step is not None:
+                self.accumulate(norm.step.steps)
+        for name, value in norm.__dict__.items():
+            if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
+                self.__dict__[name] = value  # the same object: handles stay valid
+        return self
+
+    def _apply_to_device(self, norm: nn.Module) -> None:
+        tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
+        if tensors:
+            device = tensors[0].device
+            self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+
+
+def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
+    running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), pace)

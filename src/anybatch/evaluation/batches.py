@@ -1,0 +1,367 @@
+"""Reading any loader: what a batch is, where it goes, how a network takes it."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, count, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.core.arguments import check_count
+
+Forward = Callable[[nn.Module, Any], Any]
+Shown = bool | Callable[[int, int | None], None] | None  # how progress is shown, see `reading`
+
+_TARGETS = ("labels", "label", "targets", "target")
+
+
+@contextmanager
+def reading(
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    max_batches: int | None = None,
+    progress: Shown = None,
+    title: str = "batches",
+) -> Iterator[Iterator[Any]]:
+    """A context that gives the batches of a loader, moved to a device, with a progress bar.
+
+    Args:
+        loader: Anything that iterates over batches: a ``DataLoader``, a list, a generator.
+        device: Where tensors are moved to; None leaves them where they are.
+        max_batches: Stop after so many (default None: all).
+        progress: Show a bar on standard error (default None: where that is a
+            terminal; without ``rich`` there is none), or a function that is called with
+            the batches done and their number, None where that is not known.
+        title: What the bar is called.
+
+    Yields:
+        The iterator over the batches.
+
+    Raises:
+        TypeError: If the loader does not iterate.
+        ValueError: If it gives no batch, when the iterator is asked for the first.
+
+    Example:
+        >>> with reading([torch.zeros(2), torch.ones(2)], max_batches=1) as batches:
+        ...     print(*batches)
+        tensor([0., 0.])
+    """
+    if max_batches is not None:
+        check_count("max_batches", max_batches)
+    if not isinstance(loader, Iterable):
+        raise TypeError(
+            f"loader={_short(loader)}: give something that iterates over batches, such as a "
+            "torch.utils.data.DataLoader or a list of tensors"
+        )
+    with _bar(_length(loader, max_batches), progress, title) as advance:
+        yield _batches(loader, device, max_batches, advance)
+
+
+def check_repeatable(loader: Iterable[Any], passes: str) -> None:
+    """Raise for a loader that can be read once only, where it is read several times."""
+    if isinstance(loader, Iterator):
+        raise ValueError(
+            f"loader={_short(loader)}: it can be read once, and {passes}; give a DataLoader, or "
+            "list(loader) where memory allows"
+        )
+
+
+def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
+    """Batches of another size from a loader's; a last one that is not whole is left out.
+
+    Args:
+        loader: Gives batches: tensors, or nests of tuples, lists and mappings of tensors whose
+            first dimension counts examples.
+        size: Examples in a batch; None for the batches as they come.
+
+    Yields:
+        Batches of the same structure.
+
+    Raises:
+        ValueError: If a batch holds no tensor.
+
+    Example:
+        >>> [len(batch) for batch in recut([torch.zeros(3), torch.zeros(4)], 2)]
+        [2, 2, 2]
+    """
+    if size is None:
+        yield from loader
+        return
+    waiting: list[Any] = []
+    have = 0
+    for batch in loader:
+        waiting.append(batch)
+        have += _countable(batch)
+        while have >= size:
+            whole = _join(waiting)
+            yield _part(whole, 0, size)
+            have -= size
+            waiting = [_part(whole, size, size + have)] if have else []
+
+
+def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Give a batch to a network.
+
+    A tensor is the argument. Of a tuple or list the first entry is the input and
+    the rest are targets; a tuple in its place holds positional arguments. A mapping
+    holds keyword arguments, of which those that the network's forward knows are given.
+
+    Args:
+        model: The network.
+        batch: What the loader gave.
+        forward: Called as ``forward(model, batch)`` instead of all this.
+
+    Returns:
+        The network's output.
+
+    Raises:
+        TypeError: If the batch is none of these.
+        ValueError: If the forward takes none of a mapping's entries.
+
+    Example:
+        >>> run(nn.Identity(), (torch.ones(2), "target"))
+        tensor([1., 1.])
+    """
+    if forward is not None:
+        return forward(model, batch)
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**_known(model, inputs))
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    raise TypeError(
+        f"loader gave a batch of type {type(batch).__name__}: give tensors, (inputs, target) or "
+        "mappings, or say how to use it with forward=lambda model, batch: ..."
+    )
+
+
+def target_of(batch: Any) -> Any:
+    """The target in a batch: the second entry of a tuple or list, or a mapping's labels.
+
+    Args:
+        batch: What the loader gave.
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: If there is none.
+
+    Example:
+        >>> target_of({"pixel_values": None, "labels": 3})
+        3
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    if isinstance(batch, Mapping):
+        for name in _TARGETS:
+            if name in batch:
+                return batch[name]
+    raise ValueError(
+        f"loader gave {_describe(batch)}, which has no target: give (inputs, target), or a mapping "
+        f"with one of {', '.join(_TARGETS)}"
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The scores in a network's output: the tensor, its ``logits``, or the first entry.
+
+    Raises:
+        TypeError: If there is no tensor to be found.
+
+    Example:
+        >>> logits_of({"logits": torch.ones(1)})
+        tensor([1.])
+    """
+    found = output
+    if isinstance(output, Mapping) and "logits" in output:
+        found = output["logits"]
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and len(output):
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the network gave {_describe(output)}: give forward=lambda model, batch: ... that "
+            "returns the scores as one tensor"
+        )
+    return found
+
+
+def examples_in(batch: Any) -> int:
+    """How many examples a batch has: the length of the first tensor in it, 0 without one.
+
+    Example:
+        >>> examples_in({"mask": None, "x": torch.zeros(5, 2)})
+        5
+    """
+    found = next(_tensors(batch), None)
+    return 0 if found is None else len(found) if found.dim() else 1
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where a network's first parameter or buffer is; None without any."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device
+
+
+def to_device(batch: Any, device: torch.device | str | None) -> Any:
+    """A batch with its tensors on a device; everything else as it is.
+
+    Example:
+        >>> to_device({"x": [torch.zeros(1)], "name": "a"}, "cpu")
+        {'x': [tensor([0.])], 'name': 'a'}
+    """
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        moved = {name: to_device(value, device) for name, value in batch.items()}
+        return moved if type(batch) is dict else _like(batch, moved)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if type(batch) in (tuple, list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
+def _countable(batch: Any) -> int:
+    found = examples_in(batch)
+    if not found:
+        raise ValueError(f"loader gave {_describe(batch)}, which holds no examples to count")
+    return found
+
+
+def _join(batches: list[Any]) -> Any:
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(batches)
+    if isinstance(first, Mapping):
+        return {key: _join([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return _alike(first, [_join(list(parts)) for parts in zip(*batches, strict=True)])
+    return first
+
+
+def _part(batch: Any, start: int, stop: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        return {key: _part(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return _alike(batch, [_part(value, start, stop) for value in batch])
+    return batch
+
+
+def _alike(given: Any, parts: list[Any]) -> Any:
+    if hasattr(given, "_fields"):
+        return type(given)(*parts)
+    return tuple(parts) if isinstance(given, tuple) else parts
+
+
+def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """A mapping of the batch's own kind where it knows how to move or be made, else a dict."""
+    try:
+        return type(batch)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        return moved
+
+
+def _batches(
+    loader: Iterable[Any],
+    device: torch.device | str | None,
+    max_batches: int | None,
+    advance: Callable[[], None],
+) -> Iterator[Any]:
+    empty = True
+    for batch in islice(loader, max_batches):
+        empty = False
+        yield to_device(batch, device)
+        advance()
+    if empty:
+        raise ValueError(
+            f"loader={_short(loader)} gave no batch: give one with data (with drop_last=True a set "
+            "smaller than the batch gives none; a generator that has been read gives no more)"
+        )
+
+
+def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that the network's forward takes."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(batch)
+    names = {p.name for p in parameters}
+    known = {name: value for name, value in batch.items() if name in names}
+    if not known:
+        raise ValueError(
+            f"loader gave a mapping of {', '.join(map(str, batch))}, and {type(model).__name__} "
+            f"takes {', '.join(sorted(names))}: say how to use it with "
+            "forward=lambda model, batch: ..."
+        )
+    return known
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
+    try:
+        total = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # no length, or a data set without one
+        return max_batches
+    return total if max_batches is None else min(total, max_batches)
+
+
+@contextmanager
+def _bar(total: int | None, progress: Shown, title: str) -> Iterator[Callable[[], None]]:
+    if callable(progress):
+        done, tell = count(1), progress
+        yield lambda: tell(next(done), total)
+        return
+    wanted = sys.stderr.isatty() if progress is None else progress
+    try:
+        if not wanted:
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
+        from rich.progress import TimeRemainingColumn as Remaining
+    except ImportError:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, Elapsed(), Remaining(), console=Console(stderr=True)) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda: bars.advance(task)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"<{type(value).__name__}>"
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a mapping of {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)}"
+    return f"a {type(batch).__name__}"

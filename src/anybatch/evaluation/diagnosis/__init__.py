@@ -1,0 +1,1 @@
+"""Which norms of a network suffer from their batch size."""

@@ -1,0 +1,447 @@
+"""What one norm does to the batches it is given: the noise of four statistics, layer by layer.
+
+A batch gives a channel the mean and variance that normalize it, and two more statistics on the way
+back (moving-average-bn, equation 5), with Y the normalized input before scale and shift::
+
+    g   = mean(dL/dY)          Psi = mean(Y * dL/dY)
+
+Each is the estimate of a value that all data have. Its noise is its standard deviation from batch
+to batch, in units of what a single value scatters by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anybatch import theory
+from anybatch.core.activation_checkpointing import in_backward
+from anybatch.core.grouping import partition
+from anybatch.core.norm_layer import NormLayer
+
+KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The noise of one statistic of one layer, root mean square over its channels.
+
+    Attributes:
+        measured: Standard deviation from batch to batch.
+        expected: That of batches of the same examples drawn at random, from how the examples
+            scatter; it knows of correlated positions and of heavy tails.
+        independent: That of independent Gaussian values, from their number alone.
+
+    Example:
+        >>> Spread(0.5, 0.5, 0.25).equivalent
+        4.0
+    """
+
+    measured: float
+    expected: float
+    independent: float
+
+    @property
+    def equivalent(self) -> float:
+        """The number of independent values whose mean is as noisy."""
+        return math.inf if self.measured == 0 else 1 / self.measured**2
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often a quantity fell where, all channels together.
+
+    Attributes:
+        low: Lower end.
+        high: Upper end.
+        counts: In bins of equal width; what is outside is in none.
+        total: Of all values, those outside too.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    total: int
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """What was measured of one norm.
+
+    Attributes:
+        name: Its path in the network (the first, where it has several).
+        kind: Its class.
+        channels: Channels.
+        dead: Channels that are constant, or not finite; they are left out of all that follows.
+        examples: Examples that share statistics.
+        values: Values that a channel's statistics come from.
+        effective: Independent values that are as good, for the mean.
+        mean: Noise of the mean (xi_mu); None for a norm that subtracts none.
+        var: Noise of the variance (xi_sigma), or of the second moment where there is no mean.
+        g: Noise of the backward statistic g; None without a loss or a mean.
+        psi: Noise of Psi; None without a loss.
+        output: Root mean square difference between the output of a batch's statistics and that
+            of all data's; the output's own is 1. The noise that training adds.
+        gap: The same between a batch's and the running statistics: training against evaluation.
+            None where there are no running statistics, or they are as they started.
+        stale: The same between all data's and the running statistics; None likewise.
+        stale_limit: What `stale` may be from the noise of both alone.
+        mean_histogram: Of xi_mu; None where there is no mean.
+        var_histogram: Of xi_sigma.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    dead: int
+    examples: int
+    values: float
+    effective: float
+    mean: Spread | None
+    var: Spread
+    g: Spread | None
+    psi: Spread | None
+    output: float
+    gap: float | None
+    stale: float | None
+    stale_limit: float
+    mean_histogram: Histogram | None
+    var_histogram: Histogram
+
+    @property
+    def forward_values(self) -> float:
+        """Independent Gaussian values that are as noisy as the noisier of mean and variance."""
+        of_var = math.inf if self.var.measured == 0 else 2 / self.var.measured**2
+        return of_var if self.mean is None else min(self.mean.equivalent, of_var)
+
+    @property
+    def backward_values(self) -> float | None:
+        """The same on the way back, of the noisier of g and Psi; None without a loss."""
+        found = [spread.equivalent for spread in (self.g, self.psi) if spread is not None]
+        return min(found) if found else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        derived = {"forward_values": self.forward_values, "backward_values": self.backward_values}
+        return {**asdict(self), **derived}
+
+
+class Watch:
+    """Collects what goes into one norm, and the gradient of what comes out.
+
+    Args:
+        name: What to call it.
+        norm: A batch norm of torch or of this library.
+        total: Batches that are to come.
+    """
+
+    def __init__(self, name: str, norm: nn.Module, total: int) -> None:
+        self.name, self.total = name, total
+        self.norm = cast(Any, norm)
+        self.centered = norm.centered if isinstance(norm, NormLayer) else True
+        self.momentum: float | None = self.norm.momentum
+        self.examples = 0
+        self.called = self.skipped = 0
+        self.positions = 0.0
+        self.batch: list[tuple[Tensor, Tensor]] = []  # mean and variance, a row a batch
+        self.each: list[tuple[Tensor, Tensor]] = []  # the same, a row an example
+        self.back: list[tuple[Tensor, Tensor]] = []  # g and Psi, a row a batch
+        self.back_each: list[tuple[Tensor, Tensor]] = []
+        self.squares: list[tuple[Tensor, Tensor]] = []  # of dL/dY and Y dL/dY
+
+    @property
+    def active(self) -> bool:
+        """Whether the norm uses the statistics of a batch, as it stands."""
+        if isinstance(self.norm, NormLayer):
+            return self.norm.training and not self.norm.frozen
+        return self.norm.training or self.norm.running_mean is None
+
+    def hold_still(self) -> None:
+        """Have torch's norm leave its running statistics alone; ours do in `no_update`."""
+        if isinstance(self.norm, _BatchNorm):
+            self.norm.momentum = 0.0
+
+    def attach(self, source: Callable[[], Tensor | None]) -> Any:
+        """Hook the norm.
+
+        Args:
+            source: Gives the tensor that gradients shall be led to; None for no backward pass.
+
+        Returns:
+            A handle to take the hook off.
+        """
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            given = args[0] if args else kwargs["input"]
+            if not self.active or not given.numel():
+                return None
+            recomputed = in_backward()  # by activation checkpointing: seen before
+            self.called += not recomputed
+            moments = self._forward(given.detach(), note=not recomputed)
+            goal = source()
+            if goal is None:
+                return None
+            # A copy: what follows may write into it, as an in-place ReLU does.
+            probed: Tensor = _Probe.apply(output, goal, given, moments, self)  # type: ignore[no-untyped-call]
+            return probed
+
+        return self.norm.register_forward_hook(hook, with_kwargs=True)
+
+    def _sizes(self, examples: int) -> tuple[int, ...]:
+        if not isinstance(self.norm, NormLayer):
+            return (examples,)
+        return partition(examples, self.norm.norm_batch_size, self.norm.group_size).sizes
+
+    @torch.no_grad()
+    def _forward(self, x: Tensor, note: bool) -> tuple[Tensor, Tensor] | None:
+        """Note the statistics of a batch's groups; those of its first group, for backward."""
+        rows = _rows(x)
+        mean = rows.mean(2).double()
+        var = rows.var(2, correction=0).double()
+        if not self.centered:
+            mean, var = torch.zeros_like(mean), var + mean.square()
+        first = None
+        sizes = self._sizes(len(rows))
+        self.examples = self.examples or sizes[0]
+        for means, variances in zip(mean.split(sizes), var.split(sizes), strict=True):
+            if len(means) != self.examples:
+                self.skipped += note
+                continue
+            whole = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+            first = whole if first is None else first
+            if not note:
+                continue
+            self.batch.append((whole[0].cpu(), whole[1].cpu()))
+            self.positions += rows.shape[2]
+            self.each.append(self._part(means, variances))
+        return first if len(sizes) == 1 else None
+
+    def _part(self, *tables: Tensor) -> tuple[Tensor, Tensor]:
+        """As many rows of a batch as may be kept."""
+        kept = max(KEPT_EXAMPLES // max(self.total, 1), 2)
+        first, second = (table[:kept].float().cpu() for table in tables)
+        return first, second
+
+    @torch.no_grad()
+    def backward(self, dy: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Note the two backward statistics of a batch (moving-average-bn, equation 5)."""
+        weight = self.norm.weight
+        slope = _rows(dy).float()
+        if isinstance(weight, Tensor):
+            slope = slope * weight.detach().to(slope.dtype).view(1, -1, 1)
+        y = (_rows(x).to(slope.dtype) - mean.to(slope.dtype).view(1, -1, 1)) * torch.rsqrt(
+            var + self._eps
+        ).to(slope.dtype).view(1, -1, 1)
+        product = y * slope
+        each = slope.mean(2).double(), product.mean(2).double()
+        self.back.append((each[0].mean(0).cpu(), each[1].mean(0).cpu()))
+        self.back_each.append(self._part(*each))
+        of_slope, of_product = (t.square().mean((0, 2)).double().cpu() for t in (slope, product))
+        self.squares.append((of_slope, of_product))
+
+    # --- the reading of what was noted -----------------------------------------
+
+    def summary(self, fresh: bool) -> LayerNoise:
+        """What it comes to.
+
+        Args:
+            fresh: Whether running statistics are as they started, and say nothing.
+
+        Raises:
+            ValueError: For fewer than two batches.
+        """
+        if len(self.batch) < 2:
+            raise ValueError(f"{self.name}: {len(self.batch)} batch seen; noise takes two or more")
+        means, variances = _table(self.batch)
+        mean, each_mean, each_var = means.mean(0), *_table(self.each, cat=True)
+        var = variances.mean(0) + means.var(0, correction=0)
+        alive = (var > 0) & torch.isfinite(var) & torch.isfinite(mean)
+        unit = torch.where(alive, var, 1.0)
+        values = self.examples * self.positions / len(self.batch)
+        plain = theory.noise(values)
+        xi_mean, xi_var = (mean - means) / unit.sqrt(), variances / unit
+        apart = each_mean - mean
+        square = each_var + apart.square()
+        of_mean = _rms(apart.var(0) / unit / self.examples, alive)
+        spread = Spread(_rms(xi_mean.var(0), alive), of_mean, plain.mean_std)
+        of_var = _variance_of_variance(apart, square, self.examples, self.centered) / unit**2
+        expected = _rms(of_var, alive)
+        wanted = 1 / of_mean**2 if self.centered and of_mean else 2 / max(expected, 1e-12) ** 2
+        effective = min(wanted, values)
+        if not self.centered:
+            plain = second_moment_noise(values)
+        g, psi = self._backward_spreads(plain.mean_std)
+        gap, stale = None, None
+        if not fresh:
+            gap, stale = self._against_running(means, variances, mean, var, alive)
+        shift = _distance(means, variances, mean, var, self._eps)
+        output = _root(shift[:, alive].square().mean())
+        return LayerNoise(
+            name=self.name,
+            kind=type(self.norm).__name__,
+            channels=means.shape[1],
+            dead=int((~alive).sum()),
+            examples=self.examples,
+            values=values,
+            effective=effective,
+            mean=spread if self.centered else None,
+            var=Spread(_rms(xi_var.var(0), alive), expected, plain.var_std),
+            g=g if self.centered else None,
+            psi=psi,
+            output=output,
+            gap=gap,
+            stale=stale,
+            stale_limit=max(0.1, 3 * output * math.sqrt(1 / len(means) + self._averaging())),
+            mean_histogram=_histogram(xi_mean[:, alive], plain.mean_std) if self.centered else None,
+            var_histogram=_histogram(xi_var[:, alive], plain.var_std, plain.var_mean),
+        )
+
+    @property
+    def _eps(self) -> float:
+        return float(self.norm.eps)
+
+    def _averaging(self) -> float:
+        """The share of a batch's noise that running statistics keep, as a variance."""
+        return 0.0 if self.momentum is None else self.momentum / (2 - self.momentum)
+
+    def _backward_spreads(self, independent: float) -> tuple[Spread | None, Spread | None]:
+        if len(self.back) < 2:
+            return None, None
+        spreads: list[Spread | None] = []
+        for batch, each, squares in zip(
+            _table(self.back), _table(self.back_each, cat=True), _table(self.squares), strict=True
+        ):
+            single = squares.mean(0) - batch.mean(0).square()
+            alive = (single > 0) & torch.isfinite(single)
+            unit = torch.where(alive, single, 1.0)
+            measured = _rms(batch.var(0) / unit, alive)
+            expected = _rms(each.var(0) / unit / self.examples, alive)
+            spread = Spread(measured, expected, independent)
+            spreads.append(spread if bool(alive.any()) else None)
+        return spreads[0], spreads[1]
+
+    def _against_running(
+        self, means: Tensor, variances: Tensor, mean: Tensor, var: Tensor, alive: Tensor
+    ) -> tuple[float | None, float | None]:
+        here, there = self.norm.running_mean, self.norm.running_var
+        if not isinstance(here, Tensor) or not isinstance(there, Tensor):
+            return None, None
+        here, there = (row.detach().double().cpu() for row in (here, there))
+        gap = _distance(means, variances, here, there, self._eps)
+        stale = _distance(mean[None], var[None], here, there, self._eps)
+        return _root(gap[:, alive].square().mean()), _root(stale[:, alive].square().mean())
+
+
+class _Probe(torch.autograd.Function):
+    """Hands a norm's output on, and shows the gradient that comes back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        goal: Tensor,
+        given: Tensor,
+        moments: tuple[Tensor, Tensor] | None,
+        watch: Watch,
+    ) -> Tensor:
+        ctx.save_for_backward(given.detach(), goal)
+        ctx.moments, ctx.watch = moments, watch
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        given, goal = ctx.saved_tensors
+        if ctx.moments is not None:
+            ctx.watch.backward(dy.detach(), given, *ctx.moments)
+        return dy, torch.zeros_like(goal), None, None, None
+
+
+def second_moment_noise(values: float) -> theory.Noise:
+    """The noise where no mean is subtracted: the second moment is a chi-square over m, all m free.
+
+    Example:
+        >>> second_moment_noise(8).var_std
+        0.5
+    """
+    return theory.Noise(math.sqrt(1 / values), 1.0, math.sqrt(2 / values))
+
+
+def watched(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """The batch norms of a network that can be measured, and what cannot be, in words.
+
+    Raises:
+        ValueError: For a norm whose number of channels is not known yet.
+    """
+    found: dict[str, nn.Module] = {}
+    left: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._LazyNormBase):
+            raise ValueError(
+                f"model: the number of channels of {name!r} is not known yet; run one batch "
+                "through it before"
+            )
+        if isinstance(module, NormLayer) and module.columns != module.num_features:
+            left.append(f"{name}: its channels share statistics; it is not measured.")
+        elif isinstance(module, (NormLayer, _BatchNorm)):
+            found[name] = module
+    return found, left
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(N, C, L)``, in a type that statistics can be taken in."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def _table(rows: Sequence[tuple[Tensor, Tensor]], cat: bool = False) -> tuple[Tensor, Tensor]:
+    first, second = zip(*rows, strict=True)
+    join = torch.cat if cat else torch.stack
+    return join(first).double(), join(second).double()
+
+
+def _variance_of_variance(apart: Tensor, square: Tensor, n: int, centered: bool) -> Tensor:
+    """Of the biased variance of n independent examples, from all examples' first two moments.
+
+    With d the mean of an example less that of all data, and q its mean squared distance from that,
+    the variance of a batch is ``mean(q) - mean(d)^2``; this is the variance of that, exactly.
+    """
+    q = square - square.mean(0)
+    of_q = q.square().mean(0)
+    if not centered:
+        return of_q / n
+    second, fourth = apart.square().mean(0), apart.pow(4).mean(0)
+    both = (q * apart.square()).mean(0)
+    of_square = (fourth - 3 * second.square()) / n**3 + 2 * second.square() / n**2
+    return (of_q / n - 2 * both / n**2 + of_square).clamp(min=0)
+
+
+def _distance(means: Tensor, variances: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Root mean square difference between a batch normalized by its own and by given statistics."""
+    unit = (var + eps).sqrt()
+    own = (variances + eps).sqrt() / unit
+    return torch.hypot((means - mean) / unit, (own - 1) * (variances / (variances + eps)).sqrt())
+
+
+def _rms(variances: Tensor, alive: Tensor) -> float:
+    return _root(variances[alive].mean())
+
+
+def _root(square: Tensor) -> float:
+    return float(square.sqrt())
+
+
+def _histogram(xi: Tensor, std: float, center: float = 0.0) -> Histogram:
+    low, high = center - 4 * std, center + 4 * std
+    if center:
+        low = max(low, 0.0)
+    if high <= low:
+        high = low + 1.0
+    counts = torch.histc(xi.flatten(), BINS, low, high)
+    return Histogram(low, high, tuple(int(count) for count in counts), xi.numel())

@@ -1,0 +1,154 @@
+"""Batch-group normalization (four-things, section 3.4)."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from anybatch.backends import pool_channels
+from anybatch.backends.protocol import Recipe
+from anybatch.core.arguments import check_count
+from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.statistics import Statistics
+from anybatch.layers.batch_norm import fused_groups
+from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
+
+
+class _BatchGroupNorm(NormLayer):
+    """Batch-group normalization: groups of channels *and* of examples share statistics.
+
+    ::
+
+        y = weight * (x - mean_gk) / sqrt(var_gk + eps) + bias
+
+    for each group g of `examples_per_group` examples and k of ``num_features /
+    num_groups`` neighbouring channels. With one example a group it is group
+    normalization, with one channel a group ghost batch normalization. For
+    batches of 2 and little more; it works at 1.
+
+    At inference an example's own statistics are mixed with the running ones by
+    `example_weight` (four-things, equation 3), first and second moments then
+    averaged over each channel group.
+
+    Args:
+        num_features: Channels C, a multiple of num_groups.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        num_groups: Channel groups (default 32).
+        examples_per_group: Examples in a group at most (default 2).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference (default
+            None: ``1 / examples_per_group``).
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range, channels that the groups do not
+            divide, or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: four-things, sections 3.1 and 3.4.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.BatchGroupNorm2d(64)
+        >>> norm(torch.randn(2, 64, 5, 5)).shape
+        torch.Size([2, 64, 5, 5])
+    """
+
+    fuses = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        num_groups: int = 32,
+        examples_per_group: int = 2,
+        norm_batch_size: int | None = None,
+        example_weight: float | None = None,
+        process_group: Any = None,
+        outlier_limit: float | None = None,
+    ) -> None:
+        check_count("num_features", num_features)
+        check_count("num_groups", num_groups)
+        check_count("examples_per_group", examples_per_group)
+        if num_features % num_groups:
+            divisors = [k for k in range(1, num_features + 1) if num_features % k == 0]
+            raise ValueError(
+                f"num_groups={num_groups} does not divide num_features={num_features}: "
+                f"give one of {', '.join(map(str, divisors))}"
+            )
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=1 / examples_per_group if example_weight is None else example_weight,
+            process_group=process_group,
+            outlier_limit=outlier_limit,
+        )
+        self.num_groups, self.examples_per_group = num_groups, examples_per_group
+
+    @property
+    def group_size(self) -> int:
+        return self.examples_per_group
+
+    @property
+    def columns(self) -> int:
+        return self.num_groups
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            track_groups(self, mean, var, batch)
+        return Statistics(*pool_channels(mean, var, self.num_groups))
+
+    def track_none(self, x: Tensor) -> None:
+        track_no_groups(self, x)
+
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        return fused_groups(self, loops, data, groups, update)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        return Recipe()
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}
+
+
+class BatchGroupNorm1d(_BatchGroupNorm):
+    __doc__ = _BatchGroupNorm.__doc__
+    dims = 1
+
+
+class BatchGroupNorm2d(_BatchGroupNorm):
+    __doc__ = _BatchGroupNorm.__doc__
+    dims = 2
+
+
+class BatchGroupNorm3d(_BatchGroupNorm):
+    __doc__ = _BatchGroupNorm.__doc__
+    dims = 3

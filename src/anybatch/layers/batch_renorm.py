@@ -1,0 +1,172 @@
+"""Batch renormalization (Ioffe 2017), the baseline of three of the papers."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import scalar
+from anybatch.backends.protocol import RENORM, Recipe
+from anybatch.core.arguments import check_count
+from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.statistics import Statistics
+
+
+class _BatchRenorm(NormLayer):
+    """Batch renormalization: batch statistics, corrected towards the running ones.
+
+    ::
+
+        y = weight * (r * (x - mean) / sigma + d) + bias
+        r = clip(sigma / running_sigma, 1 / max_r, max_r)
+        d = clip((mean - running_mean) / running_sigma, -max_d, max_d)
+
+    with ``sigma = sqrt(var + eps)``; no gradient passes r and d, and the running
+    statistics are those before the step. With ``warmup_steps`` it starts as batch
+    normalization (r = 1, d = 0).
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.01, as in the paper; the correction is only as steady as they are).
+        affine: Learn weight and bias (default True).
+        track_running_stats: Must be True.
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        max_r: Limit of r, from 1 on (default 3.0).
+        max_d: Limit of d, from 0 on (default 5.0).
+        warmup_steps: Training forwards before the limits are reached (default 10000).
+        smooth: Let the limits grow evenly over the warm-up instead of jumping
+            from 1 and 0 at its end (default False).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: S. Ioffe, Batch Renormalization, 2017, algorithm 1; moving-average-bn,
+    equation 14.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.BatchRenorm1d(4, warmup_steps=100)
+        >>> norm(torch.randn(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    needs_running_stats = True
+    fuses = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        max_r: float = 3.0,
+        max_d: float = 5.0,
+        warmup_steps: int = 10000,
+        smooth: bool = False,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+        process_group: Any = None,
+        outlier_limit: float | None = None,
+    ) -> None:
+        if not max_r >= 1:
+            raise ValueError(f"max_r={max_r!r}: give a number from 1 on")
+        if not max_d >= 0:
+            raise ValueError(f"max_d={max_d!r}: give a number from 0 on")
+        if warmup_steps != 0:
+            check_count("warmup_steps", warmup_steps)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+            process_group=process_group,
+            outlier_limit=outlier_limit,
+        )
+        self.max_r, self.max_d = float(max_r), float(max_d)
+        self.warmup_steps, self.smooth = warmup_steps, smooth
+        self.memory["step"] = self._new_counter()
+
+    def reset_memory(self) -> None:
+        for tensor in self.memory.values():
+            tensor.zero_()
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None and self.running_mean is not None and self.running_var is not None
+        opened = self._opened(self.memory["step"] + 1, var.dtype)
+        sigma = (self.running_var.to(var.dtype) + scalar(self.eps)).sqrt_()
+        max_r, max_d = opened * (self.max_r - 1) + 1, opened * self.max_d
+        r = (var + scalar(self.eps)).sqrt_().div_(sigma).clamp_(max_r.reciprocal(), max_r)
+        d = (mean - self.running_mean).div_(sigma).clamp_(-max_d, max_d)
+        if update:
+            self.memory["step"].add_(1)
+            self.track(mean, batch.unbiased(var))
+        return Statistics(mean, var, r, d)
+
+    def _opened(self, step: Tensor, dtype: torch.dtype) -> Tensor:
+        """How far the limits are open, from 0 to 1; a number on the layer's device."""
+        if self.smooth and self.warmup_steps:
+            return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
+        return (step > self.warmup_steps).to(dtype)
+
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        used, running = loops.table((4, 1, self.num_features)), self._running()
+        memory = (*running[:2], *loops.NONE)
+        limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
+        constants = (self.memory["step"].data_ptr(), limits, self._number(), self.eps, update)
+        loops.forward(loops.RENORM, *data, used, used, running, memory, *constants)
+        return Kept(used)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        smooth = self.smooth and self.warmup_steps > 0
+        return Recipe(
+            RENORM,
+            (self.max_r, self.max_d),
+            (0, self.warmup_steps, 0),
+            smooth=smooth,
+            counter=self.memory["step"],
+        )
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        names = ("max_r", "max_d", "warmup_steps", "smooth")
+        return {name: getattr(self, name) for name in names}
+
+
+class BatchRenorm1d(_BatchRenorm):
+    __doc__ = _BatchRenorm.__doc__
+    dims = 1
+
+
+class BatchRenorm2d(_BatchRenorm):
+    __doc__ = _BatchRenorm.__doc__
+    dims = 2
+
+
+class BatchRenorm3d(_BatchRenorm):
+    __doc__ = _BatchRenorm.__doc__
+    dims = 3

@@ -1,0 +1,201 @@
+"""Ghost batch normalization (Hoffer et al. 2017; four-things, section 3.2)."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import statistics_dtype
+from anybatch.backends.protocol import Recipe
+from anybatch.core.arguments import check_count
+from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.reduction_scope import several, sum_processes
+from anybatch.core.statistics import Statistics
+from anybatch.layers.batch_norm import fused_groups
+
+
+class _GhostBatchNorm(NormLayer):
+    """Ghost batch normalization: small groups of a batch have statistics of their own.
+
+    ::
+
+        y = weight * (x - mean_g) / sqrt(var_g + eps) + bias
+
+    for each group g of examples (four-things, equation 4). A batch of N is cut
+    into ``ceil(N / ghost_size)`` groups as equal as can be: any batch size works.
+    The running statistics move once a forward, each group weighing by its share
+    of the examples; inference is that of batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        ghost_size: Examples in a group at most (default 32).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference; it gains
+            as ghost_size falls (four-things, figure 4).
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: four-things, section 3.2, equation 4.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.GhostBatchNorm1d(4, ghost_size=4)
+        >>> norm(torch.randn(9, 4)).shape  # groups of 3, 3 and 3
+        torch.Size([9, 4])
+    """
+
+    fuses = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        ghost_size: int = 32,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+        process_group: Any = None,
+        outlier_limit: float | None = None,
+    ) -> None:
+        check_count("ghost_size", ghost_size)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+            process_group=process_group,
+            outlier_limit=outlier_limit,
+        )
+        self.ghost_size = ghost_size
+
+    @property
+    def group_size(self) -> int:
+        return self.ghost_size
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            track_groups(self, mean, var, batch)
+        return Statistics(mean, var)
+
+    def track_none(self, x: Tensor) -> None:
+        track_no_groups(self, x)
+
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        return fused_groups(self, loops, data, groups, update)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        return Recipe()
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        return {"ghost_size": self.ghost_size}
+
+
+def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
+    """Track groups' statistics ``(g, C)``, each weighing by its share of the examples.
+
+    Groups with one value a channel have no variance to track and are left out.
+    """
+    if batch.counts is not None or several(layer.process_group) is not None:
+        return _track_counted(layer, mean, var, batch)
+    sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last
+    if not sizes:
+        return
+    if mean.dim() == 1:
+        return _track_step(layer, mean, batch.unbiased(var), sum(sizes))
+    pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
+    first = 0
+    for size in sorted(set(sizes), reverse=True):
+        rows = slice(first, first + sum(one == size for one in sizes))
+        share = size / sum(sizes)
+        pooled_mean += mean[rows].sum(0) * share
+        pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
+        first = rows.stop
+    _track_step(layer, pooled_mean, pooled_var, sum(sizes))
+
+
+def _track_counted(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
+    """`track_groups` of counts that only the device knows, or of several processes."""
+    counts = batch.counts
+    if counts is None:
+        counts = torch.stack([var.new_full((1,), n * batch.values) for n in batch.sizes])
+    mean, var = mean.view(-1, mean.shape[-1]), var.view(-1, var.shape[-1])
+    counts = counts.view(-1, 1)
+    live = counts > 1
+    weights = torch.where(live, counts, 0)
+    unbiased = var * (counts / (counts - 1).clamp(min=1))
+    first = (torch.where(live, mean, 0) * weights).sum(0)
+    second = (torch.where(live, unbiased, 0) * weights).sum(0)
+    _track_sums(layer, first, second, weights.sum())
+
+
+def _track_sums(layer: NormLayer, first: Tensor, second: Tensor, total: Tensor) -> None:
+    """Track sums of means and variances that weigh `total` together, over all processes."""
+    group = several(layer.process_group)
+    if group is not None:
+        sums = sum_processes(group, first, second, total)
+        first, second, total = (table for table in sums if table is not None)
+    some = total.clamp(min=1)
+    nothing = total == 0  # of which no memory takes a trace
+    _track_step(layer, first / some, (second / some).masked_fill(nothing, torch.nan), total)
+
+
+def track_no_groups(layer: NormLayer, x: Tensor) -> None:
+    """Take part in what processes track together, with an empty batch."""
+    if several(layer.process_group) is not None:
+        zeros = torch.zeros(3, x.shape[1], dtype=statistics_dtype(x), device=x.device)
+        _track_sums(layer, zeros[0], zeros[1], zeros[2, 0])
+
+
+def _track_step(layer: NormLayer, mean: Tensor, var: Tensor, weight: int | Tensor) -> None:
+    """Track once for all micro-batches of an optimizer step, each weighing by its examples."""
+    if layer.step is not None:
+        first, var = layer.step.average("", mean, var, weight, True)
+        assert first is not None
+        mean = first
+    layer.track(mean, var)
+
+
+class GhostBatchNorm1d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 1
+
+
+class GhostBatchNorm2d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 2
+
+
+class GhostBatchNorm3d(_GhostBatchNorm):
+    __doc__ = _GhostBatchNorm.__doc__
+    dims = 3

@@ -1,0 +1,377 @@
+"""Batch normalization by other spreads: L1 (Wu et al. 2018) and range (Banner et al. 2018)."""
+
+import math
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch import backends
+from anybatch.backends.aten import spread
+from anybatch.core.autograd import BackwardMemory, Gradients, refuse_second_derivative
+from anybatch.core.compiled import BackwardData, ForwardData, Kept
+from anybatch.core.grouping import Partition
+from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.reduction_scope import Source
+from anybatch.core.statistics import Statistics
+
+_L1 = math.sqrt(math.pi / 2)
+
+
+class _Values(NamedTuple):
+    """The values behind spreads.
+
+    Attributes:
+        x: ``(N, C, ...)``.
+        sizes: Examples in each group.
+        mean: Of each group and channel.
+        counts: Values a channel behind each, a number or ``(G, 1)``.
+        source: Which of ``x`` they are, and of which processes.
+    """
+
+    x: Tensor
+    sizes: tuple[int, ...]
+    mean: Tensor
+    counts: Tensor
+    source: Source
+
+    @classmethod
+    def of(cls, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> "_Values":
+        """Those of a batch; where the source is None, all."""
+        source = Source() if source is None else source
+        mean, _, counts = source.moments(x, sizes, True)
+        assert mean is not None
+        return cls(x, sizes, mean, counts, source)
+
+    def total(self, table: Tensor) -> Tensor:
+        """Sum of a table over all processes."""
+        (summed,) = self.source.sum(table)
+        assert summed is not None
+        return summed
+
+    def on_examples(self, table: Tensor) -> Tensor:
+        """A table of groups, to be broadcast over the values."""
+        return spread.on_examples(table.expand_as(self.mean), self.x, self.sizes)
+
+
+class _SpreadNorm(NormLayer):
+    """A batch norm whose variance is the square of another spread."""
+
+    pools: ClassVar[bool] = False
+    fuses = True
+    fuses_activation: ClassVar[bool] = False
+    fused_kind: ClassVar[str]
+
+    @staticmethod
+    def spread(values: _Values) -> Tensor:
+        """The spread of each group and channel, in the place of a standard deviation."""
+        raise NotImplementedError
+
+    @staticmethod
+    def slope(values: _Values) -> Tensor:
+        """Derivative of the spread by each value; 0 by those that do not stand behind it."""
+        raise NotImplementedError
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update:
+            self.track(mean, var)
+        return Statistics(mean, var)
+
+    def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        values = _Values.of(x, sizes, None)
+        return values.mean, self.spread(values).square()
+
+    def _source_moments(
+        self, x: Tensor, sizes: tuple[int, ...], source: Source
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        values = _Values.of(x, sizes, source)
+        return values.mean, self.spread(values).square(), values.counts
+
+    def _apply_statistics(
+        self,
+        x: Tensor,
+        cut: Partition,
+        chosen: Statistics,
+        memory: BackwardMemory | None,
+        source: Source | None = None,
+    ) -> Tensor:
+        weight, bias = self._parameters_like(chosen.var)
+        call = _Call(chosen, cut.sizes, self.eps, type(self), source)
+        y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
+        return y
+
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        kernels_ = backends.spread_kernels()
+        kind, given = kernels_.KINDS[self.fused_kind], data[:9]  # without what a ReLU asks for
+        used = loops.table((2, 1, self.num_features))
+        ends = kernels_.ends(data[0], self.num_features)
+        constants = (self._running(), self._number(), self.eps, update)
+        kernels_.spread_forward(kind, *given, used, ends, *constants)
+        return Kept(used, ends=ends)
+
+    def fused_backward(
+        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
+    ) -> None:
+        kernels_ = backends.spread_kernels()
+        kind, given = kernels_.KINDS[self.fused_kind], data[:12]
+        kernels_.spread_backward(kind, *given, kept.used, kept.ends, self.eps)
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        statistics: Statistics,
+        cut: Partition,
+        needs: tuple[bool, ...],
+        update: bool,
+    ) -> Gradients:
+        call = _Call(statistics, cut.sizes, self.eps, type(self), None)
+        return _gradients(dy, x, weight, call, needs)
+
+
+class _Call(NamedTuple):
+    """How one forward normalizes, and what its backward needs beside the input."""
+
+    statistics: Statistics
+    sizes: tuple[int, ...]
+    eps: float
+    kind: type[_SpreadNorm]
+    source: Source | None
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.call = call
+        if x.numel() == 0:  # of one process of several
+            return torch.empty_like(x)
+        mean, var, *_ = call.statistics
+        rows = len(call.sizes)
+        scale, shift = (
+            t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)
+        )
+        return backends.affine(x, call.sizes, mean, var, scale, shift, call.eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, weight = ctx.saved_tensors
+        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
+        return *_gradients(dy, x, weight, ctx.call, ctx.needs_input_grad), None
+
+
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+) -> Gradients:
+    """The backward pass, see `anybatch.core.autograd.gradients`."""
+    (mean, var, *_), sizes, eps, kind, source = call
+    assert mean is not None
+    share = call.statistics.share
+    inv = torch.rsqrt(var + backends.scalar(eps))
+    if x.numel():
+        total, moment = backends.sums(dy, x, sizes, mean)
+    else:
+        total, moment = var.new_zeros(2, *var.shape)
+    moment = moment * inv
+    dx = dw = db = None
+    if needs[0]:
+        on_dy = inv if weight is None else inv * weight
+        # Own statistics: at inference those used are a mixture of them and the running ones.
+        own = _Values.of(x, sizes, source)
+        own_spread, count = kind.spread(own), own.counts.clamp(min=1)
+        all_dy, all_moment = own.source.sum(total, moment)
+        assert all_dy is not None and all_moment is not None
+        on_var = on_dy * inv * all_moment * share * -0.5
+        constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
+        inner = kind.slope(own).mul_(own.on_examples(2 * on_var * own_spread))
+        inner.add_(own.on_examples(constant))
+        if own.source.mask is not None:
+            inner = inner.masked_fill(~own.source.mask, 0)
+        dx = inner.addcmul_(dy, own.on_examples(on_dy)).to(x.dtype)
+    if needs[1]:
+        dw = moment if len(sizes) == 1 else moment.sum(0)
+    if needs[2]:
+        db = total if len(sizes) == 1 else total.sum(0)
+    return dx, dw, db
+
+
+class _L1BatchNorm(_SpreadNorm):
+    """Batch normalization by the mean absolute deviation.
+
+    ::
+
+        s = sqrt(pi / 2) * mean(abs(x - mean))
+        y = weight * (x - mean) / sqrt(s ** 2 + eps) + bias
+
+    For normal values s is the standard deviation; it takes no squares, which is cheaper on hardware
+    that lacks fast ones. The gradient is exact. ``running_var`` holds averages of s ** 2, so that
+    inference is that of batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the squared spread (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: Wu et al., L1-norm batch normalization for efficient training of deep neural networks,
+    2018; a baseline of bn-sampling (section 2).
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.L1BatchNorm1d(1, affine=False)
+        >>> y = norm(torch.tensor([[1.0], [-1.0]]))
+        >>> round(y[0].item(), 3)  # 1 / sqrt(pi / 2)
+        0.798
+    """
+
+    fused_kind: ClassVar[str] = "l1"
+
+    @staticmethod
+    def spread(values: _Values) -> Tensor:
+        x, sizes, mean, counts, source = values
+        sums = spread.deviation_sums(x, sizes, mean, source.mask)
+        return _L1 * values.total(sums) / counts.clamp(min=1)
+
+    @staticmethod
+    def slope(values: _Values) -> Tensor:
+        x, sizes, mean, counts, source = values
+        signs = spread.deviation_signs(x, sizes, mean, source.mask)
+        counts = counts.clamp(min=1)
+        balance = values.total(spread.group_sums(signs, sizes)) / counts  # by way of the mean
+        return _L1 * (signs - values.on_examples(balance)) / values.on_examples(counts)
+
+
+class _RangeBatchNorm(_SpreadNorm):
+    """Batch normalization by the range of the values.
+
+    ::
+
+        s = (max(x - mean) - min(x - mean)) / sqrt(2 * ln(n))
+        y = weight * (x - mean) / sqrt(s ** 2 + eps) + bias
+
+    for n values a channel. For normal values s is up to twice the standard deviation, which the
+    weight makes up for. The gradient is exact; equal extremes share theirs. ``running_var`` holds
+    averages of s ** 2, so that inference is that of batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the squared spread (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics (default
+            0.1); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Keep running statistics (default True).
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: Banner et al., Scalable methods for 8-bit training of neural networks, 2018; a baseline
+    of bn-sampling (section 2).
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.RangeBatchNorm1d(1, affine=False)
+        >>> y = norm(torch.tensor([[1.0], [-1.0]]))
+        >>> round(y[0].item(), 3)  # sqrt(2 * ln(2)) / 2
+        0.589
+    """
+
+    fused_kind: ClassVar[str] = "range"
+
+    @staticmethod
+    def spread(values: _Values) -> Tensor:
+        high, low = _ends(values)
+        some = values.counts > 0
+        return torch.where(some, high - low, 0) * _range_factors(values.counts)
+
+    @staticmethod
+    def slope(values: _Values) -> Tensor:
+        x, sizes, _, counts, source = values
+        found = torch.zeros_like(x, dtype=values.mean.dtype)
+        for end, sign in zip(_ends(values), (1, -1), strict=True):
+            hits = spread.hits(x, sizes, end, source.mask)
+            many = values.total(spread.group_sums(hits, sizes)).clamp(min=1)
+            found += sign * hits / values.on_examples(many)  # equal ends share it
+        return found * values.on_examples(_range_factors(counts))
+
+
+def _ends(values: _Values) -> tuple[Tensor, Tensor]:
+    """Largest and smallest value of each group and channel, over all processes."""
+    x, sizes, _, _, source = values
+    ends = torch.stack(
+        [spread.largest(x, sizes, source.mask), spread.largest(-x, sizes, source.mask)]
+    )
+    high, negative_low = source.largest(ends)
+    return high, -negative_low
+
+
+def _range_factors(counts: Tensor) -> Tensor:
+    """1 / sqrt(2 ln n); 0 for one value, whose range is 0."""
+    logs = counts.clamp(min=1).log()
+    return torch.where(logs > 0, (2 * logs).rsqrt(), 0)
+
+
+class L1BatchNorm1d(_L1BatchNorm):
+    __doc__ = _L1BatchNorm.__doc__
+    dims = 1
+
+
+class L1BatchNorm2d(_L1BatchNorm):
+    __doc__ = _L1BatchNorm.__doc__
+    dims = 2
+
+
+class L1BatchNorm3d(_L1BatchNorm):
+    __doc__ = _L1BatchNorm.__doc__
+    dims = 3
+
+
+class RangeBatchNorm1d(_RangeBatchNorm):
+    __doc__ = _RangeBatchNorm.__doc__
+    dims = 1
+
+
+class RangeBatchNorm2d(_RangeBatchNorm):
+    __doc__ = _RangeBatchNorm.__doc__
+    dims = 2
+
+
+class RangeBatchNorm3d(_RangeBatchNorm):
+    __doc__ = _RangeBatchNorm.__doc__
+    dims = 3

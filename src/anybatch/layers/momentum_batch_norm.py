@@ -1,0 +1,249 @@
+"""Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import INFINITY
+from anybatch.backends.protocol import MOMENTUM, Recipe
+from anybatch.core.arguments import check_between, check_count
+from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.statistics import Statistics
+
+
+class _MomentumBatchNorm(NormLayer):
+    """Momentum batch normalization: moving averages with a scheduled weight.
+
+    ::
+
+        mu    = lambda * mu_before    + (1 - lambda) * batch mean         (eq. 8)
+        var   = lambda * var_before   + (1 - lambda) * batch variance
+        y     = weight * (x - mu) / sqrt(var + eps) + bias
+
+    The old averages are constants in the backward pass (equation 13). Lambda
+    grows from 0 in the first epoch to ``1 - batch_size / ideal_batch_size`` in the
+    last (equation 11), so that at the end the noise of a small batch's statistics
+    is that of a batch of ``ideal_batch_size``. `anybatch.NormScheduler` moves it;
+    without a scheduler lambda stays 0, which is batch normalization.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance (default 1e-5).
+        momentum: Weight of the newest batch in the running statistics used at
+            inference. "auto" (default) is ``1 - ideal_decay ** (batch_size /
+            ideal_batch_size)`` (equation 12); None averages over all batches.
+        affine: Learn weight and bias (default True).
+        track_running_stats: Must be True.
+        device: Of parameters and state.
+        dtype: Of parameters and state (float16 and bfloat16 give float32).
+        batch_size: Examples in a normalization batch, of a forward where several make an
+            optimizer step, as `anybatch.accumulate` tells (default None: read from the
+            first batch and kept).
+        ideal_batch_size: Examples in a batch whose noise is wanted (default 32).
+        ideal_decay: Decay of the running statistics at that batch size (default 0.85).
+        norm_batch_size: Normalize in successive batches of so many examples.
+        example_weight: Share of an example's own statistics at inference.
+        process_group: Processes whose batches are one in training, a process group or "world"
+            (default None: this process alone).
+        outlier_limit: Times its running variance that a channel of a batch may have and enter
+            memory (default None: any).
+
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+
+    Source: momentum-bn, algorithm 1 and equations 8 to 13.
+
+    Example:
+        >>> import torch, anybatch
+        >>> norm = anybatch.MomentumBatchNorm1d(4, batch_size=2)
+        >>> norm.set_progress(epoch=10, total_epochs=10)
+        >>> round(norm.average_weight, 4)  # 1 - 2 / 32
+        0.9375
+    """
+
+    needs_running_stats = True
+    fuses = True
+
+    rings: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | str | None = "auto",
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        batch_size: int | None = None,
+        ideal_batch_size: int = 32,
+        ideal_decay: float = 0.85,
+        norm_batch_size: int | None = None,
+        example_weight: float = 0.0,
+        process_group: Any = None,
+        outlier_limit: float | None = None,
+    ) -> None:
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        check_count("ideal_batch_size", ideal_batch_size)
+        check_between("ideal_decay", ideal_decay, 0.0, 1.0)
+        if isinstance(momentum, str) and momentum != "auto":
+            raise ValueError(f"momentum={momentum!r}: give a number from 0 to 1, None or 'auto'")
+        self.auto_momentum = momentum == "auto"
+        super().__init__(
+            num_features,
+            eps,
+            1 - ideal_decay if isinstance(momentum, str) else momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            norm_batch_size=norm_batch_size,
+            example_weight=example_weight,
+            process_group=process_group,
+            outlier_limit=outlier_limit,
+        )
+        self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
+        self.progress: tuple[int, int] = (1, 1)
+        self.given_batch_size, self.batch_size = batch_size, batch_size
+        self.memory["mean"] = self._new_memory(num_features)
+        self.memory["var"] = self._new_memory(num_features)
+        self.memory["count"] = self._new_counter()
+        self.memory["batch_size"] = self._new_counter()
+        self.memory["average_weight"] = self._new_memory()
+        self.reset_memory()
+
+    @property
+    def average_weight(self) -> float:
+        """Lambda of equation 11, the weight of the old averages; reading it synchronizes."""
+        return float(self.memory["average_weight"])
+
+    def reset_memory(self) -> None:
+        for tensor in self.memory.values():
+            tensor.zero_()
+        if self.memory:
+            self._set_batch_size(self.given_batch_size)
+
+    def set_progress(self, epoch: int, total_epochs: int) -> None:
+        """Set lambda for an epoch (equation 11).
+
+        Args:
+            epoch: From 1 on.
+            total_epochs: T.
+        """
+        check_count("epoch", epoch)
+        check_count("total_epochs", total_epochs)
+        self.progress = (epoch, total_epochs)
+        self.memory["average_weight"].fill_(self._scheduled_weight())
+
+    @property
+    def step_size(self) -> int | None:
+        """Examples whose statistics are averaged at a time: those of an optimizer step."""
+        if self.batch_size is None or self.step is None or self.step.steps is None:
+            return self.batch_size
+        return self.batch_size * self.step.steps
+
+    def accumulate(self, steps: int | None) -> None:
+        super().accumulate(steps)
+        self._set_batch_size(self.batch_size)
+
+    def _scheduled_weight(self) -> float:
+        epoch, total = self.progress
+        if self.step_size is None or total == 1:
+            return 0.0
+        ratio = min(self.step_size / self.ideal_batch_size, 1.0)  # rho ** T
+        return float(ratio ** (max(total - epoch, 0) / (total - 1)) - ratio)
+
+    def _set_batch_size(self, batch_size: int | None) -> None:
+        self.batch_size = batch_size
+        self.memory["batch_size"].fill_(batch_size or 0)
+        if self.auto_momentum and self.step_size is not None:  # eq. 12
+            self.momentum = 1 - self.ideal_decay ** (self.step_size / self.ideal_batch_size)
+        if self.progress[0] > 1:
+            self.memory["average_weight"].fill_(self._scheduled_weight())
+
+    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        assert mean is not None
+        if update and self.batch_size is None:
+            self._set_batch_size(self.examples_of_all(batch.examples()))
+        old_mean, old_var = self.memory["mean"], self.memory["var"]
+        count, keep = self.memory["count"], self.memory["average_weight"]
+        if keep.dtype != var.dtype:
+            old_mean, old_var, keep = (t.to(var.dtype) for t in (old_mean, old_var, keep))
+        keep = keep * (count > 0)
+        new_mean = torch.lerp(mean, old_mean, keep)  # eq. 8
+        new_var = torch.lerp(var, old_var, keep)
+        if update:
+            finite = torch.lt(new_var, INFINITY)
+            self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
+            self.memory["var"].copy_(torch.where(finite, new_var, old_var))
+            count.add_(finite.all())  # every channel has something to start from
+            self.track(mean, batch.unbiased(var))
+        return Statistics(new_mean, new_var, center=mean, share=1 - keep)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weight = self.memory["average_weight"].clone()
+        self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
+        self.memory["average_weight"].copy_(weight)
+
+    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
+        if update and self.batch_size is None:
+            self._set_batch_size(data[3][0])
+        own, used = (loops.table((2, 1, self.num_features)) for _ in range(2))
+        mean, var, count = (self.memory[name].data_ptr() for name in ("mean", "var", "count"))
+        settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
+        keep = loops.forward(
+            loops.MOMENTUM,
+            *data,
+            own,
+            used,
+            self._running(),
+            (mean, var, *loops.NONE),
+            count,
+            settings,
+            self._number(),
+            self.eps,
+            update,
+        )
+        return Kept(used, own[0], 1 - keep)
+
+    def recipe(self, examples: int, update: bool) -> Recipe | None:
+        if update and self.batch_size is None:
+            self._set_batch_size(examples)
+        return Recipe(
+            MOMENTUM,
+            mean=self.memory["mean"],
+            var=self.memory["var"],
+            counter=self.memory["count"],
+            keep=self.memory["average_weight"],
+        )
+
+    def own_arguments(self) -> Mapping[str, Any]:
+        names = ("batch_size", "ideal_batch_size", "ideal_decay")
+        return {name: getattr(self, name) for name in names}
+
+
+class MomentumBatchNorm1d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 1
+
+
+class MomentumBatchNorm2d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 2
+
+
+class MomentumBatchNorm3d(_MomentumBatchNorm):
+    __doc__ = _MomentumBatchNorm.__doc__
+    dims = 3

@@ -1,0 +1,228 @@
+"""Weight centralization (moving-average-bn, equation 18).
+
+A layer keeps its weights and uses them minus their mean, so that its output has
+little mean to subtract: what the uncentred form of moving average batch
+normalization needs. The class of the layer is switched to one that centres in
+its forward; parameters, hooks and ``state_dict`` keys stay as they were.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from anybatch import backends
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def centralized_weight(module: nn.Module) -> Tensor:
+    """The weights of a convolution or linear layer, minus each output channel's mean."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not isinstance(module, _ConvTransposeNd):  # (out, in / groups, ...)
+        dims = tuple(range(1, weight.dim()))
+        return _centre(weight, dims)
+    # (groups, in / groups, out / groups, ...)
+    grouped = weight.unflatten(0, (module.groups, -1))
+    return _centre(grouped, (1, *range(3, grouped.dim()))).flatten(0, 1)
+
+
+def _centre(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if torch._C._are_functorch_transforms_active():
+        return weight - weight.mean(dims, keepdim=True)
+    centred: Tensor = _Centre.apply(weight, dims)  # type: ignore[no-untyped-call]
+    return centred
+
+
+def _minus_mean(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    loops = (
+        backends.row_kernels_for(weight) if dims[0] == 1 and len(dims) == weight.dim() - 1 else None
+    )
+    if loops is None:
+        return weight - weight.mean(dims, keepdim=True)
+    centred = torch.empty_like(weight)
+    shape = weight.shape[0], weight.numel() // weight.shape[0]
+    places = weight.data_ptr(), centred.data_ptr()
+    loops.centre(loops.LIKE[weight.dtype], *places, shape, loops.parts(weight.numel()))
+    return centred
+
+
+class _Centre(torch.autograd.Function):
+    """``w - mean(w)``; a projection, so that the gradient is centred too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims = dims
+        return _minus_mean(weight, dims)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if not torch.is_grad_enabled():
+            return _minus_mean(gradient, ctx.dims), None
+        centred: Tensor = _Centre.apply(gradient, ctx.dims)  # type: ignore[no-untyped-call]
+        return centred, None
+
+
+class _CentralizedConv(_ConvNd):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = super()._conv_forward(input, centralized_weight(self), bias)
+        return y
+
+
+class CentralizedConv1d(_CentralizedConv, nn.Conv1d):
+    """A 1d convolution with centred weights; made by `weight_centralization`."""
+
+
+class CentralizedConv2d(_CentralizedConv, nn.Conv2d):
+    """A 2d convolution with centred weights; made by `weight_centralization`."""
+
+
+class CentralizedConv3d(_CentralizedConv, nn.Conv3d):
+    """A 3d convolution with centred weights; made by `weight_centralization`."""
+
+
+class _CentralizedConvTranspose(_ConvTransposeNd):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        dims = len(self.kernel_size)
+        padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            dims,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return function(
+            input,
+            centralized_weight(self),
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
+    """A 1d transposed convolution with centred weights; made by `weight_centralization`."""
+
+
+class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
+    """A 2d transposed convolution with centred weights; made by `weight_centralization`."""
+
+
+class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
+    """A 3d transposed convolution with centred weights; made by `weight_centralization`."""
+
+
+class CentralizedLinear(nn.Linear):
+    """A linear layer with centred weights; made by `weight_centralization`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x (W - mean W)^T + b``."""
+        weight: Tensor = _Centre.apply(self.weight, (1,))  # type: ignore[no-untyped-call]
+        return F.linear(input, weight, self.bias)
+
+
+_CENTRALIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: CentralizedConv1d,
+    nn.Conv2d: CentralizedConv2d,
+    nn.Conv3d: CentralizedConv3d,
+    nn.ConvTranspose1d: CentralizedConvTranspose1d,
+    nn.ConvTranspose2d: CentralizedConvTranspose2d,
+    nn.ConvTranspose3d: CentralizedConvTranspose3d,
+    nn.Linear: CentralizedLinear,
+}
+_PLAIN = {centralized: plain for plain, centralized in _CENTRALIZED.items()}
+
+
+def is_centralized(module: nn.Module) -> bool:
+    """Whether a layer uses centred weights.
+
+    Example:
+        >>> from torch import nn
+        >>> import anybatch
+        >>> from anybatch.layers.weight_centralization import is_centralized
+        >>> is_centralized(anybatch.weight_centralization(nn.Linear(4, 2)))
+        True
+    """
+    return type(module) in _PLAIN
+
+
+def weight_centralization(module: _Module) -> _Module:
+    """Make a layer use its weights minus their mean, in place.
+
+    ::
+
+        W_used[o] = W[o] - mean(W[o])        for each output channel o
+
+    Gradients pass the subtraction. Parameters and ``state_dict`` keys stay as
+    they were; `anybatch.to_batchnorm` and `anybatch.fold` write the centred weights.
+
+    Args:
+        module: ``Conv1d`` to ``Conv3d``, ``ConvTranspose1d`` to ``3d`` or ``Linear``.
+
+    Returns:
+        The same object, of a subclass of its class.
+
+    Raises:
+        TypeError: For another layer, or a subclass whose forward is not known.
+        ValueError: For a layer with one weight an output channel (a 1x1 depthwise
+            convolution): nothing would be left of it.
+
+    Source: moving-average-bn, equation 18.
+
+    Example:
+        >>> import torch, anybatch
+        >>> conv = anybatch.weight_centralization(torch.nn.Conv2d(3, 8, 3))
+        >>> conv(torch.ones(1, 3, 5, 5)).std() < 1e-5 + conv.bias.std()
+        tensor(True)
+    """
+    if is_centralized(module):
+        return module
+    kind = _CENTRALIZED.get(type(module))
+    if kind is None:
+        known = ", ".join(k.__name__ for k in _CENTRALIZED)
+        raise TypeError(f"module={type(module).__name__}: give one of {known}")
+    if _fan_in(module) == 1:
+        raise ValueError(
+            f"module={module}: with one weight an output channel, centring leaves nothing"
+        )
+    module.__class__ = kind  # type: ignore[assignment]
+    return module
+
+
+@torch.no_grad()
+def decentralize(module: _Module) -> _Module:
+    """Write the centred weights into a centralized layer and make it a plain one, in place.
+
+    Args:
+        module: A layer that went through `weight_centralization`; others pass as they are.
+
+    Returns:
+        The same object; its output is unchanged.
+
+    Example:
+        >>> from torch import nn
+        >>> import anybatch
+        >>> from anybatch.layers.weight_centralization import decentralize
+        >>> type(decentralize(anybatch.weight_centralization(nn.Linear(4, 2)))).__name__
+        'Linear'
+    """
+    plain = _PLAIN.get(type(module))
+    if plain is not None:
+        module.weight.copy_(centralized_weight(module))  # type: ignore[operator]
+        module.__class__ = plain  # type: ignore[assignment]
+    return module
+
+
+def _fan_in(module: nn.Module) -> int:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not isinstance(module, _ConvTransposeNd):
+        return weight[0].numel()
+    return weight[:, 0].numel() // module.groups

@@ -1,0 +1,394 @@
+"""The one table of methods: conversion, command line, documentation and tests read it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from anybatch import layers
+from anybatch.core.arguments import check_count
+
+IOFFE_2015 = "Ioffe and Szegedy, Batch Normalization, 2015"
+IOFFE_2017 = "Ioffe, Batch Renormalization, 2017"
+MOMENTUM = "Yong et al., Momentum Batch Normalization for Deep Learning with Small Batch Size, 2020"
+MOVING_AVERAGE = (
+    "Yan et al., Towards Stabilizing Batch Statistics in Backward Propagation of "
+    "Batch Normalization, 2020"
+)
+CROSS_ITERATION = "Yao et al., Cross-Iteration Batch Normalization, 2021"
+FOUR_THINGS = (
+    "Summers and Dinneen, Four Things Everyone Should Know to Improve Batch Normalization, 2020"
+)
+GROUP = "Wu and He, Group Normalization, 2018"
+SAMPLING = "Chen et al., Batch Normalization Sampling, 2018"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to normalize.
+
+    Attributes:
+        name: Short name, as in ``convert(model, "mabn")``.
+        title: Name in full.
+        class_name: Class without its dimension ("GroupNorm" stands for torch's).
+        paper: Source.
+        summary: What it does, in a sentence.
+        when: When to use it, in a sentence.
+        exact_eval: A trained batch norm converted to it keeps its output at inference.
+        folds: Inference is an affine map a channel, which a convolution can absorb.
+        scheduled: It needs `anybatch.NormScheduler`.
+        binds: It must be bound to the convolution or linear layer that feeds it.
+        suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
+            paper's and others have done better.
+        fixed: Arguments of the class that the name stands for; they are no options.
+        wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
+    """
+
+    name: str
+    title: str
+    class_name: str
+    paper: str
+    summary: str
+    when: str
+    exact_eval: bool = True
+    folds: bool = True
+    scheduled: bool = False
+    binds: bool = False
+    suggested: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    wraps: bool = False
+    builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
+
+    def layer(self, dims: int) -> type[nn.Module]:
+        """The class for 1, 2 or 3 dimensions.
+
+        Raises:
+            ValueError: For another number of dimensions.
+        """
+        if dims not in (1, 2, 3):
+            raise ValueError(f"dims={dims!r}: give 1, 2 or 3")
+        if self.builder is not None:
+            return nn.GroupNorm
+        found: type[nn.Module] = getattr(layers, f"{self.class_name}{dims}d")
+        return found
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The method's own arguments, by name."""
+        maker = self.builder or self.layer(2).__init__
+        parameters = inspect.signature(maker).parameters.items()
+        own = {n: p for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return {n: p for n, p in own.items() if n not in self.fixed}
+
+    def build(
+        self,
+        num_features: int,
+        dims: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> nn.Module:
+        """Make a layer.
+
+        Args:
+            num_features: Channels.
+            dims: 1, 2 or 3.
+            eps: Added to the variance.
+            affine: Learn scale and shift.
+            track_running_stats: Keep running statistics.
+            device: Of parameters and state.
+            dtype: Of parameters and state.
+            **options: The method's own arguments, and ``momentum``.
+
+        Returns:
+            The layer.
+
+        Raises:
+            TypeError: For an option the method does not have.
+
+        Example:
+            >>> get_method("ghost").build(8, 2, ghost_size=4).ghost_size
+            4
+        """
+        self.check_options(options)
+        if self.builder is not None:
+            return self.builder(num_features, eps, affine, device, dtype, **options)
+        return self.layer(dims)(
+            num_features,
+            eps=eps,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            device=device,
+            dtype=dtype,
+            **self.fixed,
+            **options,
+        )
+
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Raise TypeError for an option that the method does not have."""
+        known = [*self.options, *(() if self.builder else ("momentum",))]
+        for name in options:
+            if name not in known:
+                has = ", ".join(known) if known else "none"
+                raise TypeError(f"{name}={options[name]!r}: {self.name} has the options {has}")
+
+
+def fitting_groups(num_features: int, num_groups: int) -> int:
+    """The largest divisor of the channels up to ``num_groups`` that leaves two channels a group.
+
+    >>> fitting_groups(16, 32), fitting_groups(48, 32), fitting_groups(1, 32)
+    (8, 24, 1)
+    """
+    most = min(num_groups, max(num_features // 2, 1))
+    return next(k for k in range(most, 0, -1) if num_features % k == 0)
+
+
+def _group_norm(
+    num_features: int, eps: float, affine: bool, device: Any, dtype: Any, *, num_groups: int = 32
+) -> nn.Module:
+    check_count("num_groups", num_groups)
+    groups = fitting_groups(num_features, num_groups)
+    return nn.GroupNorm(groups, num_features, eps, affine, device, dtype)
+
+
+def _layer_norm(num_features: int, eps: float, affine: bool, device: Any, dtype: Any) -> nn.Module:
+    return nn.GroupNorm(1, num_features, eps, affine, device, dtype)
+
+
+def _instance_norm(
+    num_features: int, eps: float, affine: bool, device: Any, dtype: Any
+) -> nn.Module:
+    return nn.GroupNorm(num_features, num_features, eps, affine, device, dtype)
+
+
+_UNMIXED = {"num_virtual": None, "mix": 0.5}
+_UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5, "ranks": None}
+
+_TABLE = (
+    Method(
+        "bn",
+        "Batch normalization",
+        "BatchNorm",
+        IOFFE_2015,
+        "Statistics of the batch; any batch size runs, none leaves NaN behind.",
+        "The batch is 16 or more, or as the baseline.",
+    ),
+    Method(
+        "sync",
+        "Synchronized batch normalization",
+        "BatchNorm",
+        IOFFE_2015,
+        "Statistics of the batches of all processes together, on CPU and GPU.",
+        "Several devices with a few examples each, whose links are fast.",
+        suggested={"process_group": "world"},
+    ),
+    Method(
+        "mbn",
+        "Momentum batch normalization",
+        "MomentumBatchNorm",
+        MOMENTUM,
+        "Moving averages of mean and variance, their weight growing over training.",
+        "Batches of 4 to 16, with a scheduler stepped once an epoch.",
+        scheduled=True,
+    ),
+    Method(
+        "mabn",
+        "Moving average batch normalization",
+        "MovingAverageBatchNorm",
+        MOVING_AVERAGE,
+        "Averages over recent steps, of the second moment forward and of its gradient backward.",
+        "Batches of 1 to 4, trained from scratch, with centred convolution weights.",
+    ),
+    Method(
+        "cbn",
+        "Cross-iteration batch normalization",
+        "CrossIterationBatchNorm",
+        CROSS_ITERATION,
+        "Statistics of recent steps, moved to today's weights by a Taylor polynomial.",
+        "Detection and segmentation of 1 to 8 pictures, with gradient accumulation too.",
+        scheduled=True,
+        binds=True,
+        suggested={"backward_stats": "window", "running_stats": "window"},
+    ),
+    Method(
+        "brn",
+        "Batch renormalization",
+        "BatchRenorm",
+        IOFFE_2017,
+        "Batch statistics corrected towards the running ones, within limits.",
+        "Batches that are small or not identically distributed, fine-tuning, reinforcement "
+        "learning.",
+    ),
+    Method(
+        "ghost",
+        "Ghost batch normalization",
+        "GhostBatchNorm",
+        FOUR_THINGS,
+        "Groups of a batch have statistics of their own.",
+        "Large batches that generalize worse than small ones; tabular data.",
+    ),
+    Method(
+        "bgn",
+        "Batch-group normalization",
+        "BatchGroupNorm",
+        FOUR_THINGS,
+        "Groups of channels and of examples share statistics.",
+        "Batches of 2, where inference may cost more than batch normalization's.",
+        exact_eval=False,
+        folds=False,
+    ),
+    Method(
+        "ns",
+        "Naive sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of the first examples of a batch, the same ones in every layer.",
+        "As the baseline of the other ways to sample.",
+        fixed={"sample": "naive", **_UNMIXED, "seed": 0, "generator": None},
+    ),
+    Method(
+        "bs",
+        "Batch sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a few adjacent examples of a batch, others in each layer and epoch.",
+        "Large batches whose training step should be faster; never small ones.",
+        scheduled=True,
+        fixed={"sample": "batch", **_UNMIXED},
+    ),
+    Method(
+        "fs",
+        "Feature sampling",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a patch of every example's map, elsewhere in each layer and epoch.",
+        "Large batches of images whose training step should be faster: the first to try.",
+        scheduled=True,
+        fixed={"sample": "feature", **_UNMIXED},
+    ),
+    Method(
+        "points",
+        "Random sampling of points",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of values at random places, others in each layer and epoch.",
+        "To see what a sample without any pattern estimates, and what its pattern costs.",
+        scheduled=True,
+        fixed={"sample": "points", **_UNMIXED},
+    ),
+    Method(
+        "vdn",
+        "Virtual dataset normalization",
+        "SampledBatchNorm",
+        SAMPLING,
+        "Statistics of a few random examples that have the dataset's mean and spread.",
+        "Statistics that must not depend on the batch in training, in a VirtualDataset.",
+        fixed={"sample": "virtual", **_UNSAMPLED, "seed": 0, "generator": None},
+        wraps=True,
+    ),
+    Method(
+        "fs+vdn",
+        "Feature sampling with virtual examples",
+        "SampledBatchNorm",
+        SAMPLING,
+        "A weighted mean of the statistics of feature sampling and of virtual examples.",
+        "Where feature sampling alone is too noisy, in a VirtualDataset.",
+        scheduled=True,
+        fixed={"sample": "feature+virtual"},
+        wraps=True,
+    ),
+    Method(
+        "bs+vdn",
+        "Batch sampling with virtual examples",
+        "SampledBatchNorm",
+        SAMPLING,
+        "A weighted mean of the statistics of batch sampling and of virtual examples.",
+        "Where batch sampling alone is too noisy, in a VirtualDataset.",
+        scheduled=True,
+        fixed={"sample": "batch+virtual"},
+        wraps=True,
+    ),
+    Method(
+        "l1",
+        "L1 batch normalization",
+        "L1BatchNorm",
+        "Wu et al., L1-Norm Batch Normalization for Efficient Training of Deep Neural Networks, "
+        "2018",
+        "The mean absolute deviation in the place of the standard deviation.",
+        "Hardware without fast squares and roots, and as a baseline.",
+    ),
+    Method(
+        "range",
+        "Range batch normalization",
+        "RangeBatchNorm",
+        "Banner et al., Scalable Methods for 8-bit Training of Neural Networks, 2018",
+        "The range of the values in the place of the standard deviation.",
+        "Training in few bits, and as a baseline.",
+    ),
+    Method(
+        "gn",
+        "Group normalization",
+        "GroupNorm",
+        GROUP,
+        "Groups of an example's channels share statistics; torch's layer.",
+        "Batches of 1, where inference may cost more than batch normalization's.",
+        exact_eval=False,
+        folds=False,
+        builder=_group_norm,
+    ),
+    Method(
+        "ln",
+        "Layer normalization",
+        "GroupNorm",
+        "Ba et al., Layer Normalization, 2016",
+        "All channels of an example share statistics; torch's group norm with one group.",
+        "Sequence models, and as a baseline.",
+        exact_eval=False,
+        folds=False,
+        builder=_layer_norm,
+    ),
+    Method(
+        "in",
+        "Instance normalization",
+        "GroupNorm",
+        "Ulyanov et al., Instance Normalization, 2016",
+        "Each example's channels have statistics of their own; torch's group norm with a group "
+        "a channel.",
+        "Style transfer, and as a baseline; never on inputs without spatial extent.",
+        exact_eval=False,
+        folds=False,
+        builder=_instance_norm,
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by its short name.
+
+    Args:
+        name: As in the table, "mabn" for example.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: For a name that is not in the table; it says which one is close.
+
+    Example:
+        >>> get_method("mabn").title
+        'Moving average batch normalization'
+    """
+    if name in METHODS:
+        return METHODS[name]
+    close = get_close_matches(str(name), METHODS, 1, 0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"method={name!r}: {hint}give one of {', '.join(METHODS)}")

@@ -1,0 +1,174 @@
+"""Telling the layers where training is, once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from anybatch.conversion.convert import convert
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.conversion.relu_fusion.fused_block import fusions
+from anybatch.core.norm_layer import NormLayer
+from anybatch.registry import get_method
+
+
+class NormScheduler:
+    """Moves what the layers change along training, and may switch the method at an epoch.
+
+    It is used like torch's learning rate schedulers: made before training, which starts epoch 1,
+    and stepped once after each epoch. Momentum batch norm takes its momentum from the epoch
+    (momentum-bn, equation 11), batch normalization sampling new places (bn-sampling, section 4.1),
+    cross-iteration batch norm its burn-in; the other methods do nothing with it.
+
+    To resume a run, load the scheduler's state *before* the model's: loading repeats the method
+    switches that were due, so that the model has the layers that its checkpoint was made with.
+
+    Args:
+        model: the network, converted or about to be.
+        total_epochs: how many epochs training will have, from 1.
+        switch: epoch -> method from that epoch on, as `convert` takes it; `{8: "bn"}` trains
+            epochs 1 to 7 as the model is and the rest with batch norm. Epochs count from 1.
+        last_epoch: how many epochs are done already (default 0).
+
+    Attributes:
+        epoch: the epoch that is running, from 1 to `total_epochs`.
+
+    Raises:
+        ValueError: numbers out of range, an unknown method, or a switch of a model that is
+            itself a norm (it could not be exchanged in place).
+
+    Example:
+        >>> import anybatch
+        >>> model = nn.Sequential(anybatch.MomentumBatchNorm1d(3))
+        >>> scheduler = NormScheduler(model, total_epochs=2, switch={2: "bn"})
+        >>> scheduler.step()
+        >>> scheduler.epoch, type(model[0]).__name__
+        (2, 'BatchNorm1d')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_epochs: int,
+        *,
+        switch: Mapping[int, str] | None = None,
+        last_epoch: int = 0,
+    ) -> None:
+        _check_whole("total_epochs", total_epochs, 1)
+        _check_whole("last_epoch", last_epoch, 0)
+        self.model = model
+        self.total_epochs = total_epochs
+        self.switch = _checked_switch(switch, total_epochs)
+        if self.switch and is_batch_norm(model):
+            raise ValueError(
+                f"switch={switch!r}: the model is itself a norm, which cannot be exchanged in "
+                "place: put it into a torch.nn.Sequential"
+            )
+        self.last_epoch = last_epoch
+        self._switched = 0  # the epoch of the last switch that was made
+        self._apply()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is running, from 1 to `total_epochs`."""
+        return min(self.last_epoch + 1, self.total_epochs)
+
+    def step(self) -> None:
+        """Begin the next epoch; beyond the last one nothing moves any more.
+
+        Example:
+            >>> import anybatch
+            >>> scheduler = NormScheduler(anybatch.MomentumBatchNorm1d(3), total_epochs=2)
+            >>> for _ in range(5): scheduler.step()
+            >>> scheduler.epoch
+            2
+        """
+        self.last_epoch = min(self.last_epoch + 1, self.total_epochs)
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is, as plain data.
+
+        Returns:
+            `last_epoch`, `total_epochs` and `switch`.
+
+        Example:
+            >>> NormScheduler(nn.Sequential(), total_epochs=9).state_dict()
+            {'last_epoch': 0, 'total_epochs': 9, 'switch': {}}
+        """
+        return {
+            "last_epoch": self.last_epoch,
+            "total_epochs": self.total_epochs,
+            "switch": dict(self.switch),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a saved run was: its epoch, and the method switches that were due.
+
+        Load the model's state afterwards, so that it finds the layers it was made with.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ValueError: the state lacks something, or the model was switched already at an epoch
+                that the state has not reached: switches cannot be undone.
+
+        Example:
+            >>> scheduler = NormScheduler(nn.Sequential(), total_epochs=9)
+            >>> scheduler.load_state_dict({"last_epoch": 3, "total_epochs": 9, "switch": {}})
+            >>> scheduler.epoch
+            4
+        """
+        missing = {"last_epoch", "total_epochs", "switch"} - set(state)
+        if missing:
+            raise ValueError(f"state lacks {', '.join(sorted(missing))}: give a state_dict()")
+        last_epoch, total_epochs = state["last_epoch"], state["total_epochs"]
+        _check_whole("total_epochs", total_epochs, 1)
+        _check_whole("last_epoch", last_epoch, 0)
+        switch = _checked_switch(state["switch"], total_epochs)
+        if self._switched > min(last_epoch + 1, total_epochs):
+            raise ValueError(
+                f"state is in epoch {last_epoch + 1}, but the model was switched to "
+                f"{self.switch[self._switched]!r} at epoch {self._switched}, which cannot be "
+                "undone: load into a newly built model"
+            )
+        self.last_epoch, self.total_epochs, self.switch = last_epoch, total_epochs, switch
+        self._apply()
+
+    def _apply(self) -> None:
+        """Make the switches that are due, then tell every layer the epoch."""
+        for epoch in sorted(self.switch):
+            if self._switched < epoch <= self.epoch:
+                # A resumed model is fresh where the first run's was trained: never centralize.
+                fuse = any(fusions(self.model))
+                convert(self.model, self.switch[epoch], centralize=False, fuse=fuse)
+                self._switched = epoch
+        for module in self.model.modules():
+            if isinstance(module, NormLayer):
+                module.set_progress(self.epoch, self.total_epochs)
+
+
+def _checked_switch(switch: Mapping[int, str] | None, total_epochs: int) -> dict[int, str]:
+    """Check epochs and method names; json turns whole numbers into text, so that is taken too."""
+    checked = {}
+    for epoch, method in (switch or {}).items():
+        number = int(epoch) if isinstance(epoch, str) and epoch.isdigit() else epoch
+        _check_whole("switch's epochs", number, 1)
+        if number > total_epochs:
+            raise ValueError(
+                f"switch at epoch {number} never happens: total_epochs={total_epochs}; give "
+                f"epochs from 1 to {total_epochs}"
+            )
+        get_method(method)
+        checked[number] = method
+    return checked
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: give a whole number from {least}")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number from {least}")
