@@ -1,4 +1,4 @@
-"""Example weights of networks trained in several ways, as docs/example-weighing.md has it.
+"""Example weights of networks trained in several ways, as docs/use/example-weighing.md has it.
 
 python benchmarks/example_weight.py digits ghost --output runs/ghost-digits
 python benchmarks/example_weight.py pictures ghost --train-size 200 --output runs/ghost-pictures

@@ -1,4 +1,4 @@
-"""How many steps each layer remembers a fault, as docs/reliability.md has it.
+"""How many steps each layer remembers a fault, as docs/internals/reliability.md has it.
 
 python benchmarks/faults.py [--outlier-limit 100]
 """

@@ -1,4 +1,4 @@
-"""Put what `make bench` measured into docs/speed.md: tables between their marks, and pictures.
+"""Put what `make bench` measured into docs/results/speed.md: tables between their marks, and pictures.
 
 python benchmarks/page.py [runs/bench]
 """
@@ -15,7 +15,7 @@ from roofline import MUST, issued
 from anybatch.experiments.files import write_text
 from anybatch.experiments.measurements import Measurement, cases, mean_ratio, read_csv
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PICTURES = ("layers", "roofline")
 Lines = Iterable[Sequence[str]]
 

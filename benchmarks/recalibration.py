@@ -1,4 +1,4 @@
-"""Small-batch networks on digits before and after recalibration, as docs/recalibration.md has it.
+"""Small-batch networks on digits before and after recalibration, as docs/use/recalibration.md has it.
 
 python benchmarks/recalibration.py --output runs/recalibration
 """

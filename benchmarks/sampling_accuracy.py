@@ -1,4 +1,4 @@
-"""Accuracy of every way to sample, on CIFAR-10, as docs/sampling.md has it.
+"""Accuracy of every way to sample, on CIFAR-10, as docs/results/sampling.md has it.
 
 ResNet-20 at batch 128 with statistics from 1/128, 1/32 and 1/8 of the batch, beside torch's batch
 normalization. Stopped, it goes on where it was.

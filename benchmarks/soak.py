@@ -1,4 +1,4 @@
-"""Training that goes on and on: memory and live objects over time, as docs/reliability.md has them.
+"""Training that goes on and on: memory and live objects over time, as docs/internals/reliability.md has them.
 
 python benchmarks/soak.py --minutes 60 --csv soak.csv
 

@@ -18,7 +18,7 @@ PAGES = [page for page in PAGES if "_build" not in page.parts]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 FOREIGN = ["frameworks", "deployment", "volumes"]
-TABLES = ["README.md", "docs/which-method.md", "docs/methods/index.md"]
+TABLES = ["README.md", "docs/use/which-method.md", "docs/methods/index.md"]
 
 HEADINGS = [
     "What it does",
@@ -71,8 +71,8 @@ def test_card_has_every_heading_in_order(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_card_has_its_picture(method):
-    assert f"](pictures/{method}.png)" in card(method)
-    picture = ROOT / "docs" / "methods" / "pictures" / f"{method}.png"
+    assert f"](images/{method}.png)" in card(method)
+    picture = ROOT / "docs" / "methods" / "images" / f"{method}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -117,14 +117,14 @@ def row(text: str, method: str) -> str:
 def test_tables_say_what_the_table_of_methods_says(method):
     pages = {name: (ROOT / name).read_text() for name in TABLES}
     assert METHODS[method].when in row(pages["README.md"], method)
-    assert METHODS[method].when in row(pages["docs/which-method.md"], method)
+    assert METHODS[method].when in row(pages["docs/use/which-method.md"], method)
     assert METHODS[method].summary in row(pages["docs/methods/index.md"], method)
 
 
 def test_command_line_page_lists_every_option_of_compare():
     command = typer.main.get_command(cli.app).commands["compare"]
     options = {option for parameter in command.params for option in parameter.opts}
-    page = (ROOT / "docs" / "command-line.md").read_text()
+    page = (ROOT / "docs" / "use" / "command-line.md").read_text()
     documented = set(re.findall(r"^\| `(--[a-z-]+)`", page, re.MULTILINE))
     assert documented == options - {"--help", "-h"}
 
@@ -135,9 +135,11 @@ def test_readme_marks_where_measured_results_go():
 
 
 def test_tables_of_networks_are_those_of_the_lists():
-    spec = importlib.util.spec_from_file_location("networks_page", ROOT / "docs" / "networks.py")
+    spec = importlib.util.spec_from_file_location(
+        "networks_page", ROOT / "docs" / "results" / "networks.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
-    assert script.filled(page) == page, "run: python docs/networks.py"
+    page = (ROOT / "docs" / "results" / "networks.md").read_text(encoding="utf-8")
+    assert script.filled(page) == page, "run: python docs/results/networks.py"
     assert all(f"| {name} |" in page for lists in script.TABLES.values() for name in lists.NETWORKS)

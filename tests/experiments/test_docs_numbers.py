@@ -39,4 +39,4 @@ def test_every_picture_of_the_page_is_there() -> None:
     text = (DOCS / PAGE).read_text(encoding="utf-8")
     for line in text.splitlines():
         if line.startswith("!["):
-            assert (DOCS / line.partition("](")[2].rstrip(")")).is_file()
+            assert ((DOCS / PAGE).parent / line.partition("](")[2].rstrip(")")).is_file()

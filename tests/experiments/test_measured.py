@@ -475,7 +475,7 @@ def test_measurements_are_made_once_stored_drawn_and_traced(tiny: Path) -> None:
     docs.mkdir()
     (docs / "x.md").write_text("<!-- reproduced: costs small -->\n<!-- reproduced: end -->\n")
     reproduce("--draw", "--docs", str(docs), "--store", str(store))
-    page = (docs / "reproductions.md").read_text()
+    page = (docs / "results/reproductions.md").read_text()
     assert "Columns: what it costs." in page
     assert "| MABN | 1." in (docs / "x.md").read_text()
     assert "| 1.1 |" in (docs / "x.md").read_text()  # the paper's 55 of 50

@@ -471,13 +471,15 @@ def docs_agree_with_their_rows(tiny: Path, store: Path) -> None:
     (docs / "other.md").write_text(marked)
     result = run("--draw", "--docs", str(docs), "--store", str(store))
     assert result.exit_code == 0, result.output
-    page = docs / "reproductions.md"
+    page = docs / "results/reproductions.md"
     assert "BN, 32 | " in page.read_text(encoding="utf-8")
     other = (docs / "other.md").read_text(encoding="utf-8")
     assert "old" not in other
     assert "| BN, 2 | " in other
     assert other.endswith("\n\nafter\n")
-    assert (docs / "images/reproductions/tiny-small.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        (docs / "results/images/reproductions/tiny-small.png").read_bytes().startswith(b"\x89PNG")
+    )
     assert stale(docs) == []
     for altered in (page, docs / "other.md"):  # a number is changed by hand
         text = altered.read_text(encoding="utf-8")

@@ -485,7 +485,7 @@ def test_a_table_is_made_and_drawn(
     bn, mabn = (next(r for r in rows if r["settings"]["method"] == m) for m in ("bn", "mabn"))
     assert values["BN, 4"] == pytest.approx(100 * bn["result"]["mean_iou"])
     assert values["MABN, 2"] == pytest.approx(100 * np.mean(mabn["result"]["mean_ious"]))
-    page = (docs / "reproductions.md").read_text(encoding="utf-8")
+    page = (docs / "results/reproductions.md").read_text(encoding="utf-8")
     assert "Columns: mean IoU (%) by data" in page
     assert f"{values['BN, 4']:.1f}" in page
     assert (store / "tiny-small.png").stat().st_size > 1000

@@ -14,7 +14,8 @@ from anybatch.experiments.reproduced import Grid, as_data, backing, checked, col
 from anybatch.experiments.reproduction import MEASURED, SIZES, Reproduction, reproductions
 from anybatch.experiments.store import Row, Store, write_rows
 
-PAGE, PICTURES, RESULTS = "reproductions.md", "images/reproductions", "results"
+PAGE, RESULTS = "results/reproductions.md", "results"
+IMAGES = f"{RESULTS}/images/reproductions"
 _BLOCK = re.compile(
     r"(<!-- reproduced: (?P<name>\S+) (?P<size>\S+) -->\n).*?(<!-- reproduced: end -->)", re.DOTALL
 )
@@ -120,7 +121,7 @@ def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
     """Write rows, pictures and tables into the documentation.
 
     The rows behind its tables go to ``results``, where those of other machines stay; every number
-    is then taken from there: the page ``reproductions.md``, and in all pages what stands between
+    is then taken from there: the page ``results/reproductions.md``, and in all pages what stands between
     ``<!-- reproduced: NAME SIZE -->`` and ``<!-- reproduced: end -->``.
 
     Args:
@@ -132,14 +133,14 @@ def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
     """
     everything = {**stored(docs), **checked(rows.values())}
     (docs / RESULTS).mkdir(exist_ok=True)
-    (docs / PICTURES).mkdir(parents=True, exist_ok=True)
+    (docs / IMAGES).mkdir(parents=True, exist_ok=True)
     for (paper, size), needed in _by_file(everything).items():
         write_rows(docs / RESULTS / f"{paper}-{size}.jsonl", needed)
     for one in reproductions().values():
         for size in SIZES:
             picture = _picture(one, size, everything)
             if picture is not None:
-                path = docs / PICTURES / f"{one.name}-{size}.png"
+                path = docs / IMAGES / f"{one.name}-{size}.png"
                 write_bytes(path, picture)
     changed = []
     for path, text in pages(docs).items():
@@ -251,7 +252,7 @@ def _sized(part: Section) -> list[str]:
     lines += [f"Rows: {one.down}. Columns: {part.columns}.", ""]
     lines += [part.grid.markdown(), ""]
     if part.rows:
-        picture = f"{PICTURES}/{one.name}-{part.size}.png"
+        picture = f"images/reproductions/{one.name}-{part.size}.png"
         lines += [f"![{one.source} of {one.paper}: the numbers of the table]({picture})", ""]
         lines += [f"`{part.command}`: {part.origin}.", ""]
     return lines

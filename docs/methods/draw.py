@@ -1,6 +1,6 @@
 """Draw the pictures of the methods' cards: what normalizes a stream of small batches.
 
-python docs/pictures.py
+python docs/methods/draw.py
 """
 
 import warnings
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import anybatch
 from anybatch.registry import METHODS
 
-FOLDER = Path(__file__).parent / "methods" / "pictures"
+FOLDER = Path(__file__).parent / "images"
 STEPS, BATCH, CHANNELS = 60, 4, 4
 OPTIONS = {
     "mbn": {"batch_size": BATCH},

@@ -1,6 +1,6 @@
-"""Write the tables of the networks that conversion is tested with into docs/networks.md.
+"""Write the tables of the networks that conversion is tested with into docs/results/networks.md.
 
-python docs/networks.py
+python docs/results/networks.py
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 from zoo import (  # noqa: E402
