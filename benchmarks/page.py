@@ -1,4 +1,4 @@
-"""Put what `make bench` measured into docs/results/speed.md: tables between their marks, and pictures.
+"""Put the output of `make bench` into docs/results/speed.md: tables and images.
 
 python benchmarks/page.py [runs/bench]
 """

@@ -1,4 +1,4 @@
-"""Small-batch networks on digits before and after recalibration, as docs/use/recalibration.md has it.
+"""Digits at small batches before and after recalibration, for docs/use/recalibration.md.
 
 python benchmarks/recalibration.py --output runs/recalibration
 """

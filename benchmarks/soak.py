@@ -1,4 +1,4 @@
-"""Training that goes on and on: memory and live objects over time, as docs/internals/reliability.md has them.
+"""Memory and live objects over a long training, for docs/internals/reliability.md.
 
 python benchmarks/soak.py --minutes 60 --csv soak.csv
 
