@@ -121,8 +121,8 @@ def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
     """Write rows, pictures and tables into the documentation.
 
     The rows behind its tables go to ``results``, where those of other machines stay; every number
-    is then taken from there: the page ``results/reproductions.md``, and in all pages what stands between
-    ``<!-- reproduced: NAME SIZE -->`` and ``<!-- reproduced: end -->``.
+    is then taken from there: the page ``results/reproductions.md``, and in all pages the text
+    between ``<!-- reproduced: NAME SIZE -->`` and ``<!-- reproduced: end -->``.
 
     Args:
         docs: Folder of the documentation.
