@@ -17,8 +17,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-FOREIGN = ["frameworks", "deployment", "volumes"]
-TABLES = ["README.md", "docs/use/which-method.md", "docs/methods/index.md"]
+FOREIGN = ["README", "quickstart", "frameworks", "deployment", "volumes"]
+ALL_METHODS = "docs/methods/index.md"
+FIRST_METHODS = ["mabn", "mbn", "sync", "brn"]
+WORKFLOW = ["README.md", "docs/use/quickstart.md"]
 
 HEADINGS = [
     "What it does",
@@ -102,10 +104,8 @@ def test_card_says_what_the_table_says_of_conversion_and_folding(method):
     assert f"| folds into the layer before it | {folds} |" in card(method)
 
 
-@pytest.mark.parametrize("page", TABLES)
-def test_tables_of_methods_are_complete(page):
-    rows = re.findall(r"^\| \[?`([a-z0-9+]+)`", (ROOT / page).read_text(), re.MULTILINE)
-    assert set(rows) == set(METHODS)
+def read(name: str) -> str:
+    return (ROOT / name).read_text()
 
 
 def row(text: str, method: str) -> str:
@@ -113,12 +113,35 @@ def row(text: str, method: str) -> str:
     return re.search(rf"^\| \[`{re.escape(method)}`\].*$", text, re.MULTILINE)[0]
 
 
+def test_table_of_methods_is_complete():
+    rows = re.findall(r"^\| \[`([a-z0-9+]+)`", read(ALL_METHODS), re.MULTILINE)
+    assert set(rows) == set(METHODS)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_tables_say_what_the_table_of_methods_says(method):
-    pages = {name: (ROOT / name).read_text() for name in TABLES}
-    assert METHODS[method].when in row(pages["README.md"], method)
-    assert METHODS[method].when in row(pages["docs/use/which-method.md"], method)
-    assert METHODS[method].summary in row(pages["docs/methods/index.md"], method)
+def test_table_of_methods_agrees_with_the_registry(method):
+    found = row(read(ALL_METHODS), method)
+    assert METHODS[method].summary in found
+    assert METHODS[method].when in found
+    assert found.endswith("| no |") != METHODS[method].scheduled
+
+
+@pytest.mark.parametrize("method", FIRST_METHODS)
+def test_readme_recommends_a_method_as_the_registry_does(method):
+    assert METHODS[method].when in row(read("README.md"), method)
+
+
+def test_quickstart_names_every_method_that_needs_a_scheduler():
+    text = read("docs/use/quickstart.md")
+    section = text[text.index("## Who needs `NormScheduler`") :].split("\n## ")[0]
+    items = re.findall(r"^- (.*?):", section, re.MULTILINE)
+    named = {name for item in items for name in re.findall(r"`([a-z+]+)`", item)}
+    assert named == {name for name, method in METHODS.items() if method.scheduled}
+
+
+def test_workflow_is_the_same_on_every_page():
+    found = re.compile("<!-- workflow:start -->.*<!-- workflow:end -->", re.DOTALL)
+    assert len({found.search(read(page))[0] for page in WORKFLOW}) == 1
 
 
 def test_command_line_page_lists_every_option_of_compare():
