@@ -24,13 +24,12 @@ from anybatch.backends.aten.passes import (
 )
 from anybatch.backends.aten.pooling import expand_groups, pool_channels, pool_groups, row_counts
 from anybatch.backends.aten.samples import fixed_gradient, put_gradient, sample_moments, take_dense
-from anybatch.backends.aten.scalars import INFINITY, scalar
+from anybatch.backends.aten.scalars import is_finite, scalar
 from anybatch.backends.numba import (
     cross_iteration_kernels,
     dense,
     fused_for,
     is_served,
-    is_watched,
     lies_last,
     row_kernels_for,
     sampled_kernels_for,
@@ -38,10 +37,10 @@ from anybatch.backends.numba import (
     use_fused,
 )
 from anybatch.backends.torch_library import operators_for
+from anybatch.backends.tracing import is_watched
 from anybatch.backends.triton import WIDEST, launches_for
 
 __all__ = [
-    "INFINITY",
     "WIDEST",
     "affine",
     "all_counts",
@@ -54,6 +53,7 @@ __all__ = [
     "fixed_gradient",
     "fused_for",
     "gradient",
+    "is_finite",
     "is_served",
     "is_watched",
     "launches_for",

@@ -15,6 +15,7 @@ from anybatch.backends import is_watched, lies_last
 from anybatch.core.compiled import Kept, as_statistics
 from anybatch.core.statistics import Statistics
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake tensor, which has no data
 _FINGERPRINT = 256  # values from all over the batch, beside the sum of all
 _ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
 _LOST = (
@@ -66,7 +67,9 @@ class Recent:
         self.kept: deque[tuple[Tensor, Statistics | list[Kept]]] = deque(maxlen=length)
 
     def note(self, x: Tensor, chosen: Statistics | list[Kept]) -> None:
-        """Keep the statistics of a forward of ``x``."""
+        """Keep the statistics of a forward of ``x``, if other calls can use its tensors."""
+        if type(x) not in _PLAIN or torch._C._are_functorch_transforms_active():
+            return
         self.kept.append((_fingerprint(x), chosen))
 
     def find(self, x: Tensor, rows: tuple[int, ...]) -> Statistics | None:

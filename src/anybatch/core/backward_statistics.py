@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anybatch.backends import INFINITY
+from anybatch.backends import is_finite
 
 
 class Averaging(Protocol):
@@ -83,5 +83,5 @@ def slide_mean(window: Tensor, count: Tensor, new: Tensor, finite: Tensor, updat
 
 def all_finite(new: Tensor, columns: int) -> Tensor:
     """Where each of several rows that lie side by side is finite, ``columns`` wide each."""
-    finite = torch.lt(new.abs(), INFINITY).view(-1, columns)
+    finite = is_finite(new.abs()).view(-1, columns)
     return finite.all(0).repeat(finite.shape[0])

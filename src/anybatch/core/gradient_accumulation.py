@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends import INFINITY
+from anybatch.backends import is_finite
 from anybatch.core.autograd import BackwardMemory
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class StepMemory:
     def _keep(
         self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
     ) -> None:
-        finite = torch.lt(var.abs(), INFINITY).all()
+        finite = is_finite(var.abs()).all()
         kept = self.tensors[way + "count"]
         kept.copy_(before + count * finite)
         for name, new in (("mean", mean), ("var", var)):

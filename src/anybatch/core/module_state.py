@@ -75,7 +75,7 @@ class NormState(_NormBase):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         pace = self._pace()
-        finite = torch.lt(var, backends.INFINITY)  # false for nan too
+        finite = backends.is_finite(var)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             if new is not None:
                 _lerp(running, torch.where(finite, new, running), pace)

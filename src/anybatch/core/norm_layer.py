@@ -441,7 +441,7 @@ class NormLayer(NormState):
                 self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
-        self._last = chosen
+        self._last = chosen if torch.compiler.is_compiling() else None
         memory = None
         if training:
             memory = self._backward_memory(chosen, cut, values, live, update or recomputed)

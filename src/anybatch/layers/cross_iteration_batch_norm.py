@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from anybatch.backends import INFINITY, cross_iteration_kernels, is_watched
+from anybatch.backends import cross_iteration_kernels, is_finite, is_watched
 from anybatch.backends.aten import patches
 from anybatch.backends.aten.patches import Geometry
 from anybatch.core.activation_checkpointing import in_backward
@@ -674,8 +674,8 @@ class _CrossIterationBatchNorm(NormLayer):
             if batch.seen is not None:
                 self._pool_gradients(new, batch.seen, place)
             self._settle(new, feed)
-        finite = torch.lt(new["var_base" if feed is not None else "var"].abs(), INFINITY).all()
-        finite = finite & torch.lt(new["var"], INFINITY).all()
+        finite = is_finite(new["var_base" if feed is not None else "var"].abs()).all()
+        finite = finite & is_finite(new["var"]).all()
         for name, tensor in new.items():
             ring = memory[name]
             old = ring.index_select(0, place)

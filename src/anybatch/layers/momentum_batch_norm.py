@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anybatch.backends import INFINITY
+from anybatch.backends import is_finite
 from anybatch.backends.protocol import MOMENTUM, Recipe
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.compiled import ForwardData, Kept
@@ -184,7 +184,7 @@ class _MomentumBatchNorm(NormLayer):
         new_mean = torch.lerp(mean, old_mean, keep)  # eq. 8
         new_var = torch.lerp(var, old_var, keep)
         if update:
-            finite = torch.lt(new_var, INFINITY)
+            finite = is_finite(new_var)
             self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
             self.memory["var"].copy_(torch.where(finite, new_var, old_var))
             count.add_(finite.all())  # every channel has something to start from

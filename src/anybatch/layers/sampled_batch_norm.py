@@ -234,11 +234,14 @@ class _SampledBatchNorm(NormLayer):
         spatial = tuple(x.shape[2:])
         if torch.compiler.is_compiling():  # a graph that holds for every draw
             return self._place(sizes, spatial, tuple(self.memory["index"]), x.device)
+        if backends.is_watched():  # positions made now are not for other calls
+            return self._place(sizes, spatial, self._numbers, x.device)
         key = (sizes, spatial, x.device, self._virtual_rows())
         if key not in self._places:
             if len(self._places) > 16:
                 self._places = {}
-            self._places[key] = self._place(sizes, spatial, self._numbers, x.device)
+            with torch.inference_mode(False):
+                self._places[key] = self._place(sizes, spatial, self._numbers, x.device)
         found: tuple[tuple[Part, ...], ...] | None = self._places[key]
         return found
 
@@ -294,7 +297,7 @@ class _SampledBatchNorm(NormLayer):
         """The parts of a normalization batch of which this process may have none."""
         first = min(self._virtual_rows(), rows)
         key = ("shared", rows, spatial, device, first)
-        if key not in self._places or torch.compiler.is_compiling():
+        if key not in self._places or backends.is_watched():
             compiling = torch.compiler.is_compiling()
             numbers = tuple(self.memory["index"]) if compiling else self._numbers
             found: list[Part | None] = []
@@ -307,7 +310,7 @@ class _SampledBatchNorm(NormLayer):
                 if rows > first:
                     part = place(kind, shape, first, numbers, self.ratio, self.size, device)
                 found.append(part)
-            if compiling:
+            if backends.is_watched():
                 return tuple(found)
             self._places[key] = tuple(found)
         parts: tuple[Part | None, ...] = self._places[key]

@@ -13,12 +13,14 @@ weight gradient with ``x`` in the place of the output's gradient, or the same ov
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from anybatch.backends.tracing import is_watched
 
 _OUTSIDE = -1
 _CIRCLE = 2**31
@@ -96,8 +98,8 @@ def geometry_of(module: nn.Module) -> Geometry:
 
 def _taps(layer: Geometry, dim: int, outputs: int, inputs: int) -> Tensor:
     """The input position under each tap, ``(outputs, taps)``; `_OUTSIDE` for none."""
-    out = torch.arange(outputs).unsqueeze(1)
-    tap = torch.arange(layer.kernel[dim]) * layer.dilation[dim]
+    out = torch.arange(outputs, device="cpu").unsqueeze(1)
+    tap = torch.arange(layer.kernel[dim], device="cpu") * layer.dilation[dim]
     if layer.transposed:
         scaled = out + layer.before[dim] - tap
         index = scaled.div(layer.stride[dim], rounding_mode="floor")
@@ -117,12 +119,11 @@ def _taps(layer: Geometry, dim: int, outputs: int, inputs: int) -> Tensor:
 
 def _meetings(layer: Geometry, dim: int, outputs: int, inputs: int) -> Tensor:
     """How often a tap meets an input position, a share of the outputs: ``(taps, inputs)``."""
-    met = _taps(layer, dim, outputs, inputs).unsqueeze(-1) == torch.arange(inputs)
+    met = _taps(layer, dim, outputs, inputs).unsqueeze(-1) == torch.arange(inputs, device="cpu")
     return met.sum(0).double() / outputs
 
 
-@lru_cache(maxsize=1024)
-def _kept(
+def _make(
     layer: Geometry, dim: int, outputs: int, inputs: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Taps and meetings along one dimension, on a device."""
@@ -130,12 +131,17 @@ def _kept(
     return taps.to(device), _meetings(layer, dim, outputs, inputs).to(device, dtype)
 
 
+@lru_cache(maxsize=1024)
+def _kept(*key: Any) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _make(*key)
+
+
 def tables(layer: Geometry, dim: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The input position under each tap, -1 for none, and how often each tap meets a position."""
     sizes = (y.shape[2 + dim], x.shape[2 + dim])
-    make = _kept.__wrapped__ if torch.compiler.is_compiling() else _kept
-    found: tuple[Tensor, Tensor] = make(layer, dim, *sizes, x.device, x.dtype)
-    return found
+    make = _make if is_watched() else _kept
+    return make(layer, dim, *sizes, x.device, x.dtype)
 
 
 def mean_patch(layer: Geometry, x: Tensor, y: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def pool_rows(mean: Tensor, var: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor
         stop = example + groups * size
         part = mean[example:stop].unflatten(0, (groups, size))
         pooled = part.mean(1)
-        spread = (part - pooled.unsqueeze(1)).square_()
+        spread = (part - pooled.unsqueeze(1)).square()
         variances.append(spread.add_(var[example:stop].unflatten(0, (groups, size))).mean(1))
         means.append(pooled)
     return _join(means), _join(variances)

@@ -5,15 +5,18 @@ as the operator itself on vectors of a few hundred channels. A 0-dim CPU tensor
 works beside tensors of any device and does not change their type.
 """
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from anybatch.backends.tracing import is_watched
+
 
 def scalar(value: float) -> Tensor:
-    """A number as a 0-dim tensor, made once."""
-    return _make(value) if torch.compiler.is_compiling() else _keep(value)
+    """A number as a 0-dim tensor, made once for all calls that nothing traces."""
+    return _make(value) if is_watched() else _keep(value)
 
 
 def _make(value: float) -> Tensor:
@@ -26,4 +29,6 @@ def _keep(value: float) -> Tensor:
         return _make(value)
 
 
-INFINITY = scalar(float("inf"))
+def is_finite(table: Tensor) -> Tensor:
+    """Where a table of values above 0 is finite, in one operator; false for NaN too."""
+    return torch.lt(table, scalar(math.inf))

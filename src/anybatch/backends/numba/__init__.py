@@ -16,6 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from anybatch.backends.tracing import is_watched
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TYPES = (torch.float32, torch.float64)
 SERIAL = 2**16  # values at a time, above which torch's threads win where the loops have none
@@ -125,16 +127,6 @@ def dense(x: Tensor, last: bool, dtype: torch.dtype | None = None) -> Tensor:
     if not last:
         return x.contiguous()
     return x if lies_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def is_watched() -> bool:
-    """Whether a compiler, tracer, transform or mode has to see each operator of a call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from anybatch.backends import numba as fused
+from anybatch.backends.tracing import is_watched
 
 __all__ = ["WIDEST", "launches_for"]
 
@@ -54,7 +55,7 @@ def launches_for(x: Tensor, state: Tensor | None, *parameters: Tensor | None) ->
             return None
         if p.dtype != dtype or p.device != device or not p.is_contiguous():
             return None
-    if fused.is_watched() or x.is_neg() or not (x.is_contiguous() or fused.lies_last(x)):
+    if is_watched() or x.is_neg() or not (x.is_contiguous() or fused.lies_last(x)):
         return None
     return launches_on(device)
 
