@@ -1,15 +1,16 @@
 """The one table of methods: conversion, command line, documentation and tests read it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from anybatch import layers
-from anybatch.core.arguments import check_count
+from anybatch.core.arguments import check_count, closest, shown
+from anybatch.core.norm_layer import NormLayer
 
 IOFFE_2015 = "Ioffe and Szegedy, Batch Normalization, 2015"
 IOFFE_2017 = "Ioffe, Batch Renormalization, 2017"
@@ -43,6 +44,7 @@ class Method:
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
             paper's and others have done better.
+        when_trained: Options that `anybatch.convert` sets besides, on a trained network.
         fixed: Arguments of the class that the name stands for; they are no options.
         wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
     """
@@ -57,8 +59,9 @@ class Method:
     folds: bool = True
     scheduled: bool = False
     binds: bool = False
-    suggested: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    suggested: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    when_trained: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     wraps: bool = False
     builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
 
@@ -82,6 +85,17 @@ class Method:
         parameters = inspect.signature(maker).parameters.items()
         own = {n: p for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return {n: p for n, p in own.items() if n not in self.fixed}
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Names of the options that `anybatch.convert` takes for the method."""
+        keeps_statistics = issubclass(self.layer(2), NormLayer)
+        return (*self.options, *(("momentum",) if keeps_statistics else ()))
+
+    @property
+    def uses_batch_size(self) -> bool:
+        """Whether the batch size that `anybatch.convert` is given makes a difference."""
+        return "batch_size" in self.options
 
     def build(
         self,
@@ -131,13 +145,33 @@ class Method:
             **options,
         )
 
-    def check_options(self, options: dict[str, Any]) -> None:
+    def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise TypeError for an option that the method does not have."""
-        known = [*self.options, *(() if self.builder else ("momentum",))]
-        for name in options:
-            if name not in known:
-                has = ", ".join(known) if known else "none"
-                raise TypeError(f"{name}={options[name]!r}: {self.name} has the options {has}")
+        check_options([self], options)
+
+
+def check_options(methods: Iterable[Method], options: Mapping[str, Any]) -> None:
+    """Raise for an option that none of some methods has.
+
+    Args:
+        methods: The methods.
+        options: Their options.
+
+    Raises:
+        TypeError: It names the options that there are, and a close one.
+
+    Example:
+        >>> check_options([METHODS["mabn"]], {"window": 8})
+    """
+    methods = list(methods)
+    known = dict.fromkeys(name for method in methods for name in method.accepted)
+    for name, value in options.items():
+        if name in known:
+            continue
+        titles = ", ".join(sorted({method.name for method in methods}))
+        takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
+        hint = closest(name, known)
+        raise TypeError(f"{name}={shown(value)}: {titles} has no such option; {hint}{takes}")
 
 
 def fitting_groups(num_features: int, num_groups: int) -> int:
@@ -224,6 +258,7 @@ _TABLE = (
         IOFFE_2017,
         "Batch statistics corrected towards the running ones, within limits.",
         "Reinforcement learning, and batches that are not identically distributed.",
+        when_trained={"warmup_steps": 0},
     ),
     Method(
         "ghost",
@@ -374,20 +409,36 @@ def get_method(name: str) -> Method:
     """Look a method up by its short name.
 
     Args:
-        name: As in the table, "mabn" for example.
+        name: As in the table, "mabn" for example, in lower or upper case.
 
     Returns:
         The method.
 
     Raises:
-        ValueError: For a name that is not in the table; it says which one is close.
+        ValueError: For a name that is not in the table; it says which one is close. For a layer's
+            class or its name, it says which method that is.
 
     Example:
         >>> get_method("mabn").title
         'Moving average batch normalization'
     """
-    if name in METHODS:
-        return METHODS[name]
-    close = get_close_matches(str(name), METHODS, 1, 0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"method={name!r}: {hint}give one of {', '.join(METHODS)}")
+    if isinstance(name, str) and name.lower() in METHODS:
+        return METHODS[name.lower()]
+    given = name.__name__ if isinstance(name, type) else str(name)
+    plain = re.sub(r"[^a-z0-9+]", "", re.sub(r"[123]d$", "", given).lower())
+    meant = _SHORT_NAMES.get(plain)
+    hint = f"did you mean {meant!r}? " if meant else closest(given.lower(), METHODS, 0.5)
+    raise ValueError(f"method={shown(name)}: {hint}give one of {', '.join(METHODS)}")
+
+
+def _spelled_out() -> dict[str, str]:
+    """Class names and titles, in small letters without spaces, with the short names."""
+    names: dict[str, str] = {}
+    for method in METHODS.values():
+        for long in (method.class_name, method.title):
+            names.setdefault(re.sub(r"[^a-z0-9+]", "", long.lower()), method.name)
+    torch_names = {"layernorm": "ln", "instancenorm": "in", "syncbatchnorm": "sync"}
+    return {**names, **torch_names, "sampledbatchnorm": "bs"}
+
+
+_SHORT_NAMES = _spelled_out()

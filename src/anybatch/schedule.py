@@ -10,6 +10,7 @@ from torch import nn
 from anybatch.conversion.convert import convert
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.conversion.relu_fusion.fused_block import fusions
+from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import get_method
 
@@ -36,8 +37,9 @@ class NormScheduler:
         epoch: the epoch that is running, from 1 to `total_epochs`.
 
     Raises:
-        ValueError: numbers out of range, an unknown method, or a switch of a model that is
-            itself a norm (it could not be exchanged in place).
+        ValueError: numbers out of range, an unknown method, a model without layers to schedule or
+            norms to switch, or a switch of a model that is itself a norm (it could not be exchanged
+            in place).
 
     Example:
         >>> import anybatch
@@ -56,11 +58,18 @@ class NormScheduler:
         switch: Mapping[int, str] | None = None,
         last_epoch: int = 0,
     ) -> None:
+        check_module("model", model)
         _check_whole("total_epochs", total_epochs, 1)
         _check_whole("last_epoch", last_epoch, 0)
         self.model = model
         self.total_epochs = total_epochs
         self.switch = _checked_switch(switch, total_epochs)
+        norms = [module for module in model.modules() if is_batch_norm(module)]
+        if not any(isinstance(norm, NormLayer) for norm in norms) and not (self.switch and norms):
+            raise ValueError(
+                f"model: {type(model).__name__} has no anybatch layer, so nothing would be "
+                'scheduled: convert it first, for example with anybatch.convert(model, "mbn")'
+            )
         if self.switch and is_batch_norm(model):
             raise ValueError(
                 f"switch={switch!r}: the model is itself a norm, which cannot be exchanged in "
@@ -95,7 +104,8 @@ class NormScheduler:
             `last_epoch`, `total_epochs` and `switch`.
 
         Example:
-            >>> NormScheduler(nn.Sequential(), total_epochs=9).state_dict()
+            >>> import anybatch
+            >>> NormScheduler(anybatch.BatchNorm1d(3), total_epochs=9).state_dict()
             {'last_epoch': 0, 'total_epochs': 9, 'switch': {}}
         """
         return {
@@ -117,7 +127,8 @@ class NormScheduler:
                 that the state has not reached: switches cannot be undone.
 
         Example:
-            >>> scheduler = NormScheduler(nn.Sequential(), total_epochs=9)
+            >>> import anybatch
+            >>> scheduler = NormScheduler(anybatch.BatchNorm1d(3), total_epochs=9)
             >>> scheduler.load_state_dict({"last_epoch": 3, "total_epochs": 9, "switch": {}})
             >>> scheduler.epoch
             4

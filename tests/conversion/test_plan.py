@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from anybatch.conversion import Plan, plan
-from anybatch.conversion.plan import is_fresh
+from anybatch.conversion.decisions import is_fresh
 from conversion.networks import Tabular, convnet
 from zoo.listing import randomize
 

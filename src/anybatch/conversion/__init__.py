@@ -7,12 +7,12 @@ into the layers before them; `param_groups` gives an optimizer the groups that s
 from anybatch.conversion.convert import convert as convert
 from anybatch.conversion.fold import fold as fold
 from anybatch.conversion.gamma_decay import GammaDecay as GammaDecay
-from anybatch.conversion.module_swap import NoEffectWarning as NoEffectWarning
-from anybatch.conversion.plan import Plan as Plan
-from anybatch.conversion.plan import PlanRow as PlanRow
 from anybatch.conversion.plan import plan as plan
+from anybatch.conversion.plan_table import Plan as Plan
+from anybatch.conversion.plan_table import PlanRow as PlanRow
 from anybatch.conversion.restore import to_batchnorm as to_batchnorm
 from anybatch.conversion.weight_decay import DecayPlan as DecayPlan
 from anybatch.conversion.weight_decay import DecayRow as DecayRow
 from anybatch.conversion.weight_decay import decay_plan as decay_plan
 from anybatch.conversion.weight_decay import param_groups as param_groups
+from anybatch.core.notices import NoEffectWarning as NoEffectWarning

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from anybatch.conversion.module_swap import NoEffectWarning, let_go, swap
+from anybatch.conversion.decisions import Decision
+from anybatch.conversion.module_swap import let_go, swap
 from anybatch.conversion.norm_with_activation import ends_in_activation, keep_activation
-from anybatch.conversion.plan import Decision, Plan, Where, decide
-from anybatch.conversion.relu_fusion.fused_block import Fusion, fuse_block, unfuse
+from anybatch.conversion.plan import Decisions, decide
+from anybatch.conversion.plan_table import PlanRow
+from anybatch.conversion.relu_fusion.fused_block import fuse_block, unfuse
 from anybatch.conversion.replacement import replacement
+from anybatch.conversion.summary import summary
+from anybatch.core.arguments import counted
+from anybatch.core.name_patterns import Where
+from anybatch.core.notices import LOGGER, NoEffectWarning
+from anybatch.layers.momentum_batch_norm import share_notice
 from anybatch.layers.weight_centralization import decentralize, weight_centralization
-
-_NONE: Mapping[nn.Module, nn.Module] = {}
 
 
 def convert(
@@ -29,6 +34,7 @@ def convert(
     where: Where | None = None,
     centralize: bool | None = None,
     fuse: bool = False,
+    verbose: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Swap the batch norms of a network for a method's layers, in place.
@@ -49,6 +55,7 @@ def convert(
     then goes to a ReLU alone, does that in its own pass in training. The blocks that call such
     norms are then of a subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same
     parts, names and output; what is not certain to be the same stays as it is, and `plan` says why.
+    One line about what was done goes to the logger "anybatch", at level INFO.
 
     Args:
         model: the network.
@@ -64,18 +71,21 @@ def convert(
             the convolutions in a fresh network, for "mabn").
         fuse: whether norms do the ReLU that follows them, or the addition and the ReLU, in their
             own pass (default False: in a network that has been fused none does any more).
+        verbose: print the line that is logged (default False).
         **options: the method's own arguments, such as `window=32`.
 
     Returns:
         The model; its replacement where the model is itself a batch norm.
 
     Raises:
-        ValueError: an unknown method, a wrapped or compiled model, or a norm that cannot be
-            converted (all of them are named, with the remedy).
+        ValueError: an unknown method, a wrapped or compiled model, a norm that cannot be
+            converted (all of them are named, with the remedy), or "cbn" for a network in which
+            no norm can be bound.
         TypeError: an option that the method does not have.
 
     Warns:
-        NoEffectWarning: there was nothing to convert.
+        NoEffectWarning: there was nothing to convert, or the weights of a fresh network could not
+            be centralized because it cannot be traced.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -85,7 +95,7 @@ def convert(
         >>> model[1].weight is weight
         True
     """
-    made, decisions, blocks = decide(
+    decided = decide(
         model,
         method,
         batch_size=batch_size,
@@ -95,16 +105,8 @@ def convert(
         fuse=fuse,
         **options,
     )
-    refused = made.having("refuse")
-    if refused:
-        named = "\n".join(f"  {row.name or 'the model'}: {row.reason}" for row in refused)
-        raise ValueError(f"nothing was converted, as {len(refused)} norms cannot be:\n{named}")
-    chosen = [decision for decision in decisions if decision.method is not None]
-    if not chosen:
-        if not unfuse(model) and not blocks:
-            _warn_no_effect(made)
-        _fuse(blocks)
-        return model
+    _refuse(decided)
+    chosen = [decision for decision in decided.rows if decision.method is not None]
     with _all_or_nothing(chosen):
         replacements = {d.norm: replacement(d.norm, *_how(d)) for d in chosen}
         for decision in chosen:
@@ -116,31 +118,74 @@ def convert(
         if ends_in_activation(norm):
             keep_activation(norm, new)
     let_go(model, replacements)
-    unfuse(model)
+    unfused = unfuse(model)
     converted = swap(model, replacements)
-    _fuse(blocks, replacements)
-    return converted
-
-
-def _fuse(
-    blocks: Mapping[nn.Module, Fusion], replacements: Mapping[nn.Module, nn.Module] = _NONE
-) -> None:
-    """Fuse blocks, of whose norms others may have taken the place."""
-    for block, fusion in blocks.items():
+    for block, fusion in decided.blocks.items():
         fuse_block(block, fusion.after(replacements))
+    share_notice(replacements.values())
+    _report(decided, verbose)
+    if not (chosen or unfused or decided.blocks):
+        _warn_no_effect(decided)
+    return converted
 
 
 def _how(decision: Decision) -> tuple[Any, Mapping[str, Any]]:
     return decision.method, decision.options or {}
 
 
-def _warn_no_effect(made: Plan) -> None:
+def _refuse(decided: Decisions) -> None:
+    """Raise if a norm cannot be converted, or if no norm can be bound for a method that binds."""
+    refused = decided.plan.having("refuse")
+    if refused:
+        raise ValueError(
+            f"nothing was converted, as {counted(len(refused), 'norm')} cannot be:\n"
+            f"{_named(refused)}"
+        )
+    unbound = [decision.row for decision in decided.rows if decision.unbound]
+    if unbound and all(decision.method is None for decision in decided.rows):
+        method = next(method.name for method in decided.methods.values() if method.binds)
+        raise ValueError(
+            f"method={method!r}: nothing was converted, as {method} binds a norm to the "
+            f"convolution or linear layer that feeds it, and none can be bound:\n{_named(unbound)}"
+        )
+
+
+def _report(decided: Decisions, verbose: bool) -> None:
+    """Log what was done; warn about weights that only tracing keeps from being centralized."""
+    line = summary(decided)
+    LOGGER.info(line)
+    if verbose:
+        print(line)
+    untraced = [decision.row for decision in decided.rows if decision.untraced]
+    if untraced:
+        warnings.warn(
+            f"convert: the weights before {counted(len(untraced), 'norm')} were not centralized, "
+            "as the model cannot be traced, and mabn without centred weights subtracts no mean: "
+            f"give example_inputs=, what the model's forward takes\n{_named(untraced)}",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_no_effect(decided: Decisions) -> None:
     """Warn that nothing was converted, unless everything is already as it was asked for."""
-    if any(row.reason.startswith("already ") for row in made.rows):
+    rows = decided.plan.rows
+    if any(row.reason.startswith("already ") for row in rows):
         return
-    found = "\n".join(f"  {row.name}: {row.reason}" for row in made.rows)
-    message = f"convert changed nothing:\n{found}" if found else "convert: the model has no norm"
+    message = "convert: the model has no norm"
+    if rows:
+        message = f"convert changed nothing:\n{_named(rows)}"
+    if rows and all(row.reason == "no batch norm" for row in rows):
+        message += (
+            "\nThese norms do not use the statistics of a batch. To use a method of anybatch, "
+            "build the network with torch.nn.BatchNorm (norm='batch' in MONAI)."
+        )
     warnings.warn(message, NoEffectWarning, stacklevel=3)
+
+
+def _named(rows: Iterable[PlanRow]) -> str:
+    """Norms with their reasons, one per line."""
+    return "\n".join(f"  {row.name or 'the model'}: {row.reason}" for row in rows)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from anybatch.conversion.module_swap import NoEffectWarning, has_hooks, let_go, paths, swap
+from anybatch.conversion.module_swap import has_hooks, let_go, paths, swap
 from anybatch.conversion.norm_types import (
     dims_of,
     has_plain_forward,
@@ -23,7 +23,9 @@ from anybatch.conversion.norm_types import (
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.conversion.producers import Feeder, find_feeders, observe, tensors_in
 from anybatch.conversion.relu_fusion.fused_block import unfuse
+from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.notices import NoEffectWarning
 from anybatch.layers.weight_centralization import decentralize, is_centralized
 
 TOLERANCE = 1e-4
@@ -73,6 +75,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
           (2): ReLU()
         )
     """
+    check_module("model", model)
     if (refusal := wrapper_refusal(model)) is not None:
         raise ValueError(refusal)
     _check_eval(model)

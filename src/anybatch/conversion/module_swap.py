@@ -31,15 +31,6 @@ _WRAPPERS = {
 }
 
 
-class NoEffectWarning(UserWarning):
-    """Something was asked for and, of all there was to do, nothing (or not all) was done.
-
-    Example:
-        >>> issubclass(NoEffectWarning, UserWarning)
-        True
-    """
-
-
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     """The network inside a wrapper, and what its names begin with there.
 

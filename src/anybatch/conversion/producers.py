@@ -37,6 +37,7 @@ _WORDS = {
     "sub": "a subtraction", "mul": "a multiplication", "imul": "a multiplication",
     "cat": "a concatenation", "concat": "a concatenation", "getitem": "a part of something",
 }  # fmt: skip
+_UNTRACED = "model does not trace; pass example_inputs"
 _LOOKS = {"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "get_device", "type"}
 
 
@@ -60,6 +61,11 @@ class Feeder:
     name: str | None
     reason: str | None = None
     other_consumers: int = 0
+
+    @property
+    def untraced(self) -> bool:
+        """Whether there is no feeder only because the model could not be traced."""
+        return (self.reason or "").endswith(_UNTRACED)
 
     @property
     def sole(self) -> bool:
@@ -134,7 +140,7 @@ def find_feeders(model: nn.Module, example_inputs: Any = None) -> dict[str, Feed
         observed = _record(model, names, example_inputs)
     if observed is not None:
         return {names[norm]: _resolve(norm, observed, names) for norm in norms}
-    found = {norm: Feeder(None, "model does not trace; pass example_inputs") for norm in norms}
+    found = {norm: Feeder(None, _UNTRACED) for norm in norms}
     _trace_parts(model, "", places, found)
     return {names[norm]: found[norm] for norm in norms}
 
@@ -328,7 +334,7 @@ def _within(
     names: Mapping[nn.Module, str],
 ) -> Feeder:
     """Judge what was seen in a part of a network whose whole does not trace."""
-    whole = "and the model does not trace; pass example_inputs"
+    whole = f"and the {_UNTRACED}"
     if feeder.reason == "fed by the input":
         return Feeder(None, f"fed from outside {part[:-1]!r}, {whole}")
     pair = {norm} | {module for module, name in names.items() if name == feeder.name}

@@ -9,6 +9,7 @@ from anybatch.conversion.norm_types import wrapper_refusal
 from anybatch.conversion.norm_with_activation import ends_in_activation, give_back_activation
 from anybatch.conversion.relu_fusion.fused_block import unfuse
 from anybatch.conversion.replacement import torch_norm
+from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.weight_centralization import decentralize, is_centralized
@@ -38,6 +39,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         >>> to_batchnorm(model)[1]
         BatchNorm1d(4, eps=1e-05, momentum=0.01, affine=True, ...track_running_stats=True)
     """
+    check_module("model", model)
     if (refusal := wrapper_refusal(model)) is not None:
         raise ValueError(refusal)
     places = paths(model)

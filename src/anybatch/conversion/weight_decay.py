@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.conversion.norm_paths import Paths, find_paths, scales
-from anybatch.core.arguments import check_between
+from anybatch.core.arguments import check_between, check_module
 
 _SHOWN = 4  # operations of a path, and norms met, that a table names
 
@@ -116,8 +116,7 @@ def decay_plan(model: nn.Module, example_inputs: Any = None) -> DecayPlan:
         4     BatchNorm1d  decay     reaches the output past no norm, by 5
         1 of 2 norms decayed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: give a torch.nn.Module")
+    check_module("model", model)
     inner, prefix = unwrapped(model)
     found = find_paths(inner, example_inputs)
     if found is None:
@@ -201,8 +200,7 @@ def param_groups(
         [('weights', 6, 0.0005), ('norms', 2, 0.0005), ('without decay', 2, 0.0)]
         >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: give a torch.nn.Module")
+    check_module("model", model)
     _check_decay("weight_decay", weight_decay)
     check_between("gamma_target", gamma_target, 0.0, 1.0)
     biases = _amount("bias_decay", bias_decay, weight_decay)

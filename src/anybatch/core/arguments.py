@@ -1,7 +1,65 @@
-"""Checks of arguments: each error names the argument, its value and what would do."""
+"""Checks of arguments: each error names the argument, its value and what would work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
+
+from torch import Tensor, nn
+
+_LONGEST = 80  # characters of a value that a message shows
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: short, and never the contents of tensors.
+
+    Example:
+        >>> shown("mabm"), shown({"weight": 1}), shown(nn.ReLU)
+        ("'mabm'", 'a dict of 1 entry', 'the class ReLU')
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (Mapping, list, tuple, set)) and value:
+        entries = "1 entry" if len(value) == 1 else f"{len(value)} entries"
+        return f"a {type(value).__name__} of {entries}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST and "\n" not in text else f"a {type(value).__name__}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The hint of an error about an unknown name; empty if no known name is close.
+
+    Example:
+        >>> closest("mabm", ["bn", "mabn"])
+        "did you mean 'mabn'? "
+    """
+    found = get_close_matches(name, list(known), 1, cutoff)
+    return f"did you mean {found[0]!r}? " if found else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is one.
+
+    Example:
+        >>> counted(1, "norm"), counted(2, "norm")
+        ('1 norm', '2 norms')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def check_module(name: str, value: object) -> None:
+    """Raise unless ``value`` is a network; the error names the remedy for a state_dict."""
+    if isinstance(value, nn.Module):
+        return
+    if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+        raise TypeError(
+            f"{name}: a state_dict ({shown(value)}) is no network; build the network, load the "
+            "state_dict into it and give that"
+        )
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise TypeError(f"{name}: {shown(value)} is no network; give an instance of it")
+    raise TypeError(f"{name}={shown(value)}: give a torch.nn.Module")
 
 
 def check_count(name: str, value: object) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from anybatch import backends
 from anybatch.core.arguments import check_count
 from anybatch.core.autograd import normalize
+from anybatch.core.name_patterns import Where
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.statistics import Statistics
+from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import Forward, Shown, device_of, reading, run
-from anybatch.evaluation.example_weighing import Where, set_example_weight, weighable
+from anybatch.evaluation.example_weighing import set_example_weight, weighable
 from anybatch.evaluation.restore_model import borrowed
-from anybatch.evaluation.text_tables import text_table
 
 
 @dataclass(frozen=True)

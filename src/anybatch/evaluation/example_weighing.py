@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 from anybatch.conversion.convert import convert
 from anybatch.conversion.module_swap import move_hooks, swap, unwrapped
 from anybatch.conversion.norm_types import norm_kind
-from anybatch.core.arguments import check_between
+from anybatch.core.arguments import check_between, check_module
+from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.running_group_norm import RunningGroupNorm
-
-Where = str | Callable[[str, nn.Module], bool]
 
 
 @contextmanager
@@ -168,10 +166,11 @@ def weighable(model: nn.Module, where: Where | None) -> dict[str, nn.Module]:
         >>> list(weighable(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU()), None))
         ['0']
     """
+    check_module("model", model)
     found: dict[str, nn.Module] = {}
     refused, waiting = [], []
     for name, module in model.named_modules():
-        if where is not None and not _matches(where, name, module):
+        if not matches(where, name, module):
             continue
         if isinstance(module, nn.GroupNorm):
             if getattr(module, "running_var", None) is None:
@@ -204,10 +203,6 @@ def _nothing(model: nn.Module, where: Where | None, waiting: list[str]) -> str:
         )
     given = f"model: {type(model).__name__}" if where is None else f"where={where!r}: it"
     return f"{given} has no batch norm with running statistics and no group norm"
-
-
-def _matches(where: Where, name: str, module: nn.Module) -> bool:
-    return fnmatchcase(name, where) if isinstance(where, str) else where(name, module)
 
 
 def _forward(norm: nn.Module, stand_in: RunningGroupNorm) -> Callable[[Tensor], Tensor]:

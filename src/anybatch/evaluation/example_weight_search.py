@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.core.arguments import check_between
+from anybatch.core.name_patterns import Where
+from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import (
     Forward,
     Shown,
@@ -23,9 +25,8 @@ from anybatch.evaluation.batches import (
     run,
     target_of,
 )
-from anybatch.evaluation.example_weighing import Weighing, Where, set_example_weight
+from anybatch.evaluation.example_weighing import Weighing, set_example_weight
 from anybatch.evaluation.restore_model import borrowed, random_numbers
-from anybatch.evaluation.text_tables import text_table
 
 Metric = Callable[[Any, Any], Any]
 METRICS = ("loss", "top1", "top5")

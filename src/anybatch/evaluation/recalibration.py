@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -10,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from anybatch.conversion.norm_types import norm_kind
-from anybatch.core.arguments import check_choice
+from anybatch.core.arguments import check_choice, check_module
+from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import (
     Forward,
     Shown,
@@ -28,10 +29,8 @@ from anybatch.evaluation.population_moments import (
     raise_together,
 )
 from anybatch.evaluation.restore_model import borrowed, random_numbers
-from anybatch.evaluation.text_tables import text_table
 from anybatch.layers.control import no_update
 
-Where = str | Callable[[str, nn.Module], bool]
 _REUSED = 20  # passes more, for a layer whose input depends on its own output
 
 
@@ -162,6 +161,7 @@ def recalibrate(
         >>> net[0].running_mean.item(), net[0].running_var.item(), result.examples
         (3.0, 7.0, 3)
     """
+    check_module("model", model)
     check_choice("mode", mode, ("layerwise", "together"))
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r}: give a number from 0 on, such as 1e-6")
@@ -284,10 +284,8 @@ def _obstacle(name: str, module: nn.Module, where: Where | None) -> str | None:
     frozen = isinstance(module, NormLayer) and module.frozen
     if frozen or (kind is not None and kind.family == "frozen"):
         return "left alone: frozen"
-    if where is not None:
-        chosen = fnmatchcase(name, where) if isinstance(where, str) else where(name, module)
-        if not chosen:
-            return "left alone: not in where"
+    if not matches(where, name, module):
+        return "left alone: not in where"
     if not isinstance(module, nn.GroupNorm) and getattr(module, "running_var", None) is None:
         return "left alone: no running statistics"
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anybatch.conversion import NoEffectWarning, convert, fold
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.core.arguments import check_choice, check_count
+from anybatch.core.norm_layer import NormLayer
 from anybatch.experiments.config import BASELINE, PRECISIONS, Option
 from anybatch.experiments.flops import count_flops
 from anybatch.experiments.measurements import Measurement, Setting, counted, timed
@@ -256,7 +257,8 @@ class _Subject:
             )
         if method.wraps:
             model = VirtualDataset(model, 0.0, 1.0, virtual, seed=0)
-        NormScheduler(model, 3, last_epoch=1)  # beyond the first epoch, in which some do less
+        if any(isinstance(module, NormLayer) for module in model.modules()):
+            NormScheduler(model, 3, last_epoch=1)  # beyond the first epoch, in which some do less
         return model
 
     def _placed(self, model: nn.Module) -> nn.Module:

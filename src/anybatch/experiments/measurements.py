@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from anybatch.evaluation.text_tables import text_table
+from anybatch.core.text_tables import text_table
 from anybatch.experiments.compare import machine
 from anybatch.experiments.files import write_text
 from anybatch.experiments.timing import quartiles, summaries

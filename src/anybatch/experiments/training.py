@@ -108,7 +108,8 @@ def prepare(run: Run, data: Dataset) -> Training:
         model = _wrap(run, model, data, num_virtual) if wraps else model
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
-        progress = NormScheduler(model, run.norm_epochs or run.epochs)
+        if any(isinstance(m, NormLayer) for m in model.modules()):
+            progress = NormScheduler(model, run.norm_epochs or run.epochs)
     model = model.to(run.device)
     optimizer = _optimizer(run, model, data)
     learning_rate = _learning_rate(run, optimizer, steps)

@@ -5,14 +5,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.backends import scalar
 from anybatch.backends.protocol import RENORM, Recipe
 from anybatch.core.arguments import check_count
 from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.module_state import NormState
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.statistics import Statistics
+
+_WARMUP_STEPS = 10000
 
 
 class _BatchRenorm(NormLayer):
@@ -82,7 +85,7 @@ class _BatchRenorm(NormLayer):
         *,
         max_r: float = 3.0,
         max_d: float = 5.0,
-        warmup_steps: int = 10000,
+        warmup_steps: int = _WARMUP_STEPS,
         smooth: bool = False,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
@@ -115,6 +118,20 @@ class _BatchRenorm(NormLayer):
     def reset_memory(self) -> None:
         for tensor in self.memory.values():
             tensor.zero_()
+
+    def adopt_(self, norm: nn.Module) -> "NormState":
+        super().adopt_(norm)
+        if self.warmup_steps == 0:
+            # Its checkpoint then has no warm-up in a layer that was built with one, either.
+            self.memory["step"].fill_(_WARMUP_STEPS)
+        return self
+
+    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
+        """After loading a batch norm's checkpoint: no warm-up if its statistics are trained."""
+        super()._start_from_batchnorm(error_msgs, prefix)
+        tracked = self.num_batches_tracked
+        if tracked is not None and not tracked.is_meta and tracked > 0:
+            self.memory["step"].fill_(self.warmup_steps)
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None and self.running_mean is not None and self.running_var is not None

@@ -1,35 +1,30 @@
 """Holding layers still: frozen statistics, forwards that leave no trace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from anybatch.core.arguments import check_count
+from anybatch.core.arguments import check_count, check_module
+from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer, updates
-
-Where = str | Callable[[str, nn.Module], bool]
 
 
 def select(model: nn.Module, where: Where | None) -> list[NormLayer]:
     """The anybatch layers of ``model`` that ``where`` (a name pattern or predicate) picks."""
+    check_module("model", model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NormLayer)]
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no anybatch layer: "
             'convert it first, for example with anybatch.convert(model, "bn")'
         )
-    chosen = [m for n, m in layers if where is None or _matches(where, n, m)]
+    chosen = [m for n, m in layers if matches(where, n, m)]
     if not chosen:
         raise ValueError(f"where={where!r} picks none of {', '.join(n for n, _ in layers)}")
     return chosen
-
-
-def _matches(where: Where, name: str, module: nn.Module) -> bool:
-    return fnmatchcase(name, where) if isinstance(where, str) else where(name, module)
 
 
 def freeze(

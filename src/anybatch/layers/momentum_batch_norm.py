@@ -1,17 +1,18 @@
 """Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.backends import is_finite
 from anybatch.backends.protocol import MOMENTUM, Recipe
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.compiled import ForwardData, Kept
 from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.notices import Notice
 from anybatch.core.statistics import Statistics
 
 
@@ -28,7 +29,8 @@ class _MomentumBatchNorm(NormLayer):
     grows from 0 in the first epoch to ``1 - batch_size / ideal_batch_size`` in the
     last (equation 11), so that at the end the noise of a small batch's statistics
     is that of a batch of ``ideal_batch_size``. `anybatch.NormScheduler` moves it;
-    without a scheduler lambda stays 0, which is batch normalization.
+    without a scheduler lambda stays 0, which is batch normalization, and the first
+    training batch warns.
 
     Args:
         num_features: Channels C.
@@ -114,7 +116,8 @@ class _MomentumBatchNorm(NormLayer):
             outlier_limit=outlier_limit,
         )
         self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
-        self.progress: tuple[int, int] = (1, 1)
+        self.progress: tuple[int, int] | None = None  # until a scheduler has set it
+        self.unscheduled = Notice()
         self.given_batch_size, self.batch_size = batch_size, batch_size
         self.memory["mean"] = self._new_memory(num_features)
         self.memory["var"] = self._new_memory(num_features)
@@ -158,7 +161,7 @@ class _MomentumBatchNorm(NormLayer):
         self._set_batch_size(self.batch_size)
 
     def _scheduled_weight(self) -> float:
-        epoch, total = self.progress
+        epoch, total = self.progress or (1, 1)
         if self.step_size is None or total == 1:
             return 0.0
         ratio = min(self.step_size / self.ideal_batch_size, 1.0)  # rho ** T
@@ -169,13 +172,25 @@ class _MomentumBatchNorm(NormLayer):
         self.memory["batch_size"].fill_(batch_size or 0)
         if self.auto_momentum and self.step_size is not None:  # eq. 12
             self.momentum = 1 - self.ideal_decay ** (self.step_size / self.ideal_batch_size)
-        if self.progress[0] > 1:
+        if self.progress is not None and self.progress[0] > 1:
             self.memory["average_weight"].fill_(self._scheduled_weight())
+
+    def _begin(self, examples: int) -> None:
+        """Read the batch size from the first training batch; warn if there is no scheduler."""
+        if self.batch_size is None:
+            self._set_batch_size(self.examples_of_all(examples))
+        if self.progress is None and not torch.compiler.is_compiling():
+            self.unscheduled.warn(
+                f"{type(self).__name__} trains without a schedule: the weight of its averages "
+                "stays as it is, and at 0, where it starts, this is plain batch normalization. "
+                "Before training make scheduler = anybatch.NormScheduler(model, total_epochs), "
+                "and call scheduler.step() after each epoch."
+            )
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
-        if update and self.batch_size is None:
-            self._set_batch_size(self.examples_of_all(batch.examples()))
+        if update and (self.batch_size is None or self.progress is None):
+            self._begin(batch.examples())
         old_mean, old_var = self.memory["mean"], self.memory["var"]
         count, keep = self.memory["count"], self.memory["average_weight"]
         if keep.dtype != var.dtype:
@@ -198,8 +213,8 @@ class _MomentumBatchNorm(NormLayer):
         self.memory["average_weight"].copy_(weight)
 
     def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        if update and self.batch_size is None:
-            self._set_batch_size(data[3][0])
+        if update and (self.batch_size is None or self.progress is None):
+            self._begin(data[3][0])
         own, used = (loops.table((2, 1, self.num_features)) for _ in range(2))
         mean, var, count = (self.memory[name].data_ptr() for name in ("mean", "var", "count"))
         settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
@@ -219,8 +234,8 @@ class _MomentumBatchNorm(NormLayer):
         return Kept(used, own[0], 1 - keep)
 
     def recipe(self, examples: int, update: bool) -> Recipe | None:
-        if update and self.batch_size is None:
-            self._set_batch_size(examples)
+        if update and (self.batch_size is None or self.progress is None):
+            self._begin(examples)
         return Recipe(
             MOMENTUM,
             mean=self.memory["mean"],
@@ -247,3 +262,11 @@ class MomentumBatchNorm2d(_MomentumBatchNorm):
 class MomentumBatchNorm3d(_MomentumBatchNorm):
     __doc__ = _MomentumBatchNorm.__doc__
     dims = 3
+
+
+def share_notice(layers: Iterable[nn.Module]) -> None:
+    """Let the momentum batch norms of one network warn once for all of them."""
+    notice = Notice()
+    for layer in layers:
+        if isinstance(layer, _MomentumBatchNorm):
+            layer.unscheduled = notice

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anybatch.conversion.decisions import is_fresh
 from anybatch.conversion.module_swap import unwrapped
-from anybatch.conversion.plan import is_fresh
-from anybatch.core.arguments import check_count
+from anybatch.core.arguments import check_count, check_module
 from anybatch.evaluation.batches import Forward, Shown, device_of, reading, recut, run
 from anybatch.evaluation.diagnosis.probe import LayerNoise, Spread, Watch, watched
 from anybatch.evaluation.restore_model import borrowed
@@ -276,8 +276,7 @@ def diagnose(
         >>> print(diagnose(model, data).reading.problem)
         no
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r}: give a torch.nn.Module")
+    check_module("model", model)
     if batch_size is not None:
         check_count("batch_size", batch_size)
     check_count("max_batches", max_batches)
