@@ -263,7 +263,17 @@ def test_momentum_stays_where_it_means_the_same() -> None:
     assert convert(with_momentum(None), "ghost")[0].momentum is None
     assert convert(with_momentum(0.3), "mabn")[0].momentum == 0.02
     assert convert(with_momentum(0.3), "mabn", momentum=0.1)[0].momentum == 0.1
-    assert convert(with_momentum(None), "brn")[0].momentum == 0.01
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("momentum", [0, 0.0, None])
+def test_momentum_0_and_none_mean_the_same_to_every_method(
+    method: str, momentum: float | None
+) -> None:
+    model = convert(nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4, momentum=momentum)), method)
+    assert model[1].momentum == momentum
+    if METHODS[method].folds:
+        assert to_batchnorm(model)[1].momentum == momentum
 
 
 def test_eps_and_missing_affine_and_statistics_are_kept() -> None:

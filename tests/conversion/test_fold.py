@@ -1,6 +1,7 @@
 """`fold`: norms merged into the layers before them, the output the same, or all as it was."""
 
 import copy
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -127,6 +128,58 @@ def test_training_mode_is_refused_with_the_remedy(whole: bool) -> None:
     what = "the model" if whole else "its layer '4'"
     with pytest.raises(ValueError, match=rf"{what} is in training mode.*call model.eval\(\) first"):
         anybatch.fold(model)
+
+
+class Domains(nn.Module):
+    """A convolution that feeds a norm of each domain; an attribute or argument says which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3))
+        self.norms = nn.ModuleDict({"a": nn.BatchNorm2d(8), "b": nn.BatchNorm2d(8)})
+        self.domain = "a"
+
+    def forward(self, x: Tensor, domain: str | None = None) -> Tensor:
+        y: Tensor = self.norms[domain or self.domain](self.body(x))
+        return y
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_layer_that_may_feed_a_norm_on_another_path_is_not_folded(traced: bool) -> None:
+    model, x = randomize(Domains()).eval(), torch.randn(2, 3, 8, 8)
+    before = {name: model(x, name) for name in model.norms}
+    with pytest.warns(NoEffectWarning, match=r"'body.2' may feed 'norms.b' too, on a path that"):
+        anybatch.fold(model, None if traced else {"x": x, "domain": "a"})
+    assert type(model.body[1]) is nn.Identity
+    for name, y in before.items():
+        torch.testing.assert_close(model(x, name), y, rtol=1e-4, atol=1e-5)
+
+
+class Auxiliary(nn.Module):
+    """A head that is not called, and has a convolution of its own before its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+        self.head = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y
+
+
+def test_a_head_that_is_not_called_keeps_nothing_else_from_folding() -> None:
+    model = randomize(Auxiliary()).eval()
+    with pytest.warns(NoEffectWarning, match="left 1 of 3 norms:\n  head.1: not called"):
+        anybatch.fold(model)
+
+
+@pytest.mark.skipif("bias" not in signature(nn.BatchNorm2d).parameters, reason="of torch 2.13 on")
+def test_a_norm_with_a_scale_and_no_shift_folds() -> None:
+    norm = randomize(nn.BatchNorm2d(4, bias=False))
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval(), torch.randn(1, 3, 5, 5)
+    before = model(x)
+    torch.testing.assert_close(anybatch.fold(model)(x), before, rtol=1e-5, atol=1e-5)
 
 
 # Checked on example inputs

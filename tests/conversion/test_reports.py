@@ -1,4 +1,4 @@
-"""What conversion tells its user: the log line, warnings, and what is refused instead of ignored."""
+"""Conversion tells its user what it did: a log line, warnings, and errors in place of silence."""
 
 import copy
 import logging

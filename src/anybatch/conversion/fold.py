@@ -18,6 +18,7 @@ from anybatch.conversion.norm_types import (
     has_plain_forward,
     is_batch_norm,
     norm_kind,
+    recomputed_parameter,
     wrapper_refusal,
 )
 from anybatch.conversion.norm_with_activation import ends_in_activation
@@ -158,10 +159,13 @@ def _obstacle(
         return feeder.reason
     if not feeder.sole:
         return f"the output of {feeder.name!r} is used elsewhere too"
+    if feeder.may_feed:
+        others = " and ".join(map(repr, feeder.may_feed))
+        return f"{feeder.name!r} may feed {others} too, on a path that was not traced"
     layer = by_name[feeder.name]
     if has_hooks(norm) or has_hooks(layer):
         return f"hooks on it or on {feeder.name!r} would see other values: remove them first"
-    if not is_centralized(layer) and not has_plain_forward(layer):
+    if recomputed_parameter(layer) or not (is_centralized(layer) or has_plain_forward(layer)):
         return f"{feeder.name!r} computes its weight or output in its own way"
     if not _same_channels(norm, layer):
         return f"its channels are not those of {feeder.name!r}"
@@ -174,6 +178,8 @@ def _obstacle(
 
 def _norm_obstacle(norm: nn.Module) -> str | None:
     """Why a norm's inference cannot be merged into anything, or None."""
+    if (why := recomputed_parameter(norm)) is not None:
+        return why
     if isinstance(norm, NormLayer):
         return norm.inference_obstacle()
     kind = norm_kind(norm)
@@ -202,8 +208,10 @@ def _merge(one: _Fold) -> None:
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = torch.zeros_like(scale) if bias is None else bias.double()
     shift = (shift - norm.running_mean) * scale
-    if norm.affine:
-        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    if norm.weight is not None:
+        scale, shift = scale * norm.weight, shift * norm.weight
+    if norm.bias is not None:
+        shift = shift + norm.bias
     weight.data = (weight.double() * _per_output(scale, layer)).to(weight.dtype)
     if bias is None:
         layer.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)

@@ -68,7 +68,7 @@ def scales(module: nn.Module) -> bool:
         >>> scales(nn.LayerNorm(4)), scales(nn.LayerNorm(4, elementwise_affine=False))
         (True, False)
     """
-    if isinstance(module._parameters.get("weight"), Tensor) and is_norm(module):
+    if is_norm(module) and isinstance(getattr(module, "weight", None), Tensor):
         return True
     return _looks_like_norm(module)
 

@@ -140,6 +140,32 @@ def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:
     )
 
 
+def recomputed_parameter(module: nn.Module) -> str | None:
+    """Why a module's weight or bias is not a parameter of its own, with the remedy; None if it is.
+
+    Example:
+        >>> norm = nn.utils.prune.identity(nn.BatchNorm1d(3), "weight")
+        >>> recomputed_parameter(norm)
+        "its weight is pruned: ... torch.nn.utils.prune.remove(module, 'weight') first"
+    """
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))  # type: ignore[arg-type]
+        remove = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
+        return f"its {name} is parametrized: call {remove} first"
+    for name in ("weight", "bias"):
+        if name in module._parameters or getattr(module, name, None) is None:
+            continue
+        if f"{name}_mask" in module._buffers:
+            remove = f"torch.nn.utils.prune.remove(module, {name!r})"
+            return f"its {name} is pruned: make that permanent with {remove} first"
+        norm = "weight" if f"{name}_g" in module._parameters else "spectral"
+        if norm == "weight" or f"{name}_orig" in module._parameters:
+            remove = f"torch.nn.utils.remove_{norm}_norm(module)"
+            return f"its {name} has a {norm} norm: call {remove} first"
+        return f"its {name} is no parameter of its own: make it a torch.nn.Parameter first"
+    return None
+
+
 def _torch_class(module: nn.Module) -> type[nn.Module] | None:
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch.nn.modules") and issubclass(cls, (_ConvNd, nn.Linear)):
@@ -158,8 +184,8 @@ def _refusal(norm: nn.Module) -> str | None:
             "SyncBatchNorm does not say whether it is 1d, 2d or 3d: convert the model before "
             "torch.nn.SyncBatchNorm.convert_sync_batchnorm, or leave this layer out with where="
         )
-    if parametrize.is_parametrized(norm):
-        return "its parameters are parametrized: remove the parametrization first"
+    if (why := recomputed_parameter(norm)) is not None:
+        return why
     if dims_of(norm) is None:
         return f"{_class_path(norm)} is not a 1d, 2d or 3d batch norm: leave it out with where="
     if "forward" in norm.__dict__:

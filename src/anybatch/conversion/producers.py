@@ -50,6 +50,8 @@ class Feeder:
             if there is none, or it cannot be told.
         reason: why there is none; None if there is one.
         other_consumers: how many others use the feeder's output besides the norm.
+        may_feed: norms that were not called and that the feeder could feed, on a path that the
+            trace or the forward did not take.
 
     Example:
         >>> Feeder("conv1").sole
@@ -61,6 +63,7 @@ class Feeder:
     name: str | None
     reason: str | None = None
     other_consumers: int = 0
+    may_feed: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def untraced(self) -> bool:
@@ -160,7 +163,44 @@ def _resolve(norm: nn.Module, observed: _Observed, names: Mapping[nn.Module, str
     times = len(observed.feeder_calls[source.feeder])
     if times > 1:
         return Feeder(None, f"its feeder {names[source.feeder]!r} is called {_times(times)}")
-    return Feeder(names[source.feeder], None, source.consumers - 1)
+    may_feed = _norms_not_reached(source.feeder, observed, names)
+    return Feeder(names[source.feeder], None, source.consumers - 1, may_feed)
+
+
+def _norms_not_reached(
+    feeder: nn.Module, observed: _Observed, names: Mapping[nn.Module, str]
+) -> tuple[str, ...]:
+    """Norms that were not called, and that a feeder could feed on a path that was not taken.
+
+    Such a norm has the feeder's number of channels, and no layer with that number is closer to it
+    in the tree of modules than the feeder is.
+    """
+    channels = _outputs_of(feeder)
+    found = []
+    for norm, name in names.items():
+        if norm in observed.norm_calls or not is_batch_norm(norm):
+            continue
+        if getattr(norm, "num_features", None) != channels:
+            continue
+        inside = name
+        while inside:
+            inside = inside.rpartition(".")[0]
+            near = f"{inside}." if inside else ""
+            alike = [
+                module
+                for module, place in names.items()
+                if isinstance(module, FEEDING)
+                and place.startswith(near)
+                and _outputs_of(module) == channels
+            ]
+            if alike:
+                found += [name] if feeder in alike else []
+                break
+    return tuple(found)
+
+
+def _outputs_of(feeder: nn.Module) -> Any:
+    return getattr(feeder, "out_channels", None) or getattr(feeder, "out_features", None)
 
 
 def _times(count: int) -> str:

@@ -102,8 +102,16 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
     return arguments
 
 
-def _keeps_momentum(norm: nn.Module, method: Method) -> bool:
-    """Whether momentum means the same to the norm and to the method: torch's running average."""
+def _keeps_momentum(norm: _NormBase, method: Method) -> bool:
+    """Whether a norm's momentum means the same to the method.
+
+    It does where both keep torch's running average. The values 0, statistics that stay, and None,
+    the average over all batches, mean the same to every method that keeps running statistics.
+    """
+    if "momentum" not in method.accepted:
+        return False
+    if not norm.momentum:
+        return True
     return _momentum_is_torchs(type(norm)) and _momentum_is_torchs(method.layer(2))
 
 
@@ -168,11 +176,10 @@ def torch_norm(layer: NormLayer) -> nn.Module:
         >>> torch_norm(anybatch.BatchNorm2d(4, momentum=0.3))
         BatchNorm2d(4, eps=1e-05, momentum=0.3, affine=True, ...track_running_stats=True)
     """
-    momentum = layer.momentum
     norm = TORCH_NORMS[layer.dims](
         layer.num_features,
         layer.eps,
-        momentum if isinstance(momentum, float) or momentum is None else _TORCH_MOMENTUM,
+        layer.momentum,
         layer.affine,
         layer.track_running_stats,
         **_place(layer),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from anybatch.conversion.module_swap import let_go, paths, swap
-from anybatch.conversion.norm_types import wrapper_refusal
+from anybatch.conversion.norm_types import recomputed_parameter, wrapper_refusal
 from anybatch.conversion.norm_with_activation import ends_in_activation, give_back_activation
 from anybatch.conversion.relu_fusion.fused_block import unfuse
 from anybatch.conversion.replacement import torch_norm
 from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from anybatch.layers.weight_centralization import decentralize, is_centralized
+from anybatch.layers.weight_centralization import CENTRALIZED, decentralize
 
 
 def to_batchnorm(model: nn.Module) -> nn.Module:
@@ -44,14 +44,15 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         raise ValueError(refusal)
     places = paths(model)
     layers = [module for module in places if isinstance(module, NormLayer)]
-    obstacles = [(places[layer][0], why) for layer in layers if (why := _obstacle(layer))]
+    centralized = [module for module in places if isinstance(module, CENTRALIZED)]
+    ours = (*layers, *centralized)
+    obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
     if obstacles:
         named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
-        raise ValueError(f"nothing was changed, as no plain batch norm is the same as\n{named}")
+        raise ValueError(f"nothing was changed, as no plain layer is the same as\n{named}")
     replacements: dict[nn.Module, nn.Module] = {layer: torch_norm(layer) for layer in layers}
-    for module in places:
-        if is_centralized(module):
-            decentralize(module)
+    for module in centralized:
+        decentralize(module)
     for layer, norm in replacements.items():
         if ends_in_activation(layer):
             give_back_activation(layer, norm)
@@ -60,8 +61,10 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     return swap(model, replacements)
 
 
-def _obstacle(layer: NormLayer) -> str | None:
-    """Why a layer's inference is not a torch batch norm's (which may use the batch, as ours)."""
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why no plain layer computes the same in evaluation, or None."""
+    if (why := recomputed_parameter(layer)) is not None or not isinstance(layer, NormLayer):
+        return why
     plain = isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
     if plain and not layer.track_running_stats and not layer.example_weight:
         return None

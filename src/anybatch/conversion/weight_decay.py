@@ -8,12 +8,13 @@ the network (four-things, section 3.3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.conversion.norm_paths import Paths, find_paths, scales
@@ -261,10 +262,17 @@ def _norm_parameters(
     """By identity: the decay of each parameter of norms, and whether it is a scale."""
     found: dict[int, tuple[float, bool]] = {}
     for module, amount in amounts.items():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _own_parameters(module):
             known, scale = found.get(id(parameter), (0.0, True))
-            found[id(parameter)] = (max(known, amount), scale and name == "weight")
+            found[id(parameter)] = (max(known, amount), scale and name.startswith("weight"))
     return found
+
+
+def _own_parameters(norm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A norm's parameters, and those that a parametrization computes its weight or bias from."""
+    yield from norm.named_parameters(recurse=False)
+    if parametrize.is_parametrized(norm):
+        yield from norm.parametrizations.named_parameters()  # type: ignore[union-attr]
 
 
 def _amount(name: str, value: float | bool, weight_decay: float) -> float:

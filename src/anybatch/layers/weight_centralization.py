@@ -138,6 +138,7 @@ _CENTRALIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: CentralizedConvTranspose3d,
     nn.Linear: CentralizedLinear,
 }
+CENTRALIZED = tuple(_CENTRALIZED.values())
 _PLAIN = {centralized: plain for plain, centralized in _CENTRALIZED.items()}
 
 
