@@ -112,6 +112,7 @@ def randomize(model: nn.Module) -> nn.Module:
                 module.num_batches_tracked.fill_(7)
             if module.weight is not None:
                 module.weight.uniform_(0.5, 1.5)
+            if getattr(module, "bias", None) is not None:
                 module.bias.normal_(0.0, 0.3)
     return model
 
