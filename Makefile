@@ -30,7 +30,7 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e ".[experiments,cpu]"
+	$(BIN)/python -m pip install --quiet -e ".[tools,cpu]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python

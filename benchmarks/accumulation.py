@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from anybatch.experiments.compare import machine
-from anybatch.experiments.config import BASELINE, Run
-from anybatch.experiments.training import Row, train
+from anybatch.tools.machine import machine
+from anybatch.tools.run import BASELINE, Run
+from anybatch.tools.training import Row, train
 
 COLUMNS = ("setting", "accuracy", "spread", "loss_gap")
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from anybatch.experiments import cross_iteration as study
-from anybatch.experiments.compare import machine
-from anybatch.experiments.config import Run
-from anybatch.experiments.data import load
-from anybatch.experiments.figures import png
-from anybatch.experiments.files import output_folder, write_json, write_whole
-from anybatch.experiments.training import train
+from anybatch.tools.data import load
+from anybatch.tools.figures import png
+from anybatch.tools.files import output_folder, write_json, write_whole
+from anybatch.tools.machine import machine
+from anybatch.tools.run import Run
+from anybatch.tools.training import train
+from papers.studies import cross_iteration as study
 
 RATES = (0.003, 0.01, 0.03)
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from anybatch.experiments.files import write_whole
-from anybatch.experiments.measurements import as_table, read_csv
+from anybatch.tools.files import write_whole
+from anybatch.tools.measurements import as_table, read_csv
 
 
 def draw(path: Path) -> Path:
     """Draw the picture of a CSV file; its path."""
-    from anybatch.experiments.figures import png
-    from anybatch.experiments.measurement_figures import ratios
+    from anybatch.tools.figures import png
+    from anybatch.tools.measurement_figures import ratios
 
     picture = png(ratios(read_csv(path)))
     target = path.with_suffix(".png")
@@ -42,7 +42,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         try:
             print(draw(path))
         except ImportError as error:
-            print(f"{path}: no picture without {error.name}: pip install 'anybatch[experiments]'")
+            print(f"{path}: no picture without {error.name}: pip install 'anybatch[tools]'")
     return 0
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from anybatch.experiments.config import Run
-from anybatch.experiments.example_weight import as_table, figure, pictures, weigh
-from anybatch.experiments.figures import png
+from anybatch.tools.figures import png
+from anybatch.tools.run import Run
+from papers.studies.example_weight import as_table, figure, pictures, weigh
 
 
 def main() -> None:

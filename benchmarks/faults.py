@@ -9,7 +9,7 @@ import warnings
 import torch
 from rich.progress import track
 
-from anybatch.experiments.faults import DOMAIN, FAULTS, GRADIENT, REMEMBERING, recovery
+from papers.studies.faults import DOMAIN, FAULTS, GRADIENT, REMEMBERING, recovery
 
 
 def main() -> None:

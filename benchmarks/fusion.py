@@ -21,10 +21,10 @@ from harness import FORMATS, arguments, finish, sizes, start, training_step
 from torch import Tensor, nn
 
 from anybatch import convert
-from anybatch.experiments.measurements import Measurement, Setting, timed
-from anybatch.experiments.models import build
-from anybatch.experiments.timing import Call, interleaved
 from anybatch.registry import METHODS
+from anybatch.tools.measurements import Measurement, Setting, timed
+from anybatch.tools.networks import build
+from anybatch.tools.timing import Call, interleaved
 
 SHAPES = ("32x64x56x56", "128x16x32x32", "2x64x56x56")
 FOLLOWING = ("relu", "add and relu")

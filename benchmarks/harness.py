@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.experiments.measurements import Measurement, as_table, surroundings, write_csv
-from anybatch.experiments.timing import Call
+from anybatch.tools.measurements import Measurement, as_table, surroundings, write_csv
+from anybatch.tools.timing import Call
 
 SHAPES = ("2x64x56x56", "32x64x56x56", "4x256x100x152", "128x16x32x32")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

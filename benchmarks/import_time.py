@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from anybatch.experiments.measurements import Setting, timed, write_csv
+from anybatch.tools.measurements import Setting, timed, write_csv
 
 BUDGET = 0.3  # seconds
 

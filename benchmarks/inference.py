@@ -16,9 +16,9 @@ from harness import arguments, finish, reason, sizes, start
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.experiments.measurements import Measurement, Setting, timed
-from anybatch.experiments.networks import Factory, example_shape, factory
-from anybatch.experiments.timing import interleaved
+from anybatch.tools.measurements import Measurement, Setting, timed
+from anybatch.tools.network_factory import Factory, example_shape, factory
+from anybatch.tools.timing import interleaved
 
 BASELINE = "nn.BatchNorm"
 METHOD_NAMES = ("bn", "mbn", "mabn", "brn", "cbn", "fs", "gn", "bgn")

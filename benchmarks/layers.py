@@ -25,10 +25,10 @@ from harness import DTYPES, FORMATS, SHAPES, arguments, finish, reason, sizes, s
 from peers import peers
 from torch import Tensor, nn
 
-from anybatch.experiments.bench import compiled, steady_options
-from anybatch.experiments.measurements import Measurement, Setting, timed
-from anybatch.experiments.timing import Call, graphed, interleaved
 from anybatch.registry import METHODS
+from anybatch.tools.bench import compiled, steady_options
+from anybatch.tools.measurements import Measurement, Setting, timed
+from anybatch.tools.timing import Call, graphed, interleaved
 
 BASELINE = "nn.BatchNorm2d"
 METHOD_NAMES = (

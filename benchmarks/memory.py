@@ -17,8 +17,8 @@ import training_step
 from harness import FORMATS, SHAPES, finish, reason
 from torch import nn
 
-from anybatch.experiments.measurements import Measurement, Setting, counted
-from anybatch.experiments.memory import kept_bytes, peak_bytes, tensors_of
+from anybatch.tools.measurements import Measurement, Setting, counted
+from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 
 
 def layer_rows(

@@ -12,8 +12,8 @@ from pathlib import Path
 from harness import SHAPES
 from roofline import MUST, issued
 
-from anybatch.experiments.files import write_text
-from anybatch.experiments.measurements import Measurement, cases, mean_ratio, read_csv
+from anybatch.tools.files import write_text
+from anybatch.tools.measurements import Measurement, cases, mean_ratio, read_csv
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
 PICTURES = ("layers", "roofline")

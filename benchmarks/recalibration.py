@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import anybatch
-from anybatch.experiments.classification import evaluate
-from anybatch.experiments.config import Run
-from anybatch.experiments.data import load
-from anybatch.experiments.training import train
-from anybatch.experiments.tuning import build, read_checkpoint, training_batches
+from anybatch.tools.classification import evaluate
+from anybatch.tools.data import load
+from anybatch.tools.run import Run
+from anybatch.tools.training import train
+from anybatch.tools.tune import build, read_checkpoint, training_batches
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from harness import DTYPES, FORMATS, SHAPES, arguments, reason, start
 from layers import data, makers
 from torch import Tensor, nn
 
-from anybatch.experiments.files import write_text
-from anybatch.experiments.measurements import Measurement, as_csv
-from anybatch.experiments.timing import quartiles
+from anybatch.tools.files import write_text
+from anybatch.tools.measurements import Measurement, as_csv
+from anybatch.tools.timing import quartiles
 
 NAMES = ("bn", "mbn", "mabn", "brn", "ghost", "bgn", "bs", "fs", "nn.GroupNorm")
 MUST = {"forward": 2.0, "backward": 3.0}  # units

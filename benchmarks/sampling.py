@@ -16,10 +16,10 @@ from harness import FORMATS, arguments, finish, sizes, start
 from torch import nn
 
 import anybatch
-from anybatch.experiments.bench import Bench, Variant, costs
-from anybatch.experiments.measurements import Measurement, Setting, timed
-from anybatch.experiments.networks import example_shape, factory
-from anybatch.experiments.timing import Call, interleaved
+from anybatch.tools.bench import Bench, Variant, costs
+from anybatch.tools.measurements import Measurement, Setting, timed
+from anybatch.tools.network_factory import example_shape, factory
+from anybatch.tools.timing import Call, interleaved
 
 SAMPLES = ("naive", "batch", "feature", "points")
 SHAPES = ("32x64x56x56", "128x16x32x32")

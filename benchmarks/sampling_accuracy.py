@@ -11,9 +11,10 @@ import argparse
 import statistics
 from pathlib import Path
 
-from anybatch.experiments.compare import machine, train_runs
-from anybatch.experiments.config import BASELINE, Option, Run
-from anybatch.experiments.training import Row
+from anybatch.tools.compare import train_runs
+from anybatch.tools.machine import machine
+from anybatch.tools.run import BASELINE, Option, Run
+from anybatch.tools.training import Row
 
 BATCH_SIZE = 128
 SHARES = (128, 32, 8)

@@ -22,17 +22,17 @@ import torch
 
 from anybatch.conversion import to_batchnorm
 from anybatch.evaluation.dataset_statistics import dataset_statistics
-from anybatch.experiments import sampling as study
-from anybatch.experiments import sampling_figures as figures
-from anybatch.experiments.classification import batches
-from anybatch.experiments.compare import machine
-from anybatch.experiments.config import BASELINE, Run
-from anybatch.experiments.data import Dataset, load
-from anybatch.experiments.example_weight import pictures
-from anybatch.experiments.figures import png
-from anybatch.experiments.files import output_folder, write_whole
-from anybatch.experiments.training import prepare, step
 from anybatch.layers import VirtualDataset
+from anybatch.tools.classification import batches
+from anybatch.tools.data import Dataset, load
+from anybatch.tools.figures import png
+from anybatch.tools.files import output_folder, write_whole
+from anybatch.tools.machine import machine
+from anybatch.tools.run import BASELINE, Run
+from anybatch.tools.training import prepare, step
+from papers.studies import sampling as study
+from papers.studies import sampling_figures as figures
+from papers.studies.example_weight import pictures
 
 PARTS = ("errors", "own", "averages", "regularity", "share")
 RATIO = 1 / 32

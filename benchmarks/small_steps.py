@@ -21,10 +21,10 @@ from harness import arguments, finish, start, training_step
 from torch import Tensor, nn
 
 from anybatch import convert
-from anybatch.experiments.measurements import Measurement, Setting, timed
-from anybatch.experiments.models import build
-from anybatch.experiments.timing import interleaved
 from anybatch.registry import METHODS
+from anybatch.tools.measurements import Measurement, Setting, timed
+from anybatch.tools.networks import build
+from anybatch.tools.timing import interleaved
 
 BASELINE = "nn.BatchNorm2d"
 

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import anybatch
-from anybatch.experiments.compare import machine
-from anybatch.experiments.models import build
+from anybatch.tools.machine import machine
+from anybatch.tools.networks import build
 
 SETTINGS = {
     "torch.nn.BatchNorm": None,

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from harness import DTYPES, arguments, finish, sizes, start
 
 from anybatch.backends import use_fused
-from anybatch.experiments.bench import MODES, Bench, Variant, costs
-from anybatch.experiments.compare import DEFAULT_METHODS
-from anybatch.experiments.networks import example_shape, factory
+from anybatch.tools.bench import MODES, Bench, Variant, costs
+from anybatch.tools.compare import DEFAULT_METHODS
+from anybatch.tools.network_factory import example_shape, factory
 
 # What cross-iteration batch norm can leave out, from what `convert` sets to what its paper has.
 WAYS = {

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from anybatch.experiments.config import Run
-from anybatch.experiments.training import train
+from anybatch.tools.run import Run
+from anybatch.tools.training import train
 
 
 class _Stopped(Exception):

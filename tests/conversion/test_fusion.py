@@ -19,7 +19,7 @@ from anybatch.conversion.producers import NormTracer, tensors_in
 from anybatch.conversion.relu_fusion.find import find_fusions
 from anybatch.conversion.relu_fusion.fused_block import fusions
 from anybatch.core.norm_layer import NormLayer
-from anybatch.experiments.models import build
+from anybatch.tools.networks import build
 from conversion.networks import NETWORKS, Network
 from zoo.listing import randomize
 

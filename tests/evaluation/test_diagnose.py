@@ -134,9 +134,9 @@ def test_backward_statistics_are_those_of_the_equation() -> None:
 
 def trained(batch_size: int, epochs: int = 3) -> tuple[nn.Module, Any]:
     """The network of `anybatch compare` after some epochs, and batches of the next."""
-    from anybatch.experiments import classification, training
-    from anybatch.experiments.config import Run
-    from anybatch.experiments.data import load
+    from anybatch.tools import classification, training
+    from anybatch.tools.data import load
+    from anybatch.tools.run import Run
 
     run = Run(batch_size=batch_size, epochs=12)
     data = load(run)

@@ -42,7 +42,7 @@ def main() -> None:
     command = [sys.executable, "-m", "anybatch", "methods"]
     bare = subprocess.run(command, capture_output=True, text=True, check=False)
     assert bare.returncode == 2, bare
-    assert "anybatch[experiments]" in bare.stderr, bare
+    assert "anybatch[tools]" in bare.stderr, bare
     print(f"anybatch {anybatch.__version__}, torch {torch.__version__}: the package works")
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import anybatch
-from anybatch.experiments import faults
-from anybatch.experiments.faults import GRADIENT, REMEMBERING, recovery
+from papers.studies import faults
+from papers.studies.faults import GRADIENT, REMEMBERING, recovery
 
 NOT_FINITE = [
     "one infinite value",

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from anybatch.experiments.config import Run
-from anybatch.experiments.faults import REMEMBERING
-from anybatch.experiments.training import train
 from anybatch.registry import METHODS
+from anybatch.tools.run import Run
+from anybatch.tools.training import train
+from papers.studies.faults import REMEMBERING
 from reliability.course import Course, kill_and_compare
 
 KILLS = "kills"  # a property of tests, which the summary adds up
 CODE = """
 import json, sys, torch
 from pathlib import Path
-from anybatch.experiments.config import Run
-from anybatch.experiments.training import train
+from anybatch.tools.run import Run
+from anybatch.tools.training import train
 torch.set_num_threads(1)
 print("ready", flush=True)
 run = Run.from_dict(json.loads(sys.argv[1]))

@@ -111,9 +111,7 @@ class ExampleWeightTuning:
         try:
             from matplotlib.figure import Figure  # no window, no state: nothing is opened
         except ImportError as error:
-            raise ImportError(
-                "plot needs matplotlib: pip install 'anybatch[experiments]'"
-            ) from error
+            raise ImportError("plot needs matplotlib: pip install 'anybatch[tools]'") from error
         figure = Figure(figsize=(4.2 * len(self.curves), 3.4), layout="constrained")
         panels = figure.subplots(1, len(self.curves), squeeze=False)[0]
         for axes, (name, values) in zip(panels, self.curves.items(), strict=True):

@@ -20,7 +20,7 @@ def render(package: str, template: str, **values: Any) -> str:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("a report needs Jinja: pip install 'anybatch[experiments]'") from error
+        raise ImportError("a report needs Jinja: pip install 'anybatch[tools]'") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package),
         autoescape=True,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anybatch.evaluation.diagnosis.diagnose import Diagnosis
 
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"  # Okabe and Ito's
-_EXTRA = "pip install 'anybatch[experiments]'"
+_EXTRA = "pip install 'anybatch[tools]'"
 NAMED = 24  # norms, up to which their names stand below a plot
 
 

@@ -1,0 +1,1 @@
+"""Specs of the papers' tables and figures, their trainings, results and pages."""

@@ -1,0 +1,1 @@
+"""Analyses behind the papers' claims that are no tables of trainings."""

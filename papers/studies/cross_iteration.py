@@ -1,0 +1,448 @@
+"""What cross-iteration batch normalization rests on, measured (cross-iteration-bn, section 4.4).
+
+How fast the gradients of a layer's statistics fade over earlier layers (appendix C, figure 6); how
+well old statistics are predicted at today's weights by nothing, by one layer's weights, by their
+second order (table 9), and by the weights of two layers; and what compensating two layers costs.
+The layers of the library compensate one: here everything is slow and plain, for chains of
+convolution, norm and ReLU.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anybatch.conversion.producers import find_feeders
+from anybatch.core.autograd import normalize
+from anybatch.core.statistics import Statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("naive", "one layer", "one layer, second order", "two layers")
+_TAYLOR = {"naive": (0, 0), "one layer": (1, 1), KINDS[2]: (1, 2), "two layers": (2, 1)}
+
+
+class Snapshot(NamedTuple):
+    """What is kept of a step to tell one layer's statistics at other weights.
+
+    Attributes:
+        start: Input of the layer before, or of the layer itself where it is the first.
+        earlier: Weight and bias of the convolution before, then mean, variance, scale, shift and
+            eps of its norm, all held constant but for the weight; None for the first layer.
+        weight: Weight of the convolution.
+        values: Values a channel.
+    """
+
+    start: Tensor
+    earlier: tuple[Any, ...] | None
+    weight: Tensor
+    values: int
+
+
+def _moments(snapshot: Snapshot, earlier: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and mean of squares of the convolution's output without its bias."""
+    x = snapshot.start
+    if snapshot.earlier is not None:
+        _, bias, mean, var, scale, shift, eps = snapshot.earlier
+        x = F.conv2d(x, snapshot.earlier[0] if earlier is None else earlier, bias, padding=1)
+        x = F.batch_norm(x, mean, var, scale, shift, False, 0.0, eps).relu()
+    out = F.conv2d(x, weight, padding=1)
+    return out.mean((0, 2, 3)), out.square().mean((0, 2, 3))
+
+
+def predict(
+    snapshot: Snapshot, earlier: Tensor | None, weight: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """An old batch's mean and variance at today's weights, by a Taylor polynomial.
+
+    Args:
+        snapshot: Of the old step.
+        earlier: Today's weight of the layer before; None where there is none.
+        weight: Today's weight of the layer.
+        kind: One of `KINDS`. For "two layers" the polynomial is of both layers' weights, the
+            statistics, scale and shift of the norm between them being constants; for the others of
+            this layer's alone (equations 7 and 8).
+
+    Returns:
+        Mean, and variance clamped as in equation 10, without the bias.
+    """
+    layers, order = _TAYLOR[kind]
+    then = None if snapshot.earlier is None else snapshot.earlier[0]
+
+    def along(t: Tensor) -> tuple[Tensor, Tensor]:
+        now = snapshot.weight + t * (weight - snapshot.weight)
+        if layers == 2 and then is not None and earlier is not None:
+            return _moments(snapshot, then + t * (earlier - then), now)
+        return _moments(snapshot, then, now)
+
+    with torch.no_grad():
+        zero, one = weight.new_zeros(()), weight.new_ones(())
+        mean, second = along(zero)
+        if order >= 1:
+            slopes = torch.func.jvp(along, (zero,), (one,))[1]
+            mean, second = mean + slopes[0], second + slopes[1]
+        if order == 2:
+            curves = torch.func.jvp(
+                lambda t: torch.func.jvp(along, (t,), (one,))[1], (zero,), (one,)
+            )[1]
+            mean, second = mean + curves[0] / 2, second + curves[1] / 2
+        return mean, (second - mean.square()).clamp_(min=0)
+
+
+class Chain(nn.Module):
+    """Convolutions with cross-iteration norms and ReLUs, and a linear head, for experiments.
+
+    Args:
+        widths: Channels, from those of the input on.
+        classes: Of the head.
+        window: Steps in the averages, this one included (default 8).
+        kind: One of `KINDS`: how old statistics are moved to today's weights.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], classes: int, window: int = 8, kind: str = "one layer"
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: give one of {', '.join(map(repr, KINDS))}")
+        self.window, self.kind = window, kind
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.head = nn.Linear(widths[-1], classes)
+        self.used: list[Statistics] = []
+        self.past: list[deque[Snapshot]] = [deque(maxlen=window - 1) for _ in self.convs]
+
+    @property
+    def pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Each convolution with its norm."""
+        return list(zip(self.convs, self.norms, strict=True))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of the classes."""
+        before: Tensor | None = None  # input of the layer before
+        self.used = [] if self.training else self.used
+        earlier: tuple[Any, ...] | None = None
+        for (conv, norm), past in zip(self.pairs, self.past, strict=True):
+            out = conv(x)
+            if not self.training:
+                x = norm(out).relu()
+                continue
+            snapshot = Snapshot(
+                x.detach() if before is None else before,
+                earlier,
+                conv.weight.detach().clone(),
+                out.numel() // out.shape[1],
+            )
+            statistics = self._statistics(out.detach(), conv, snapshot, past)
+            past.append(snapshot)
+            self.used.append(statistics)
+            _track(norm, statistics)
+            before, earlier = x.detach(), _constants(conv, norm, statistics)
+            sizes = (out.shape[0],)
+            x = normalize(out, norm.weight, norm.bias, sizes, statistics, norm.eps).relu()
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+    def _statistics(
+        self, out: Tensor, conv: nn.Conv2d, now: Snapshot, past: deque[Snapshot]
+    ) -> Statistics:
+        """Equations 9 to 11 over the window."""
+        var, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+        weight = None if now.earlier is None else now.earlier[0]
+        entries = [(now.values, mean, var)]
+        for old in past:
+            moved, spread = predict(old, weight, now.weight, self.kind)
+            bias = 0.0 if conv.bias is None else conv.bias.detach()
+            entries.append((old.values, moved + bias, spread))
+        total = sum(values for values, _, _ in entries)
+        pooled = sum((m * (n / total) for n, m, _ in entries), torch.zeros_like(mean))
+        parts = ((v + (m - pooled).square()) * (n / total) for n, m, v in entries)
+        spread = sum(parts, torch.zeros_like(var))
+        return Statistics(pooled, spread, share=now.values / total)
+
+
+def _constants(conv: nn.Conv2d, norm: nn.BatchNorm2d, statistics: Statistics) -> tuple[Any, ...]:
+    tensors = (conv.weight, conv.bias, statistics.mean, statistics.var, norm.weight, norm.bias)
+    return (*(None if t is None else t.detach().clone() for t in tensors), norm.eps)
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, statistics: Statistics) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert statistics.mean is not None
+    norm.running_mean.lerp_(statistics.mean, 0.1)
+    norm.running_var.lerp_(statistics.var, 0.1)
+
+
+def batches(x: Tensor, y: Tensor, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """Random batches of a data set, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        index = torch.randint(len(x), (size,), generator=generator)
+        yield x[index], y[index]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far predicted statistics are from the true ones, by kind and age.
+
+    Attributes:
+        layer: Truth: the old input of the layer under today's weights of the layer.
+        network: Truth: the old batch through the whole of today's network.
+    """
+
+    layer: dict[str, list[float]]
+    network: dict[str, list[float]]
+
+
+def compensation_errors(
+    x: Tensor,
+    y: Tensor,
+    *,
+    widths: Sequence[int] = (8, 8, 16),
+    batch_size: int = 4,
+    window: int = 8,
+    steps: int = 50,
+    rate: float = 0.01,
+    seed: int = 0,
+) -> Errors:
+    """Train a chain and measure how well each kind predicts old statistics at today's weights.
+
+    The error of a step is the root mean square, over the channels of the last convolution, of the
+    mean's in standard deviations and the variance's as a part of the variance; here averaged over
+    the steps from `window` on.
+
+    Args:
+        x: Pictures ``(N, C, H, W)``.
+        y: Their classes.
+        widths: Channels of the convolutions.
+        batch_size: Examples in a step.
+        window: Steps in the averages.
+        steps: Steps of SGD with momentum 0.9.
+        rate: Its learning rate.
+        seed: Of weights and batches.
+
+    Returns:
+        Errors by kind, a list by age from 1 to ``window - 1``.
+    """
+    torch.manual_seed(seed)
+    net = Chain((x.shape[1], *widths), int(y.max()) + 1, window)
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
+    kept: deque[Tensor] = deque(maxlen=window - 1)
+    sums: dict[tuple[str, str, int], list[float]] = {}
+    for step, (some, classes) in enumerate(batches(x, y, batch_size, steps, seed)):
+        if step >= window:
+            now, earlier = (net.pairs[k][0].weight.detach() for k in (-1, -2))
+            for age in range(1, window):
+                old = net.past[-1][-age]
+                truths = {"layer": _by_layer(old, now), "network": _by_network(net, kept[-age])}
+                for kind in KINDS:
+                    found = predict(old, earlier, now, kind)
+                    for name, truth in truths.items():
+                        error = _distance(found, truth)
+                        sums.setdefault((name, kind, age), []).append(error)
+        loss = F.cross_entropy(net(some), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        kept.append(some)
+    ages = range(1, window)
+    tables = [
+        {kind: [fmean(sums[name, kind, age]) for age in ages] for kind in KINDS}
+        for name in ("layer", "network")
+    ]
+    return Errors(*tables)
+
+
+@torch.no_grad()
+def _by_layer(old: Snapshot, weight: Tensor) -> tuple[Tensor, Tensor]:
+    mean, second = _moments(old, None, weight)
+    return mean, second - mean.square()
+
+
+@torch.no_grad()
+def _by_network(net: Chain, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of the last convolution for an old batch under today's network.
+
+    Norms in between take the statistics that they took last, not those of this batch alone.
+    """
+    for (conv, norm), statistics in zip(net.pairs[:-1], net.used, strict=False):
+        mean, var = statistics.mean, statistics.var
+        out = conv(x)
+        x = F.batch_norm(out, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps).relu()
+    out = F.conv2d(x, net.pairs[-1][0].weight, padding=1)
+    var, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+    return mean, var
+
+
+def _distance(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
+    var = truth[1].clamp(min=1e-6)
+    mean_error = (found[0] - truth[0]).square() / var
+    var_error = (found[1] / var - 1).square()
+    return float((mean_error + var_error).mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Norms of the gradients of layers' statistics, relative to those for the layer's own weights.
+
+    Attributes:
+        mean: Of the means, by layers back from 0 on, averaged over the layers that have so many.
+        square: Of the means of squares.
+    """
+
+    mean: list[float]
+    square: list[float]
+
+
+def gradient_decay(model: nn.Module, x: Tensor, *, back: int = 2, probes: int = 8) -> Decay:
+    """How fast the gradients of a layer's statistics fade over earlier layers (appendix C).
+
+    ``||d mu^l / d w^r||_F / ||d mu^l / d w^l||_F`` for r = l, l - 1, ..., and the same for nu, the
+    mean of squares, averaged over the pairs l of a convolution and the norm that it feeds. Norms
+    are estimated by Hutchinson's method: the mean, over random signs s of the channels, of the
+    squared norm of the gradient of ``sum(s * mu)`` is the squared norm of the Jacobian.
+
+    Args:
+        model: A network, left as it was but for the running statistics of norms in training mode.
+        x: A batch for it.
+        back: Layers back, at most (default 2).
+        probes: Random signs (default 8), from torch's generator.
+
+    Returns:
+        The ratios; the first is 1.
+
+    Raises:
+        ValueError: If the network has fewer than two pairs.
+
+    Source: cross-iteration-bn, appendix C and figure 6.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+        ...                     nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        >>> gradient_decay(net, torch.randn(2, 1, 8, 8), back=1).mean[0]
+        1.0
+    """
+    modules = dict(model.named_modules())
+    found = find_feeders(model, x)
+    pairs = [modules[feeder.name] for feeder in found.values() if feeder.name is not None]
+    if len(pairs) < 2:
+        raise ValueError(f"model: {len(pairs)} of its norms are fed by a convolution, give two")
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[module] = output
+
+    handles = [module.register_forward_hook(note) for module in pairs]
+    try:
+        with torch.enable_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    norms: dict[tuple[str, int], list[float]] = {}
+    for index, layer in enumerate(pairs):
+        out = outputs[layer].transpose(0, 1).flatten(1)
+        reach = range(min(back, index) + 1)
+        weights = [pairs[index - k].weight for k in reach]
+        for name, statistic in (("mean", out.mean(1)), ("square", out.square().mean(1))):
+            squares = [0.0] * len(weights)
+            for _ in range(probes):
+                signs = torch.randint_like(statistic, 2) * 2 - 1
+                slopes = torch.autograd.grad(
+                    statistic @ signs, weights, retain_graph=True, allow_unused=True
+                )
+                for k, slope in enumerate(slopes):
+                    squares[k] += 0.0 if slope is None else float(slope.square().sum())
+            for k in reach:
+                norms.setdefault((name, k), []).append((squares[k] / squares[0]) ** 0.5)
+    ratios = [[fmean(norms[name, k]) for k in range(back + 1)] for name in ("mean", "square")]
+    return Decay(*ratios)
+
+
+def step_seconds(x: Tensor, y: Tensor, *, batch_size: int = 4, rounds: int = 7) -> dict[str, float]:
+    """What a training step of a chain costs, for each kind in the same plain code.
+
+    Args:
+        x: Pictures.
+        y: Their classes.
+        batch_size: Examples in a step.
+        rounds: Blocks of 5 steps a kind, interleaved.
+
+    Returns:
+        The median seconds of a step.
+    """
+    torch.manual_seed(0)
+    nets = {kind: Chain((x.shape[1], 8, 8, 16), int(y.max()) + 1, 8, kind) for kind in KINDS}
+    some = list(batches(x, y, batch_size, 13, 0))
+
+    def block(net: Chain, steps: int) -> float:
+        start = time.perf_counter()
+        for given, classes in some[:steps]:
+            F.cross_entropy(net(given), classes).backward()
+        return (time.perf_counter() - start) / steps
+
+    for net in nets.values():
+        block(net, 8)  # fills the window
+    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(rounds):
+        for kind, net in nets.items():
+            taken[kind].append(block(net, 5))
+    return {kind: median(values) for kind, values in taken.items()}
+
+
+def error_figure(errors: Errors) -> "Figure":
+    """Errors by age, for both truths."""
+    from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
+
+    figure = blank(10, 4.2)
+    titles = {"layer": "today's weights of this layer", "network": "today's whole network"}
+    for place, (name, title) in enumerate(titles.items()):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for index, (kind, values) in enumerate(getattr(errors, name).items()):
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                label=kind,
+                color=COLOURS[index],
+                marker=MARKERS[index],
+                linestyle=DASHES[index],
+            )
+        axes.set(title=f"truth: {title}", xlabel="age of the batch, steps", ylabel="error")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def decay_figure(decays: dict[str, Decay]) -> "Figure":
+    """Ratios of gradient norms by layers back, a line a stage of training."""
+    from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
+
+    figure = blank(10, 4.2)
+    for place, (name, title) in enumerate((("mean", "of the mean"), ("square", "of the square"))):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for index, (stage, decay) in enumerate(decays.items()):
+            values = getattr(decay, name)
+            axes.plot(
+                range(len(values)),
+                values,
+                label=stage,
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                linestyle=DASHES[index % len(DASHES)],
+            )
+        axes.set(title=f"gradient {title}", xlabel="layers back", ylabel="norm, own layer = 1")
+        axes.set_xticks(range(len(values)))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -1,0 +1,81 @@
+"""Output, errors and interruption of the commands."""
+
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+INTERRUPTED = 130
+_stop_requested = threading.Event()
+_Command = TypeVar("_Command", bound=Callable[..., None])
+console = Console()
+errors = Console(stderr=True)
+
+
+def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
+    """Decorate a command so that errors become one line and an exit code.
+
+    The exit code is 2 for a wrong argument, 130 for Ctrl-C and 1 for a full disk.
+
+    Args:
+        program: The program that the command is part of.
+    """
+
+    def decorate(command: _Command) -> _Command:
+        @wraps(command)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+            except KeyboardInterrupt as error:
+                raise _interrupted(program) from error
+            except Exception as error:
+                if _stop_requested.is_set():  # an interrupted import may fail in its own way
+                    raise _interrupted(program) from error
+                if isinstance(error, ValueError | TypeError):
+                    errors.print(f"[bold red]error[/]  {escape(str(error))}", soft_wrap=True)
+                    raise typer.Exit(2) from error
+                if isinstance(error, OSError):  # a full disk, or a folder that was removed
+                    errors.print(
+                        f"[bold red]error[/]  {escape(str(error))}; what is done is kept. "
+                        f"To go on: [bold]{escape(typed_command(program))}[/]",
+                        soft_wrap=True,
+                    )
+                    raise typer.Exit(1) from error
+                raise
+
+        return guarded  # type: ignore[return-value]
+
+    return decorate
+
+
+def _interrupted(program: str) -> typer.Exit:
+    errors.print(
+        f"\nstopped; what is done is kept. To go on: [bold]{escape(typed_command(program))}[/]",
+        soft_wrap=True,
+    )
+    return typer.Exit(INTERRUPTED)
+
+
+def typed_command(program: str = "anybatch") -> str:
+    """Return the command as it was typed."""
+    return f"{program} {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def start(application: typer.Typer) -> None:
+    """Run an application; a request to stop, as a scheduler sends it, is treated as Ctrl-C."""
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup
+        signal.signal(signal.SIGINT, _stop)
+    application()
+
+
+def _stop(*_: object) -> None:
+    _stop_requested.set()
+    raise KeyboardInterrupt

@@ -1,0 +1,33 @@
+"""``anybatch methods``: list the methods."""
+
+import json
+from dataclasses import fields
+
+from rich.table import Table
+
+from anybatch.cli.console import console, plain_errors
+from anybatch.cli.options import AsJson
+from anybatch.registry import METHODS
+
+
+@plain_errors()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, what they do and when to use them."""
+    if as_json:
+        names = [f.name for f in fields(next(iter(METHODS.values()))) if f.name != "builder"]
+        rows = [
+            {name: getattr(method, name) for name in names} | {"options": sorted(method.options)}
+            for method in METHODS.values()
+        ]
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(show_lines=True)
+    for column in ("name", "method", "what it does", "when", "options"):
+        table.add_column(column)
+    for method in METHODS.values():
+        own = [n for n in method.options if n not in ("norm_batch_size", "example_weight")]
+        table.add_row(
+            f"[bold]{method.name}[/]", method.title, method.summary, method.when, ", ".join(own)
+        )
+    console.print(table)
+    console.print("every method of this library also takes norm_batch_size and example_weight")

@@ -1,0 +1,136 @@
+"""Options that several commands share, and what a shell completes for them.
+
+`anybatch.tools` is imported only when it is needed, as everywhere in the command line.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anybatch.registry import METHODS
+
+
+def starting_with(incomplete: str, choices: Iterable[str]) -> list[str]:
+    """Return the choices that begin with what was typed."""
+    return [choice for choice in choices if choice.startswith(incomplete)]
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """Complete names of data sets."""
+    from anybatch.tools.run import DATA
+
+    return starting_with(incomplete, DATA)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Complete names of networks."""
+    from anybatch.tools.networks import MODELS
+
+    return starting_with(incomplete, MODELS)
+
+
+def complete_precision(incomplete: str) -> list[str]:
+    """Complete precisions."""
+    from anybatch.tools.run import PRECISIONS
+
+    return starting_with(incomplete, PRECISIONS)
+
+
+def complete_metric(incomplete: str) -> list[str]:
+    """Complete names of metrics."""
+    from anybatch.evaluation.example_weight_search import METRICS
+
+    return starting_with(incomplete, METRICS)
+
+
+def complete_method(incomplete: str) -> list[tuple[str, str]]:
+    """Complete short names of methods, with their titles; torch is torch's own batch norm."""
+    from anybatch.tools.run import BASELINE
+
+    known = {name: method.title for name, method in METHODS.items()}
+    known[BASELINE] = "torch's batch norm"
+    return [(name, known[name]) for name in starting_with(incomplete, known)]
+
+
+def complete_methods(incomplete: str) -> list[tuple[str, str]]:
+    """Complete the last of several short names, with one that is not there yet."""
+    there, comma, last = incomplete.rpartition(",")
+    names = [name for name in starting_with(last, METHODS) if name not in there.split(",")]
+    return [(f"{there}{comma}{name}", METHODS[name].title) for name in names]
+
+
+def complete_option(incomplete: str) -> list[str]:
+    """Complete METHOD.NAME= for every option of every method."""
+    return starting_with(
+        incomplete, (f"{m.name}.{n}=" for m in METHODS.values() for n in m.options)
+    )
+
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz.",
+        autocompletion=complete_data,
+    ),
+]
+TunedData = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz. "
+        "[dim]Default: the checkpoint's, or digits.[/]",
+        autocompletion=complete_data,
+    ),
+]
+Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11, vgg16, "
+        "torchvision:NAME or timm:NAME. "
+        "[dim]Default: mlp for digits, else resnet8.[/]",
+        autocompletion=complete_model,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(help="Examples in a step.")]
+NormBatchSize = Annotated[
+    int | None, typer.Option(help="Examples that share statistics. [dim]Default: the batch.[/]")
+]
+Accumulate = Annotated[
+    int, typer.Option(help="Micro-batches that a step's examples come in (gradient accumulation).")
+]
+Centralize = Annotated[
+    bool,
+    typer.Option("--centralize", help="Centralize weights before norms, whatever the method."),
+]
+Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16 (autocast).", autocompletion=complete_precision
+    ),
+]
+TrainSize = Annotated[int | None, typer.Option(help="Use only so many training examples.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        help="An option of a method, as in mabn.window=8; repeatable.",
+        autocompletion=complete_option,
+    ),
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Short names, with commas. [dim]Default: those for small batches.[/]",
+        autocompletion=complete_methods,
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML or JSON file of these options; those that are typed come first."),
+]
+Output = Annotated[Path | None, typer.Option(help="Folder of the results.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

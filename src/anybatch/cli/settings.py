@@ -1,0 +1,159 @@
+"""Settings of the commands, from options as typed and from files."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from anybatch.tools.run import Option, Run
+
+
+def read_settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
+    """Return a command's options: those typed, then those of the file, then the defaults."""
+    from anybatch.tools.config import read_config
+
+    given: dict[str, Any] = dict(context.params)
+    given.pop("config", None)
+    if config is None:
+        return given
+    read = {name.replace("-", "_"): value for name, value in read_config(config).items()}
+    for name, value in read.items():
+        if name not in given:
+            known = ", ".join(sorted(given))
+            raise ValueError(f"config={str(config)!r}: {name}={value!r} is none of {known}")
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT":
+            given[name] = value
+    for name in ("methods", "seeds", "candidates", "batch_sizes"):
+        if isinstance(given.get(name), list):
+            given[name] = ",".join(map(str, given[name]))
+    return given
+
+
+def build_run(given: dict[str, Any]) -> "Run":
+    """Return the run of a command's options; its method is torch's batch norm."""
+    from anybatch.tools.run import Run
+
+    model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
+    names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
+    more = ("device", "precision", "train_size")
+    check_device(given["device"])
+    return Run(model=model, **{name: given[name] for name in (*names, *more)})
+
+
+def build_method_run(given: dict[str, Any], doing: str) -> "Run":
+    """Return the run of a command that takes one method, with the method's options.
+
+    Args:
+        given: The command's options.
+        doing: What the command does with the method, as in "trained", for the error.
+
+    Raises:
+        ValueError: For an option of another method.
+    """
+    from anybatch.tools.config import parse_options
+
+    method = given["method"]
+    options = parse_options(given["option"] or [])
+    if wrong := ", ".join(sorted(set(options) - {method})):
+        raise ValueError(f"option={wrong}: the method {doing} is {method!r}")
+    return build_run(given).but(
+        method=method,
+        seed=given["seed"],
+        centralize=given["centralize"],
+        options=options.get(method, ()),
+    )
+
+
+def check_device(name: str) -> None:
+    """Check that torch can use a device.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r}: {reason}; 'cpu' always works") from error
+
+
+def limit_threads(device: str) -> None:
+    """Let torch use at most two threads on a CPU: at small batches more of them cost time."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+def named_methods(given: dict[str, Any]) -> tuple[str, ...]:
+    """Return the methods that were named, or those for small batches."""
+    from anybatch.tools.compare import DEFAULT_METHODS
+
+    names = given["methods"]
+    return DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+
+
+def options_of(chosen: tuple[str, ...], given: dict[str, Any]) -> "dict[str, tuple[Option, ...]]":
+    """Return the options of the methods that were named."""
+    from anybatch.tools.config import parse_options
+
+    options = parse_options(given["option"] or [])
+    for name in options:
+        if name not in chosen:
+            raise ValueError(f"option={name!r}: it is none of the methods {', '.join(chosen)}")
+    return options
+
+
+def parse_counts(name: str, text: str, example: str) -> tuple[int, ...]:
+    """Parse whole numbers from 1 on, separated by commas; each counts once.
+
+    Args:
+        name: Name of the option, for the error.
+        text: The text.
+        example: A valid text, for the error.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: give numbers with commas, as in {example}") from error
+    if min(numbers) < 1:
+        raise ValueError(f"{name}={text!r}: give numbers from 1 on")
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Parse how many seeds, as in 3, or which, as in 0,1,2.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"seeds={text!r}: give a number, or numbers with commas") from error
+    if len(numbers) > 1 or "," in text:
+        return numbers
+    if numbers[0] < 1:
+        raise ValueError(f"seeds={text!r}: give 1 or more, or the seeds with commas")
+    return tuple(range(numbers[0]))
+
+
+def count_workers(workers: int | None, device: str) -> int:
+    """Return the number of processes: as given, or one per core on a CPU and one on a GPU.
+
+    Raises:
+        ValueError: For a number below 1.
+    """
+    if workers is not None:
+        if workers < 1:
+            raise ValueError(f"workers={workers}: give 1 or more")
+        return int(workers)
+    return max(os.cpu_count() or 1, 1) if device == "cpu" else 1

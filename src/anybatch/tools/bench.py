@@ -1,0 +1,386 @@
+"""What each method would cost in a network: time of a training step, memory, inference."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.conversion import NoEffectWarning, convert, fold
+from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.core.arguments import check_choice, check_count
+from anybatch.layers import VirtualDataset
+from anybatch.registry import get_method
+from anybatch.schedule import NormScheduler
+from anybatch.tools.flops import count_flops
+from anybatch.tools.measurements import Measurement, Setting, counted, timed
+from anybatch.tools.memory import held_bytes, kept_bytes, peak_bytes, tensors_of
+from anybatch.tools.network_factory import Factory
+from anybatch.tools.run import BASELINE, PRECISIONS, Option
+from anybatch.tools.timing import Call, graphed, interleaved
+
+MODES = ("eager", "compiled", "graph")
+QUESTIONS = ("step", "inference", "kept", "peak")
+# Beside these: what a training holds with parameters, state and optimizer; operations of a step;
+# time and operations of inference with norms merged into the layers before them, where they can be.
+ALL_QUESTIONS = (*QUESTIONS, "memory", "flops", "folded", "folded flops")
+_TIMED = ("step", "inference", "folded")
+_LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+Show = Callable[[str, int, int], None]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How a network is measured.
+
+    Attributes:
+        name: Of the network, for the rows.
+        factory: Makes it.
+        inputs: Shapes of what it takes, the batch first.
+        batch_size: In the place of the first size of each input; None for the inputs' own.
+        device: Where.
+        precision: "float32"; "bfloat16" or "float16" by autocast.
+        channels_last: Weights and inputs of 4 and 5 dimensions in that format.
+        mode: "eager", "compiled" by torch.compile, or "graph", replays of a CUDA graph.
+        rounds: Blocks a network.
+        block_seconds: Length of a block.
+        questions: Of `ALL_QUESTIONS` (default: `QUESTIONS`).
+    """
+
+    name: str
+    factory: Factory
+    inputs: tuple[tuple[int, ...], ...]
+    batch_size: int | None = None
+    device: str = "cpu"
+    precision: str = "float32"
+    channels_last: bool = False
+    mode: str = "eager"
+    rounds: int = 15
+    block_seconds: float = 0.05
+    questions: tuple[str, ...] = QUESTIONS
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("mode", self.mode, MODES)
+        check_count("rounds", self.rounds)
+        for question in self.questions:
+            check_choice("questions", question, ALL_QUESTIONS)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        if self.mode == "graph" and torch.device(self.device).type != "cuda":
+            raise ValueError(f"mode='graph': device={self.device!r} has no CUDA graphs")
+
+    @property
+    def examples(self) -> int:
+        """Examples in a batch."""
+        return self.inputs[0][0] if self.batch_size is None else self.batch_size
+
+    def setting(self, question: str) -> Setting:
+        """What the rows of a question have in common."""
+        form = "channels_last" if self.channels_last else "contiguous"
+        case = f"{self.name}, batch {self.examples}"
+        return Setting(question, case, form, self.precision, self.mode)
+
+
+class Variant(NamedTuple):
+    """A method with its options; "torch" leaves the network as it is."""
+
+    method: str
+    options: tuple[Option, ...] = ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured.
+
+    Attributes:
+        rows: A row a question and variant.
+        failed: Why, of each variant that could not be measured.
+    """
+
+    rows: list[Measurement] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def steady_options(method: str) -> dict[str, Any]:
+    """Options by which a method does at once what it does in most of a training.
+
+    Example:
+        >>> steady_options("brn")
+        {'warmup_steps': 1}
+    """
+    usual: dict[str, dict[str, Any]] = {
+        "mabn": {"warmup_steps": 1, "renorm_warmup_steps": 1},
+        "brn": {"warmup_steps": 1},
+        "cbn": {"burn_in": 0.0},
+    }
+    return usual.get(method, {})
+
+
+def costs(bench: Bench, variants: Mapping[str, Variant], show: Show | None = None) -> Costs:
+    """Measure a network with each of some methods, in turn in one process.
+
+    A training step is forward, mean square of what comes out, backward and SGD with momentum, on
+    random inputs. The baseline is the network as it is, named "torch".
+
+    Args:
+        bench: The network, and how it is measured.
+        variants: Methods by name.
+        show: Called with what is under way, how much is done, and of how much.
+
+    Returns:
+        The rows, those of "torch" first; a variant that cannot be measured gives its reason.
+
+    Raises:
+        ValueError: If the network cannot be trained as it is, or has no batch norm.
+    """
+    show = show or (lambda what, done, total: None)
+    everyone = {BASELINE: Variant(BASELINE), **variants}
+    subjects: dict[str, _Subject] = {}
+    found = Costs()
+    with _room_for_graphs(bench.mode):
+        for done, (name, variant) in enumerate(everyone.items(), 1):
+            subject = _try(bench, name, partial(_Subject, bench, variant), found.failed)
+            if subject is not None:
+                subjects[name] = subject
+            show("first steps", done, len(everyone))
+            if not any(map(is_batch_norm, subjects[BASELINE].model.modules())):
+                raise ValueError(f"model={bench.name!r}: it has no batch norm to replace")
+        for question in bench.questions:
+            found.rows.extend(_ask(bench, question, subjects, found.failed, show))
+    return found
+
+
+def _try(bench: Bench, name: str, make: Callable[[], _T], failed: dict[str, str]) -> _T | None:
+    """What can be made; None, and why, of what cannot. Without a baseline there is nothing."""
+    try:
+        return make()
+    except Exception as error:  # of a network, a compiler, a device: anything can go wrong
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        if name == BASELINE:
+            raise ValueError(
+                f"model={bench.name!r}: it cannot be trained as it is on inputs of "
+                f"{_written(bench)} ({reason})"
+            ) from error
+        failed[name] = reason
+        return None
+
+
+def _written(bench: Bench) -> str:
+    return ", ".join("x".join(map(str, (bench.examples, *s[1:]))) for s in bench.inputs)
+
+
+def _ask(
+    bench: Bench,
+    question: str,
+    subjects: Mapping[str, "_Subject"],
+    failed: dict[str, str],
+    show: Show,
+) -> list[Measurement]:
+    setting = bench.setting(question)
+    if question in _TIMED:
+        calls = {}
+        for name, one in subjects.items():
+            call = _try(bench, name, partial(one.call, question), failed)
+            if call is not None:
+                calls[name] = call
+        times = interleaved(
+            calls,
+            bench.rounds,
+            device=bench.device,
+            block_seconds=bench.block_seconds,
+            on_round=lambda done: show(_DOING[question], done, bench.rounds),
+        )
+        return timed(setting, times, BASELINE)
+    sizes: dict[str, int | None] = {}
+    for done, (name, one) in enumerate(subjects.items(), 1):
+        sizes[name] = _try(bench, name, partial(one.count, question), failed)
+        show(_DOING[question], done, len(subjects))
+    return counted(setting, sizes, BASELINE, "MFLOP" if "flops" in question else "MB")
+
+
+_DOING = {
+    "step": "training steps",
+    "inference": "inference",
+    "kept": "memory kept",
+    "peak": "most memory",
+    "memory": "memory of training",
+    "flops": "operations",
+    "folded": "inference, folded",
+    "folded flops": "operations of inference",
+}
+
+
+class _Subject:
+    """A network with a method, ready to train."""
+
+    def __init__(self, bench: Bench, variant: Variant) -> None:
+        self.bench, self.device = bench, torch.device(bench.device)
+        torch.manual_seed(0)
+        model = bench.factory()
+        self.inputs = [self._input(shape) for shape in bench.inputs]
+        self.model = self._placed(self._converted(model, variant)).train()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
+        self.network: Callable[..., Any] = self.model
+        if bench.mode == "compiled":
+            self.network = compiled(self.model)
+        self.train_step()
+
+    def _input(self, shape: tuple[int, ...]) -> Tensor:
+        x = torch.randn(self.bench.examples, *shape[1:], device=self.device)
+        last = self.bench.channels_last and x.dim() in _FORMATS
+        return x.contiguous(memory_format=_FORMATS[x.dim()]) if last else x
+
+    def _converted(self, model: nn.Module, variant: Variant) -> nn.Module:
+        if variant.method == BASELINE:
+            return model
+        method, options = get_method(variant.method), dict(variant.options)
+        options = {**steady_options(variant.method), **options}
+        virtual = options.pop("num_virtual", 2) if method.wraps else 0
+        with _strict_conversion():
+            model = convert(
+                model,
+                variant.method,
+                batch_size=self.bench.examples,
+                example_inputs=tuple(x.cpu() for x in self.inputs),
+                **options,
+            )
+        if method.wraps:
+            model = VirtualDataset(model, 0.0, 1.0, virtual, seed=0)
+        if any(isinstance(module, NormLayer) for module in model.modules()):
+            NormScheduler(model, 3, last_epoch=1)  # beyond the first epoch, in which some do less
+        return model
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.device)
+        if self.bench.channels_last:
+            for parameter in model.parameters():
+                if parameter.dim() in _FORMATS:
+                    form = _FORMATS[parameter.dim()]
+                    parameter.data = parameter.data.contiguous(memory_format=form)
+        return model
+
+    def train_step(self) -> None:
+        """Forward, backward and the optimizer."""
+        self.optimizer.zero_grad()
+        self._loss().backward()
+        self.optimizer.step()
+
+    def _loss(self) -> Tensor:
+        with self._autocast():
+            out = self.network(*self.inputs)
+        values = [t.float().square().mean() for t in _tensors(out) if t.requires_grad]
+        if not values:
+            raise ValueError("what it puts out has no gradient")
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def _infer(self, network: Callable[..., Any]) -> None:
+        with torch.no_grad(), self._autocast():
+            network(*self.inputs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.bench.precision == "float32":
+            return nullcontext()
+        keeps = self.bench.mode != "graph"  # casts of a capture are no other's
+        return torch.autocast(self.device.type, _LOW[self.bench.precision], cache_enabled=keeps)
+
+    def call(self, question: str) -> Call:
+        """What is timed, after a first time of it."""
+        self.model.train(question == "step")
+        call = self.train_step
+        if question != "step":
+            call = partial(self._infer, self._folded() if question == "folded" else self.network)
+        call()
+        return graphed(call) if self.bench.mode == "graph" else call
+
+    def _folded(self) -> Callable[..., Any]:
+        """A copy for inference, its norms merged into the layers before them where they can be."""
+        model = copy.deepcopy(self.model).eval()
+        inside = model.model if isinstance(model, VirtualDataset) else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffectWarning)  # as of norms that cannot be
+            fold(inside, tuple(x[:1] for x in self.inputs))
+        return compiled(inside) if self.bench.mode == "compiled" else inside
+
+    def count(self, question: str) -> int | None:
+        """Bytes or operations."""
+        self.model.train(not question.startswith("folded"))
+        if question == "kept":  # what a training forward keeps for backward, inputs included
+            return kept_bytes(self._loss, tensors_of(self.model))
+        if question == "flops":
+            return count_flops(lambda: self._loss().backward())
+        if question == "folded flops":
+            return count_flops(partial(self._infer, self._folded()))
+        self.optimizer.zero_grad()
+        peak = peak_bytes(self.train_step, self.device)
+        if question == "peak" or peak is None:  # of a step, beyond parameters and optimizer
+            return peak
+        states = (
+            t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
+        )
+        return peak + held_bytes((*tensors_of(self.model), *states))
+
+
+@contextmanager
+def _strict_conversion() -> Iterator[None]:
+    """A conversion without effect is an error; other warnings are not told for each method."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", NoEffectWarning)
+        yield
+
+
+def _tensors(out: Any) -> Iterator[Tensor]:
+    """Floating-point tensors in nests of tuples, lists and mappings, objects' fields included."""
+    if isinstance(out, Tensor):
+        if out.is_floating_point():
+            yield out
+    elif isinstance(out, Mapping):
+        for value in out.values():
+            yield from _tensors(value)
+    elif isinstance(out, (tuple, list)):
+        for value in out:
+            yield from _tensors(value)
+    elif hasattr(out, "__dict__"):
+        yield from _tensors(vars(out))
+
+
+def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a network for itself: its graphs are found without looking through those of others.
+
+    torch keeps compiled graphs by the code of a function, up to a limit, and looks through them
+    at each call; so this gives each network a function whose code is its own.
+
+    Args:
+        network: A network, or any function of tensors.
+
+    Returns:
+        The compiled function.
+    """
+
+    def call(*inputs: Any) -> Any:
+        return network(*inputs)
+
+    code: CodeType = call.__code__
+    own = FunctionType(code.replace(), call.__globals__, closure=call.__closure__)
+    done: Callable[..., Any] = torch.compile(own, dynamic=False)
+    return done
+
+
+@contextmanager
+def _room_for_graphs(mode: str) -> Iterator[None]:
+    """Room for the graphs of all networks, where their inner functions are shared."""
+    if mode != "compiled":
+        yield
+        return
+    with torch._dynamo.config.patch(cache_size_limit=256):
+        yield

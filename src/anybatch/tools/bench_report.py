@@ -1,0 +1,200 @@
+"""What `anybatch bench` leaves behind: a table, JSON and CSV, a picture, and an HTML report."""
+
+import base64
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from anybatch.evaluation.html_pages import render
+from anybatch.registry import METHODS
+from anybatch.tools import measurement_figures
+from anybatch.tools.bench import Bench, Costs
+from anybatch.tools.figures import png
+from anybatch.tools.files import write_bytes, write_json, write_text
+from anybatch.tools.measurements import Measurement, as_csv, surroundings
+from anybatch.tools.run import BASELINE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+COLUMNS = ("method", "step, ms", "step", "quartiles", "kept", "peak", "inference")
+
+
+class Outcome(NamedTuple):
+    """A finished benchmark of a network.
+
+    Attributes:
+        benches: How it was measured, one a batch size.
+        found: What was measured, likewise.
+        command: What was typed.
+        seconds: From start to end.
+    """
+
+    benches: list[Bench]
+    found: list[Costs]
+    command: str
+    seconds: float
+
+    @property
+    def rows(self) -> list[Measurement]:
+        """The rows of all batch sizes."""
+        return [row for costs in self.found for row in costs.rows]
+
+
+def row_name(method: str) -> str:
+    """What to call a line of the table."""
+    return "as it is" if method == BASELINE else f"{METHODS[method].title} ({method})"
+
+
+def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:
+    """The text of a table: each method's short name and its cells; ratios are to the network's own.
+
+    Args:
+        costs: Of one batch size.
+
+    Returns:
+        A line a method that could be measured.
+    """
+    by_name: dict[str, dict[str, Measurement]] = {}
+    for row in costs.rows:
+        by_name.setdefault(row.name, {})[row.question] = row
+    found = []
+    for name, own in by_name.items():
+        step = own["step"]
+        ratios = (own.get(question) for question in ("kept", "peak", "inference"))
+        texts = ("" if row is None else f"{row.ratio:.2f}" for row in ratios)
+        quartiles = f"{step.ratio_low:.2f}-{step.ratio_high:.2f}"
+        cells = (f"{step.value:.4g}", f"{step.ratio:.2f}", quartiles, *texts)
+        found.append((name, (row_name(name), *cells)))
+    return found
+
+
+def title(bench: Bench) -> str:
+    """What a table is of."""
+    form = ", channels last" if bench.channels_last else ""
+    mode = "" if bench.mode == "eager" else f", {bench.mode}"
+    where = f"{bench.device}, {bench.precision}{form}{mode}"
+    return f"{bench.name}, batch {bench.examples}, {where}"
+
+
+def terminal_table(bench: Bench, costs: Costs) -> "Table":
+    """The table of one batch size for the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    caption = "torch: the network as it is = 1"
+    table = Table(
+        title=escape(title(bench)), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for name, (_, *cells) in lines(costs):
+        table.add_row(name, *cells, style="dim" if name == BASELINE else None)
+    return table
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """What a reader must know of the figures."""
+    first = outcome.benches[0]
+    found = [
+        "step: forward, mean square of what comes out, backward, and SGD with momentum, on random "
+        f"inputs; median of {first.rounds} rounds, in each of which all methods have their turn, "
+        "in another order.",
+        "ratios are medians of the ratios by round; their quartiles are beside them.",
+        "kept: what a forward keeps for its backward. peak: the most that a step takes at a time, "
+        "beyond parameters and optimizer.",
+        "inference: the converted network in evaluation mode; where it was batch normalization, "
+        "anybatch.to_batchnorm and anybatch.fold take the difference away.",
+        "methods are beyond their warm-up.",
+    ]
+    failed = {name: why for costs in outcome.found for name, why in costs.failed.items()}
+    found += [f"{name} could not be measured: {why}" for name, why in failed.items()]
+    return found
+
+
+def as_data(outcome: Outcome) -> dict[str, Any]:
+    """The benchmark as plain data."""
+    first = outcome.benches[0]
+    return {
+        "schema": SCHEMA,
+        "command": outcome.command,
+        "seconds": outcome.seconds,
+        "machine": surroundings(first.device),
+        "settings": settings(outcome),
+        "notes": notes(outcome),
+        "failed": [
+            {"batch": bench.examples, "method": name, "reason": why}
+            for bench, costs in zip(outcome.benches, outcome.found, strict=True)
+            for name, why in costs.failed.items()
+        ],
+        "measurements": [row._asdict() for row in outcome.rows],
+    }
+
+
+def settings(outcome: Outcome) -> dict[str, Any]:
+    """What was asked for."""
+    first = outcome.benches[0]
+    return {
+        "model": first.name,
+        "inputs": [list(shape) for shape in first.inputs],
+        "batch_sizes": [bench.examples for bench in outcome.benches],
+        "device": first.device,
+        "precision": first.precision,
+        "channels_last": first.channels_last,
+        "mode": first.mode,
+        "rounds": first.rounds,
+    }
+
+
+def csv_text(outcome: Outcome) -> str:
+    """The rows as CSV."""
+    return as_csv(outcome.rows, Measurement._fields, outcome.benches[0].device)
+
+
+def write(outcome: Outcome, folder: Path) -> Path:
+    """Write ``bench.json``, ``bench.csv``, ``bench.png`` and ``report.html``, each whole.
+
+    Args:
+        outcome: The benchmark.
+        folder: Where; it exists.
+
+    Returns:
+        The path of the report.
+    """
+    data = as_data(outcome)
+    picture = png(measurement_figures.ratios(outcome.rows))
+    write_bytes(folder / "bench.png", picture)
+    write_json(folder / "bench.json", data)
+    write_text(folder / "bench.csv", csv_text(outcome))
+    path = folder / "report.html"
+    write_text(path, _html(outcome, data, picture))
+    return path
+
+
+def _html(outcome: Outcome, data: Mapping[str, Any], picture: bytes) -> str:
+    pairs = zip(outcome.benches, outcome.found, strict=True)
+    return render(
+        "anybatch.tools",
+        "bench.html.j2",
+        name=outcome.benches[0].name,
+        columns=COLUMNS,
+        tables=[(title(bench), lines(costs)) for bench, costs in pairs],
+        sentences=list(sentences(outcome)),
+        data=data,
+        baseline=BASELINE,
+        picture=base64.b64encode(picture).decode("ascii"),
+    )
+
+
+def sentences(outcome: Outcome) -> Iterable[str]:
+    """What the figures say: the cheapest and the dearest step of each batch size."""
+    for bench, costs in zip(outcome.benches, outcome.found, strict=True):
+        steps = [r for r in costs.rows if r.question == "step" and r.name != BASELINE]
+        if steps:
+            low, high = (f(steps, key=lambda row: row.ratio) for f in (min, max))
+            yield (
+                f"At batch {bench.examples} a training step takes from {low.ratio:.2f} "
+                f"({low.name}) to {high.ratio:.2f} ({high.name}) of what it takes as it is."
+            )

@@ -1,0 +1,171 @@
+"""Methods side by side: the runs, in several processes, and the table they make."""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from anybatch.registry import get_method
+from anybatch.tools.processes import OnProgress, in_processes
+from anybatch.tools.run import BASELINE, Option, Run
+from anybatch.tools.training import Row, stored_result, train
+
+# Those for the small batches of the default setting; a sample of these is smaller still.
+DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        base: The setting that all runs share; its method is not used.
+        methods: Short names, at the base's batch size.
+        seeds: One run each.
+        target_batch_size: Of the batch norm that shows what can be reached.
+        options: Of each method.
+        centralize: Centralize weights before norms, whatever the method.
+    """
+
+    base: Run
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target_batch_size: int = 32
+    options: tuple[tuple[str, tuple[Option, ...]], ...] = ()
+    centralize: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods=(): give one or more")
+        if not self.seeds:
+            raise ValueError("seeds=(): give one or more")
+        for name in self.methods:
+            if name == BASELINE:
+                raise ValueError("methods: torch's batch norm is the baseline of every comparison")
+            get_method(name)
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}: give each once")
+        if self.target_batch_size < 1:
+            raise ValueError(f"target_batch_size={self.target_batch_size}: give 1 or more")
+
+    def groups(self) -> dict[str, list[Run]]:
+        """The runs, by row of the table: the target, the baseline, then each method."""
+        base = self.base.but(options=())
+        large = {"batch_size": self.target_batch_size, "norm_batch_size": None, "accumulate": 1}
+        target = base.but(method=BASELINE, **large)
+        if base.norm_batch_size is not None:  # the same steps, with larger statistics
+            size = min(self.target_batch_size, base.batch_size)
+            whole = size == base.batch_size
+            target = base.but(method="bn", norm_batch_size=None if whole else size)
+        baseline = base.but(method=BASELINE if base.norm_batch_size is None else "bn")
+        rows = {"target": target, "baseline": baseline}
+        for name in self.methods:
+            own = dict(self.options).get(name, ())
+            rows[name] = base.but(method=name, options=own, centralize=self.centralize)
+        return {row: [run.but(seed=seed) for seed in self.seeds] for row, run in rows.items()}
+
+    def runs(self) -> list[Run]:
+        """Every run once, longest first so that no process is left with one at the end."""
+        unique = {run.key: run for runs in self.groups().values() for run in runs}
+        return sorted(unique.values(), key=lambda run: (run.batch_size, run.method != "mabn"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table.
+
+    Attributes:
+        row: "target", "baseline" or a method's name.
+        run: One of its runs.
+        accuracies: Of each seed, from 0 to 1.
+        mean: Of the accuracies.
+        spread: Their standard deviation; 0 for one seed.
+        recovered: Share of the lost accuracy that is won back; None without a loss.
+    """
+
+    row: str
+    run: Run
+    accuracies: tuple[float, ...]
+    mean: float
+    spread: float
+    recovered: float | None
+
+
+def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
+    """The table of finished runs.
+
+    Args:
+        comparison: What was compared.
+        results: Results by key.
+
+    Returns:
+        A line for the target, one for the baseline, then one a method.
+    """
+    groups = comparison.groups()
+    accuracies = {
+        row: tuple(float(results[run.key]["accuracy"]) for run in runs)
+        for row, runs in groups.items()
+    }
+    means = {row: statistics.fmean(values) for row, values in accuracies.items()}
+    lost = means["target"] - means["baseline"]
+    return [
+        Line(
+            row,
+            groups[row][0],
+            values,
+            means[row],
+            statistics.stdev(values) if len(values) > 1 else 0.0,
+            (means[row] - means["baseline"]) / lost if lost > 1e-9 else None,
+        )
+        for row, values in accuracies.items()
+    ]
+
+
+def run_all(
+    comparison: Comparison, folder: Path, workers: int, on_progress: OnProgress
+) -> dict[str, Row]:
+    """Train all runs that are not finished, in several processes of one thread each.
+
+    Args:
+        comparison: What to compare.
+        folder: Results are kept in it; a run that was stopped goes on.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
+    return train_runs(comparison.runs(), folder, workers, on_progress)
+
+
+def train_runs(
+    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress
+) -> dict[str, Row]:
+    """Train those of the runs that are not finished, in order, in processes of one thread each.
+
+    Args:
+        runs: What to train, each once.
+        folder: Results are kept in it; a run that was stopped goes on.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
+    results: dict[str, Row] = {}
+    waiting: list[Run] = []
+    for run in runs:
+        row = stored_result(folder / "runs" / f"{run.key}.json", run)
+        if row is None:
+            waiting.append(run)
+        else:
+            results[run.key] = row
+            on_progress(run.key, run.epochs, row)
+    if waiting:
+        results |= in_processes(waiting, folder, workers, on_progress, train)
+    return results

@@ -1,0 +1,214 @@
+"""What a comparison leaves behind: a table, JSON and CSV, plots, and an HTML report."""
+
+import base64
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from anybatch.evaluation.html_pages import render
+from anybatch.registry import METHODS
+from anybatch.tools import compare_figures as figures
+from anybatch.tools.compare import Comparison, Line
+from anybatch.tools.figures import png
+from anybatch.tools.files import write_bytes, write_json, write_text
+from anybatch.tools.machine import machine
+from anybatch.tools.run import BASELINE
+from anybatch.tools.timing import StepTime
+from anybatch.tools.training import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SCHEMA = 1
+COLUMNS = ("method", "batch", "accuracy", "spread", "recovered", "step time")
+
+
+class Outcome(NamedTuple):
+    """A finished comparison.
+
+    Attributes:
+        comparison: What was compared.
+        lines: The table.
+        results: Results by key.
+        times: Time of a step of each method; empty where it was not measured.
+        command: What was typed.
+        seconds: From start to end, this time.
+    """
+
+    comparison: Comparison
+    lines: list[Line]
+    results: dict[str, Row]
+    times: dict[str, StepTime]
+    command: str
+    seconds: float
+
+
+def row_name(line: Line) -> str:
+    """What to call a line of the table."""
+    if line.row == "target":
+        return "BatchNorm (target)"
+    if line.row == "baseline":
+        return "BatchNorm (torch)" if line.run.method == BASELINE else "BatchNorm (baseline)"
+    names = {"bn": "BatchNorm (anybatch)", "gn": "GroupNorm", "ln": "LayerNorm"}
+    return names.get(line.row, METHODS[line.row].class_name) if line.row != "in" else "InstanceNorm"
+
+
+def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
+    """The text of a line of the table."""
+    time = times.get(line.row)
+    recovered = line.recovered if line.row not in ("target", "baseline") else None
+    return (
+        row_name(line),
+        str(line.run.statistics_size),
+        f"{100 * line.mean:.1f} %",
+        f"± {100 * line.spread:.1f}" if len(line.accuracies) > 1 else "one seed",
+        "" if recovered is None else f"{100 * recovered:.0f} %",
+        "" if time is None or line.row == "target" else f"{time.ratio:.2f}",
+    )
+
+
+def terminal_table(outcome: Outcome) -> "Table":
+    """The table for the terminal."""
+    from rich.table import Table
+
+    base = outcome.comparison.base
+    title = f"{base.data}, {base.model}, {base.epochs} epochs"
+    seeds = len(outcome.comparison.seeds)
+    caption = f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1"
+    table = Table(title=title, caption=caption)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for line in outcome.lines:
+        emphasis = "dim" if line.row in ("target", "baseline") else None
+        table.add_row(*cells(line, outcome.times), style=emphasis)
+    return table
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What a reader must know of the settings."""
+    base = comparison.base
+    found = [
+        "recovered: (accuracy - baseline) / (target - baseline), of the means.",
+        f"spread: standard deviation over {len(comparison.seeds)} seed(s).",
+        "every run: SGD, learning rate "
+        f"{base.lr} x batch / 64, momentum {base.momentum}, weight decay {base.weight_decay}, "
+        "cosine to 0 by step; a last batch that is not whole is left out, for every method.",
+    ]
+    if base.input_noise:
+        found.append(f"inputs carry Gaussian noise of standard deviation {base.input_noise}.")
+    if base.augments:
+        found.append("training pictures are flipped and shifted by up to 4 pixels.")
+    if "brn" in comparison.methods:
+        found.append(
+            "brn warms up over the first quarter of the run, smoothly; its default, "
+            "10,000 steps, is meant for longer ones."
+        )
+    if "gn" in comparison.methods and base.model != "mlp":
+        found.append("gn has 8 groups.")
+    if "ghost" in comparison.methods and base.statistics_size <= 32:
+        found.append("ghost groups are of up to 32 examples: at this batch size it is BatchNorm.")
+    return found
+
+
+def as_data(outcome: Outcome) -> dict[str, Any]:
+    """The comparison as plain data."""
+    lines = [
+        {
+            "row": line.row,
+            "name": row_name(line),
+            "run": line.run.as_dict(),
+            "accuracies": list(line.accuracies),
+            "accuracy": line.mean,
+            "spread": line.spread,
+            "recovered": line.recovered,
+            "step_time": _time(outcome.times, line),
+        }
+        for line in outcome.lines
+    ]
+    return {
+        "schema": SCHEMA,
+        "command": outcome.command,
+        "seconds": outcome.seconds,
+        "machine": machine(),
+        "seeds": list(outcome.comparison.seeds),
+        "notes": notes(outcome.comparison),
+        "table": lines,
+        "runs": [outcome.results[run.key] for run in outcome.comparison.runs()],
+    }
+
+
+def _time(times: dict[str, StepTime], line: Line) -> dict[str, float] | None:
+    time = times.get(line.row)
+    return None if time is None else asdict(time)
+
+
+def as_csv(outcome: Outcome) -> str:
+    """The table as CSV."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("row", "method", "batch", "accuracy", "spread", "recovered", "step_time"))
+    for line in outcome.lines:
+        time = _time(outcome.times, line)
+        writer.writerow(
+            (
+                line.row,
+                line.run.method,
+                line.run.statistics_size,
+                line.mean,
+                line.spread,
+                "" if line.recovered is None else line.recovered,
+                "" if time is None else time["ratio"],
+            )
+        )
+    return buffer.getvalue()
+
+
+def write_report(outcome: Outcome, folder: Path) -> Path:
+    """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``, each whole.
+
+    Args:
+        outcome: The comparison.
+        folder: Where; it exists.
+
+    Returns:
+        The path of the report.
+    """
+    data = as_data(outcome)
+    names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in outcome.lines}
+    pictures = {
+        "curves": png(figures.curves(outcome.comparison, outcome.lines, outcome.results, names)),
+        "accuracy": png(figures.accuracy_bars(outcome.lines, names)),
+    }
+    if outcome.times:
+        pictures["cost"] = png(figures.cost_bars(outcome.lines, outcome.times, names))
+    for name, picture in pictures.items():
+        write_bytes(folder / f"{name}.png", picture)
+    write_json(folder / "results.json", data)
+    write_text(folder / "results.csv", as_csv(outcome))
+    path = folder / "report.html"
+    write_text(path, _html(outcome, data, pictures))
+    return path
+
+
+def _html(outcome: Outcome, data: dict[str, Any], pictures: dict[str, bytes]) -> str:
+    base = outcome.comparison.base
+    best = max((line for line in outcome.lines if line.row != "target"), key=lambda line: line.mean)
+    by_row = {line.row: line for line in outcome.lines}
+    return render(
+        "anybatch.tools",
+        "report.html.j2",
+        base=base,
+        columns=COLUMNS,
+        rows=[(line.row, cells(line, outcome.times)) for line in outcome.lines],
+        best=row_name(best),
+        best_accuracy=100 * best.mean,
+        target=100 * by_row["target"].mean,
+        target_size=by_row["target"].run.statistics_size,
+        baseline=100 * by_row["baseline"].mean,
+        size=base.statistics_size,
+        data=data,
+        pictures={k: base64.b64encode(v).decode("ascii") for k, v in pictures.items()},
+        settings=sorted((k, v) for k, v in base.as_dict().items() if k not in ("method", "seed")),
+    )

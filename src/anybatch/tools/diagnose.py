@@ -1,0 +1,129 @@
+"""A diagnosis of one of the experiments' networks, trained first or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.evaluation.diagnosis.diagnose import HEAD, Diagnosis, cells, diagnose, word
+from anybatch.tools.data import Dataset, load
+from anybatch.tools.files import write_json, write_text, write_whole
+from anybatch.tools.objective import objective
+from anybatch.tools.precision import forward
+from anybatch.tools.run import Run
+from anybatch.tools.training import prepare, train_epoch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Show = Callable[[str, int, int], None]
+
+
+def diagnose_run(
+    run: Run, epochs: int, checkpoint: Path | None, max_batches: int, show: Show
+) -> Diagnosis:
+    """Train or load a run's network, and diagnose it on its training batches.
+
+    Args:
+        run: The network, the data, the method and the batch size.
+        epochs: To train before; 0 for none.
+        checkpoint: File of the network's ``state_dict``, or of a run that was stopped; None for
+            no file.
+        max_batches: To measure.
+        show: Called with what is under way, how much is done, and of how much.
+
+    Returns:
+        The diagnosis.
+
+    Raises:
+        ValueError: If the file cannot be loaded into the network.
+    """
+    data = load(run)
+    training = prepare(run, data)
+    if checkpoint is not None:
+        _load(training.model, checkpoint)
+    for epoch in range(1, epochs + 1):
+        train_epoch(run, training, data, epoch)
+        show("training", epoch, epochs)
+
+    def through(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return forward(run, model, batch[0])
+
+    return diagnose(
+        training.model.train(),
+        _endless(run, data, epochs + 1, max_batches),
+        forward=through,
+        max_batches=max_batches,
+        progress=lambda done, total: show("measuring", done, total or max_batches),
+    )
+
+
+def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the epochs to come, as many as asked for."""
+    while count > 0:
+        for batch in objective(run).batches(run, data, epoch):
+            yield batch
+            count -= 1
+            if not count:
+                return
+        epoch += 1
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        inside = state.get("model", state.get("state_dict", state))
+        model.load_state_dict(inside)
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"checkpoint={str(file)!r}: cannot be loaded into this network ({reason}); give a "
+            "state_dict of it, saved with torch.save"
+        ) from error
+
+
+def terminal_table(found: Diagnosis, title: str) -> Table:
+    """The table for the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    caption = "noise from batch to batch; a single value's is 1"
+    table = Table(title=escape(title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(HEAD[0], overflow="fold")
+    for column in HEAD[2:]:
+        left = column == HEAD[-1]
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    styles = {"noisy": "red", "borderline": "yellow"}
+    for layer in found.layers:
+        name, _, *rest = cells(layer)
+        measured = (text.partition(" (")[0] for text in rest)
+        table.add_row(*map(escape, (name, *measured)), style=styles.get(word(layer)))
+    return table
+
+
+def write(found: Diagnosis, folder: Path) -> Path:
+    """Write ``diagnosis.json``, ``diagnosis.png`` and ``report.html``, each whole.
+
+    Args:
+        found: The diagnosis.
+        folder: Where; it exists.
+
+    Returns:
+        The path of the report.
+    """
+    data: dict[str, Any] = found.to_dict()
+    write_json(folder / "diagnosis.json", data)
+    write_whole(folder / "diagnosis.png", partial(_plot, found))
+    path = folder / "report.html"
+    write_text(path, found.page())
+    return path
+
+
+def _plot(found: Diagnosis, path: Path) -> None:
+    found.plot(path)

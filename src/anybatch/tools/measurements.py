@@ -1,0 +1,261 @@
+"""Rows of measurements: one form for all benchmarks, as CSV and as a table."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from anybatch.core.text_tables import text_table
+from anybatch.tools.files import write_text
+from anybatch.tools.machine import machine
+from anybatch.tools.timing import quartiles, summaries
+
+SHARES = ("forward", "backward")
+
+
+class Measurement(NamedTuple):
+    """One figure, and its ratio to the baseline's.
+
+    Attributes:
+        question: What was asked: "layer", "step", "inference", "kept", "peak" ... Of `SHARES` the
+            ratio is a share of the bandwidth of a copy, of which more is better.
+        case: What it was measured on: a shape, or a network and its batch.
+        format: "contiguous" or "channels_last".
+        precision: "float32", "bfloat16" or "float16".
+        mode: "eager", "compiled" or "graph".
+        name: Of the method, the layer or the network.
+        value: Median.
+        low: Lower quartile.
+        high: Upper quartile.
+        unit: "ms", "MB" or "MFLOP".
+        ratio: To the baseline, median of the rounds.
+        ratio_low: Its lower quartile.
+        ratio_high: Its upper quartile.
+        rounds: Behind all of these.
+    """
+
+    question: str
+    case: str
+    format: str
+    precision: str
+    mode: str
+    name: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+
+
+class Setting(NamedTuple):
+    """What the measurements of one table have in common; see `Measurement`."""
+
+    question: str
+    case: str
+    format: str = "contiguous"
+    precision: str = "float32"
+    mode: str = "eager"
+
+
+def timed(
+    setting: Setting, times: Mapping[str, Sequence[float]], baseline: str
+) -> list[Measurement]:
+    """Times as rows.
+
+    Args:
+        setting: What was measured.
+        times: Seconds by name, round by round, as `interleaved` gives them.
+        baseline: The name that ratios are to.
+
+    Returns:
+        A row a name, in milliseconds.
+    """
+    ratios = summaries({name: list(values) for name, values in times.items()}, baseline)
+    found = []
+    for name, values in times.items():
+        low, middle, high = (_short(1e3 * value) for value in quartiles(list(values)))
+        own = ratios[name]
+        spread = [_short(value) for value in (own.ratio, own.low, own.high)]
+        row = (*setting, name, middle, low, high, "ms", *spread, len(values))
+        found.append(Measurement._make(row))
+    return found
+
+
+def counted(
+    setting: Setting, sizes: Mapping[str, int | None], baseline: str, unit: str = "MB"
+) -> list[Measurement]:
+    """Bytes or operations as rows.
+
+    Args:
+        setting: What was measured.
+        sizes: Counts by name; None where they could not be measured, which gives no row.
+        baseline: The name that ratios are to.
+        unit: A million of them: "MB" (default; 10^6 bytes) or "MFLOP".
+
+    Returns:
+        A row a name.
+    """
+    base, found = sizes[baseline], []
+    for name, size in sizes.items():
+        if size is not None:
+            value = _short(size / 1e6)
+            ratio = _short(size / base) if base else math.nan
+            row = (*setting, name, *(value,) * 3, unit, *(ratio,) * 3, 1)
+            found.append(Measurement._make(row))
+    return found
+
+
+def _short(value: float) -> float:
+    """Four digits."""
+    return float(f"{value:.4g}")
+
+
+def surroundings(device: str = "cpu") -> dict[str, Any]:
+    """What measurements were made on: machine, commit, versions.
+
+    Args:
+        device: Where the work was done.
+
+    Returns:
+        Columns of a CSV file.
+
+    Example:
+        >>> surroundings()["device"]
+        'cpu'
+    """
+    found = machine()
+    wanted = ("commit", "anybatch", "torch", "python", "system", "processor", "cores")
+    kind = torch.device(device)
+    name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else kind.type
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        **{key: found[key] for key in wanted},
+        **{name: _version(name) for name in ("numba", "triton")},
+        "cuda": torch.version.cuda or "",
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def as_csv(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], device: str = "cpu") -> str:
+    """Rows as CSV, each with what it was measured on.
+
+    Args:
+        rows: Of one kind.
+        columns: Their names, ``Measurement._fields`` for example.
+        device: Where the work was done.
+
+    Returns:
+        The text of a file.
+    """
+    around, buffer = surroundings(device), io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow((*columns, *around))
+    writer.writerows((*row, *around.values()) for row in rows)
+    return buffer.getvalue()
+
+
+def write_csv(path: Path, rows: Sequence[Measurement], device: str = "cpu") -> None:
+    """Write rows to a CSV file, whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, as_csv(rows, Measurement._fields, device))
+
+
+def read_csv(path: Path) -> list[Measurement]:
+    """Read the rows of a CSV file.
+
+    Args:
+        path: What `write_csv` wrote.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        ValueError: If it cannot be read or is none of these files.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"path={str(path)!r}: cannot be read ({error})") from error
+    missing = [name for name in Measurement._fields if not rows or name not in rows[0]]
+    if missing:
+        raise ValueError(
+            f"path={str(path)!r}: there is no column {missing[0]!r}; give a CSV file of "
+            "measurements"
+        )
+    try:
+        return [_measurement(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"path={str(path)!r}: {error}") from error
+
+
+def _measurement(row: Mapping[str, str]) -> Measurement:
+    kinds = Measurement.__annotations__
+    return Measurement(**{name: kinds[name](row[name]) for name in Measurement._fields})
+
+
+def as_table(rows: Sequence[Measurement]) -> str:
+    """Tables for the terminal: a line a name, a column a case, the geometric mean and the worst.
+
+    Args:
+        rows: Of any questions; each question, precision and mode has a table.
+
+    Returns:
+        The tables.
+    """
+    return "\n\n".join(_one_table(part) for part in tables(rows).values())
+
+
+def tables(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
+    """Rows by question, precision and mode."""
+    found: dict[tuple[str, str, str], list[Measurement]] = {}
+    for row in rows:
+        found.setdefault((row.question, row.precision, row.mode), []).append(row)
+    return found
+
+
+def cases(rows: Iterable[Measurement]) -> list[tuple[str, str]]:
+    """Cases and formats, in the order they come in."""
+    return list(dict.fromkeys((row.case, row.format) for row in rows))
+
+
+def mean_ratio(rows: Iterable[Measurement]) -> float:
+    """Geometric mean of ratios; NaN where one is none."""
+    ratios = [row.ratio for row in rows]
+    if not ratios or not all(ratio > 0 for ratio in ratios):
+        return math.nan
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def _one_table(rows: Sequence[Measurement]) -> str:
+    first, columns = rows[0], cases(rows)
+    short = {"contiguous": "", "channels_last": ", last"}
+    share = first.question in SHARES
+    base, worst_of = ("share of a copy", min) if share else ("of the first", max)
+    head = [f"{first.question}, {first.unit}, {base}", "mean", "worst"]
+    head += [f"{case}{short.get(form, form)}" for case, form in columns]
+    lines = []
+    for name in dict.fromkeys(row.name for row in rows):
+        own = {(row.case, row.format): row for row in rows if row.name == name}
+        cells = (own.get(column) for column in columns)
+        shown = ["" if row is None else f"{row.value:g} {row.ratio:.2f}" for row in cells]
+        worst = worst_of(row.ratio for row in own.values())
+        lines.append((name, f"{mean_ratio(own.values()):.2f}", f"{worst:.2f}", *shown))
+    title = f"{first.precision}, {first.mode}"
+    return f"{title}\n{text_table(head, lines)}"

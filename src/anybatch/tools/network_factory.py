@@ -1,0 +1,119 @@
+"""Networks by name: those of the experiments, and a user's own."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from anybatch.tools import networks
+
+_CLASSES = 10
+_EXAMPLE = {"mlp": (64,)}  # what a network here takes where nothing is said
+_PICTURE = (3, 32, 32)
+Factory = Callable[[], nn.Module]
+
+
+def example_shape(name: str) -> tuple[int, ...] | None:
+    """The shape of an example that a network of the experiments takes; None for another's."""
+    return _EXAMPLE.get(name, _PICTURE) if name in networks.BUILDERS else None
+
+
+def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
+    """What makes a network.
+
+    Args:
+        name: A network of the experiments, or ``module:factory``: a module that can be imported
+            from here, or the path of a Python file, and a class or function in it that needs no
+            argument.
+        example: Shape of an example, for a network of the experiments.
+
+    Returns:
+        A function without arguments; it raises ValueError where the factory fails, TypeError where
+        it makes something else.
+
+    Raises:
+        ValueError: If there is no such network, module or factory.
+
+    Example:
+        >>> factory("torch.nn:Identity")()
+        Identity()
+    """
+    if name in networks.BUILDERS:
+        shape = example or example_shape(name)
+        assert shape is not None
+        return lambda: networks.build(name, _CLASSES, shape)
+    module_name, colon, attribute = name.rpartition(":")
+    if not (colon and module_name and attribute):
+        close = get_close_matches(name, networks.MODELS, 1, 0.6)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"model={name!r}: {hint}give one of {', '.join(networks.MODELS)}, or "
+            "module:factory, as in torchvision.models:resnet18 or mine.py:network"
+        )
+    make = _find(name, _module(name, module_name), attribute)
+
+    def checked() -> nn.Module:
+        try:
+            made = make()
+        except Exception as error:  # anything can go wrong in there
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"model={name!r}: calling it failed ({reason})") from error
+        if not isinstance(made, nn.Module):
+            raise TypeError(
+                f"model={name!r}: it gave {type(made).__name__}; give a function or class that "
+                "makes a torch.nn.Module without arguments"
+            )
+        return made
+
+    return checked
+
+
+def _module(name: str, module_name: str) -> Any:
+    path = Path(module_name)
+    try:
+        if path.suffix == ".py":
+            return _file(path)
+        here = str(Path.cwd())
+        if here not in sys.path:  # as `python -m` has it
+            sys.path.insert(0, here)
+        return importlib.import_module(module_name)
+    except Exception as error:  # a module may raise anything as it is loaded
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"model={name!r}: {module_name!r} cannot be imported ({reason})"
+        ) from error
+
+
+def _file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # a file imports its neighbours
+        sys.path.insert(0, folder)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find(name: str, module: Any, attribute: str) -> Callable[[], Any]:
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            close = get_close_matches(part, dir(found), 1, 0.6)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"model={name!r}: there is no {part!r} in it{hint}")
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ValueError(
+            f"model={name!r}: it is {type(found).__name__}; give a function or class that makes "
+            "a torch.nn.Module without arguments, as each method needs a fresh one"
+        )
+    make: Callable[[], Any] = found
+    return make

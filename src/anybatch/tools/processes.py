@@ -1,0 +1,144 @@
+"""Work in several processes, and locks between them."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Empty
+from typing import Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+
+from anybatch.tools.training import OnEpoch, Row
+
+OnProgress = Callable[[str, int, Row | None], None]
+
+
+class Keyed(Protocol):
+    """What has files of its own."""
+
+    @property
+    def key(self) -> str:
+        """A name for them, unlike that of all others."""
+        ...
+
+
+Job = TypeVar("Job", bound=Keyed)
+Work = Callable[[Job, Path, OnEpoch], Row]
+
+
+def in_processes(
+    runs: list[Job], folder: Path, workers: int, on_progress: OnProgress, work: Work[Job]
+) -> dict[str, Row]:
+    """Do the same with each of the runs, in order, in processes of one thread each.
+
+    Args:
+        runs: What to do it with, each once.
+        folder: Where their results are kept.
+        workers: Processes.
+        on_progress: Called with a run's key, the epochs done, and its result at the end.
+        work: Called in a process with a run, the folder and what to call after each epoch; it gives
+            the result.
+
+    Returns:
+        Results by key.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+    """
+    context = multiprocessing.get_context("spawn")
+    news: Queue[tuple[str, int]] = context.Queue()
+    pool = ProcessPoolExecutor(min(workers, len(runs)), context, _start_worker, (news,))
+    results: dict[str, Row] = {}
+    try:
+        pending: dict[Future[Row], str] = {
+            pool.submit(_work, work, run, folder): run.key for run in runs
+        }
+        while pending:
+            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for key, epochs in _drain(news):
+                on_progress(key, epochs, None)
+            for future in done:
+                key = pending.pop(future)
+                results[key] = future.result()
+                on_progress(key, len(results[key]["epochs"]), results[key])
+        pool.shutdown()
+    except BaseException:
+        processes = list(getattr(pool, "_processes", {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    return results
+
+
+def _drain(news: "Queue[tuple[str, int]]") -> Iterator[tuple[str, int]]:
+    while True:
+        try:
+            yield news.get_nowait()
+        except Empty:
+            return
+
+
+_news: "Queue[tuple[str, int]] | None" = None
+
+
+def _start_worker(news: "Queue[tuple[str, int]]") -> None:
+    import torch
+
+    global _news
+    _news = news
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def _work(work: Work[Job], run: Job, folder: Path) -> Row:
+    def tell(epochs: int, _: Row) -> None:
+        if _news is not None:
+            _news.put((run.key, epochs))
+
+    return work(run, folder, tell)
+
+
+class Busy(Exception):
+    """Another process holds a lock."""
+
+
+@contextmanager
+def holding(lock: Path) -> Iterator[None]:
+    """Hold a lock file; the lock ends with the process, even one that is killed.
+
+    Args:
+        lock: The file.
+
+    Raises:
+        Busy: If another process holds it.
+    """
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
+        raise Busy("another process is at work") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process; two that write the same runs would undo each other's work.
+
+    Args:
+        folder: The folder; it gets a lock file.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    try:
+        with holding(folder / ".lock"):
+            yield
+    except Busy as error:
+        raise ValueError(
+            f"output={str(folder)!r}: {error} in it; wait for it, or give another folder with "
+            "--output"
+        ) from error

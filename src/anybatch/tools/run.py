@@ -1,0 +1,278 @@
+"""The settings of a training run: everything that decides its numbers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+from anybatch.registry import METHODS, get_method
+from anybatch.tools.networks import LIBRARIES, MODELS, SEGMENTERS_OF_TORCHVISION
+
+DATA = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz")
+PRECISIONS = ("float32", "bfloat16", "float16")
+BASELINE = "torch"
+NORM_DECAYS = (True, False, "auto")
+Option = tuple[str, Any]
+_AnyRun = TypeVar("_AnyRun", bound="Run")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        data: Name of the data set, one of `DATA`.
+        root: Folder or file of the data; None for data that need none.
+        model: Name of the network, one of `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
+        method: Short name of the method; "torch" keeps the network's ``torch.nn.BatchNorm`` layers.
+        batch_size: Examples in a step.
+        accumulate: Micro-batches per step (gradient accumulation).
+        centralize: Centralize the weights of the layers that feed norms, whatever the method.
+        norm_batch_size: Examples that share statistics; None is batch_size.
+        epochs: Passes over the training set.
+        norm_epochs: Epochs over which `anybatch.NormScheduler` moves the norms; None is all.
+        seed: Seed of weights, order, noise and augmentation.
+        lr: Learning rate for 64 examples; it is scaled with batch_size.
+        momentum: Momentum of SGD.
+        milestones: Epochs after which the learning rate is divided by 10; if there are none, it
+            falls to 0 along a cosine, step by step.
+        weight_decay: Weight decay of SGD.
+        norm_decay: Whether scales and shifts of norms are decayed, or "auto", as
+            `anybatch.param_groups` takes it.
+        gamma_target: Value that scales are decayed towards, from 0 to 1.
+        noise: Standard deviation of noise added to the inputs; None is 0.3 for digits, else 0.
+        augment: Whether to flip and shift training images; None is yes for CIFAR and image folders.
+        image_size: Side that images of folders are resized or cropped to.
+        train_size: Number of training examples to use; None is all.
+        validation_size: Number of training examples to hold out in place of the test set.
+        test_size: Number of held-out examples to use; None is all.
+        device: Device to train on.
+        precision: "float32", or "bfloat16" or "float16" by autocast.
+        options: The method's own options, as pairs, and "centralize".
+    """
+
+    # Methods that leave the network's norms unconverted, and their titles.
+    unconverted: ClassVar[Mapping[str, str]] = {BASELINE: "BatchNorm (torch)"}
+    # Data sets whose training images are augmented by default.
+    augmented: ClassVar[tuple[str, ...]] = ("cifar10", "cifar100", "imagefolder", "imagenet")
+    # Settings added after the first results were stored. They enter the digest of a run only where
+    # they are used, so that the names of older runs stay valid.
+    added_later: ClassVar[tuple[str, ...]] = (
+        "norm_epochs",
+        "milestones",
+        "norm_decay",
+        "gamma_target",
+        "validation_size",
+        "test_size",
+    )
+
+    data: str = "digits"
+    root: str | None = None
+    model: str = "mlp"
+    method: str = BASELINE
+    batch_size: int = 2
+    norm_batch_size: int | None = None
+    accumulate: int = 1
+    centralize: bool = False
+    epochs: int = 12
+    norm_epochs: int | None = None
+    seed: int = 0
+    lr: float = 0.1
+    momentum: float = 0.9
+    milestones: tuple[int, ...] = ()
+    weight_decay: float = 1e-4
+    norm_decay: bool | Literal["auto"] = True
+    gamma_target: float = 0.0
+    noise: float | None = None
+    augment: bool | None = None
+    image_size: int = 32
+    train_size: int | None = None
+    validation_size: int | None = None
+    test_size: int | None = None
+    device: str = "cpu"
+    precision: str = "float32"
+    options: tuple[Option, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        self.check_data_and_model()
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "epochs", "image_size", "accumulate"):
+            _check_count(name, getattr(self, name))
+        optional = ("norm_batch_size", "norm_epochs", "train_size", "validation_size", "test_size")
+        for name in optional:
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r}: give a whole number from 0 on")
+        for name in ("lr", "momentum", "weight_decay", "gamma_target"):
+            _check_not_negative(name, getattr(self, name))
+        if self.gamma_target > 1:
+            raise ValueError(f"gamma_target={self.gamma_target!r}: give a number from 0 to 1")
+        if self.norm_decay not in NORM_DECAYS:
+            raise ValueError(f"norm_decay={self.norm_decay!r}: give True, False or 'auto'")
+        if list(self.milestones) != sorted({m for m in self.milestones if 0 < m < self.epochs}):
+            raise ValueError(
+                f"milestones={self.milestones!r}: give epochs in rising order, from 1 to "
+                f"{self.epochs - 1}"
+            )
+        self._check_sizes()
+        self.check_method()
+
+    def _check_sizes(self) -> None:
+        if self.norm_batch_size is not None and self.norm_batch_size > self.batch_size:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: give a number from 1 to "
+                f"batch_size={self.batch_size}"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate}: give a divisor of batch_size={self.batch_size}"
+            )
+        if self.accumulate > 1 and self.norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: leave it out with "
+                f"accumulate={self.accumulate}"
+            )
+
+    def check_data_and_model(self) -> None:
+        """Check that data and network exist and fit each other.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        check_choice("data", self.data, DATA)
+        library, _, name = self.model.partition(":")
+        if not (name and library in LIBRARIES):
+            check_choice("model", self.model, MODELS)
+        elif library == "torchvision" and name.startswith(SEGMENTERS_OF_TORCHVISION):
+            raise ValueError(f"model={self.model!r}: it segments images; give a classifier")
+        if self.data == "digits" and self.model != "mlp":
+            raise ValueError(f"model={self.model!r}: digits are 8x8, give 'mlp'")
+
+    def check_method(self) -> None:
+        """Check that the method exists and takes the options.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        options = dict(self.options)
+        if not self.converted:
+            if options:
+                raise ValueError(f"options={options!r}: method {self.method!r} has none")
+            if self.centralize:
+                raise ValueError(
+                    f"centralize=True: method {self.method!r} converts nothing, give 'bn'"
+                )
+            return
+        method = get_method(self.method)
+        method.check_options({n: v for n, v in options.items() if n != "centralize"})
+        if method.wraps and self.norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: leave it out with "
+                f"method={self.method!r}, which puts virtual examples in front of the batch"
+            )
+
+    @property
+    def key(self) -> str:
+        """Name of the run's files, different for every run."""
+        return f"{self.method}-b{self.statistics_size}-s{self.seed}-{self._digest()[:8]}"
+
+    @property
+    def identity(self) -> str:
+        """16 letters of a hash of the settings, without root and device."""
+        return self._digest("root", "device")[:16]
+
+    def _digest(self, *without: str) -> str:
+        added = {name: getattr(type(self), name) for name in self.added_later}
+        kept = {
+            name: value
+            for name, value in self.as_dict().items()
+            if name not in without and not (name in added and getattr(self, name) == added[name])
+        }
+        text = json.dumps(kept, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def task(self) -> str:
+        """Key of the run's objective in `anybatch.tools.objective.OBJECTIVES`."""
+        return "classification"
+
+    @property
+    def converted(self) -> bool:
+        """Whether the network's norms are converted to the method."""
+        return self.method not in self.unconverted
+
+    @property
+    def statistics_size(self) -> int:
+        """Number of examples that share statistics."""
+        return self.norm_batch_size or self.micro_batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Number of examples per forward."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def label(self) -> str:
+        """The method's title and its batch size."""
+        title = self.unconverted.get(self.method) or METHODS[self.method].title
+        steps = f" x {self.accumulate}" if self.accumulate > 1 else ""
+        return f"{title}, {self.statistics_size}{steps}"
+
+    @property
+    def input_noise(self) -> float:
+        """Standard deviation of the input noise."""
+        return (0.3 if self.data == "digits" else 0.0) if self.noise is None else self.noise
+
+    @property
+    def augments(self) -> bool:
+        """Whether training images are flipped and shifted."""
+        return self.data in self.augmented if self.augment is None else self.augment
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        lists = {
+            "options": [list(option) for option in self.options],
+            "milestones": list(self.milestones),
+        }
+        return {**asdict(self), **lists}
+
+    @classmethod
+    def from_dict(cls: type[_AnyRun], data: dict[str, Any]) -> _AnyRun:
+        """Build a run from plain data.
+
+        Raises:
+            ValueError: For a setting that a run does not have.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise ValueError(f"{name}={data[name]!r}: a run has {', '.join(sorted(known))}")
+        options = tuple((str(name), value) for name, value in data.get("options", ()))
+        milestones = tuple(data.get("milestones", ()))
+        return cls(**{**data, "options": options, "milestones": milestones})
+
+    def but(self: _AnyRun, **changes: Any) -> _AnyRun:
+        """Return the same run with other values."""
+        return replace(self, **changes)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Check that a setting has one of the allowed values.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def _check_not_negative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name}={value!r}: give a number from 0 on")

@@ -1,0 +1,322 @@
+"""One training run, from its configuration to its numbers.
+
+A plain loop: at batch 2 on digits a step takes half a millisecond, which a
+trainer's bookkeeping would double.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.conversion import GammaDecay, convert, param_groups
+from anybatch.core.norm_layer import NormLayer
+from anybatch.evaluation.dataset_statistics import dataset_statistics
+from anybatch.layers import VirtualDataset, accumulate
+from anybatch.registry import METHODS
+from anybatch.schedule import NormScheduler
+from anybatch.tools import networks
+from anybatch.tools.data import Dataset, load, steps_per_epoch
+from anybatch.tools.files import write_json, write_whole
+from anybatch.tools.images import PictureFiles, read_ahead
+from anybatch.tools.objective import objective
+from anybatch.tools.run import Run
+
+Row = dict[str, Any]
+OnEpoch = Callable[[int, Row], None]
+
+
+class Observer(Protocol):
+    """Records a training, and keeps its place in the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+    def series(self) -> Any:
+        """Return the record, as plain data; it is kept in the result."""
+
+
+Observe = Callable[[Run, nn.Module, int], Observer]
+
+
+class Training(NamedTuple):
+    """What a run trains with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: torch.optim.lr_scheduler.LRScheduler
+    progress: NormScheduler | None
+    scaler: torch.amp.GradScaler
+
+
+def method_options(run: Run, steps: int) -> dict[str, Any]:
+    """Options of a run's method: its own, and defaults that suit a short run.
+
+    Args:
+        run: The run.
+        steps: Steps in an epoch.
+
+    Returns:
+        Arguments of `anybatch.convert`.
+    """
+    usual: dict[str, Any] = {}
+    if run.method == "brn":  # its default warm-up is longer than a short run
+        usual = {"warmup_steps": max(run.epochs * steps // 4, 1), "smooth": True}
+    if run.method == "gn" and run.model != "mlp":
+        usual = {"num_groups": 8}
+    if run.method == "cbn" and (run.model == "mlp" or run.accumulate > 1):
+        usual = {"burn_in": 0.0}  # the batch norm of a burn-in learns nothing from two values
+    if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
+        usual["norm_batch_size"] = run.norm_batch_size
+    if run.centralize:
+        usual["centralize"] = True
+    if run.converted and "seed" in METHODS[run.method].options:
+        usual["seed"] = run.seed
+    return usual | dict(run.options)
+
+
+def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
+    """Put virtual examples in front of a network's batches."""
+    # Pictures in files or of bytes are standardized by what is known of such pictures.
+    if isinstance(data.train_x, PictureFiles) or data.train_x.dtype == torch.uint8:
+        mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
+    else:
+        mean, std = dataset_statistics([data.train_x], progress=False)
+    if num_virtual is None:
+        num_virtual = 2 if run.model == "mlp" else 1  # one row is no variance to (N, C)
+    noisy = (std.square() + run.input_noise**2).sqrt()
+    return VirtualDataset(model, mean, noisy, num_virtual, seed=run.seed)
+
+
+def prepare(run: Run, data: Dataset) -> Training:
+    """Build the network, convert it, and make its optimizer and schedules.
+
+    Args:
+        run: The run.
+        data: Its data.
+
+    Returns:
+        Everything that a step needs.
+    """
+    steps = steps_per_epoch(run, data)
+    torch.manual_seed(run.seed)
+    model = networks.build(run.model, data.classes, data.shape)
+    progress = None
+    where = objective(run).prepare_norms(run, model)
+    if run.converted:
+        options = method_options(run, steps)
+        wraps = METHODS[run.method].wraps
+        num_virtual = options.pop("num_virtual", None) if wraps else None
+        model = convert(model, run.method, batch_size=run.statistics_size, where=where, **options)
+        model = _wrap(run, model, data, num_virtual) if wraps else model
+        if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
+            accumulate(model, run.accumulate)
+        if any(isinstance(m, NormLayer) for m in model.modules()):
+            progress = NormScheduler(model, run.norm_epochs or run.epochs)
+    model = model.to(run.device)
+    optimizer = _optimizer(run, model, data)
+    learning_rate = _learning_rate(run, optimizer, steps)
+    scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
+    return Training(model, optimizer, learning_rate, progress, scaler)
+
+
+def _optimizer(run: Run, model: nn.Module, data: Dataset) -> torch.optim.Optimizer:
+    parameters: Any = model.parameters()
+    if run.norm_decay is not True or run.gamma_target:
+        example = torch.zeros(2, *data.shape, device=run.device)
+        parameters = param_groups(
+            model, run.weight_decay, run.norm_decay, run.gamma_target, example_inputs=example
+        )
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=run.lr * run.batch_size / 64,
+        momentum=run.momentum,
+        weight_decay=run.weight_decay,
+    )
+    if any("gamma_target" in group for group in optimizer.param_groups):
+        GammaDecay(optimizer)
+    return optimizer
+
+
+def _learning_rate(
+    run: Run, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A schedule that is stepped with the optimizer."""
+    if run.milestones:
+        ends = [epoch * steps for epoch in run.milestones]
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.1 ** sum(step >= end for end in ends)
+        )
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps)
+
+
+def step(run: Run, training: Training, x: Tensor, y: Any) -> Tensor:
+    """One step of training, in as many micro-batches as the run has.
+
+    Args:
+        run: The run.
+        training: What it trains with.
+        x: Examples.
+        y: Their targets.
+
+    Returns:
+        The loss, on the device.
+    """
+    training.optimizer.zero_grad()
+    losses = []
+    loss_of = objective(run).loss
+    pairs = zip(x.split(run.micro_batch_size), y.split(run.micro_batch_size), strict=True)
+    for some, targets in pairs:
+        loss = loss_of(run, training.model, some, targets) / run.accumulate
+        training.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def train(
+    run: Run,
+    folder: Path,
+    on_epoch: OnEpoch | None = None,
+    keep_weights: bool = False,
+    data: Dataset | None = None,
+    observe: Observe | None = None,
+) -> Row:
+    """Train a run, or go on where it stopped, or give its result if it is finished.
+
+    Args:
+        run: The run.
+        folder: Its result and its checkpoint are kept in ``folder / "runs"``.
+        on_epoch: Called with the epochs done so far and the row of the last one.
+        keep_weights: Leave run and trained weights beside the result, in a ``.pt``
+            file; a finished run without one is trained again.
+        data: Its data, where they are loaded already.
+        observe: Makes an observer of the training from the run, its network and the steps in an
+            epoch.
+
+    Returns:
+        The result: the run, a row an epoch, final loss and numbers of the objective, seconds.
+    """
+    result = folder / "runs" / f"{run.key}.json"
+    checkpoint, weights = result.with_suffix(".ckpt"), result.with_suffix(".pt")
+    stored = stored_result(result, run)
+    if stored is not None and (weights.is_file() or not keep_weights):
+        return stored
+    result.parent.mkdir(parents=True, exist_ok=True)
+    data = load(run) if data is None else data
+    training = prepare(run, data)
+    data = data.to(run.device)
+    observer = None
+    if observe is not None:
+        observer = observe(run, training.model, steps_per_epoch(run, data))
+    rows = _resume(run, training, observer, checkpoint)
+    while len(rows) < run.epochs:
+        rows.append(train_epoch(run, training, data, len(rows) + 1))
+        if len(rows) < run.epochs:
+            state = _state(run, training, rows)
+            if observer is not None:
+                state["observer"] = observer.state_dict()
+            write_whole(checkpoint, partial(torch.save, state))
+        if on_epoch is not None:
+            on_epoch(len(rows), rows[-1])
+    row = {
+        "run": run.as_dict(),
+        "key": run.key,
+        "epochs": rows,
+        **{name: rows[-1][name] for name in objective(run).numbers},
+        "test_loss": rows[-1]["test_loss"],
+        "seconds": sum(row["seconds"] for row in rows),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if observer is not None:
+        row["series"] = observer.series()
+    if keep_weights:
+        trained = {"run": run.as_dict(), "model": training.model.state_dict()}
+        write_whole(weights, partial(torch.save, trained))
+    write_json(result, row)
+    checkpoint.unlink(missing_ok=True)
+    for half in result.parent.glob(f".{run.key}.*"):  # of a process that was killed as it wrote
+        half.unlink(missing_ok=True)
+    return row
+
+
+def stored_result(path: Path, run: Run) -> Row | None:
+    """The result of a finished run, None if there is none or it is another's."""
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        same = type(run).from_dict(row["run"]) == run and len(row["epochs"]) == run.epochs
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return row if same else None
+
+
+def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
+    """Train for one epoch, from 1 on; its row."""
+    training.model.train()
+    start, total = time.perf_counter(), torch.zeros((), device=run.device)
+    steps = objective(run).batches(run, data, epoch)
+    if isinstance(data.train_x, PictureFiles):
+        steps = read_ahead(steps)
+    for x, y in steps:
+        total += step(run, training, x, y)
+        training.learning_rate.step()
+    if training.progress is not None:
+        training.progress.step()
+    seconds = time.perf_counter() - start
+    test_loss, numbers = objective(run).evaluate(run, training.model, data)
+    train_loss = float(total) / steps_per_epoch(run, data)
+    return {
+        "epoch": epoch,
+        "train_loss": train_loss if math.isfinite(train_loss) else None,
+        "test_loss": None if test_loss is None or not math.isfinite(test_loss) else test_loss,
+        **numbers,
+        "seconds": seconds,
+    }
+
+
+def _state(run: Run, training: Training, rows: list[Row]) -> dict[str, Any]:
+    progress = training.progress
+    return {
+        "run": run.as_dict(),
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "learning_rate": training.learning_rate.state_dict(),
+        "progress": None if progress is None else progress.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "epochs": rows,
+    }
+
+
+def _resume(run: Run, training: Training, observer: Observer | None, checkpoint: Path) -> list[Row]:
+    """Load the checkpoint of a run that was stopped; the rows of its epochs."""
+    if not checkpoint.is_file():
+        return []
+    try:
+        state = torch.load(checkpoint, map_location=run.device, weights_only=True)
+        if type(run).from_dict(state["run"]) != run:
+            raise ValueError("it belongs to another run")
+        if training.progress is not None:
+            training.progress.load_state_dict(state["progress"])
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.learning_rate.load_state_dict(state["learning_rate"])
+        training.scaler.load_state_dict(state["scaler"])
+        if observer is not None:
+            observer.load_state_dict(state["observer"])
+    except Exception as error:
+        raise ValueError(
+            f"{checkpoint}: cannot go on from it ({error}); delete it to start the run again"
+        ) from error
+    rows: list[Row] = state["epochs"]
+    return rows

@@ -1,0 +1,242 @@
+"""The example weight of a trained network: tuned on half the held-out data, judged on the rest."""
+
+import base64
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.html_pages import render
+from anybatch.evaluation.recalibration import Recalibration, recalibrate
+from anybatch.tools.data import Dataset, load
+from anybatch.tools.figures import png
+from anybatch.tools.files import write_bytes, write_json, write_text
+from anybatch.tools.images import as_tensor
+from anybatch.tools.machine import machine
+from anybatch.tools.run import Run
+from anybatch.tools.training import prepare
+
+SCHEMA = 1
+_BATCH = 250
+_NAMES = ("model", "state_dict", "model_state_dict")
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Outcome(NamedTuple):
+    """A tuned network.
+
+    Attributes:
+        run: How the network is built, and on which data.
+        checkpoint: Where its weights are from.
+        tuned: The curve on one half of the held-out examples.
+        test: The metrics on the other half, of the network as it is and with the
+            best weight.
+        recalibration: What was done to the statistics before; None for nothing.
+        command: What was typed.
+        seconds: From start to end.
+    """
+
+    run: Run
+    checkpoint: str
+    tuned: ExampleWeightTuning
+    test: ExampleWeightTuning
+    recalibration: Recalibration | None
+    command: str
+    seconds: float
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Read a checkpoint without unpickling anything but tensors and plain data.
+
+    Args:
+        path: What ``anybatch train`` wrote, or any file of `torch.save` with a
+            ``state_dict``, by itself or under "model", "state_dict" or "model_state_dict".
+
+    Returns:
+        The run as plain data (None where the file has none), and the weights.
+
+    Raises:
+        ValueError: If it cannot be read or holds no weights.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint={str(path)!r}: there is nothing of that name") from error
+    except Exception as error:  # torch, pickle and zipfile raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"checkpoint={str(path)!r}: cannot be read ({reason})") from error
+    if isinstance(content, dict):
+        run = content.get("run")
+        for state in (*(content.get(name) for name in _NAMES), content):
+            if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
+                return run if isinstance(run, dict) else None, state
+    raise ValueError(
+        f"checkpoint={str(path)!r}: there are no weights in it; give a file that anybatch train "
+        "wrote, or one of torch.save(model.state_dict(), path)"
+    )
+
+
+def build(run: Run, data: Dataset, state: dict[str, Tensor]) -> nn.Module:
+    """A run's network with a checkpoint's weights, in evaluation mode.
+
+    Args:
+        run: Gives network, method and device.
+        data: Its data.
+        state: The weights.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the weights are another network's.
+    """
+    model = prepare(run, data).model
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[:3]]
+        raise ValueError(
+            f"checkpoint: its weights are not those of model={run.model!r} with "
+            f"method={run.method!r} and {data.classes} classes ({' '.join(lines)[:300]})"
+        ) from error
+    return model.eval()
+
+
+def halves(data: Dataset, device: str = "cpu") -> tuple[Batches, Batches]:
+    """The held-out examples in two halves, mixed: one to tune on, one to report on.
+
+    Args:
+        data: The data.
+        device: Where the batches are put.
+
+    Returns:
+        Batches of each half, always the same ones.
+    """
+    order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
+    middle = len(order) // 2
+    if not middle:
+        raise ValueError("data: there is one held-out example, and two halves of them are needed")
+    found = [
+        [
+            (as_tensor(data.test_x[i]).to(device), data.test_y[i].to(device))
+            for i in part.split(_BATCH)
+        ]
+        for part in (order[:middle], order[middle:])
+    ]
+    return found[0], found[1]
+
+
+def training_batches(data: Dataset, device: str = "cpu") -> list[Tensor]:
+    """The training examples as they are, without noise or augmentation, to recalibrate on."""
+    return [part.to(device) for part in data.train_x.split(_BATCH)]
+
+
+def tune(
+    run: Run,
+    checkpoint: Path,
+    state: dict[str, Tensor],
+    metric: str,
+    candidates: Sequence[float] | None,
+    recalibrates: bool,
+    progress: bool | None,
+    command: str,
+) -> Outcome:
+    """Find the best example weight of a checkpoint.
+
+    Args:
+        run: Gives data, network, method and device.
+        checkpoint: Where the weights are from.
+        state: The weights.
+        metric: "loss", "top1" or "top5".
+        candidates: Weights to try; None for the usual ones.
+        recalibrates: Take running statistics from the training examples first; group
+            norms, which have none, always do.
+        progress: Whether bars are shown.
+        command: What was typed.
+
+    Returns:
+        The curve, and the test.
+    """
+    start = time.perf_counter()
+    data = load(run)
+    model = build(run, data, state)
+    recalibration = None
+    if recalibrates or any(isinstance(module, nn.GroupNorm) for module in model.modules()):
+        recalibration = recalibrate(model, training_batches(data, run.device), progress=progress)
+    validation, test = halves(data, run.device)
+    tuned = tune_example_weight(model, validation, metric, candidates=candidates, progress=progress)
+    pair = sorted({tuned.plain, tuned.best})
+    judged = tune_example_weight(model, test, metric, candidates=pair, progress=False)
+    seconds = time.perf_counter() - start
+    return Outcome(run, str(checkpoint), tuned, judged, recalibration, command, seconds)
+
+
+def judged_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """The test as text: a row for the network as it is, one for the best weight."""
+    tuned, test = outcome.tuned, outcome.test
+    rows = []
+    for name, alpha in (("as it is", tuned.plain), ("tuned", tuned.best)):
+        index = test.alphas.index(alpha)
+        values = [_text(metric, curve[index]) for metric, curve in test.curves.items()]
+        rows.append((name, f"{alpha:g}", *values))
+    return rows
+
+
+def as_data(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as plain data."""
+    recalibration = outcome.recalibration
+    return {
+        "schema": SCHEMA,
+        "command": outcome.command,
+        "seconds": outcome.seconds,
+        "machine": machine(),
+        "checkpoint": outcome.checkpoint,
+        "run": outcome.run.as_dict(),
+        "recalibrated": None if recalibration is None else recalibration.to_dict(),
+        "tuned": outcome.tuned.to_dict(),
+        "test": outcome.test.to_dict(),
+    }
+
+
+def write(outcome: Outcome, folder: Path) -> Path:
+    """Write ``tune.json``, ``tune.png`` and ``tune.html``, each whole.
+
+    Args:
+        outcome: A tuned network.
+        folder: Where; it exists.
+
+    Returns:
+        The path of the page.
+    """
+    picture = png(outcome.tuned.plot())
+    write_bytes(folder / "tune.png", picture)
+    data = as_data(outcome)
+    write_json(folder / "tune.json", data)
+    tuned = outcome.tuned
+    page = render(
+        "anybatch.tools",
+        "tune.html.j2",
+        run=outcome.run,
+        tuned=tuned,
+        test=outcome.test,
+        names=list(outcome.test.curves),
+        rows=judged_rows(outcome),
+        curve=[
+            (f"{alpha:g}", *(_text(name, curve[k]) for name, curve in tuned.curves.items()))
+            for k, alpha in enumerate(tuned.alphas)
+        ],
+        picture=base64.b64encode(picture).decode("ascii"),
+        data=data,
+    )
+    path = folder / "tune.html"
+    write_text(path, page)
+    return path
+
+
+def _text(metric: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if metric in ("top1", "top5") else f"{value:.4f}"

@@ -1,0 +1,454 @@
+"""The command line and the report, as a person meets them."""
+
+import html.parser
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from anybatch import METHODS, cli
+from anybatch.cli import app
+from anybatch.tools.compare import Comparison, table
+from anybatch.tools.processes import locked
+from anybatch.tools.run import Run
+
+QUICK = ["--train-size", "64", "--epochs", "2", "--workers", "1"]
+
+
+def run(*arguments: str) -> object:
+    return CliRunner().invoke(app, list(arguments))
+
+
+# --- compare -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    command = ["compare", *QUICK, "--methods", "mabn,gn", "--seeds", "2", "--output", str(folder)]
+    result = run(*command, "--option", "mabn.window=3")
+    assert result.exit_code == 0, result.output
+    assert "report" in result.output
+    return folder
+
+
+def test_compare_leaves_everything_whole(compared: Path) -> None:
+    names = {path.name for path in compared.iterdir()}
+    pictures = {"curves.png", "accuracy.png", "cost.png"}
+    assert names == {"runs", "results.json", "results.csv", "report.html", *pictures}
+    assert len(list((compared / "runs").glob("*.json"))) == 4 * 2
+    for picture in pictures:
+        assert (compared / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_for_programs_too(compared: Path) -> None:
+    data = json.loads((compared / "results.json").read_text())
+    assert data["schema"] == 1
+    assert [line["row"] for line in data["table"]] == ["target", "baseline", "mabn", "gn"]
+    mabn = data["table"][2]
+    assert mabn["run"]["options"] == [["window", 3]]
+    assert len(mabn["accuracies"]) == len(data["seeds"]) == 2
+    assert mabn["accuracy"] == pytest.approx(sum(mabn["accuracies"]) / 2)
+    assert data["table"][1]["step_time"]["ratio"] == 1.0
+    assert len(data["runs"]) == 8
+    assert {"anybatch", "torch", "python", "processor", "cores", "commit"} <= set(data["machine"])
+    rows = (compared / "results.csv").read_text().splitlines()
+    assert rows[0] == "row,method,batch,accuracy,spread,recovered,step_time"
+    assert len(rows) == 5
+
+
+def test_a_finished_comparison_is_not_trained_again(compared: Path, tmp_path: Path) -> None:
+    compared = Path(shutil.copytree(compared, tmp_path / "again"))  # it writes a report of its own
+    before = {p: p.stat().st_mtime_ns for p in (compared / "runs").iterdir()}
+    command = ["compare", *QUICK, "--methods", "mabn,gn", "--seeds", "2", "--output"]
+    result = run(*command, str(compared), "--option", "mabn.window=3", "--no-timing", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["schema"] == 1
+    assert before == {p: p.stat().st_mtime_ns for p in (compared / "runs").iterdir()}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags of a page, and whether they close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_well_formed_page(compared: Path) -> None:
+    text = (compared / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    assert all(
+        image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images
+    )
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "<script" not in text
+    assert "anybatch" in text
+    assert text.count("<tr") == 1 + 4
+
+
+def test_the_report_escapes_what_it_shows(compared: Path, tmp_path: Path) -> None:
+    from anybatch.tools import compare_report as report
+
+    comparison = Comparison(Run(train_size=64, epochs=2), ("gn",), (0, 1))
+    results = {}
+    for path in (compared / "runs").glob("*.json"):
+        row = json.loads(path.read_text())
+        results[row["key"]] = row
+    lines = table(comparison, results)
+    command = "anybatch compare --root '<script>alert(1)</script>'"
+    report.write_report(report.Outcome(comparison, lines, results, {}, command, 1.0), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
+    comparison = Comparison(Run(), ("mabn",), (0, 1))
+    accuracies = {"target": (0.98, 0.96), "baseline": (0.4, 0.5), "mabn": (0.93, 0.91)}
+    results = {
+        one.key: {"accuracy": accuracies[row][k]}
+        for row, runs in comparison.groups().items()
+        for k, one in enumerate(runs)
+    }
+    lines = {line.row: line for line in table(comparison, results)}
+    assert lines["mabn"].recovered == pytest.approx((0.92 - 0.45) / (0.97 - 0.45))
+    assert lines["mabn"].spread == pytest.approx(0.01 * 2**0.5)
+
+
+# --- what goes wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--methods", "mabn,mabm"], "did you mean 'mabn'"),
+        (["compare", "--methods", "torch"], "the baseline of every comparison"),
+        (["compare", "--accumulate", "3"], "accumulate=3: give a divisor of batch_size=2"),
+        (["train", "--method", "mabm"], "did you mean 'mabn'"),
+        (["compare", "--data", "mnist"], "data='mnist': give one of digits"),
+        (["compare", "--data", "cifar10", "--root", "/nowhere/at/all"], "nothing of that name"),
+        (["compare", "--data", "cifar10"], "give them with --root"),
+        (["compare", "--batch-size", "0"], "batch_size=0"),
+        (["compare", "--norm-batch-size", "5"], "norm_batch_size=5: give a number from 1 to"),
+        (["compare", "--seeds", "many"], "seeds='many'"),
+        (["compare", "--workers", "0"], "workers=0"),
+        (["compare", "--option", "brn=3"], "give METHOD.NAME=VALUE"),
+        (["compare", "--methods", "gn", "--option", "mabn.window=3"], "none of the methods gn"),
+        (["compare", "--train-size", "9999"], "train_size=9999"),
+        (["train", "--device", "warp"], "device='warp'"),
+        (["train", "--config", "missing.json"], "cannot be read"),
+        (["diagnose", "--checkpoint", "missing.pt"], "checkpoint='missing.pt': cannot be loaded"),
+        (["diagnose", "--max-batches", "0"], "max_batches=0: give a whole number"),
+        (["diagnose", "--option", "mabn.window=3"], "the method diagnosed is 'torch'"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_one_line_and_code_2(
+    arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    quick = QUICK if arguments[0] == "compare" else QUICK[:4]
+    extra = [] if "--train-size" in arguments else quick[:2]
+    result = run(*arguments, *extra, "--epochs", "1", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("out/runs/*"))
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("compare", *QUICK, "--output", str(tmp_path / "file"))
+    assert result.exit_code == 2
+    assert "cannot write there" in result.output
+
+
+def test_a_configuration_file_gives_what_was_not_typed(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"method": "gn", "epochs": 5, "train-size": 64}')
+    command = ["train", "--config", str(tmp_path / "run.json"), "--epochs", "1", "--json"]
+    result = run(*command, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)
+    assert (row["run"]["method"], len(row["epochs"]), row["run"]["train_size"]) == ("gn", 1, 64)
+    (tmp_path / "run.json").write_text('{"speed": 3}')
+    result = run("train", "--config", str(tmp_path / "run.json"))
+    assert result.exit_code == 2
+    assert "speed=3 is none of" in result.output
+
+
+HOLDER = """
+import fcntl, os, sys, time
+with open(sys.argv[1], "a+") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_in_one_folder(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    result = run("train", *QUICK[:4], "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert f"process {other.pid} is at work in it" in result.output
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    with locked(tmp_path):  # its holder is dead
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
+    tmp_path: Path, request_to_stop: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "anybatch", "compare", "--methods", "mabn", "--seeds", "2"]
+    command += ["--workers", "1", "--train-size", "400", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # In the background of a script a process is started with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.glob("out/runs/*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(request_to_stop)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "To go on" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "out" / ".lock").exists()
+    for path in tmp_path.glob("out/runs/*.json"):
+        json.loads(path.read_text())
+
+
+def test_an_import_that_breaks_under_ctrl_c_is_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extension modules may turn KeyboardInterrupt into ImportError while they load."""
+
+    def load(_: Run) -> None:
+        try:
+            cli._stop()
+        except KeyboardInterrupt as error:
+            raise ValueError("data='digits': they come with scikit-learn") from error
+
+    monkeypatch.setattr("anybatch.cli._asked", threading.Event())
+    monkeypatch.setattr("anybatch.tools.training.load", load)
+    result = run("train", *QUICK[:4], "--output", str(tmp_path / "out"))
+    assert result.exit_code == 130
+    assert "To go on" in result.output
+    assert "scikit-learn" not in result.output
+
+
+def test_without_its_extra_the_command_says_which() -> None:
+    code = "import sys; sys.modules['typer'] = None\nimport anybatch; from anybatch.cli import main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'anybatch[tools]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- diagnose -----------------------------------------------------------------------
+
+
+def test_diagnose_prints_a_table_and_leaves_everything_whole(tmp_path: Path) -> None:
+    result = run("diagnose", "--epochs", "1", "--max-batches", "30", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "Batch normalization is the problem here" in result.output
+    assert "acts as" in result.output
+    assert "…" not in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html", "diagnosis.json", "diagnosis.png",
+    }  # fmt: skip
+    page = Page()
+    page.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+
+
+def test_diagnose_for_programs_and_from_a_checkpoint(tmp_path: Path) -> None:
+    from anybatch.tools.networks import build
+
+    weights = tmp_path / "weights.pt"
+    torch.save(build("mlp", 10, (64,)).state_dict(), weights)
+    command = ["diagnose", "--checkpoint", str(weights), "--batch-size", "64", "--json"]
+    result = run(*command, "--max-batches", "40", "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["reading"]["problem"] == "no"
+    assert found["batches"] == 40  # more than an epoch has
+    assert found["eval_loss"] is None  # running statistics are as they started
+
+
+# --- all commands -------------------------------------------------------------------
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def options_of(command: str) -> dict[str, object]:
+    """A command's options by their names on the command line."""
+    return {name: parameter for parameter in COMMANDS[command].params for name in parameter.opts}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json(command: str) -> None:
+    assert options_of(command)["--json"].help == "Print JSON and nothing else."
+
+
+def test_what_trains_or_measures_takes_a_file_of_options_and_a_folder() -> None:
+    with_file = {command for command in COMMANDS if "--config" in options_of(command)}
+    # What reproduce trains is said in files already.
+    assert with_file == set(COMMANDS) - {"methods", "reproduce"}
+    assert all({"--output", "--device", "--option"} <= set(options_of(c)) for c in with_file)
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    """Same name, same words; a command may only add what its default is."""
+    said: dict[str, set[str]] = {}
+    for command in COMMANDS:
+        for name, parameter in options_of(command).items():
+            words = (getattr(parameter, "help", None) or "").partition(" [dim]Default")[0]
+            said.setdefault(name, set()).add(words)
+    differing = {name: words for name, words in said.items() if len(words) > 1}
+    # diagnose trains first, or not at all; bench takes networks that no training here knows
+    assert set(differing) <= {"--epochs", "--model"}
+    assert all(all(words) for words in said.values())
+
+
+def test_wrong_input_leaves_standard_output_to_json() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "anybatch", "train", "--method", "mabm", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "did you mean 'mabn'" in done.stderr
+
+
+# --- completion ---------------------------------------------------------------------
+
+
+def completed(typed: str) -> list[str]:
+    """What bash would offer after these words; the last one is not finished."""
+    environment = {
+        "_ANYBATCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"anybatch {typed}",
+        "COMP_CWORD": str(len(typed.split(" "))),
+    }
+    result = CliRunner().invoke(app, [], prog_name="anybatch", env=environment)
+    assert result.exit_code == 0, result.output
+    return result.output.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("t", ["train", "tune"]),
+        ("train --method mab", ["mabn"]),
+        ("diagnose --method to", ["torch"]),
+        ("tune weights.pt --method gh", ["ghost"]),
+        ("compare --methods mab", ["mabn"]),
+        ("compare --methods gn,mabn,m", ["gn,mabn,mbn"]),
+        ("compare --option mabn.win", ["mabn.window="]),
+        ("train --data c", ["cifar10", "cifar100"]),
+        ("diagnose --model resnet1", ["resnet18"]),
+        ("train --precision b", ["bfloat16"]),
+        ("tune --metric t", ["top1", "top5"]),
+        ("compare --target", ["--target-batch-size"]),
+        ("bench --model resnet1", ["resnet18"]),
+        ("bench --methods gn,m", ["gn,mbn", "gn,mabn"]),
+        ("train --method nothing", []),
+        ("reproduce reco", ["recovery", "recovery-memory"]),
+        ("reproduce --size p", ["paper"]),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: list[str]) -> None:
+    assert completed(typed) == offered
+
+
+def test_every_method_is_offered() -> None:
+    assert completed("train --method ") == [*METHODS, "torch"]
+    assert completed("compare --methods ") == list(METHODS)
+
+
+def test_what_is_offered_is_taken() -> None:
+    from anybatch.tools.config import parse_options
+
+    for option in completed("compare --option "):
+        method, name = option.removesuffix("=").split(".")
+        assert name in METHODS[method].options
+        assert parse_options([f"{option}1"]) == {method: ((name, 1),)}
+
+
+def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
+    start = "import sys; sys.argv[0] = 'anybatch'; from anybatch.cli import main; main()"
+    command = [sys.executable, "-c", start]
+    home = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
+    shown = subprocess.run(
+        [*command, "--show-completion", "bash"], env=home, capture_output=True, text=True
+    )
+    assert "_ANYBATCH_COMPLETE=complete_bash" in shown.stdout, shown.stderr
+    assert "-F _anybatch_completion anybatch" in shown.stdout
+    done = subprocess.run(
+        [*command, "--install-completion", "bash"], env=home, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "anybatch.sh" in (tmp_path / ".bashrc").read_text()
+    script = (tmp_path / ".bash_completions" / "anybatch.sh").read_text()
+    assert "_ANYBATCH_COMPLETE=complete_bash" in script
+
+
+# --- methods ------------------------------------------------------------------------
+
+
+def test_methods_are_listed_for_people_and_programs() -> None:
+    text = run("methods").output
+    assert all(name in text for name in METHODS)
+    rows = json.loads(run("methods", "--json").stdout)
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert "window" in rows[list(METHODS).index("mabn")]["options"]
+
+
+def test_help_teaches_by_example() -> None:
+    assert "anybatch compare" in run("compare", "--help").output
+    assert run().exit_code in (0, 2)
