@@ -3,7 +3,7 @@
 #   make demo    train on digits at batch 2 with every method, print the table, write a report
 #   make test    the fast tests
 #
-#   make bench   time and memory beside torch's layers: CSV files and pictures in runs/bench
+#   make bench   time and memory beside torch's layers: CSV files and images in runs/bench
 #
 # PYTHON  the interpreter to build the environment with (3.10 to 3.13)
 # TORCH   what to install as torch; `make test TORCH=torch` takes the newest build with CUDA

@@ -25,7 +25,7 @@ ORDER = [
     "conversion",
     "schedule",
     "evaluation",
-    "experiments",
+    "tools",
     "integrations",
     "cli",
 ]
@@ -87,7 +87,7 @@ def test_importing_anybatch_does_not_load_the_compiler():
     assert {name for name in loaded if name in {"torch._dynamo", "torch._inductor"}} == set()
 
 
-def test_importing_anybatch_leaves_experiments_and_command_line_alone():
+def test_importing_anybatch_leaves_tools_and_command_line_alone():
     loaded = modules_loaded_by("import anybatch")
     assert {name for name in loaded if name.startswith(("anybatch.tools", "anybatch.cli"))} == set()
 
@@ -126,7 +126,7 @@ def test_imports_point_one_way(path):
     names = {name.split(".")[1] for name in imported_modules(path) if name.startswith("anybatch.")}
     if part == "evaluation":
         allowed |= {"__version__"}
-    if part in {"experiments", "cli"}:
+    if part in {"tools", "cli"}:
         allowed |= set(EXPORTED) | {"__version__"}
     assert names <= allowed
 

@@ -225,7 +225,7 @@ def figure(rows: list[Weighed]) -> "Figure":
     return drawn
 
 
-def pictures(run: Run, path: Path, shape: tuple[int, ...], size: int | None = None) -> Path:
+def image_arrays(run: Run, path: Path, shape: tuple[int, ...], size: int | None = None) -> Path:
     """A run's data, or the first part of them, as pictures in an ``.npz`` file.
 
     Args:

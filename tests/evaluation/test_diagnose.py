@@ -521,7 +521,7 @@ def test_without_the_extra_the_error_says_which(
     found: Diagnosis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'anybatch\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'anybatch\[tools\]'"):
         found.report(tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 

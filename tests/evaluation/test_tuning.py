@@ -175,7 +175,7 @@ def test_the_result_prints_plots_and_is_data(tmp_path: Path) -> None:
 def test_a_plot_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     result = tune_example_weight(network(), [data()], candidates=[0.0])
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'anybatch\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'anybatch\[tools\]'"):
         result.plot()
 
 

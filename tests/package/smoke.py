@@ -20,7 +20,7 @@ def main() -> None:
     assert metadata.version("anybatch") == anybatch.__version__
     assert resources.files("anybatch").joinpath("py.typed").is_file()
     assert not list(place.parent.rglob("test_*"))
-    for folder in ("experiments", "evaluation"):
+    for folder in ("tools", "evaluation"):
         assert list(place.parent.joinpath(folder, "templates").glob("*.j2")), folder
     for extra in ("numba", "rich", "matplotlib", "typer", "sklearn", "lightning", "transformers"):
         assert util.find_spec(extra) is None, f"{extra} is installed: this tests a bare package"

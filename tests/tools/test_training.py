@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anybatch.tools import networks as models
+from anybatch.tools import networks
 from anybatch.tools.classification import batches
 from anybatch.tools.config import parse_options, read_config
 from anybatch.tools.data import Dataset, augment, load
@@ -376,7 +376,7 @@ def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
     for counted, classes, side in zip(PARAMETERS[name], (10, 1000), (32, 224), strict=True):
         if counted is not None:
             with torch.device("meta"):
-                net = models.build(name, classes, (3, side, side))
+                net = networks.build(name, classes, (3, side, side))
             assert sum(p.numel() for p in net.parameters()) == counted
 
 
@@ -396,7 +396,7 @@ def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
 def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) -> None:
     sizes = []
     with torch.device("meta"):
-        net = models.build(name, 10, (3, side, side))
+        net = networks.build(name, 10, (3, side, side))
         last = next(m for m in net.modules() if isinstance(m, torch.nn.AdaptiveAvgPool2d))
         last.register_forward_pre_hook(lambda _, x: sizes.append(x[0].shape[-1]))
         net(torch.randn(2, 3, side, side))
@@ -413,19 +413,19 @@ def test_networks_of_other_libraries_are_taken_where_they_are(monkeypatch) -> No
         return torch.nn.Identity()
 
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
-    assert isinstance(models.build("timm:known", 7, (3, 8, 8)), torch.nn.Identity)
+    assert isinstance(networks.build("timm:known", 7, (3, 8, 8)), torch.nn.Identity)
     assert made == {"num_classes": 7, "in_chans": 3}
     with pytest.raises(ValueError, match=r"'timm:other': timm has no such network .*Unknown"):
-        models.build("timm:other", 7, (3, 8, 8))
+        networks.build("timm:other", 7, (3, 8, 8))
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
     with pytest.raises(ValueError, match="torchvision is not installed"):
-        models.build("torchvision:resnet18", 7, (3, 8, 8))
+        networks.build("torchvision:resnet18", 7, (3, 8, 8))
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "resnet56"])
 def test_networks_train_on_two_pictures(name: str) -> None:
     shape = (64,) if name == "mlp" else (3, 32, 32)
-    net = models.build(name, 7, shape)
+    net = networks.build(name, 7, shape)
     y = net(torch.randn(2, *shape))
     assert y.shape == (2, 7)
     y.backward(torch.randn_like(y))
@@ -435,7 +435,7 @@ def test_networks_train_on_two_pictures(name: str) -> None:
 
 def test_a_network_of_pictures_refuses_vectors() -> None:
     with pytest.raises(ValueError, match="model='vgg11': it takes pictures"):
-        models.build("vgg11", 10, (64,))
+        networks.build("vgg11", 10, (64,))
 
 
 # --- training ------------------------------------------------------------------

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import anybatch
-from anybatch.cli import app
 from anybatch.tools.bench import Bench, Variant, costs
-from anybatch.tools.compare import Work
 from anybatch.tools.flops import count_flops
 from anybatch.tools.memory import held_bytes
-from anybatch.tools.processes import OnProgress
+from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import train
+from papers.cli import app
 from papers.networks.pyramid import Pyramid
 from papers.reproduction import noise_figures
 from papers.reproduction import pages as reproduced_pages
@@ -298,9 +297,9 @@ def test_a_training_that_was_stopped_records_as_if_it_had_not(tmp_path: Path) ->
 
 
 def anybatch_run() -> object:
-    from anybatch.tools.run import Run
+    from papers.run import PaperRun
 
-    return Run()
+    return PaperRun()
 
 
 @pytest.mark.parametrize(
@@ -460,7 +459,7 @@ def in_this_process(
 
 
 def reproduce(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["reproduce", *arguments])
+    result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -1,6 +1,5 @@
 """Reproductions: what is trained for them, the store, the tables beside the papers' numbers."""
 
-import fcntl
 import html.parser
 import json
 import multiprocessing
@@ -15,21 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from typer.testing import CliRunner
 
-from anybatch.cli import app
-from anybatch.tools.compare import Work
 from anybatch.tools.data import Dataset
-from anybatch.tools.processes import OnProgress
-from anybatch.tools.run import FROZEN, Run
+from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import prepare, step, train
+from papers.cli import app
 from papers.reproduction import pages as reproduced_pages
 from papers.reproduction import results as reproduced
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import as_row, estimate, missing, placed
 from papers.reproduction.spec import Task, chosen, read, reproductions, tasks
 from papers.reproduction.store import Store
+from papers.run import FROZEN, PaperRun
 
 TINY = {
     "paper": "recovery",
@@ -89,7 +88,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(*arguments: str) -> object:
-    return CliRunner().invoke(app, ["reproduce", *arguments])
+    return CliRunner().invoke(app, [*arguments])
 
 
 def row_of(task: Task, accuracy: float = 0.5, **result: object) -> dict:
@@ -97,7 +96,7 @@ def row_of(task: Task, accuracy: float = 0.5, **result: object) -> dict:
     made = {"commit": "c", "torch": "2", "processor": "p"}
     plain = {"accuracy": accuracy, "test_loss": 1.0, "epochs": epochs, "device": "cpu"}
     timed = {"seconds": 1.0, "finished": "now"}
-    return as_row(task, {**plain, **timed, **result}, "anybatch reproduce x", made)
+    return as_row(task, {**plain, **timed, **result}, "python -m papers x", made)
 
 
 # --- what is reproduced ------------------------------------------------------------
@@ -201,13 +200,13 @@ def test_every_setting_of_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> 
     for cell in (
         c for one in reproductions().values() for s in one.sizes.values() for c in s.cells
     ):
-        if not isinstance(cell.run, Run) or cell.run.method == FROZEN:
+        if not isinstance(cell.run, PaperRun) or cell.run.method == FROZEN:
             continue  # costs, which are no training, and what detectors alone have
         groups = cell.run.norm_batch_size
         size = cell.run.batch_size if groups is None else min(2 * groups, cell.run.batch_size)
         own = ("method", "options", "centralize", "norm_batch_size", "norm_decay", "gamma_target")
         settings = {name: getattr(cell.run, name) for name in own}
-        every.add(Run(data="npz", model="resnet8", batch_size=size, epochs=2, **settings))
+        every.add(PaperRun(data="npz", model="resnet8", batch_size=size, epochs=2, **settings))
     assert len(every) > 80
     for one in every:
         training = prepare(one, data)
@@ -255,24 +254,24 @@ def test_data_are_looked_for_where_they_are(tmp_path: Path) -> None:
 def test_the_store_keeps_the_latest_and_drops_a_torn_line(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "rows.jsonl")
     assert store.rows() == {}
-    first = row_of(Task(Run()))
+    first = row_of(Task(PaperRun()))
     assert store.append(first)
     assert not store.append(first)
     with store.path.open("ab") as file:
         file.write(b'{"schema": 1, "id": "half')
     assert set(store.rows()) == {first["id"]}
-    second = row_of(Task(Run(seed=1)))
+    second = row_of(Task(PaperRun(seed=1)))
     assert store.append(second)
     assert set(store.rows()) == {first["id"], second["id"]}
     assert len(store.path.read_bytes().splitlines()) == 2
-    weighed = row_of(Task(Run()), weighing={"plain": 0.0})
+    weighed = row_of(Task(PaperRun()), weighing={"plain": 0.0})
     assert store.append(weighed)  # it says more than the first
     assert store.rows()[first["id"]]["result"]["weighing"] == {"plain": 0.0}
 
 
 def test_a_line_that_is_none_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path / "rows.jsonl")
-    store.append(row_of(Task(Run())))
+    store.append(row_of(Task(PaperRun())))
     content = store.path.read_bytes()
     for wrong, words in (
         (b"nonsense\n", "line 1: not a stored result"),
@@ -286,7 +285,7 @@ def test_a_line_that_is_none_is_named(tmp_path: Path) -> None:
 
 def _append(path: Path, first: int) -> None:
     for seed in range(first, first + 20):
-        Store(path).append(row_of(Task(Run(seed=seed))))
+        Store(path).append(row_of(Task(PaperRun(seed=seed))))
 
 
 def test_two_processes_append_to_one_store(tmp_path: Path) -> None:
@@ -302,7 +301,7 @@ def test_two_processes_append_to_one_store(tmp_path: Path) -> None:
 
 
 def test_a_row_says_nothing_of_where_files_are() -> None:
-    task = Task(Run(data="cifar100", model="resnet8", root="/home/someone/data"))
+    task = Task(PaperRun(data="cifar100", model="resnet8", root="/home/someone/data"))
     text = json.dumps(row_of(task))
     assert "someone" not in text
     assert {"command", "made_with", "seed", "seconds", "finished"} <= set(json.loads(text))
@@ -377,7 +376,7 @@ def test_measures_read_the_right_number() -> None:
 
 
 def test_rows_whose_settings_were_changed_are_refused() -> None:
-    row = row_of(Task(Run()))
+    row = row_of(Task(PaperRun()))
     assert reproduced.checked([row]) == {row["id"]: row}
     row["settings"]["lr"] = 0.2
     with pytest.raises(ValueError, match="the settings of this row are not those it is of"):
@@ -388,7 +387,7 @@ def test_rows_whose_settings_were_changed_are_refused() -> None:
 
 
 def in_this_process(
-    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+    runs: list[PaperRun], folder: Path, workers: int, on_progress: OnProgress, work: Work
 ) -> None:
     """In the place of processes, whose start takes longer than the trainings here."""
     for one in runs:
@@ -430,7 +429,7 @@ def test_a_reproduction_is_killed_goes_on_and_is_drawn(
     assert not list((store / "runs").glob("*.pt"))
     assert not list((store / "runs").glob("*.ckpt"))
     whole = rows[reproduction.tasks(chosen(["tiny"]), "small")[0].run.identity]
-    assert whole["command"] == "anybatch reproduce tiny --size small --device cpu"
+    assert whole["command"] == "python -m papers tiny --size small --device cpu"
     for task in tasks(chosen(["tiny"]), "small", (0,)):  # as if it had never been stopped
         alone = train(task.run, tiny / "alone")
         stored = rows[task.run.identity]["result"]
@@ -460,9 +459,9 @@ from pathlib import Path
 from papers.reproduction import spec as reproduction
 reproduction.FOLDER = Path(sys.argv[1])
 if __name__ == "__main__":
-    from anybatch.cli import main
+    from papers.cli import main
     options = ["--store", sys.argv[2], "--workers", "1"]
-    sys.argv = ["anybatch", "reproduce", "tiny", "weighed", *options]
+    sys.argv = ["papers", "tiny", "weighed", *options]
     main()
 """
 
@@ -522,8 +521,7 @@ def test_what_another_process_makes_is_left_to_it(
     asked = tasks(chosen(["tiny"]), "small", (0,))
     (store / "runs").mkdir(parents=True)
     taken = store / "runs" / f".{asked[0].run.key}.lock"
-    with taken.open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would have it
+    with FileLock(taken):  # as another process would have it
         result = run("tiny", "--store", str(store), "--seeds", "1")
     assert result.exit_code == 0, result.output
     assert "1 trainings are made by another process" in result.output
@@ -532,6 +530,20 @@ def test_what_another_process_makes_is_left_to_it(
     taken.write_text("12345")  # that process was killed, and left the file
     assert "not run" not in run("tiny", "--store", str(store), "--seeds", "1").output
     assert len(Store(store / "results.jsonl").rows()) == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("reco", ["recovery", "recovery-memory"]), ("--size p", ["paper"])]
+)
+def test_the_shell_completes_reproductions_and_sizes(typed: str, offered: list[str]) -> None:
+    words = f"papers {typed}"
+    environment = {
+        "_PAPERS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    result = CliRunner().invoke(app, [], prog_name="papers", env=environment)
+    assert result.output.split() == offered
 
 
 def test_what_there_is_and_what_would_be_trained(tiny: Path) -> None:
@@ -555,7 +567,7 @@ def test_what_there_is_and_what_would_be_trained(tiny: Path) -> None:
         (["tinny"], "name='tinny': give some of tiny, weighed"),
         (["tiny", "--size", "large"], "size='large': give one of small, paper"),
     ):
-        result = CliRunner().invoke(app, ["reproduce", *arguments])
+        result = CliRunner().invoke(app, [*arguments])
         assert result.exit_code == 2
         assert words in " ".join(result.output.split())
 

@@ -7,7 +7,7 @@ import pytest
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning
 from anybatch.tools.figures import png
 from anybatch.tools.run import Run
-from papers.studies.example_weight import Weighed, _row, as_table, figure, pictures, weigh
+from papers.studies.example_weight import Weighed, _row, as_table, figure, image_arrays, weigh
 
 
 def test_a_row_a_network_and_a_value_a_seed(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_weight_is_judged_on_examples_it_was_not_tuned_on() -> None:
 
 
 def test_digits_become_pictures(tmp_path: Path) -> None:
-    path = pictures(Run(), tmp_path / "data.npz", (1, 8, 8), size=100)
+    path = image_arrays(Run(), tmp_path / "data.npz", (1, 8, 8), size=100)
     base = Run(data="npz", root=str(path), model="resnet8", epochs=1, batch_size=50)
     (row,) = weigh({"pictures": base}, tmp_path, seeds=(0,))
     assert row.plain_loss[0] == pytest.approx(row.tuned_loss[0], rel=1)

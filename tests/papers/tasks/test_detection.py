@@ -17,17 +17,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import reference
-from anybatch.cli import app
 from anybatch.core.norm_layer import NormLayer
-from anybatch.tools import networks as models
-from anybatch.tools.compare import Work
+from anybatch.tools import networks
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
-from anybatch.tools.processes import OnProgress
-from anybatch.tools.run import Run
+from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import prepare, step, train
 from interrupted import train_stopped_after_each_epoch
+from papers.cli import app
 from papers.datasets import coco
+from papers.networks import boxes
 from papers.networks import one_stage as detectors
 from papers.networks.one_stage import Found, OneStage, Places, Targets
 from papers.networks.two_stage import TwoStage
@@ -35,9 +34,10 @@ from papers.reproduction import spec as reproduction
 from papers.reproduction.make import placed
 from papers.reproduction.spec import chosen, tasks
 from papers.reproduction.store import Store
-from papers.networks import boxes, detection
+from papers.run import PaperRun
+from papers.tasks import detection
 from papers.tasks.average_precision import NUMBERS, average_precision
-from papers.tasks.frozen_norms import FrozenBatchNorm2d
+from papers.tasks.detector_norms import FrozenBatchNorm2d
 
 pytest.importorskip("pycocotools")
 # Of pycocotools, where it decodes masks under NumPy 2.
@@ -111,7 +111,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(scenes: Path) -> Dataset:
-    return load(Run(root=str(scenes), **SETTINGS))
+    return load(PaperRun(root=str(scenes), **SETTINGS))
 
 
 # --- data --------------------------------------------------------------------------
@@ -121,12 +121,12 @@ def test_folders_and_zip_files_of_all_layouts_hold_the_same(tmp_path: Path, scen
     official = write(
         tmp_path / "coco", "annotations/instances_{}2017.json", "{}2017", held_out="val"
     )
-    plain = load(Run(root=str(scenes), **SETTINGS))
+    plain = load(PaperRun(root=str(scenes), **SETTINGS))
     assert (plain.shape, plain.classes, plain.name) == ((3, HIGH, WIDE), 2, "cells")
     assert (plain.train_y.shape, plain.test_y.shape) == ((12, 2, 6), (5, 2, 6))
     roots = (official, zipped(scenes, tmp_path / "a.zip"), zipped(official, tmp_path / "b.zip"))
     for root in roots:
-        other = load(Run(root=str(root), **SETTINGS))
+        other = load(PaperRun(root=str(root), **SETTINGS))
         assert torch.equal(plain.train_y, other.train_y)
         assert torch.equal(plain.test_y, other.test_y)
         assert torch.equal(plain.train_x.centred(), other.train_x.centred())
@@ -138,7 +138,7 @@ def test_folders_and_zip_files_of_all_layouts_hold_the_same(tmp_path: Path, scen
 @pytest.mark.parametrize("side", [WIDE, 48, 70, 200])
 def test_boxes_are_where_the_colours_are(scenes: Path, side: int) -> None:
     """In the resized and filled picture, each box holds its colour and nothing around it does."""
-    made = load(Run(root=str(scenes), **{**SETTINGS, "image_size": side}))
+    made = load(PaperRun(root=str(scenes), **{**SETTINGS, "image_size": side}))
     x, masks = made.train_x.centred(), made.train_x.masks()
     assert x.shape[2] % 32 == x.shape[3] % 32 == 0
     wide, high = coco.resized((WIDE, HIGH), side)
@@ -169,7 +169,7 @@ def test_boxes_are_cut_and_pictures_without_any_are_left_out(tmp_path: Path) -> 
     lists["annotations"][3]["iscrowd"] = 1  # a crowd is nothing to learn
     lists["annotations"] = [a for a in lists["annotations"] if a["image_id"] != 10]
     (root / "train.json").write_text(json.dumps(lists))
-    made = load(Run(root=str(root), **SETTINGS))
+    made = load(PaperRun(root=str(root), **SETTINGS))
     assert len(made.train_x) == len(made.train_y) == 10
     sides = sorted(row[1:5] for row in made.train_y[0].tolist())
     assert sides == [[0, 0, 20, 20], [WIDE - 4, 0, WIDE, HIGH]]
@@ -178,7 +178,7 @@ def test_boxes_are_cut_and_pictures_without_any_are_left_out(tmp_path: Path) -> 
 
 
 def test_some_pictures_are_a_part_of_all(scenes: Path, data: Dataset) -> None:
-    some = load(Run(root=str(scenes), test_size=2, validation_size=4, **SETTINGS))
+    some = load(PaperRun(root=str(scenes), test_size=2, validation_size=4, **SETTINGS))
     assert (len(some.train_x), len(some.train_y), len(some.test_x), len(some.test_y)) == (
         8,
         8,
@@ -225,7 +225,7 @@ def test_what_is_wrong_with_the_lists_is_said(
     (tmp_path / "x.png").write_bytes((root / "test" / "000.png").read_bytes())
     edit(root / name)
     with pytest.raises(ValueError, match=words):
-        load(Run(root=str(root), **SETTINGS))
+        load(PaperRun(root=str(root), **SETTINGS))
 
 
 def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) ->
     change("images", width=WIDE - 1)(root / "train.json")
     (root / "test" / "001.png").write_bytes(b"PNG")
     change("annotations", segmentation=[])(root / "test.json")
-    made = load(Run(root=str(root), **SETTINGS))
+    made = load(PaperRun(root=str(root), **SETTINGS))
     with pytest.raises(ValueError, match=r"000.png: it is of \(96, 64\) pixels, its list says"):
         made.train_x.centred()
     with pytest.raises(ValueError, match="001.png: not a picture that can be read"):
@@ -242,7 +242,7 @@ def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) ->
         made.test_x.masks()
     (tmp_path / "no.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match="no.zip': neither a folder nor a zip"):
-        load(Run(root=str(tmp_path / "no.zip"), **SETTINGS))
+        load(PaperRun(root=str(tmp_path / "no.zip"), **SETTINGS))
 
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     picture.rename(tmp_path / "000.png")
     picture.symlink_to(tmp_path / "000.png")
     with pytest.raises(ValueError, match="the picture 000.png of train is not there"):
-        load(Run(root=str(root), **SETTINGS))
+        load(PaperRun(root=str(root), **SETTINGS))
 
 
 # --- batches -------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_flips_move_pictures_boxes_and_masks_together(width: int, fill: int, see
 
 
 def test_batches_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
-    run = Run(root=str(scenes), **SETTINGS)
+    run = PaperRun(root=str(scenes), **SETTINGS)
     first, again, other = (list(detection.batches(run, data, epoch)) for epoch in (1, 1, 2))
     assert len(first) == 3
     for (x, y), (x_again, y_again) in zip(first, again, strict=True):
@@ -460,7 +460,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         average_precision([], truth(REAL))
     monkeypatch.setitem(sys.modules, "torchvision.models.resnet", None)
     with pytest.raises(ValueError, match="torchvision is not installed; 'onestage' is"):
-        models.build("fasterrcnn50", 3, (3, 64, 64))
+        networks.build("fasterrcnn50", 3, (3, 64, 64))
 
 
 # --- settings ----------------------------------------------------------------------------
@@ -485,18 +485,18 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_settings_go_together(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Run(**{**SETTINGS, **changes})
+        PaperRun(**{**SETTINGS, **changes})
 
 
 def test_identities_of_older_runs_stay() -> None:
-    assert Run(data="cifar10", model="resnet20", method="mabn").identity == OLD
-    assert Run(**SETTINGS).identity != Run(norms="heads", **SETTINGS).identity
+    assert PaperRun(data="cifar10", model="resnet20", method="mabn").identity == OLD
+    assert PaperRun(**SETTINGS).identity != PaperRun(norms="heads", **SETTINGS).identity
 
 
 OLD = "9f4f247dfe704a87"
 
 
-def kinds(run: Run, data: Dataset, part: str) -> set[type]:
+def kinds(run: PaperRun, data: Dataset, part: str) -> set[type]:
     """Classes of the norms in a part of a prepared detector."""
     norms = (nn.GroupNorm, nn.BatchNorm2d, NormLayer)
     modules = prepare(run, data).model.named_modules()
@@ -504,7 +504,7 @@ def kinds(run: Run, data: Dataset, part: str) -> set[type]:
 
 
 def test_norms_are_the_methods_where_they_should_be(data: Dataset, scenes: Path) -> None:
-    run = Run(root=str(scenes), method="mabn", norm_batch_size=2, **SETTINGS)
+    run = PaperRun(root=str(scenes), method="mabn", norm_batch_size=2, **SETTINGS)
     both = kinds(run, data, "body"), kinds(run, data, "heads")
     assert both[0] == both[1]
     assert len(both[0]) == 1
@@ -514,13 +514,13 @@ def test_norms_are_the_methods_where_they_should_be(data: Dataset, scenes: Path)
     body = run.but(norms="body")
     assert kinds(body, data, "body") == {method}
     assert kinds(body, data, "heads") == {FrozenBatchNorm2d}
-    none = Run(root=str(scenes), method="frozen", norms="heads", **SETTINGS)
+    none = PaperRun(root=str(scenes), method="frozen", norms="heads", **SETTINGS)
     assert kinds(none, data, "body") == {nn.GroupNorm}
     assert kinds(none, data, "heads") == {FrozenBatchNorm2d}
 
 
 def test_frozen_norms_stay_and_do_all_but_nothing(data: Dataset, scenes: Path) -> None:
-    run = Run(root=str(scenes), method="frozen", lr=0.01, **SETTINGS)
+    run = PaperRun(root=str(scenes), method="frozen", lr=0.01, **SETTINGS)
     training = prepare(run, data)
     before = {n: v.clone() for n, v in training.model.state_dict().items()}
     training.model.train()
@@ -547,7 +547,7 @@ def test_every_method_of_the_tables_trains(
     method: str, norms: str, data: Dataset, scenes: Path
 ) -> None:
     size = 2 if method not in ("torch", "gn", "frozen") else None
-    run = Run(
+    run = PaperRun(
         root=str(scenes), method=method, norms=norms, norm_batch_size=size, lr=0.02, **SETTINGS
     )
     training = prepare(run, data)
@@ -561,7 +561,9 @@ def test_every_method_of_the_tables_trains(
 
 @pytest.mark.slow
 def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
-    run = Run(root=str(scenes), method="mabn", norm_batch_size=2, epochs=40, lr=0.3, **SETTINGS)
+    run = PaperRun(
+        root=str(scenes), method="mabn", norm_batch_size=2, epochs=40, lr=0.3, **SETTINGS
+    )
     result = train(run, tmp_path)
     assert result["average_precision_50"] > 0.8
     assert result["average_precision"] > 0.3
@@ -573,7 +575,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
 ) -> None:
     groups = {} if method == "torch" else {"norm_batch_size": 2}
-    run = Run(root=str(scenes), method=method, epochs=3, norms="heads", **groups, **SETTINGS)
+    run = PaperRun(root=str(scenes), method=method, epochs=3, norms="heads", **groups, **SETTINGS)
     whole = train(run, tmp_path / "whole")
     again = train_stopped_after_each_epoch(run, tmp_path / "stopped")
     for a, b in zip(whole["epochs"], again["epochs"], strict=True):
@@ -583,7 +585,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
 
 
 def test_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
-    run = Run(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
+    run = PaperRun(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
     training = prepare(run, data)
     x, y = next(objective(run).batches(run, data, 1))
     assert step(run, training, x, y).isfinite()
@@ -630,8 +632,8 @@ def test_targets_and_findings_are_translated() -> None:
 
 
 def test_mask_detectors_are_judged_by_masks_too() -> None:
-    plain = objective(Run(**SETTINGS))
-    masked = objective(Run(**{**SETTINGS, "model": "maskrcnn50"}))
+    plain = objective(PaperRun(**SETTINGS))
+    masked = objective(PaperRun(**{**SETTINGS, "model": "maskrcnn50"}))
     assert masked.numbers == (*plain.numbers, *(f"mask_{name}" for name in NUMBERS))
     assert masked.metric == plain.metric == "average_precision"
 
@@ -641,7 +643,9 @@ def test_mask_detectors_are_judged_by_masks_too() -> None:
 def test_torchvisions_detectors_train_and_find(name: str, scenes: Path, tmp_path: Path) -> None:
     resnet = pytest.importorskip("torchvision.models.resnet").resnet50()
     torch.save(resnet.state_dict(), scenes / "resnet50.pth")
-    run = Run(root=str(scenes), **{**SETTINGS, "model": name, "method": "mabn", "accumulate": 2})
+    run = PaperRun(
+        root=str(scenes), **{**SETTINGS, "model": name, "method": "mabn", "accumulate": 2}
+    )
     made = load(run)
     for one in (run, run.but(norms="heads"), run.but(norms="heads", weights="resnet50.pth")):
         training = prepare(one, made)
@@ -698,7 +702,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def in_this_process(
-    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+    runs: list[PaperRun], folder: Path, workers: int, on_progress: OnProgress, work: Work
 ) -> None:
     for one in runs:
         on_progress(one.key, 0, work(one, folder, lambda *_: None))

@@ -15,19 +15,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from anybatch import convert
-from anybatch.cli import app
-from anybatch.tools import networks as models
-from anybatch.tools.compare import Comparison, Work
+from anybatch.tools import networks
+from anybatch.tools.compare import Comparison
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
-from anybatch.tools.processes import OnProgress
-from anybatch.tools.run import SEGMENTERS, Run
+from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import prepare, step, train
 from interrupted import train_stopped_after_each_epoch
+from papers.cli import app
+from papers.networks import PSPNETS
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import estimate, placed
 from papers.reproduction.spec import Task, chosen, read, reproductions, tasks
 from papers.reproduction.store import Store
+from papers.run import PaperRun
 from papers.tasks import segmentation
 
 pytest.importorskip("torchmetrics")
@@ -81,7 +82,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(scenes: Path) -> Dataset:
-    return load(Run(root=str(scenes), **SETTINGS))
+    return load(PaperRun(root=str(scenes), **SETTINGS))
 
 
 # --- data --------------------------------------------------------------------------
@@ -90,13 +91,13 @@ def data(scenes: Path) -> Dataset:
 def test_a_folder_and_a_zip_file_hold_the_same(tmp_path: Path, scenes: Path) -> None:
     zipped(scenes, tmp_path / "camvid.zip")
     tutorial = write_scenes(tmp_path / "tutorial" / "CamVid", ("{}", "{}annot"))
-    plain = load(Run(root=str(scenes), **SETTINGS))
+    plain = load(PaperRun(root=str(scenes), **SETTINGS))
     assert plain.train_x.shape == (12, 3, HIGH, WIDE)
     assert plain.test_y.shape == (5, HIGH, WIDE)
     assert plain.train_x.dtype == plain.train_y.dtype == torch.uint8
     assert (plain.classes, plain.shape) == (11, (3, HIGH, WIDE))
     for root in (scenes.parent, tmp_path, tmp_path / "camvid.zip", tutorial, tutorial.parent):
-        other = load(Run(root=str(root), **SETTINGS))
+        other = load(PaperRun(root=str(root), **SETTINGS))
         for name in ("train_x", "train_y", "test_x", "test_y"):
             assert torch.equal(getattr(plain, name), getattr(other, name)), (root, name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["camvid.zip", "tutorial"]
@@ -112,14 +113,14 @@ def test_pictures_and_classes_are_those_of_the_files(data: Dataset) -> None:
 
 
 def test_resized_classes_are_classes(scenes: Path) -> None:
-    small = load(Run(root=str(scenes), **{**SETTINGS, "image_size": 7}))
+    small = load(PaperRun(root=str(scenes), **{**SETTINGS, "image_size": 7}))
     assert small.shape == (3, 7, round(WIDE * 7 / HIGH))
     assert set(small.train_y.unique().tolist()) <= {0, 3, 8, 255}
 
 
 def test_parts_of_the_data_are_of_all_of_it(scenes: Path, data: Dataset) -> None:
     """The first files are of one film: parts are taken of a mixture."""
-    some = load(Run(root=str(scenes), test_size=2, validation_size=4, **SETTINGS))
+    some = load(PaperRun(root=str(scenes), test_size=2, validation_size=4, **SETTINGS))
     assert (len(some.train_x), len(some.test_x), len(some.test_y)) == (8, 2, 2)
     first = torch.from_numpy(scene(0)[0]).permute(2, 0, 1)
     assert not torch.equal(data.train_x[0], first)
@@ -157,15 +158,15 @@ def test_what_is_wrong_with_the_data_is_said(
     shutil.copytree(scenes, root)
     change(root / name)
     with pytest.raises(ValueError, match=words):
-        load(Run(root=str(root), **SETTINGS))
+        load(PaperRun(root=str(root), **SETTINGS))
 
 
 def test_a_broken_zip_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "camvid.zip").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match=r"camvid\.zip: not a zip file that can be read"):
-        load(Run(root=str(tmp_path), **SETTINGS))
+        load(PaperRun(root=str(tmp_path), **SETTINGS))
     with pytest.raises(ValueError, match="root=None"):
-        load(Run(**SETTINGS))
+        load(PaperRun(**SETTINGS))
 
 
 def test_pictures_and_their_classes_are_moved_together() -> None:
@@ -190,7 +191,7 @@ def test_pictures_and_their_classes_are_moved_together() -> None:
 
 
 def test_batches_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
-    run = Run(root=str(scenes), **SETTINGS)
+    run = PaperRun(root=str(scenes), **SETTINGS)
     made = objective(run).batches
     first, again, other, unmoved = (
         list(made(r, data, epoch))
@@ -236,7 +237,7 @@ def test_numbers_are_those_of_a_count_by_hand() -> None:
     scores += 2 * nn.functional.one_hot(y.long().clamp(max=10), classes).permute(0, 3, 1, 2)
     x = torch.zeros(n, 3, 6, 5, dtype=torch.uint8)
     data = Dataset("camvid", x, y, x, y, classes)
-    run = Run(**SETTINGS)
+    run = PaperRun(**SETTINGS)
     loss, numbers = segmentation.evaluate(run, Preset(scores), data, size=3)
     truth, found = y.numpy().ravel(), scores.argmax(1).numpy().ravel()
     logs = torch.log_softmax(scores.double(), 1).permute(0, 2, 3, 1).reshape(-1, classes)
@@ -261,7 +262,7 @@ def test_numbers_are_those_of_a_count_by_hand() -> None:
 def test_a_batch_without_labels_teaches_nothing() -> None:
     scores = torch.randn(2, 11, 4, 4, requires_grad=True)
     y = torch.full((2, 4, 4), 255)
-    loss = segmentation.loss(Run(**SETTINGS), Preset(scores), torch.zeros(2, 3, 4, 4), y)
+    loss = segmentation.loss(PaperRun(**SETTINGS), Preset(scores), torch.zeros(2, 3, 4, 4), y)
     loss.backward()
     assert float(loss.detach()) == 0
     assert scores.grad is not None
@@ -274,7 +275,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         segmentation.judges(11)
     monkeypatch.setitem(sys.modules, "monai.networks.nets.unet", None)
     with pytest.raises(ValueError, match=r"it is MONAI's; pip install 'anybatch\[segmentation\]'"):
-        models.build("unet", 11, (3, 8, 8))
+        networks.build("unet", 11, (3, 8, 8))
     reproduction._forward_flops.cache_clear()
     unet = tasks(chosen(["segmentation-unet"]), "small", (0,))  # lists go without it
     assert all(estimate(task, {}, "cpu") > 0 for task in unet)
@@ -288,10 +289,10 @@ def network(name: str) -> nn.Module:
     if name == "unet":
         pytest.importorskip("monai")
     torch.manual_seed(0)
-    return models.build(name, 5, (3, 21, 30))
+    return networks.build(name, 5, (3, 21, 30))
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("name", ["unet", *PSPNETS])
 def test_a_score_a_class_and_pixel(name: str) -> None:
     if name == "pspnet101":
         with torch.device("meta"):
@@ -342,7 +343,7 @@ def test_torchvisions_networks_give_their_scores_alone(monkeypatch: pytest.Monke
     library = types.SimpleNamespace(get_model=get_model)
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", library)
-    net = models.build("torchvision:deeplabv3_resnet50", 11, (3, 8, 8))
+    net = networks.build("torchvision:deeplabv3_resnet50", 11, (3, 8, 8))
     assert net(torch.randn(2, 3, 8, 8)).shape == (2, 1, 8, 8)
     assert asked["deeplabv3_resnet50"] == {
         "weights": None,
@@ -357,7 +358,7 @@ def test_torchvisions_networks_give_their_scores_alone(monkeypatch: pytest.Monke
 )
 def test_torchvisions_networks_where_they_are(name: str) -> None:
     pytest.importorskip("torchvision")
-    net = models.build(f"torchvision:{name}", 11, (3, 64, 96))
+    net = networks.build(f"torchvision:{name}", 11, (3, 64, 96))
     assert net(torch.randn(2, 3, 64, 96)).shape == (2, 11, 64, 96)
 
 
@@ -372,7 +373,7 @@ def test_torchvisions_networks_where_they_are(name: str) -> None:
 )
 def test_networks_go_with_their_data(changes: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Run(**changes)
+        PaperRun(**changes)
 
 
 # --- training ------------------------------------------------------------------------
@@ -381,7 +382,9 @@ def test_networks_go_with_their_data(changes: dict[str, str], words: str) -> Non
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_tables_trains(method: str, data: Dataset, scenes: Path) -> None:
     grouped = method not in ("torch", "gn")
-    run = Run(root=str(scenes), method=method, norm_batch_size=2 if grouped else None, **SETTINGS)
+    run = PaperRun(
+        root=str(scenes), method=method, norm_batch_size=2 if grouped else None, **SETTINGS
+    )
     training = prepare(run, data)
     for x, y in objective(run).batches(run, data, 1):
         assert step(run, training, x, y).isfinite()
@@ -392,7 +395,9 @@ def test_every_method_of_the_tables_trains(method: str, data: Dataset, scenes: P
 
 
 def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
-    run = Run(root=str(scenes), method="mabn", norm_batch_size=2, epochs=15, lr=0.8, **SETTINGS)
+    run = PaperRun(
+        root=str(scenes), method="mabn", norm_batch_size=2, epochs=15, lr=0.8, **SETTINGS
+    )
     result = train(run, tmp_path)
     assert result["mean_iou"] > 0.6  # a chance is 0.1, and all of one class 0.2
     assert result["pixel_accuracy"] > 0.85
@@ -403,7 +408,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
 ) -> None:
     groups = {} if method == "torch" else {"norm_batch_size": 2}
-    run = Run(root=str(scenes), method=method, epochs=3, accumulate=1, **groups, **SETTINGS)
+    run = PaperRun(root=str(scenes), method=method, epochs=3, accumulate=1, **groups, **SETTINGS)
     whole = train(run, tmp_path / "whole")
     again = train_stopped_after_each_epoch(run, tmp_path / "stopped")
     for a, b in zip(whole["epochs"], again["epochs"], strict=True):
@@ -415,7 +420,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
 
 
 def test_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
-    run = Run(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
+    run = PaperRun(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
     training = prepare(run, data)
     x, y = next(objective(run).batches(run, data, 1))
     assert step(run, training, x, y).isfinite()
@@ -460,7 +465,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def in_this_process(
-    runs: list[Run], folder: Path, workers: int, on_progress: OnProgress, work: Work
+    runs: list[PaperRun], folder: Path, workers: int, on_progress: OnProgress, work: Work
 ) -> None:
     for one in runs:
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
@@ -527,7 +532,7 @@ def test_where_the_data_are_looked_for() -> None:
 
 
 def test_an_estimate_knows_the_size_of_pictures() -> None:
-    run = Run(**{**SETTINGS, "image_size": 36})
+    run = PaperRun(**{**SETTINGS, "image_size": 36})
     small, large = (reproduction._cost(run.but(image_size=s), (367, 233))[0] for s in (36, 72))
     assert large / small == pytest.approx(4, rel=0.05)
     task = Task(run, flops=small, steps=10)
@@ -546,5 +551,5 @@ def test_other_commands_are_for_classification(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--data", "camvid", "--model", "pspnet8"])
     assert result.exit_code == 2
     assert "this is for classification" in " ".join(result.output.split())
-    with pytest.raises(ValueError, match="camvid is for anybatch reproduce"):
-        Comparison(Run(**SETTINGS))
+    with pytest.raises(ValueError, match="camvid is for python -m papers"):
+        Comparison(PaperRun(**SETTINGS))

@@ -1,6 +1,6 @@
 """How many steps each layer remembers a fault, as docs/internals/reliability.md has it.
 
-python benchmarks/faults.py [--outlier-limit 100]
+python -m papers.studies.run_faults [--outlier-limit 100]
 """
 
 import argparse
@@ -13,7 +13,8 @@ from papers.studies.faults import DOMAIN, FAULTS, GRADIENT, REMEMBERING, recover
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--outlier-limit", type=float)
     given = parser.parse_args()

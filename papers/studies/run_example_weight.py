@@ -1,9 +1,7 @@
 """Example weights of networks trained in several ways, as docs/use/example-weighing.md has it.
 
-python benchmarks/example_weight.py digits ghost --output runs/ghost-digits
-python benchmarks/example_weight.py pictures ghost --train-size 200 --output runs/ghost-pictures
-python benchmarks/example_weight.py cifar100 ghost --root data/cifar100 --output runs/weight-cifar
-python benchmarks/example_weight.py cifar100 methods --root data/cifar100 --output runs/weight-cifar
+python -m papers.studies.run_example_weight (digits|images|cifar100) (ghost|methods)
+--output FOLDER [--root data/cifar100] [--train-size 200]
 """
 
 import argparse
@@ -13,17 +11,18 @@ import torch
 
 from anybatch.tools.figures import png
 from anybatch.tools.run import Run
-from papers.studies.example_weight import as_table, figure, pictures, weigh
+from papers.studies.example_weight import as_table, figure, image_arrays, weigh
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", choices=("digits", "pictures", "cifar100"))
+    """Train, tune, print and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", choices=("digits", "images", "cifar100"))
     parser.add_argument("networks", choices=("ghost", "methods"))
     parser.add_argument("--root")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--train-size", type=int)
-    parser.add_argument("--size", type=int, help="training and held-out pictures at most")
+    parser.add_argument("--size", type=int, help="training and held-out images at most")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -32,10 +31,10 @@ def main() -> None:
     if given.data == "digits":
         base = Run(noise=0.0)
     else:
-        digits = given.data == "pictures"
+        digits = given.data == "images"
         source = Run() if digits else Run(data="cifar100", root=given.root, model="resnet8")
         shape, path = (1, 8, 8) if digits else (3, 32, 32), given.output / "data.npz"
-        root = str(path if path.is_file() else pictures(source, path, shape, given.size))
+        root = str(path if path.is_file() else image_arrays(source, path, shape, given.size))
         base = Run(data="npz", root=root, model="resnet8")
     base = base.but(batch_size=64, epochs=given.epochs, train_size=given.train_size)
     if given.networks == "ghost":

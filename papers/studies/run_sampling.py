@@ -7,7 +7,7 @@ irregular samples (regularity); the norms' share of a training step of ResNet-20
 (share). On CIFAR-10, or without a root on scikit-learn's digits as 8x8 pictures. Writes tables as
 CSV and plots as PNG, and prints the tables.
 
-    python benchmarks/sampling_analyses.py [PART ...] [--root data/cifar10] [--epochs 2]
+    python -m papers.studies.run_sampling [PART ...] [--root data/cifar10] [--epochs 2]
         [--draws 60] [--rounds 21] [--threads 1] [--output runs/sampling]
 """
 
@@ -32,7 +32,7 @@ from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, step
 from papers.studies import sampling as study
 from papers.studies import sampling_figures as figures
-from papers.studies.example_weight import pictures
+from papers.studies.example_weight import image_arrays
 
 PARTS = ("errors", "own", "averages", "regularity", "share")
 RATIO = 1 / 32
@@ -250,7 +250,7 @@ def main() -> None:
     folder = output_folder(given.output)
     run = Run(data="cifar10", root=given.root, model="resnet20", train_size=given.train_size)
     if given.root is None:
-        path = pictures(Run(), folder / "digits.npz", (1, 8, 8))
+        path = image_arrays(Run(), folder / "digits.npz", (1, 8, 8))
         run = Run(data="npz", root=str(path), model="resnet20")
     run = run.but(batch_size=128, epochs=given.epochs)
     data = load(run)

@@ -3,7 +3,8 @@
 Real pictures (scikit-learn's digits as 8x8 images), a chain of three convolutions, and the MLP for
 the orders of the Taylor polynomial. Writes numbers as JSON and plots as PNG.
 
-    python benchmarks/cross_iteration.py [--seeds 3] [--chains] [--output runs/cross-iteration]
+    python -m papers.studies.run_cross_iteration [--seeds 3] [--chains]
+        [--output runs/cross-iteration]
 
 ``--chains`` trains the chain with each kind of compensation too, which takes many minutes.
 """
