@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from anybatch.conversion import NoEffectWarning, convert, fold
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.core.arguments import check_choice, check_count
+from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
 from anybatch.registry import get_method
 from anybatch.schedule import NormScheduler
