@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import anybatch
 from anybatch.backends import launches_for, use_fused
 from anybatch.core.norm_layer import NormLayer
+from interpreter import cpu_batches_take_gpu_kernels
 from method_cases import make, state, step
 from test_steps import CASES, SHAPES, check, drifting, flat, pair
 
@@ -42,28 +44,10 @@ STEPS = {"bn": 3, "mbn": 5, "mabn": 8, "brn": 5, "ghost": 3, "bgn": 3}
 SOURCES = ["tile", "tiles", "parts"]
 
 
-def _index(tensor: Any) -> int:
-    return int(tensor.handle.data.item())
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _interpreted() -> Iterator[None]:
-    """Batches on the tests' device take the kernels; numpy's numbers of one element may count."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not CUDA:
-            from triton.runtime import interpreter
-
-            patch_tensor = interpreter._patch_lang_tensor
-
-            def patched(tensor: Any, scope: Any = None) -> None:
-                patch_tensor(*((tensor,) if scope is None else (tensor, scope)))
-                if scope is None:
-                    tensor.__index__ = _index
-                else:
-                    scope.set_attr(tensor, "__index__", _index)
-
-            patch.setattr(interpreter, "_patch_lang_tensor", patched)
-            patch.setattr("anybatch.backends.triton._DEVICES", ("cpu",))
+    """Batches on the tests' device take the kernels."""
+    with nullcontext() if CUDA else cpu_batches_take_gpu_kernels():
         yield
 
 
