@@ -1,10 +1,10 @@
 """The golden record: what every method computed before a change, and whether it still does.
 
-    python tests/golden/record.py                       # check all cases, print what differs
-    python tests/golden/record.py --only "numba: mabn*" # those whose name matches
-    python tests/golden/record.py --write               # record anew: only where numbers may change
-    python tests/golden/record.py --full base.pt        # write whole tensors, not in the repository;
-                                                        # once there, check against all their values
+    python -m tests.golden                        # check all cases, print what differs
+    python -m tests.golden --only "numba: mabn*"  # those whose name matches
+    python -m tests.golden --full base.pt         # write all tensors to a file, on the old code;
+    python -m tests.golden --full base.pt         # then check against all their values
+    python -m tests.golden --write                # record anew, where numbers are meant to change
 
 `record.json` has, for each case (`cases.py`), a hash of its outputs, gradients and state, and a few
 of their values. On the machine type of the record the hashes must be equal; a difference that is
@@ -22,9 +22,7 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -32,17 +30,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "src")]
-
 import torch
 from torch import Tensor
 
 import anybatch
 from golden import cases
 from golden.cases import Results
+
+HERE = Path(__file__).resolve().parent
 
 RECORD = HERE / "record.json"
 ALLOWANCES = HERE / "allowances.json"
@@ -253,9 +248,9 @@ def checkpoint_makers() -> dict[str, Callable[[], tuple[torch.nn.Module, Tensor]
     found["layer-frozen"] = lambda: (anybatch.freeze(cases.build("mabn"), affine=True), x)
     found["layer-accumulating"] = lambda: (_accumulating(), x)
     found["layer-mabn-centered"] = lambda: (cases.build("mabn centered sma sma"), x)
+    features = cases.batch(77, (3, 4, 4, 3))
     for form in cases.BOUND:
-        image4 = cases.batch(77, (3, 4, 4, 3))
-        found[f"layer-{form.replace(' ', '-')}"] = lambda form=form: (cases.build(form), image4)
+        found[f"layer-{form.replace(' ', '-')}"] = lambda form=form: (cases.build(form), features)
     return found
 
 
@@ -360,7 +355,9 @@ def check(
 
 def main() -> int:
     """Write the record or check against it; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "python -m tests.golden", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--write", action="store_true", help="record anew")
     parser.add_argument("--check", action="store_true", help="check (default)")
     parser.add_argument("--only", default="*", help="pattern of the cases to check")
@@ -393,7 +390,3 @@ def main() -> int:
         f"{len(failed)} checkpoints differ"
     )
     return int(bool(wrong or failed))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -33,11 +33,11 @@ def test_a_difference_in_one_bit_is_found() -> None:
     output, state = record.compare(case, results, known, True, {})
     assert (output.section, output.ulps, output.allowed) == ("output", 0, False)
     assert (state.section, state.allowed) == ("state", False)
-    assert 0 < state.ulps <= 2
-    allowed = {"torch: *": record.Allowance(2, "a rounding")}
+    assert 0 < state.ulps <= 4
+    allowed = {"torch: *": record.Allowance(4, "a rounding")}
     assert [one.allowed for one in record.compare(case, results, known, True, allowed)] == [
         True,
         True,
     ]
-    results.state["0.running_var"].mul_(1 + 1e-6)
+    results.state["0.running_var"].mul_(1 + 2e-6)
     assert not record.compare(case, results, known, True, allowed)[1].allowed
