@@ -177,3 +177,138 @@ def test_no_warning_of_ours(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", anybatch.NoEffectWarning)
         trainer(tmp_path, NormCallback("mabn"), 1).fit(Classifier(network()), batches())
+
+
+class Twice(Classifier):
+    """Two forwards a batch, as in contrastive learning."""
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.model(x), y) + F.cross_entropy(self.model(x.flip(3)), y)
+
+
+@pytest.mark.parametrize("first_epoch", [1, 4])
+@pytest.mark.parametrize("kind", [Classifier, Twice])
+def test_steps_end_with_the_optimizer_where_accumulation_changes(
+    tmp_path: Path, kind: type[Classifier], first_epoch: int
+) -> None:
+    """12 batches: an epoch by fours has 3 steps; one by ones has 12, or 24 of two forwards."""
+    module = kind(anybatch.convert(network(), "bn"))
+    run = trainer(tmp_path, NormCallback(), 2)
+    schedule = {0: first_epoch, 1: 5 - first_epoch}
+    run.callbacks.append(framework.callbacks.GradientAccumulationScheduler(schedule))
+    run.fit(module, batches())
+    forwards = 2 if kind is Twice else 1
+    assert module.model[1].num_batches_tracked.item() == 3 + 12 * forwards
+    assert module.model[1].step is None
+
+
+def test_a_method_that_cannot_join_batches_is_refused_before_any_batch(tmp_path: Path) -> None:
+    module = Classifier(network())
+    run = trainer(tmp_path, NormCallback("l1"), 2)
+    run.callbacks.append(framework.callbacks.GradientAccumulationScheduler({1: 4}))
+    with pytest.raises(ValueError, match="do not pool"):
+        run.fit(module, batches())
+    assert not module.losses
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_fit_that_is_cut_off_leaves_nothing_joined(tmp_path: Path, error: type) -> None:
+    class Fails(Classifier):
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+            if number == 6:
+                raise error("stop")
+            return super().training_step(batch, number)
+
+    module = Fails(network())
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer(tmp_path, NormCallback("bn"), accumulate_grad_batches=4).fit(module, batches())
+    layer = module.model[1]
+    assert layer.step is None
+    assert not any("step." in name for name in module.state_dict())
+    module.model(X[:2])
+    module.model(X[:2])
+    assert layer.num_batches_tracked.item() == 2 + 2  # one whole step of four, two batches
+
+
+def statistics_match(module: Classifier) -> bool:
+    """Whether running statistics are those of the training data at the module's weights."""
+    layer = module.model[1]
+    x = module.model[0](X)
+    expected = x.var((0, 2, 3)), x.mean((0, 2, 3))
+    found = layer.running_var, layer.running_mean
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, found, strict=True)
+    )
+
+
+AVERAGING = {
+    "StochasticWeightAveraging": {"swa_lrs": 0.5, "swa_epoch_start": 1},
+    "EMAWeightAveraging": {"decay": 0.9},
+    "WeightAveraging": {},
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+@pytest.mark.parametrize("method", ["mbn", "cbn"])
+def test_averaged_weights_get_their_statistics(tmp_path: Path, method: str, kind: str) -> None:
+    if not hasattr(framework.callbacks, kind):
+        pytest.skip(f"this Lightning has no {kind}")
+    module = Classifier(network())
+    run = trainer(tmp_path, NormCallback(method))
+    run.callbacks.append(getattr(framework.callbacks, kind)(**AVERAGING[kind]))
+    run.fit(module, batches())
+    assert statistics_match(module)
+    assert "log" not in vars(module)
+
+
+def test_averaging_without_recalibration_warns(tmp_path: Path) -> None:
+    run = trainer(tmp_path, NormCallback("bn", recalibrate_batches=0))
+    run.callbacks.append(framework.callbacks.StochasticWeightAveraging(0.5, 1))
+    with pytest.warns(UserWarning, match="call anybatch.recalibrate"):
+        run.fit(Classifier(network()), batches())
+
+
+class Finetuned(Classifier):
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__(model)
+        self.backbone = model[:3]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
+
+
+@pytest.mark.parametrize("train_bn", [True, False])
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_a_finetuned_backbone_trains_its_norms_as_batch_norms(
+    tmp_path: Path, convert_first: bool, train_bn: bool
+) -> None:
+    """With Lightning's own callback: norms train until the backbone does, then if train_bn."""
+    seen: list[list[bool]] = []
+
+    class Watch(framework.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_: object) -> None:
+            weight = pl_module.model[1].weight
+            seen[-1].append(weight.grad is not None and bool(weight.grad.any()))
+
+    for ours in (False, True):
+        seen.append([])
+        model = network()
+        callbacks = [framework.callbacks.BackboneFinetuning(2, train_bn=train_bn), Watch()]
+        if ours and convert_first:
+            anybatch.convert(model, "bn")
+        run = trainer(tmp_path, NormCallback(None if convert_first else "bn"), 4)
+        run.callbacks[:1] = [callbacks[0], *run.callbacks[:1] * ours, callbacks[1]]
+        run.fit(Finetuned(model), batches())
+    assert seen[1][:24] == seen[0][:24] == [True] * 24
+    if train_bn:
+        assert seen[1] == seen[0]
+    else:  # torch's get gradients that no optimizer uses
+        assert not any(seen[1][24:])
+
+
+def test_callbacks_in_an_order_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, NormCallback("bn"))
+    run.callbacks.append(framework.callbacks.BackboneFinetuning(1))
+    with pytest.raises(ValueError, match="list BackboneFinetuning before NormCallback"):
+        run.fit(Finetuned(network()), batches())

@@ -127,3 +127,61 @@ def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
 def test_a_model_that_is_not_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no anybatch layer"):
         trainer(network(), tmp_path, NormCallback()).train()
+
+
+class Stops(InOrder):
+    """A Trainer that fails in its sixth batch."""
+
+    error: type[BaseException] = RuntimeError
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if len(getattr(self, "losses", [])) == 5:
+            raise self.error("stop")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("use", ["forward", "state_dict", "another training"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_training_that_is_cut_off_leaves_nothing_joined(
+    tmp_path: Path, error: type[BaseException], use: str
+) -> None:
+    model = anybatch.convert(network(), "bn")
+    layer = next(m for m in model.modules() if isinstance(m, anybatch.core.norm_layer.NormLayer))
+    run = trainer(model, tmp_path, NormCallback(), gradient_accumulation_steps=4)
+    run.__class__, run.error = Stops, error
+    with pytest.raises(error, match="stop"):
+        run.train()
+    if use == "forward":
+        model.train()
+        before = int(layer.num_batches_tracked)
+        model(pixel_values=X[:2])
+        model(pixel_values=X[:2])
+        assert int(layer.num_batches_tracked) == before + 2
+        assert not model._forward_pre_hooks
+        assert not model._state_dict_pre_hooks
+    elif use == "state_dict":
+        assert not any("step." in name for name in model.state_dict())
+    else:
+        other = trainer(model, tmp_path / "other", NormCallback(), max_steps=3)
+        other.train()
+        assert int(layer.num_batches_tracked) == 2 + 3
+    assert layer.step is None
+
+
+def test_a_smaller_batch_size_is_found_without_a_joined_model(tmp_path: Path) -> None:
+    model = anybatch.convert(network(), "bn")
+    layer = next(m for m in model.modules() if isinstance(m, anybatch.core.norm_layer.NormLayer))
+
+    class OutOfMemory(InOrder):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if len(inputs["labels"]) > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            assert layer.step is not None
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options = {"gradient_accumulation_steps": 4, "auto_find_batch_size": True}
+    run = trainer(model, tmp_path, NormCallback(), **options)
+    run.__class__ = OutOfMemory
+    run.train()
+    assert layer.step is None
+    assert int(layer.num_batches_tracked) == 3 * 6  # 22 batches of one, by fours

@@ -49,11 +49,13 @@ class StepMemory:
 
     Args:
         layer: The layer.
-        steps: Forwards in a step; None if only `begin` ends one.
+        steps: Forwards in a step, as far as that is known.
+        counts: Whether so many forwards end a step; else only `begin` does.
     """
 
-    def __init__(self, layer: NormLayer, steps: int | None) -> None:
+    def __init__(self, layer: NormLayer, steps: int | None, counts: bool = True) -> None:
         self.steps = steps
+        self.counts = counts and steps is not None
         self.tensors: dict[str, Tensor] = {}
         counter, row = layer._new_counter(), layer._new_memory
         for way, width in (("", layer.num_features), (BACKWARD, layer.columns)):
@@ -84,7 +86,9 @@ class StepMemory:
 
     def _is_first(self, way: str) -> Tensor:
         done = self.tensors[way + "micro_batches"]
-        return done == 0 if self.steps is None else done.remainder(self.steps) == 0
+        if self.steps is None or not self.counts:
+            return done == 0
+        return done.remainder(self.steps) == 0
 
     def rewind(self, layer: NormLayer, way: str, update: bool) -> dict[str, Tensor]:
         """Take the layer's memory back to the start of the step.

@@ -219,11 +219,12 @@ class NormState(_NormBase):
         """Momentum for the compiled kernels: -1 averages over all batches."""
         return -1.0 if self.momentum is None else float(self.momentum)
 
-    def accumulate(self, steps: int | None) -> None:
+    def accumulate(self, steps: int | None, counts: bool = True) -> None:
         """Count optimizer steps of several forwards; see `anybatch.accumulate`.
 
         Args:
-            steps: Forwards in a step; None if only `StepMemory.begin` ends one; 1 for none.
+            steps: Forwards in a step, None if that is not known; 1 for no accumulation.
+            counts: Whether so many forwards end a step; else only `StepMemory.begin` does.
         """
         raise NotImplementedError
 
@@ -259,7 +260,7 @@ class NormState(_NormBase):
         if isinstance(norm, NormState):
             self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
             if norm.step is not None:
-                self.accumulate(norm.step.steps)
+                self.accumulate(norm.step.steps, norm.step.counts)
         for name, value in norm.__dict__.items():
             if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
                 self.__dict__[name] = value  # the same object: handles stay valid

@@ -250,8 +250,8 @@ class NormLayer(NormState):
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
 
-    def accumulate(self, steps: int | None) -> None:
-        self.step = None if steps == 1 else StepMemory(self, steps)
+    def accumulate(self, steps: int | None, counts: bool = True) -> None:
+        self.step = None if steps == 1 else StepMemory(self, steps, counts)
         self._last, self._recent = None, Recent()
 
     def track_none(self, x: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anybatch.integrations.course import Course
+from anybatch.integrations.course import Course, caller_is_running
 
 try:
     from transformers import TrainerCallback
@@ -18,10 +18,11 @@ class NormCallback(TrainerCallback):
     """Take a converted model's norms through a transformers training.
 
     Convert the model before the Trainer is made: ``anybatch.convert(model, "mabn")``. Each epoch,
-    the layers are told where training is (`anybatch.NormScheduler`); with
-    ``gradient_accumulation_steps``, the batches of an optimizer step are joined
-    (`anybatch.accumulate`). Whatever the layers remember is in the model's ``state_dict``, and so
-    in the Trainer's checkpoints.
+    the layers are told where training is (`anybatch.NormScheduler`). With
+    ``gradient_accumulation_steps``, the forwards of an optimizer step are joined
+    (`anybatch.accumulate`), however many they are. After a training that an exception or Ctrl-C
+    cut off, the model's next forward or ``state_dict()`` ends what was joined. The layers' state is
+    in the model's ``state_dict``, and so in the Trainer's checkpoints.
 
     Args:
         total_epochs: Epochs of the whole training (default None: the Trainer's, rounded up).
@@ -48,8 +49,10 @@ class NormCallback(TrainerCallback):
             model,
             self.total_epochs or state.num_train_epochs,
             int(state.epoch or 0),
-            args.gradient_accumulation_steps if self.accumulate else 1,
+            caller_is_running("transformers."),
         )
+        if self.accumulate:
+            self._course.begin_batch(args.gradient_accumulation_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Tell the layers the epoch."""

@@ -257,9 +257,41 @@ def accumulate(
         check_count("steps", steps)
     elif optimizer is None:
         raise ValueError("steps=None: give the forwards in an optimizer step, or the optimizer")
+    if steps == 1:
+        for layer in select(model, None):
+            layer.accumulate(1)
+        return Accumulation(model, optimizer)
+    return join_forwards(model, steps, optimizer, counts=optimizer is None)
+
+
+def join_forwards(
+    model: nn.Module, steps: int | None, optimizer: Optimizer | None = None, counts: bool = False
+) -> Accumulation:
+    """Join forwards to optimizer steps, as `accumulate` does.
+
+    Args:
+        model: A network with anybatch layers.
+        steps: Forwards in a step, as far as that is known.
+        optimizer: Its ``step()`` ends a step.
+        counts: Whether so many forwards end a step (default False).
+
+    Returns:
+        An `Accumulation`.
+
+    Raises:
+        ValueError: If a layer cannot join forwards; no layer is then changed.
+    """
     layers = select(model, None)
+    check_joinable(model)
+    for layer in layers:
+        layer.accumulate(steps, counts)
+    return Accumulation(model, optimizer)
+
+
+def check_joinable(model: nn.Module) -> None:
+    """Raise ValueError, with a layer's name, if a layer cannot join forwards to one step."""
     for name, layer in model.named_modules():
-        if isinstance(layer, NormLayer) and not layer.pools and steps != 1:
+        if isinstance(layer, NormLayer) and not layer.pools:
             raise ValueError(
                 f"{name}: {type(layer).__name__} has statistics that do not pool over "
                 "micro-batches; convert it to another method, or do not accumulate"
@@ -269,6 +301,3 @@ def accumulate(
                 f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch where accumulate "
                 "joins batches; set it to None"
             )
-    for layer in layers:
-        layer.accumulate(steps if optimizer is None or steps == 1 else None)
-    return Accumulation(model, optimizer)

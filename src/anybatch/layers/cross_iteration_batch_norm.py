@@ -251,7 +251,7 @@ class _CrossIterationBatchNorm(NormLayer):
             self.memory["backward_window"] = self._new_memory(slots, channels)
             self.memory["backward_step"] = self._new_counter()
         if self.step is not None:  # it has a place for all that there is
-            self.accumulate(self.step.steps)
+            self.accumulate(self.step.steps, self.step.counts)
 
     @property
     def memory_numbers(self) -> int:

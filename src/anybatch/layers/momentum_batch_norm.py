@@ -156,8 +156,8 @@ class _MomentumBatchNorm(NormLayer):
             return self.batch_size
         return self.batch_size * self.step.steps
 
-    def accumulate(self, steps: int | None) -> None:
-        super().accumulate(steps)
+    def accumulate(self, steps: int | None, counts: bool = True) -> None:
+        super().accumulate(steps, counts)
         self._set_batch_size(self.batch_size)
 
     def _scheduled_weight(self) -> float:
