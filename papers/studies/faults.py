@@ -1,13 +1,19 @@
-"""Faults in the numbers, and how long a layer remembers them."""
+"""Faults in the numbers, and how long a layer remembers them.
+
+python -m papers.studies.faults [--outlier-limit 100]
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from anybatch.conversion.convert import convert
@@ -168,3 +174,33 @@ def _evaluate(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         y: Tensor = model(x)
     return y
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--outlier-limit", type=float)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    methods = ["torch", *REMEMBERING]
+    print(f"| fault | {' | '.join(methods)} |")
+    print("|---|" + "---|" * len(methods))
+    for fault in track([*FAULTS, GRADIENT, DOMAIN]):
+        cells = []
+        for method in methods:
+            limit = None if method == "torch" else given.outlier_limit
+            found = [
+                recovery(fault, method, seed, outlier_limit=limit) for seed in range(given.seeds)
+            ]
+            train, evaluate = (
+                [getattr(one, m) for one in found] for m in ("training", "evaluation")
+            )
+            worst = ["never" if None in steps else str(max(steps)) for steps in (train, evaluate)]
+            cells.append(" / ".join(worst))
+        print(f"| {fault} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

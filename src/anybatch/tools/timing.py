@@ -4,9 +4,10 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,12 +175,19 @@ def summaries(times: Mapping[str, list[float]], baseline: str) -> dict[str, Step
     return found
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile; of one value, itself."""
+class Quartiles(NamedTuple):
+    """A median between quartiles."""
+
+    low: float
+    middle: float
+    high: float
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Return lower quartile, median and upper quartile; of one value, itself three times."""
     if len(values) == 1:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
+        return Quartiles(values[0], values[0], values[0])
+    return Quartiles(*statistics.quantiles(values, n=4))
 
 
 def graphed(call: Call) -> Call:

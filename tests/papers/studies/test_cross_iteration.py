@@ -8,14 +8,25 @@ import torch.nn.functional as F
 from torch import nn
 
 import anybatch
-from papers.studies import cross_iteration as study
+from papers.studies.cross_iteration.compensation import (
+    KINDS,
+    Chain,
+    Errors,
+    _by_layer,
+    _moments,
+    compensation_errors,
+    predict,
+    step_seconds,
+)
+from papers.studies.cross_iteration.decay import Decay, gradient_decay
+from papers.studies.cross_iteration.figures import decay_figure, error_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp's first use
 
 
-def trained(kind: str = "one layer", steps: int = 12) -> study.Chain:
+def trained(kind: str = "one layer", steps: int = 12) -> Chain:
     torch.manual_seed(0)
-    net = study.Chain((1, 4, 6, 5), 3, window=4, kind=kind).double()
+    net = Chain((1, 4, 6, 5), 3, window=4, kind=kind).double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
     for _ in range(steps):
         loss = F.cross_entropy(net(torch.randn(3, 1, 6, 6).double()), torch.randint(3, (3,)))
@@ -28,8 +39,8 @@ def trained(kind: str = "one layer", steps: int = 12) -> study.Chain:
 def test_second_order_of_one_layer_is_exact() -> None:
     net = trained()
     now, old = net.pairs[-1][0].weight.detach() + 0.3, net.past[-1][0]
-    mean, var = study.predict(old, None, now, "one layer, second order")
-    true_mean, true_var = study._by_layer(old, now)
+    mean, var = predict(old, None, now, "one layer, second order")
+    true_mean, true_var = _by_layer(old, now)
     assert torch.allclose(mean, true_mean, atol=1e-10)
     assert torch.allclose(var, true_var, atol=1e-10)
 
@@ -42,12 +53,10 @@ def test_the_first_order_is_the_derivative(layers: int) -> None:
     kind = "one layer" if layers == 1 else "two layers"
     step, moved = 1e-5, torch.randn_like(old.weight)
     earlier_moved = torch.randn_like(old.earlier[0])
-    mean, _ = study.predict(
-        old, old.earlier[0] + step * earlier_moved, old.weight + step * moved, kind
-    )
-    start, _ = study._moments(old, None, old.weight)
+    mean, _ = predict(old, old.earlier[0] + step * earlier_moved, old.weight + step * moved, kind)
+    start, _ = _moments(old, None, old.weight)
     earlier = old.earlier[0] + step * earlier_moved if layers == 2 else None
-    end, _ = study._moments(old, earlier, old.weight + step * moved)
+    end, _ = _moments(old, earlier, old.weight + step * moved)
     assert torch.allclose((mean - start) / step, (end - start) / step, atol=1e-3)
     assert not torch.allclose(mean, start, atol=1e-7)
 
@@ -78,8 +87,8 @@ def test_a_chain_that_compensates_one_layer_is_the_library() -> None:
 def test_one_layer_cuts_the_error_by_half_where_one_layer_is_the_truth() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(64, 1, 8, 8) + torch.randn(64, 1, 1, 1), torch.randint(4, (64,))
-    errors = study.compensation_errors(x, y, rate=0.003, window=4, steps=30)
-    naive, one, second = (sum(errors.layer[kind]) for kind in study.KINDS[:3])
+    errors = compensation_errors(x, y, rate=0.003, window=4, steps=30)
+    naive, one, second = (sum(errors.layer[kind]) for kind in KINDS[:3])
     assert one < naive / 2
     assert second < 1e-3
     assert sum(errors.network["two layers"]) < sum(errors.network["naive"])
@@ -96,24 +105,24 @@ def test_gradient_decay_is_that_of_the_whole_jacobian() -> None:
     for layer in (net[3], net[0]):
         rows = [torch.autograd.grad(o, layer.weight, retain_graph=True)[0] for o in out]
         squares.append(sum(float(row.square().sum()) for row in rows))
-    decay = study.gradient_decay(net, x, back=1, probes=400)
+    decay = gradient_decay(net, x, back=1, probes=400)
     assert decay.mean[0] == decay.square[0] == 1
     assert decay.mean[1] == pytest.approx((squares[1] / squares[0]) ** 0.5, rel=0.1)
     with pytest.raises(ValueError, match="give two"):
-        study.gradient_decay(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), x.float())
+        gradient_decay(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), x.float())
 
 
 def test_a_step_is_timed_and_a_wrong_kind_is_refused() -> None:
     x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
-    assert set(study.step_seconds(x, y, batch_size=2, rounds=1)) == set(study.KINDS)
+    assert set(step_seconds(x, y, batch_size=2, rounds=1)) == set(KINDS)
     with pytest.raises(ValueError, match="kind='three layers'"):
-        study.Chain((1, 2, 2), 3, kind="three layers")
+        Chain((1, 2, 2), 3, kind="three layers")
 
 
 def test_figures_are_drawn() -> None:
     from anybatch.tools.figures import png
 
-    table = {kind: [0.1, 0.2] for kind in study.KINDS}
-    assert png(study.error_figure(study.Errors(table, table)))[:4] == b"\x89PNG"
-    decay = study.Decay([1.0, 0.3], [1.0, 0.4])
-    assert png(study.decay_figure({"fresh": decay}))[:4] == b"\x89PNG"
+    table = {kind: [0.1, 0.2] for kind in KINDS}
+    assert png(error_figure(Errors(table, table)))[:4] == b"\x89PNG"
+    decay = Decay([1.0, 0.3], [1.0, 0.4])
+    assert png(decay_figure({"fresh": decay}))[:4] == b"\x89PNG"

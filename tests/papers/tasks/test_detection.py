@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import reference
+from anybatch.cli import app as library
 from anybatch.core.norm_layer import NormLayer
 from anybatch.tools import networks
 from anybatch.tools.data import Dataset, load
@@ -470,13 +471,13 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "words"),
     [
         ({"model": "resnet8"}, "model='resnet8': give one of onestage, fasterrcnn50"),
-        ({"model": "torchvision:resnet18"}, "give a network for detection"),
+        ({"model": "torchvision:resnet18"}, "model='torchvision:resnet18': give one of onestage"),
         ({"norms": "tail"}, "norms='tail': give one of all, heads, body"),
         ({"method": "vdn"}, "method='vdn': a detector takes no virtual examples"),
         ({"method": "frozen", "options": (("window", 3),)}, "method 'frozen' has none"),
-        ({"method": "frozen", "centralize": True}, "'frozen' stays as it is"),
+        ({"method": "frozen", "centralize": True}, "'frozen' converts nothing"),
         ({"weights": "resnet50.pth"}, "weights='resnet50.pth': give one of fasterrcnn50"),
-        ({"model": "fasterrcnn50", "norm_batch_size": 2}, "normalize regions, not pictures"),
+        ({"model": "fasterrcnn50", "norm_batch_size": 2}, "normalize regions, not images"),
         ({"data": "cifar10", "model": "onestage"}, "model='onestage': give one of mlp"),
         ({"data": "cifar10", "model": "resnet8", "norms": "heads"}, "norms='heads': leave it out"),
         ({"data": "cifar10", "model": "resnet8", "weights": "x"}, "weights='x': leave it out"),
@@ -713,7 +714,7 @@ def test_a_table_is_made_and_drawn(
 ) -> None:
     monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
     store = tiny / "store"
-    call = ["reproduce", "tiny", "--store", str(store)]
+    call = ["tiny", "--store", str(store)]
     result = CliRunner().invoke(app, [*call, "--root", str(scenes.parent)])
     assert result.exit_code == 0, result.output
     rows = Store(store / "results.jsonl").rows()
@@ -743,9 +744,8 @@ def test_data_are_found_beside_others_packed_or_not(tiny: Path, scenes: Path) ->
         placed(task, tiny / "store", "cpu")
 
 
-def test_other_commands_are_for_classification(scenes: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["train", "--data", "coco", "--model", "onestage", "--root", str(scenes)]
-    )
+def test_the_library_knows_no_data_with_boxes(scenes: Path) -> None:
+    command = ["train", "--data", "coco", "--model", "onestage", "--root", str(scenes)]
+    result = CliRunner().invoke(library, command)
     assert result.exit_code == 2
-    assert "this is for classification" in result.output
+    assert "data='coco': give one of digits" in result.output

@@ -15,8 +15,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from anybatch import convert
+from anybatch.cli import app as library
 from anybatch.tools import networks
-from anybatch.tools.compare import Comparison
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
 from anybatch.tools.processes import OnProgress, Work
@@ -367,8 +367,8 @@ def test_torchvisions_networks_where_they_are(name: str) -> None:
     [
         ({"data": "camvid", "model": "resnet8"}, "model='resnet8': give one of unet, pspnet8"),
         ({"data": "cifar10", "model": "unet"}, "model='unet': give one of mlp"),
-        ({"data": "camvid", "model": "torchvision:resnet18"}, "give a network for segmentation"),
-        ({"data": "cifar10", "model": "torchvision:fcn_resnet50"}, "network for classification"),
+        ({"data": "camvid", "model": "torchvision:resnet18"}, "give one of unet"),
+        ({"data": "cifar10", "model": "torchvision:fcn_resnet50"}, "it segments images"),
     ],
 )
 def test_networks_go_with_their_data(changes: dict[str, str], words: str) -> None:
@@ -477,7 +477,7 @@ def test_a_table_is_made_and_drawn(
     monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
     store, docs = tiny / "store", tiny / "docs"
     docs.mkdir()
-    arguments = ["reproduce", "tiny", "--root", str(scenes.parent), "--store", str(store)]
+    arguments = ["tiny", "--root", str(scenes.parent), "--store", str(store)]
     result = CliRunner().invoke(app, [*arguments, "--docs", str(docs), "--json"])
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)[0]
@@ -547,9 +547,7 @@ def test_an_estimate_knows_the_size_of_pictures() -> None:
 
 
 @pytest.mark.parametrize("command", ["compare", "train", "diagnose"])
-def test_other_commands_are_for_classification(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--data", "camvid", "--model", "pspnet8"])
+def test_the_library_knows_no_data_to_segment(command: str) -> None:
+    result = CliRunner().invoke(library, [command, "--data", "camvid", "--model", "pspnet8"])
     assert result.exit_code == 2
-    assert "this is for classification" in " ".join(result.output.split())
-    with pytest.raises(ValueError, match="camvid is for python -m papers"):
-        Comparison(PaperRun(**SETTINGS))
+    assert "data='camvid': give one of digits" in " ".join(result.output.split())

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
 from anybatch.tools.run import BASELINE
-from papers.studies.sampling import STATISTICS, Averages, NormShare, PassTime, SampleErrors
+from papers.studies.sampling.averages import Averages
+from papers.studies.sampling.errors import STATISTICS, SampleErrors
+from papers.studies.sampling.times import NormShare, PassTime
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

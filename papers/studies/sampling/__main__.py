@@ -4,10 +4,10 @@ Errors of sampled statistics in a ResNet-20, fresh and after each epoch of a sho
 they go together in its layers (errors); the same in networks that each sampling has trained itself
 (own); running statistics with every weight of the newest batch (averages); time of regular and of
 irregular samples (regularity); the norms' share of a training step of ResNet-20 and ResNet-56
-(share). On CIFAR-10, or without a root on scikit-learn's digits as 8x8 pictures. Writes tables as
+(share). On CIFAR-10, or without a root on scikit-learn's digits as 8x8 images. Writes tables as
 CSV and plots as PNG, and prints the tables.
 
-    python -m papers.studies.run_sampling [PART ...] [--root data/cifar10] [--epochs 2]
+    python -m papers.studies.sampling [PART ...] [--root data/cifar10] [--epochs 2]
         [--draws 60] [--rounds 21] [--threads 1] [--output runs/sampling]
 """
 
@@ -30,9 +30,11 @@ from anybatch.tools.files import output_folder, write_whole
 from anybatch.tools.machine import machine
 from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, step
-from papers.studies import sampling as study
-from papers.studies import sampling_figures as figures
 from papers.studies.example_weight import image_arrays
+from papers.studies.sampling import figures
+from papers.studies.sampling.averages import moving_average_influence
+from papers.studies.sampling.errors import METHODS, STATISTICS, SampleErrors, estimation_errors
+from papers.studies.sampling.times import PHASES, norm_share, regularity_and_speed
 
 PARTS = ("errors", "own", "averages", "regularity", "share")
 RATIO = 1 / 32
@@ -57,9 +59,9 @@ def errors(run: Run, data: Dataset, draws: int, folder: Path) -> None:
         trained = epoch == run.epochs
         found = {}
         for ratio in RATIOS if trained else (RATIO,):
-            for sample in study.METHODS:
+            for sample in METHODS:
                 some = [x for x, _ in _endless(run, data, epoch + 1, draws)]
-                found[ratio, sample] = study.estimation_errors(
+                found[ratio, sample] = estimation_errors(
                     training.model, some, sample, ratio=ratio, moments=moments
                 )
         for (ratio, _), one in found.items():
@@ -70,12 +72,12 @@ def errors(run: Run, data: Dataset, draws: int, folder: Path) -> None:
         if trained:
             last = [one for (ratio, _), one in found.items() if ratio == RATIO]
             _errors_by_layer(last, folder)
-            _picture(folder / "sampling-errors.png", figures.error_figure(last))
-            _picture(folder / "sampling-correlation.png", figures.correlation_figure(last))
+            _write_image(folder / "sampling-errors.png", figures.error_figure(last))
+            _write_image(folder / "sampling-correlation.png", figures.correlation_figure(last))
             outside = []
-            for sample in list(study.METHODS)[:-1]:
+            for sample in list(METHODS)[:-1]:
                 some = [x for x, _ in _endless(run, data, epoch + 1, draws)]
-                one = study.estimation_errors(training.model, some, sample, normalize_by="batch")
+                one = estimation_errors(training.model, some, sample, normalize_by="batch")
                 outside.append(_error_row(one))
     head = ("sample", "mean", "variance", "correlation, mean", "correlation, variance")
     _table(folder / "errors.csv", ("network", *head), stages)
@@ -96,7 +98,7 @@ def own(run: Run, data: Dataset, draws: int, folder: Path) -> None:
         wrapped = isinstance(training.model, VirtualDataset)
         model = to_batchnorm(training.model.model if wrapped else training.model)
         some = [x for x, _ in _endless(run, data, 2, draws)]
-        one = study.estimation_errors(model, some, sample, ratio=RATIO, moments=moments)
+        one = estimation_errors(model, some, sample, ratio=RATIO, moments=moments)
         rows.append(_error_row(one))
     head = ("sample", "mean", "variance", "correlation, mean", "correlation, variance")
     _table(folder / "errors-own.csv", head, rows)
@@ -109,20 +111,20 @@ def _ways(run: Run) -> dict[str, Run]:
         sample: run.but(
             method=method, options=(virtual if sample == "virtual" else ("ratio", RATIO),)
         )
-        for sample, method in study.METHODS.items()
+        for sample, method in METHODS.items()
     }
 
 
-def _error_row(one: study.SampleErrors) -> tuple[str, ...]:
-    errors = (f"{one.typical(name):.3f}" for name in study.STATISTICS)
-    together = (f"{one.between(name):.2f}" for name in study.STATISTICS)
+def _error_row(one: SampleErrors) -> tuple[str, ...]:
+    errors = (f"{one.typical(name):.3f}" for name in STATISTICS)
+    together = (f"{one.between(name):.2f}" for name in STATISTICS)
     return (one.sample, *errors, *together)
 
 
-def _errors_by_layer(found: Sequence[study.SampleErrors], folder: Path) -> None:
+def _errors_by_layer(found: Sequence[SampleErrors], folder: Path) -> None:
     rows = []
     for one in found:
-        mean, var = (one.spread(name) for name in study.STATISTICS)
+        mean, var = (one.spread(name) for name in STATISTICS)
         for k, layer in enumerate(one.layers):
             cells = [f"{value:.4f}" for value in (*mean[k], *var[k])]
             rows.append((one.sample, layer, str(one.values[k]), *cells))
@@ -146,7 +148,7 @@ def averages(run: Run, data: Dataset, folder: Path) -> None:
     ways["bs, 1/128"] = run.but(method="bs", options=(("ratio", 1 / 128),))
     found = []
     for name, way in ways.items():
-        one = study.moving_average_influence(way, part, population=8)
+        one = moving_average_influence(way, part, population=8)
         found.append(replace(one, method=name))
         print(f"{name}: best {one.best}", flush=True)
     rows = []
@@ -166,7 +168,7 @@ def averages(run: Run, data: Dataset, folder: Path) -> None:
     _print(("held-out loss", *momenta, "population"), wide)
     wide = [(one.method, *(f"{row.var_error:.3f}" for row in one.rows)) for one in found]
     _print(("error of the variance", *momenta), wide)
-    _picture(folder / "sampling-averages.png", figures.average_figure(found))
+    _write_image(folder / "sampling-averages.png", figures.average_figure(found))
 
 
 def _short(loss: float) -> str:
@@ -177,14 +179,14 @@ def regularity(rounds: int, folder: Path) -> None:
     """Figure 8c."""
     rows = []
     for shape in SHAPES:
-        found = study.regularity_and_speed(shape, ratio=RATIO, rounds=rounds)
+        found = regularity_and_speed(shape, ratio=RATIO, rounds=rounds)
         for row in found:
             ratios = (f"{value:.3f}" for value in (row.ratio.middle, row.ratio.low, row.ratio.high))
             name = " x ".join(map(str, shape))
             cells = (row.what, row.sample, row.index, f"{row.milliseconds:.2f}", *ratios)
             rows.append((name, *cells))
         if shape == SHAPES[0]:
-            _picture(folder / "sampling-regularity.png", figures.regularity_figure(found))
+            _write_image(folder / "sampling-regularity.png", figures.regularity_figure(found))
     head = ("shape", "what", "sample", "index", "milliseconds", "ratio", "low", "high")
     _table(folder / "regularity.csv", head, rows)
 
@@ -194,16 +196,16 @@ def share(run: Run, data: Dataset, rounds: int, folder: Path) -> None:
     found, rows = {}, []
     for model, title in (("resnet20", "ResNet-20"), ("resnet56", "ResNet-56")):
         runs = {m: run.but(model=model, method=m) for m in SHARE_METHODS}
-        found[title] = study.norm_share(runs, data, rounds=rounds)
+        found[title] = norm_share(runs, data, rounds=rounds)
         for row in found[title]:
-            times = (f"{row.milliseconds[phase]:.0f}" for phase in study.PHASES)
-            shares = [f"{100 * row.share[phase].middle:.0f} %" for phase in study.PHASES]
+            times = (f"{row.milliseconds[phase]:.0f}" for phase in PHASES)
+            shares = [f"{100 * row.share[phase].middle:.0f} %" for phase in PHASES]
             spread = "{:.0f} to {:.0f} %".format(*(100 * row.share["step"][k] for k in (0, 2)))
             rows.append((title, row.method, *times, *shares, spread))
-    head = ("network", "norms", *(f"{phase}, ms" for phase in study.PHASES))
-    head += (*(f"share of {phase}" for phase in study.PHASES), "quartiles of the last")
+    head = ("network", "norms", *(f"{phase}, ms" for phase in PHASES))
+    head += (*(f"share of {phase}" for phase in PHASES), "quartiles of the last")
     _table(folder / "share.csv", head, rows)
-    _picture(folder / "sampling-share.png", figures.share_figure(found))
+    _write_image(folder / "sampling-share.png", figures.share_figure(found))
 
 
 def _table(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -225,7 +227,7 @@ def _print(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def _picture(path: Path, figure) -> None:
+def _write_image(path: Path, figure) -> None:
     data = png(figure, dpi=100)
     write_whole(path, lambda file: file.write_bytes(data))
 
@@ -255,7 +257,7 @@ def main() -> None:
     run = run.but(batch_size=128, epochs=given.epochs)
     data = load(run)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"{data.name}, {len(data.train_x)} pictures, threads: {given.threads}", flush=True)
+    print(f"{data.name}, {len(data.train_x)} images, threads: {given.threads}", flush=True)
     if "errors" in parts:
         errors(run, data, given.draws, folder)
     if "own" in parts:

@@ -1,9 +1,9 @@
 """What cross-iteration batch normalization rests on: figure 6, table 9 and section 4.4, small.
 
-Real pictures (scikit-learn's digits as 8x8 images), a chain of three convolutions, and the MLP for
+Real images (scikit-learn's digits as 8x8 images), a chain of three convolutions, and the MLP for
 the orders of the Taylor polynomial. Writes numbers as JSON and plots as PNG.
 
-    python -m papers.studies.run_cross_iteration [--seeds 3] [--chains]
+    python -m papers.studies.cross_iteration [--seeds 3] [--chains]
         [--output runs/cross-iteration]
 
 ``--chains`` trains the chain with each kind of compensation too, which takes many minutes.
@@ -26,19 +26,28 @@ from anybatch.tools.files import output_folder, write_json, write_whole
 from anybatch.tools.machine import machine
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
-from papers.studies import cross_iteration as study
+from papers.studies.cross_iteration.compensation import (
+    KINDS,
+    Chain,
+    Errors,
+    batches,
+    compensation_errors,
+    step_seconds,
+)
+from papers.studies.cross_iteration.decay import Decay, gradient_decay
+from papers.studies.cross_iteration.figures import decay_figure, error_figure
 
 RATES = (0.003, 0.01, 0.03)
 
 
-def decays(x: torch.Tensor, y: torch.Tensor) -> dict[str, study.Decay]:
+def decays(x: torch.Tensor, y: torch.Tensor) -> dict[str, Decay]:
     """Figure 6: a chain, fresh and after some hundreds of steps."""
     torch.manual_seed(0)
-    net = study.Chain((1, 8, 16, 16, 16), 10)
+    net = Chain((1, 8, 16, 16, 16), 10)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     found, done = {}, 0
     for stage in (0, 200, 600):
-        for some, classes in study.batches(x, y, 4, stage - done, stage):
+        for some, classes in batches(x, y, 4, stage - done, stage):
             loss = F.cross_entropy(net(some), classes)
             optimizer.zero_grad()
             loss.backward()
@@ -47,7 +56,7 @@ def decays(x: torch.Tensor, y: torch.Tensor) -> dict[str, study.Decay]:
         plain = torch.nn.Sequential()
         for conv, norm in net.pairs:
             plain += torch.nn.Sequential(conv, norm, torch.nn.ReLU())
-        found[f"{stage} steps"] = study.gradient_decay(plain.train(), x[:64], probes=32)
+        found[f"{stage} steps"] = gradient_decay(plain.train(), x[:64], probes=32)
     return found
 
 
@@ -64,14 +73,14 @@ def orders(seeds: int) -> dict[str, list[float]]:
 
 def chains(x: torch.Tensor, y: torch.Tensor, seeds: int) -> dict[str, list[float]]:
     """Accuracy of a chain on digits at batch 4 after 300 steps, by kind of compensation."""
-    found: dict[str, list[float]] = {kind: [] for kind in study.KINDS}
-    for kind in study.KINDS:
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
         for seed in range(seeds):
             torch.manual_seed(seed)
-            net = study.Chain((1, 8, 8, 16), 10, 8, kind)
+            net = Chain((1, 8, 8, 16), 10, 8, kind)
             optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-            for some, classes in study.batches(x[:1297], y[:1297], 4, 300, seed):
+            for some, classes in batches(x[:1297], y[:1297], 4, 300, seed):
                 loss = F.cross_entropy(net(some), classes)
                 optimizer.zero_grad()
                 loss.backward()
@@ -83,7 +92,7 @@ def chains(x: torch.Tensor, y: torch.Tensor, seeds: int) -> dict[str, list[float
     return found
 
 
-def mean_errors(errors: study.Errors) -> dict[str, dict[str, float]]:
+def mean_errors(errors: Errors) -> dict[str, dict[str, float]]:
     """Errors averaged over the ages."""
     return {
         truth: {kind: statistics.fmean(values) for kind, values in table.items()}
@@ -111,12 +120,12 @@ def main() -> None:
     print("errors of old statistics", file=sys.stderr)
     rows["errors"] = {}
     for rate in RATES:
-        errors = study.compensation_errors(x, y, rate=rate)
+        errors = compensation_errors(x, y, rate=rate)
         rows["errors"][str(rate)] = {"by age": asdict(errors), "mean": mean_errors(errors)}
         if rate == RATES[1]:
-            _write(folder / "errors.png", png(study.error_figure(errors)))
+            _write(folder / "errors.png", png(error_figure(errors)))
     print("time of a step", file=sys.stderr)
-    seconds = study.step_seconds(x, y)
+    seconds = step_seconds(x, y)
     rows["step, relative to naive"] = {k: v / seconds["naive"] for k, v in seconds.items()}
     print("orders of the polynomial", file=sys.stderr)
     rows["accuracy by order, MLP"] = orders(given.seeds)
@@ -125,7 +134,7 @@ def main() -> None:
         print("chains", file=sys.stderr)
         rows["accuracy by kind, chain"] = chains(x, y, given.seeds)
 
-    _write(folder / "decay.png", png(study.decay_figure(fading)))
+    _write(folder / "decay.png", png(decay_figure(fading)))
     write_json(folder / "cross-iteration.json", rows)
     for stage, decay in fading.items():
         print(stage, "mean", _short(decay.mean), "square", _short(decay.square))

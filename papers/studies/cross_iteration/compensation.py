@@ -1,10 +1,8 @@
-"""What cross-iteration batch normalization rests on, measured (cross-iteration-bn, section 4.4).
+"""Old statistics at today's weights, compensated for one layer's weights or two.
 
-How fast the gradients of a layer's statistics fade over earlier layers (appendix C, figure 6); how
-well old statistics are predicted at today's weights by nothing, by one layer's weights, by their
-second order (table 9), and by the weights of two layers; and what compensating two layers costs.
-The layers of the library compensate one: here everything is slow and plain, for chains of
-convolution, norm and ReLU.
+Predictions by nothing, by one layer's weights, by their second order (table 9) and by the weights
+of two layers, their errors, and the time of a step. The layers of the library compensate one: here
+everything is slow and plain, for chains of convolution, norm and ReLU.
 """
 
 import time
@@ -19,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.conversion.producers import find_feeders
 from anybatch.core.autograd import normalize
 from anybatch.core.statistics import Statistics
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 KINDS = ("naive", "one layer", "one layer, second order", "two layers")
 _TAYLOR = {"naive": (0, 0), "one layer": (1, 1), KINDS[2]: (1, 2), "two layers": (2, 1)}
@@ -290,84 +287,6 @@ def _distance(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> flo
     return float((mean_error + var_error).mean().sqrt())
 
 
-@dataclass(frozen=True)
-class Decay:
-    """Norms of the gradients of layers' statistics, relative to those for the layer's own weights.
-
-    Attributes:
-        mean: Of the means, by layers back from 0 on, averaged over the layers that have so many.
-        square: Of the means of squares.
-    """
-
-    mean: list[float]
-    square: list[float]
-
-
-def gradient_decay(model: nn.Module, x: Tensor, *, back: int = 2, probes: int = 8) -> Decay:
-    """How fast the gradients of a layer's statistics fade over earlier layers (appendix C).
-
-    ``||d mu^l / d w^r||_F / ||d mu^l / d w^l||_F`` for r = l, l - 1, ..., and the same for nu, the
-    mean of squares, averaged over the pairs l of a convolution and the norm that it feeds. Norms
-    are estimated by Hutchinson's method: the mean, over random signs s of the channels, of the
-    squared norm of the gradient of ``sum(s * mu)`` is the squared norm of the Jacobian.
-
-    Args:
-        model: A network, left as it was but for the running statistics of norms in training mode.
-        x: A batch for it.
-        back: Layers back, at most (default 2).
-        probes: Random signs (default 8), from torch's generator.
-
-    Returns:
-        The ratios; the first is 1.
-
-    Raises:
-        ValueError: If the network has fewer than two pairs.
-
-    Source: cross-iteration-bn, appendix C and figure 6.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
-        ...                     nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-        >>> gradient_decay(net, torch.randn(2, 1, 8, 8), back=1).mean[0]
-        1.0
-    """
-    modules = dict(model.named_modules())
-    found = find_feeders(model, x)
-    pairs = [modules[feeder.name] for feeder in found.values() if feeder.name is not None]
-    if len(pairs) < 2:
-        raise ValueError(f"model: {len(pairs)} of its norms are fed by a convolution, give two")
-    outputs: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        outputs[module] = output
-
-    handles = [module.register_forward_hook(note) for module in pairs]
-    try:
-        with torch.enable_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    norms: dict[tuple[str, int], list[float]] = {}
-    for index, layer in enumerate(pairs):
-        out = outputs[layer].transpose(0, 1).flatten(1)
-        reach = range(min(back, index) + 1)
-        weights = [pairs[index - k].weight for k in reach]
-        for name, statistic in (("mean", out.mean(1)), ("square", out.square().mean(1))):
-            squares = [0.0] * len(weights)
-            for _ in range(probes):
-                signs = torch.randint_like(statistic, 2) * 2 - 1
-                slopes = torch.autograd.grad(
-                    statistic @ signs, weights, retain_graph=True, allow_unused=True
-                )
-                for k, slope in enumerate(slopes):
-                    squares[k] += 0.0 if slope is None else float(slope.square().sum())
-            for k in reach:
-                norms.setdefault((name, k), []).append((squares[k] / squares[0]) ** 0.5)
-    ratios = [[fmean(norms[name, k]) for k in range(back + 1)] for name in ("mean", "square")]
-    return Decay(*ratios)
-
-
 def step_seconds(x: Tensor, y: Tensor, *, batch_size: int = 4, rounds: int = 7) -> dict[str, float]:
     """What a training step of a chain costs, for each kind in the same plain code.
 
@@ -397,52 +316,3 @@ def step_seconds(x: Tensor, y: Tensor, *, batch_size: int = 4, rounds: int = 7) 
         for kind, net in nets.items():
             taken[kind].append(block(net, 5))
     return {kind: median(values) for kind, values in taken.items()}
-
-
-def error_figure(errors: Errors) -> "Figure":
-    """Errors by age, for both truths."""
-    from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
-
-    figure = blank(10, 4.2)
-    titles = {"layer": "today's weights of this layer", "network": "today's whole network"}
-    for place, (name, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(1, 2, place + 1)
-        for index, (kind, values) in enumerate(getattr(errors, name).items()):
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                label=kind,
-                color=COLOURS[index],
-                marker=MARKERS[index],
-                linestyle=DASHES[index],
-            )
-        axes.set(title=f"truth: {title}", xlabel="age of the batch, steps", ylabel="error")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def decay_figure(decays: dict[str, Decay]) -> "Figure":
-    """Ratios of gradient norms by layers back, a line a stage of training."""
-    from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
-
-    figure = blank(10, 4.2)
-    for place, (name, title) in enumerate((("mean", "of the mean"), ("square", "of the square"))):
-        axes = figure.add_subplot(1, 2, place + 1)
-        for index, (stage, decay) in enumerate(decays.items()):
-            values = getattr(decay, name)
-            axes.plot(
-                range(len(values)),
-                values,
-                label=stage,
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                linestyle=DASHES[index % len(DASHES)],
-            )
-        axes.set(title=f"gradient {title}", xlabel="layers back", ylabel="norm, own layer = 1")
-        axes.set_xticks(range(len(values)))
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
