@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from anybatch import backends
 from anybatch.core.activation_checkpointing import Recent
 from anybatch.core.gradient_accumulation import StepMemory
+from anybatch.core.tensor_subclasses import as_plain
 
 _LOW = (torch.float16, torch.bfloat16)
 _STEP = "step."  # before the names of memory within an optimizer step
@@ -102,7 +103,7 @@ class NormState(_NormBase):
 
     def _parameters_like(self, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the type of the statistics (they may be a model's bfloat16)."""
-        weight, bias = self.weight, self.bias
+        weight, bias = (None if t is None else as_plain(t) for t in (self.weight, self.bias))
         return (
             weight if weight is None or weight.dtype == var.dtype else weight.to(var.dtype),
             bias if bias is None or bias.dtype == var.dtype else bias.to(var.dtype),

@@ -8,6 +8,7 @@ statistics to give.
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -47,6 +48,7 @@ from anybatch.core.reduction_scope import (
     sum_processes,
 )
 from anybatch.core.statistics import Statistics, stack
+from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
 
 _LOW = (torch.float16, torch.bfloat16)
 _SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
@@ -348,8 +350,15 @@ class NormLayer(NormState):
                 output, as of a norm and a ReLU apart.
 
         Returns:
-            A tensor of the input's shape, type and format.
+            A tensor of the input's shape, type and format; for a subclass of ``Tensor`` the class
+            and metadata that it gives to results of torch's functions.
         """
+        if type(input) is not Tensor or residual is not None:
+            plain = partial(self._forward_plain, mask, activation)
+            if is_overridden(input, residual):
+                return on_plain(plain, input, residual)
+            if is_distributed(input):
+                return on_local(self, plain, input, residual)
         then = None
         if activation is not None or residual is not None:
             then = read_activation(activation, residual, input)
@@ -373,6 +382,11 @@ class NormLayer(NormState):
             return self._normalize_batch(input, training, source, then)
         y = self._empty(input, training)
         return y if then is None else then.of(y)
+
+    def _forward_plain(
+        self, mask: Tensor | None, activation: str | None, input: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        return NormLayer.forward(self, input, mask, residual=residual, activation=activation)
 
     def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> Source | None:
         """Whose values stand behind the statistics; None for all of the batch's own."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anybatch import backends
+from anybatch.core.tensor_subclasses import as_plain
 
 WORLD = "world"
 
@@ -236,7 +237,7 @@ def fit_mask(mask: Tensor, x: Tensor, name: str) -> Tensor:
     if not isinstance(mask, Tensor) or mask.is_floating_point():
         what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask of type {what}: give a tensor of bool, true where input is valid")
-    valid, spatial = mask.to(x.device) != 0, x.shape[2:]
+    valid, spatial = as_plain(mask).to(x.device) != 0, x.shape[2:]
     if valid.dim() == x.dim() and x.dim() > 2 and valid.shape[1] == 1:
         valid = valid.squeeze(1)
     if not spatial and valid.dim() > 1 and valid.shape[0] != x.shape[0] == valid.numel():

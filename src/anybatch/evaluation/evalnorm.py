@@ -13,6 +13,7 @@ from anybatch.core.autograd import normalize
 from anybatch.core.name_patterns import Where
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.statistics import Statistics
+from anybatch.core.tensor_subclasses import on_plain
 from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import Forward, Shown, device_of, reading, run
 from anybatch.evaluation.example_weighing import set_example_weight, weighable
@@ -169,7 +170,10 @@ class _Fit:
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer as in training, with statistics of `batch_size` examples each."""
-        x, size = input, self.size
+        return on_plain(self._normalize, input)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        size = self.size
         whole = x.shape[0] // size
         if not whole:
             raise ValueError(

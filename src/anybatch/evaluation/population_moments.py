@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anybatch import backends
+from anybatch.core.tensor_subclasses import as_plain
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Pool:
         self.calls += 1
         if x.numel() == 0:
             return
-        x = x.detach().to(self.mean.device).double()
+        x = as_plain(x.detach()).to(self.mean.device).double()
         mean, var = backends.moments(x, (x.shape[0],))
         n = x.numel() // x.shape[1]
         self._join(n, mean.view(-1), var.view(-1) * n)

@@ -23,6 +23,7 @@ from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import Source
 from anybatch.core.statistics import Statistics
+from anybatch.core.tensor_subclasses import as_plain
 from anybatch.layers.batch_norm import fused_groups
 from anybatch.layers.weight_centralization import centralized_weight, is_centralized
 
@@ -338,16 +339,16 @@ class _CrossIterationBatchNorm(NormLayer):
         if in_backward():  # a recomputed forward finds its statistics
             return
         assert self.geometry is not None
-        x = args[0] if args else kwargs["input"]
-        weight = _weight_of(module) if weight is None else weight
+        x = as_plain(args[0] if args else kwargs["input"])
+        weight = as_plain(_weight_of(module) if weight is None else weight)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())
-        bias = None if bias is None else bias.detach()
-        self._flow.feed = Feed(self.geometry, x.detach(), rows, bias, output.detach())
+        bias = None if bias is None else as_plain(bias).detach()
+        self._flow.feed = Feed(self.geometry, x.detach(), rows, bias, as_plain(output).detach())
 
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""
-        self._flow.weight = output.detach()
+        self._flow.weight = as_plain(output).detach()
 
     def _take_feed(self, y: Tensor) -> Feed | None:
         """What the bound layer did to make ``y``."""

@@ -24,6 +24,7 @@ from anybatch import theory
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.grouping import partition
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.tensor_subclasses import as_plain, on_plain
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 BINS = 40
@@ -179,7 +180,7 @@ class Watch:
         """
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            given = args[0] if args else kwargs["input"]
+            given = as_plain(args[0] if args else kwargs["input"])
             if not self.active or not given.numel():
                 return None
             recomputed = in_backward()  # by activation checkpointing: seen before
@@ -189,8 +190,7 @@ class Watch:
             if goal is None:
                 return None
             # A copy: what follows may write into it, as an in-place ReLU does.
-            probed: Tensor = _Probe.apply(output, goal, given, moments, self)  # type: ignore[no-untyped-call]
-            return probed
+            return on_plain(lambda y: _probed(y, goal, given, moments, self), output)
 
         return self.norm.register_forward_hook(hook, with_kwargs=True)
 
@@ -337,6 +337,11 @@ class Watch:
         gap = _distance(means, variances, here, there, self._eps)
         stale = _distance(mean[None], var[None], here, there, self._eps)
         return _root(gap[:, alive].square().mean()), _root(stale[:, alive].square().mean())
+
+
+def _probed(output: Tensor, *what: Any) -> Tensor:
+    probed: Tensor = _Probe.apply(output, *what)  # type: ignore[no-untyped-call]
+    return probed
 
 
 class _Probe(torch.autograd.Function):
