@@ -48,6 +48,16 @@ def may_run_again() -> bool:
     return _hooks is None or _hooks(True) is not None
 
 
+def hooks_on_saved() -> bool:
+    """Whether hooks may give backward another tensor than the one that this forward saves.
+
+    A checkpoint gives one that was computed again, perhaps by other kernels, whose last bits differ.
+    """
+    if torch.compiler.is_compiling() or not _records():
+        return False
+    return _hooks is None or _hooks(True) is not None
+
+
 def runs_once() -> bool:
     """Whether this forward neither is nor may be one that runs again.
 

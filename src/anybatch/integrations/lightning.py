@@ -36,8 +36,8 @@ class NormCallback(framework.Callback):
       stay the same objects.
     - Each epoch, the layers are told where training is (`anybatch.NormScheduler`).
     - With ``accumulate_grad_batches`` or Lightning's ``GradientAccumulationScheduler``, forwards of
-      an optimizer step are joined (`anybatch.accumulate`). A step ends with the optimizer's, however
-      many forwards it had; a fit that fails or is interrupted leaves nothing joined. With
+      an optimizer step are joined (`anybatch.accumulate`). A step ends with the optimizer's, after
+      any number of forwards; a fit that fails or is interrupted leaves nothing joined. With
       manual optimization, call `anybatch.accumulate` with the optimizer.
     - After ``StochasticWeightAveraging``, ``WeightAveraging`` or ``EMAWeightAveraging``, whose
       averaged weights do not match the running statistics, these are recalibrated

@@ -6,9 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from anybatch import backends
 from anybatch.backends.aten import spread
+from anybatch.core.activation_checkpointing import hooks_on_saved
 from anybatch.core.autograd import BackwardMemory, Gradients, refuse_second_derivative
 from anybatch.core.compiled import BackwardData, ForwardData, Kept
 from anybatch.core.grouping import Partition
@@ -59,7 +61,6 @@ class _SpreadNorm(NormLayer):
     """A batch norm whose variance is the square of another spread."""
 
     pools: ClassVar[bool] = False
-    fuses = True
     fuses_activation: ClassVar[bool] = False
     fused_kind: ClassVar[str]
 
@@ -69,9 +70,18 @@ class _SpreadNorm(NormLayer):
         raise NotImplementedError
 
     @staticmethod
-    def slope(values: _Values) -> Tensor:
-        """Derivative of the spread by each value; 0 by those that do not stand behind it."""
+    def marks(values: _Values) -> Tensor:
+        """Which values the spread grows with (1), falls with (2), or both (3): uint8 like ``x``."""
         raise NotImplementedError
+
+    @staticmethod
+    def slope(values: _Values, marks: Tensor) -> Tensor:
+        """Derivative of the spread by each value; 0 by those that do not contribute to it."""
+        raise NotImplementedError
+
+    @property
+    def fuses(self) -> bool:  # type: ignore[override]
+        return not hooks_on_saved()  # the loops find marks by the saved input
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
@@ -98,7 +108,11 @@ class _SpreadNorm(NormLayer):
         source: Source | None = None,
     ) -> Tensor:
         weight, bias = self._parameters_like(chosen.var)
-        call = _Call(chosen, cut.sizes, self.eps, type(self), source)
+        marks = None
+        if x.requires_grad and hooks_on_saved():
+            with torch.no_grad():
+                marks = _pack(self.marks(_Values.of(x, cut.sizes, source)))
+        call = _Call(chosen, cut.sizes, self.eps, type(self), source, marks)
         y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
         return y
 
@@ -133,13 +147,36 @@ class _SpreadNorm(NormLayer):
 
 
 class _Call(NamedTuple):
-    """How one forward normalizes, and what its backward needs beside the input."""
+    """How one forward normalizes, and what its backward needs beside the input.
+
+    Attributes:
+        statistics: See `Statistics`.
+        sizes: Examples in each group.
+        eps: Added to the squared spread.
+        kind: The layer's class.
+        source: Which values contribute, and of which processes.
+        marks: Packed marks of the input, where backward may get one with other last bits.
+    """
 
     statistics: Statistics
     sizes: tuple[int, ...]
     eps: float
     kind: type[_SpreadNorm]
     source: Source | None
+    marks: Tensor | None = None
+
+
+def _pack(marks: Tensor) -> Tensor:
+    """Marks as two bits each."""
+    flat = marks.flatten()
+    fours = F.pad(flat, (0, -flat.shape[0] % 4)).view(-1, 4)
+    return fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+
+
+def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The marks that `_pack` was given, of a shape."""
+    fours = torch.stack([packed >> bits & 3 for bits in (0, 2, 4, 6)], 1)
+    return fours.flatten()[: shape.numel()].view(shape)
 
 
 class _Normalize(torch.autograd.Function):
@@ -170,7 +207,7 @@ def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
 ) -> Gradients:
     """The backward pass, see `anybatch.core.autograd.gradients`."""
-    (mean, var, *_), sizes, eps, kind, source = call
+    (mean, var, *_), sizes, eps, kind, source, packed = call
     assert mean is not None
     share = call.statistics.share
     inv = torch.rsqrt(var + backends.scalar(eps))
@@ -189,7 +226,8 @@ def _gradients(
         assert all_dy is not None and all_moment is not None
         on_var = on_dy * inv * all_moment * share * -0.5
         constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
-        inner = kind.slope(own).mul_(own.on_examples(2 * on_var * own_spread))
+        marks = kind.marks(own) if packed is None else _unpack(packed, x.shape)
+        inner = kind.slope(own, marks).mul_(own.on_examples(2 * on_var * own_spread))
         inner.add_(own.on_examples(constant))
         if own.source.mask is not None:
             inner = inner.masked_fill(~own.source.mask, 0)
@@ -257,10 +295,15 @@ class _L1BatchNorm(_SpreadNorm):
         return _L1 * values.total(sums) / counts.clamp(min=1)
 
     @staticmethod
-    def slope(values: _Values) -> Tensor:
-        x, sizes, mean, counts, source = values
+    def marks(values: _Values) -> Tensor:
+        x, sizes, mean, _, source = values
         signs = spread.deviation_signs(x, sizes, mean, source.mask)
-        counts = counts.clamp(min=1)
+        return (signs > 0).byte() + (signs < 0).byte() * 2
+
+    @staticmethod
+    def slope(values: _Values, marks: Tensor) -> Tensor:
+        sizes, counts = values.sizes, values.counts.clamp(min=1)
+        signs = (marks == 1).to(values.mean.dtype) - (marks == 2).to(values.mean.dtype)
         balance = values.total(spread.group_sums(signs, sizes)) / counts  # by way of the mean
         return _L1 * (signs - values.on_examples(balance)) / values.on_examples(counts)
 
@@ -321,14 +364,19 @@ class _RangeBatchNorm(_SpreadNorm):
         return torch.where(some, high - low, 0) * _range_factors(values.counts)
 
     @staticmethod
-    def slope(values: _Values) -> Tensor:
-        x, sizes, _, counts, source = values
-        found = torch.zeros_like(x, dtype=values.mean.dtype)
-        for end, sign in zip(_ends(values), (1, -1), strict=True):
-            hits = spread.hits(x, sizes, end, source.mask)
-            many = values.total(spread.group_sums(hits, sizes)).clamp(min=1)
+    def marks(values: _Values) -> Tensor:
+        x, sizes, _, _, source = values
+        high, low = (spread.hits(x, sizes, end, source.mask) for end in _ends(values))
+        return high.byte() + low.byte() * 2
+
+    @staticmethod
+    def slope(values: _Values, marks: Tensor) -> Tensor:
+        found = torch.zeros_like(values.x, dtype=values.mean.dtype)
+        for bit, sign in ((1, 1), (2, -1)):
+            hits = (marks & bit != 0).to(values.mean.dtype)
+            many = values.total(spread.group_sums(hits, values.sizes)).clamp(min=1)
             found += sign * hits / values.on_examples(many)  # equal ends share it
-        return found * values.on_examples(_range_factors(counts))
+        return found * values.on_examples(_range_factors(values.counts))
 
 
 def _ends(values: _Values) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,67 @@
+"""Activation checkpointing: backward gets an input that was computed again, other in its last bits."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anybatch.backends import use_fused
+from method_cases import NAMES, SAMPLED, make
+
+
+class Shaken(nn.Module):
+    """A network whose second half gets an input that is another in its last bits when run again."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.runs = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.runs > 1:
+            bits = torch.arange(x.numel()).view(x.shape) % 3 - 1.0
+            x = x + (torch.nextafter(x.detach(), x.detach() + bits) - x.detach())
+        return self.layer(x)
+
+
+def gradients(layer: nn.Module, run: object, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    run(x).backward(dy)
+    return x.grad, layer.weight.grad, layer.bias.grad
+
+
+@pytest.mark.parametrize("fused", ["auto", "never"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SAMPLED])
+def test_gradients_with_a_recomputed_input_are_those_without(
+    name: str, ties: bool, fused: str
+) -> None:
+    layer = make(name)
+    x = torch.randn(4, 6, 5, 7)
+    x = (x * 2).round() / 2 + 0.1 if ties else x
+    dy = torch.randn_like(x)
+    use_fused(fused)
+    try:
+        plain = copy.deepcopy(layer)
+        expected = gradients(plain, plain, x, dy)
+        shaken = Shaken(layer)
+        found = gradients(layer, lambda x: checkpoint(shaken, x, use_reentrant=False), x, dy)
+    finally:
+        use_fused("auto")
+    assert shaken.runs == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["l1", "range"])
+def test_two_norms_in_a_row_in_one_checkpoint(name: str) -> None:
+    net = nn.Sequential(make("bn"), make(name))
+    plain = copy.deepcopy(net)
+    x, dy = torch.randn(8, 6, 9, 9), torch.randn(8, 6, 9, 9)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    plain(a).backward(dy)
+    checkpoint(net, b, use_reentrant=False).backward(dy)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
