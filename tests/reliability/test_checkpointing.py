@@ -1,4 +1,4 @@
-"""Activation checkpointing: backward gets an input that was computed again, other in its last bits."""
+"""Activation checkpointing: backward gets a recomputed input, other in its last bits."""
 
 import copy
 

@@ -51,7 +51,7 @@ def may_run_again() -> bool:
 def hooks_on_saved() -> bool:
     """Whether hooks may give backward another tensor than the one that this forward saves.
 
-    A checkpoint gives one that was computed again, perhaps by other kernels, whose last bits differ.
+    A checkpoint gives one that was computed again, perhaps by other kernels with other last bits.
     """
     if torch.compiler.is_compiling() or not _records():
         return False
