@@ -353,8 +353,12 @@ def test_few_batches_are_mentioned() -> None:
     assert "Only" not in str(diagnose(nn.BatchNorm1d(4), gaussian(8, 4, batches=20)))
 
 
-def test_one_value_a_channel_has_no_variance_and_no_psi() -> None:
-    found = diagnose(anybatch.BatchNorm1d(8), gaussian(1, 8, batches=20), loss=random_slopes)
+@pytest.mark.parametrize("tracks", [True, False])
+@pytest.mark.parametrize("made", [anybatch.BatchNorm1d, nn.BatchNorm1d])
+def test_one_value_a_channel_has_no_variance_and_no_psi(made: Any, tracks: bool) -> None:
+    norm = made(8, track_running_stats=tracks)
+    found = diagnose(norm, gaussian(1, 8, batches=20), loss=random_slopes)
+    assert "forward" not in vars(norm)
     assert found.layers[0].psi is None
     assert found.layers[0].var.measured == 0
     assert found.reading.problem == "yes"
@@ -545,6 +549,22 @@ def test_dead_channels_are_counted_and_left_out() -> None:
         (lambda: diagnose("x", []), TypeError, "model='x': give a torch.nn.Module"),
         (lambda: diagnose(nn.LayerNorm(3), []), ValueError, "LayerNorm has no batch norm"),
         (lambda: diagnose(nn.BatchNorm1d(3), []), ValueError, "gave no batch"),
+        (lambda: diagnose(nn.BatchNorm1d(3), torch.randn(8, 3)), TypeError, "is one batch; give"),
+        (
+            lambda: diagnose(nn.BatchNorm1d(3), torch.ones(8, 3), batch_size=2),
+            TypeError,
+            "one batch",
+        ),
+        (
+            lambda: diagnose(nn.BatchNorm1d(3), {"x": 1}),
+            TypeError,
+            "a dict of 1 entry is one batch",
+        ),
+        (
+            lambda: diagnose(nn.BatchNorm1d(3), "digits"),
+            TypeError,
+            "loader='digits': give something",
+        ),
         (lambda: diagnose(nn.BatchNorm1d(3), [torch.randn(4, 3)]), ValueError, "1 batch of its"),
         (lambda: diagnose(nn.LazyBatchNorm1d(), []), ValueError, "run one batch through it"),
         (

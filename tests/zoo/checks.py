@@ -126,6 +126,8 @@ def check_conversion(network: Listed, method: str) -> None:
             convert(built(network), method, example_inputs=network.inputs(network.batch))
         return
     model = built(network)
+    if refused_as_unbound(model, method, network.inputs(network.batch)):
+        return
     row = METHODS[method]
     inputs = network.inputs(network.batch)
     before = outputs(model, network, inputs)
@@ -154,6 +156,15 @@ def check_conversion(network: Listed, method: str) -> None:
         assert set(model.state_dict()) == keys
 
 
+def refused_as_unbound(model: nn.Module, method: str, inputs: Any) -> bool:
+    """Check that a method that binds refuses a network in which it can bind no norm."""
+    if not METHODS[method].binds or plan(model, method, example_inputs=inputs).having("convert"):
+        return False
+    with pytest.raises(ValueError, match="none can be bound"):
+        convert(model, method, example_inputs=inputs)
+    return True
+
+
 def check_converted(model: nn.Module, method: str, expected: list[str]) -> None:
     """Every norm is of the method; one that was not bound to a layer stays a batch norm."""
     for name in expected:
@@ -178,5 +189,7 @@ def check_training(model: nn.Module, method: str, inputs: Any) -> None:
 def check_batch_of_one(network: Listed, method: str) -> None:
     """A step at batch 1, where torch's batch norm may have a single value a channel."""
     model = built(network)
+    if refused_as_unbound(model, method, network.inputs(network.batch)):
+        return
     convert(model, method, example_inputs=network.inputs(network.batch))
     check_training(model, method, network.inputs(1))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.core.arguments import check_count
+from anybatch.core.arguments import check_count, shown
 
 Forward = Callable[[nn.Module, Any], Any]
 Shown = bool | Callable[[int, int | None], None] | None  # how progress is shown, see `reading`
@@ -52,13 +52,23 @@ def reading(
     """
     if max_batches is not None:
         check_count("max_batches", max_batches)
-    if not isinstance(loader, Iterable):
+    check_loader(loader)
+    with _bar(_length(loader, max_batches), progress, title) as advance:
+        yield _batches(loader, device, max_batches, advance)
+
+
+def check_loader(loader: object) -> None:
+    """Raise for what does not iterate over batches: also for a single batch, or a network."""
+    if isinstance(loader, (Tensor, Mapping)):
+        raise TypeError(
+            f"loader: {shown(loader)} is one batch; give batches, such as [batch] or a "
+            "torch.utils.data.DataLoader"
+        )
+    if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, nn.Module)):
         raise TypeError(
             f"loader={_short(loader)}: give something that iterates over batches, such as a "
             "torch.utils.data.DataLoader or a list of tensors"
         )
-    with _bar(_length(loader, max_batches), progress, title) as advance:
-        yield _batches(loader, device, max_batches, advance)
 
 
 def check_repeatable(loader: Iterable[Any], passes: str) -> None:
@@ -88,6 +98,7 @@ def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
         >>> [len(batch) for batch in recut([torch.zeros(3), torch.zeros(4)], 2)]
         [2, 2, 2]
     """
+    check_loader(loader)
     if size is None:
         yield from loader
         return

@@ -15,7 +15,7 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.files import write_json, write_text, write_whole
 from anybatch.tools.objective import objective
 from anybatch.tools.precision import forward
-from anybatch.tools.run import Run
+from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, train_epoch
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def diagnose_run(
     Raises:
         ValueError: If the file cannot be loaded into the network.
     """
+    if run.method == BASELINE and run.micro_batch_size == 1:
+        run = run.but(method="bn")  # the same mathematics; torch's layer refuses a single value
     data = load(run)
     training = prepare(run, data)
     if checkpoint is not None:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -165,9 +167,14 @@ class Watch:
         return self.norm.training or self.norm.running_mean is None
 
     def hold_still(self) -> None:
-        """Have torch's norm leave its running statistics alone; ours do in `no_update`."""
+        """Have torch's norm leave its running statistics alone, and take any batch.
+
+        Layers of this library do both in `no_update`.
+        """
         if isinstance(self.norm, _BatchNorm):
             self.norm.momentum = 0.0
+            if "forward" not in self.norm.__dict__:
+                self.norm.forward = partial(_forward_of_any_batch, self.norm)
 
     def attach(self, source: Callable[[], Tensor | None]) -> Any:
         """Hook the norm.
@@ -342,6 +349,18 @@ class Watch:
 def _probed(output: Tensor, *what: Any) -> Tensor:
     probed: Tensor = _Probe.apply(output, *what)  # type: ignore[no-untyped-call]
     return probed
+
+
+def _forward_of_any_batch(norm: _BatchNorm, input: Tensor) -> Tensor:
+    """A torch norm's forward; its running statistics normalize a single value per channel."""
+    if input.numel() > norm.num_features or not (norm.training or norm.running_mean is None):
+        y: Tensor = type(norm).forward(norm, input)
+        return y
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        mean = torch.zeros(norm.num_features, device=input.device, dtype=input.dtype)
+        var = torch.ones_like(mean)
+    return F.batch_norm(input, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
 class _Probe(torch.autograd.Function):

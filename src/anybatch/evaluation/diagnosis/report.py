@@ -69,7 +69,7 @@ def _noise(axes: Axes, layers: tuple[LayerNoise, ...], title: str, name: str) ->
     axes.set_xlim(-0.5, len(layers) - 0.5)
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(loc="upper right", fontsize=8, frameon=False)
     if len(layers) <= NAMED:
         names = [layer.name or "(the model)" for layer in layers]
         axes.set_xticks(range(len(layers)), names, rotation=90, fontsize=8)
@@ -102,7 +102,7 @@ def _histogram(axes: Axes, histogram: Histogram, density: Any) -> None:
         axes.plot(grid, density(grid), color=BLACK, label="independent Gaussian values")
     axes.set_ylim(0, 1.2 * max([*heights, 1e-9]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(loc="upper right", fontsize=8, frameon=False)
 
 
 def _say_empty(axes: Axes) -> None:
