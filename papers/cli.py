@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from anybatch.cli.console import console, errors, plain_errors, start, typed_command
+from anybatch.cli.console import Command, console, errors, plain_errors, start, typed_command
 from anybatch.cli.options import AsJson, Device, Root, starting_with
 from anybatch.cli.progress import progress_bars, show_runs
 from anybatch.cli.settings import check_device, count_workers, parse_seeds
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from papers.reproduction.spec import Reproduction, Task
     from papers.reproduction.store import Row as StoredRow
 
+_YEAR = 365 * 86_400
 PROGRAM = "python -m papers"
 
 
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Command)
 @plain_errors(PROGRAM)
 def reproduce(
     names: Annotated[
@@ -211,9 +212,11 @@ def _show_tasks(
 def _duration(seconds: float) -> str:
     """A time for a person.
 
-    >>> _duration(95), _duration(7300), _duration(200_000)
-    ('2 min', '2.0 h', '2.3 days')
+    >>> _duration(95), _duration(7300), _duration(200_000), _duration(2e9)
+    ('2 min', '2.0 h', '2.3 days', '63 years')
     """
+    if seconds >= _YEAR:
+        return f"{seconds / _YEAR:.0f} years" if seconds >= 1.5 * _YEAR else "1 year"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 129_600 else f"{seconds / 86_400:.1f} days"

@@ -7,6 +7,7 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
+from anybatch.core.arguments import closest
 from anybatch.tools.objective import objective
 from papers.reproduction.readings import COSTS, NOISE, STATISTICS
 from papers.reproduction.runs import CostRun, Job, RecordedRun, trained
@@ -186,9 +187,8 @@ def chosen(names: list[str]) -> list[Reproduction]:
     papers = {one.paper for one in known.values()}
     for name in names:
         if name not in known and name not in papers:
-            raise ValueError(
-                f"name={name!r}: give some of {', '.join([*known, *sorted(papers - {*known})])}"
-            )
+            hint = closest(name, [*known, *papers])
+            raise ValueError(f"name={name!r}: {hint}python -m papers --list shows the names")
     return [one for one in known.values() if one.name in names or one.paper in names]
 
 

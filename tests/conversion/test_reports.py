@@ -246,6 +246,22 @@ def test_a_state_dict_is_no_network_and_is_not_printed(call: object) -> None:
         call(nn.BatchNorm2d)  # type: ignore[operator]
 
 
+def test_the_remedy_for_a_wrapped_network_names_where_the_model_is() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of what it imports
+        compiled, inner = torch.compile(convnet()), convnet()
+        inner.compile()
+        traced = torch.jit.trace(convnet().eval(), torch.randn(1, 3, 12, 12))
+    for wrapped, inside in ((nn.DataParallel(convnet()), "module"), (compiled, "_orig_mod")):
+        with pytest.raises(ValueError, match=rf"the model inside it is its \.{inside}\."):
+            convert(wrapped, "bn")  # type: ignore[arg-type]
+        convert(getattr(wrapped, inside), "bn")
+    for given in (inner, traced):
+        with pytest.raises(ValueError, match="afterwards.$") as refusal:
+            convert(given, "bn")
+        assert "inside it" not in str(refusal.value)
+
+
 def test_a_network_of_other_norms_gets_a_hint() -> None:
     with pytest.warns(NoEffectWarning, match="build the network with torch.nn.BatchNorm"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), "mabn")

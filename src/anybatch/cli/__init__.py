@@ -1,6 +1,7 @@
 """The command line: one module per command."""
 
 import sys
+from typing import Annotated
 
 try:
     import rich  # noqa: F401
@@ -13,7 +14,7 @@ except ImportError as error:  # the library itself needs neither
 
 from anybatch.cli.bench import bench
 from anybatch.cli.compare import compare
-from anybatch.cli.console import start
+from anybatch.cli.console import Command, Group, start
 from anybatch.cli.diagnose import diagnose
 from anybatch.cli.methods import methods
 from anybatch.cli.train import train
@@ -23,6 +24,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="anybatch",
+    cls=Group,
+    invoke_without_command=True,
     help="Batch normalization that works at any batch size.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -30,7 +33,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (compare, train, tune, bench, diagnose, methods):
-    app.command()(command)
+    app.command(cls=Command)(command)
+
+
+@app.callback()
+def show_version(
+    version: Annotated[bool, typer.Option("--version", help="Show the versions and exit.")] = False,
+) -> None:
+    """Batch normalization that works at any batch size."""
+    if version:
+        import torch
+
+        from anybatch import __version__
+
+        print(f"anybatch {__version__}, torch {torch.__version__}")
+        raise typer.Exit
 
 
 def main() -> None:

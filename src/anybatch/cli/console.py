@@ -11,8 +11,30 @@ from typing import Any, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
 INTERRUPTED = 130
+
+
+class _PlainFlags:
+    """A command whose help shows no type for flags, which take no value."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    """A command of this library's command lines."""
+
+
+class Group(_PlainFlags, TyperGroup):
+    """A group of commands."""
+
+
 _stop_requested = threading.Event()
 _Command = TypeVar("_Command", bound=Callable[..., None])
 console = Console()

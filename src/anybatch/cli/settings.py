@@ -55,7 +55,7 @@ def build_method_run(given: dict[str, Any], doing: str) -> "Run":
     """
     from anybatch.tools.config import parse_options
 
-    method = given["method"]
+    method = given["method"].lower()
     options = parse_options(given["option"] or [])
     if wrong := ", ".join(sorted(set(options) - {method})):
         raise ValueError(f"option={wrong}: the method {doing} is {method!r}")
@@ -95,7 +95,9 @@ def named_methods(given: dict[str, Any]) -> tuple[str, ...]:
     from anybatch.tools.compare import DEFAULT_METHODS
 
     names = given["methods"]
-    return DEFAULT_METHODS if names is None else tuple(filter(None, names.split(",")))
+    if names is None:
+        return DEFAULT_METHODS
+    return tuple(name.strip().lower() for name in names.split(",") if name.strip())
 
 
 def options_of(chosen: tuple[str, ...], given: dict[str, Any]) -> "dict[str, tuple[Option, ...]]":

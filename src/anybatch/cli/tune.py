@@ -79,7 +79,8 @@ def tune(
     check_device(given["device"])
     stored, state = tuning.read_checkpoint(checkpoint)
     options = parse_options(given["option"] or [])
-    network = {name: given[name] for name in ("data", "root", "model", "method")}
+    method = None if given["method"] is None else given["method"].lower()
+    network = {**{name: given[name] for name in ("data", "root", "model")}, "method": method}
     typed = {name: value for name, value in network.items() if value is not None}
     run = _tuned_run(stored, typed, given["device"])
     if options:

@@ -27,15 +27,16 @@ OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalRespon
 # Methods of _NormBase and Module that a subclass may not change, or a replacement would lose it.
 _BEHAVIOUR = ("forward", "__call__", "train", "eval", "_apply", "state_dict", "load_state_dict")
 
-# Wrappers that hold on to the modules they were given: by class name, so that nothing is imported.
+# Wrappers that hold on to the modules they were given, by class name, so that nothing is imported:
+# when to wrap instead, and the attribute that holds the model.
 _WRAPPERS = {
-    "DistributedDataParallel": "wrap it in DistributedDataParallel afterwards",
-    "DataParallel": "wrap it in DataParallel afterwards",
-    "FullyShardedDataParallel": "wrap it in FullyShardedDataParallel afterwards",
-    "FSDPModule": "call fully_shard afterwards",
-    "DeepSpeedEngine": "initialize DeepSpeed afterwards",
-    "OptimizedModule": "call torch.compile afterwards",
-    "ScriptModule": "script or trace it afterwards",
+    "DistributedDataParallel": ("wrap it in DistributedDataParallel afterwards", "module"),
+    "DataParallel": ("wrap it in DataParallel afterwards", "module"),
+    "FullyShardedDataParallel": ("wrap it in FullyShardedDataParallel afterwards", "module"),
+    "FSDPModule": ("call fully_shard afterwards", None),
+    "DeepSpeedEngine": ("initialize DeepSpeed afterwards", "module"),
+    "OptimizedModule": ("call torch.compile afterwards", "_orig_mod"),
+    "ScriptModule": ("script or trace it afterwards", None),
 }
 
 
@@ -112,9 +113,9 @@ def wrapper_refusal(model: nn.Module) -> str | None:
         where = f"its part {name!r}" if name else "the model"
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS and cls.__module__.startswith(("torch.", "deepspeed.")):
-                return _wrapped(where, cls.__name__, _WRAPPERS[cls.__name__])
+                return _wrapped(where, cls.__name__, *_WRAPPERS[cls.__name__])
         if module.__dict__.get("_compiled_call_impl") is not None:
-            return _wrapped(where, "torch.compile (Module.compile)", _WRAPPERS["OptimizedModule"])
+            return _wrapped(where, "torch.compile (Module.compile)", "compile it afterwards", None)
     return None
 
 
@@ -219,8 +220,8 @@ def _class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _wrapped(where: str, wrapper: str, afterwards: str) -> str:
-    inside = "" if "compile" in wrapper else "; the model inside it is its .module"
+def _wrapped(where: str, wrapper: str, afterwards: str, attribute: str | None) -> str:
+    inside = "" if attribute is None else f"; the model inside it is its .{attribute}"
     return (
         f"{where} is wrapped in {wrapper}, which holds on to the modules it was given. Work on "
         f"the bare model and {afterwards}{inside}."
