@@ -174,7 +174,7 @@ class Watch:
         if isinstance(self.norm, _BatchNorm):
             self.norm.momentum = 0.0
             if "forward" not in self.norm.__dict__:
-                self.norm.forward = partial(_forward_of_any_batch, self.norm)
+                self.norm.__dict__["forward"] = partial(_forward_of_any_batch, self.norm)
 
     def attach(self, source: Callable[[], Tensor | None]) -> Any:
         """Hook the norm.
