@@ -47,6 +47,7 @@ class Method:
         when_trained: Options that `anybatch.convert` sets besides, on a trained network.
         fixed: Arguments of the class that the name stands for; they are no options.
         wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
+        builder: Function that makes the layer, for torch's own; None for a class of anybatch.
     """
 
     name: str

@@ -172,9 +172,13 @@ def masked(model: nn.Module, mask: Tensor, where: Where | None = None) -> Iterat
 
 
 class Accumulation:
-    """What `accumulate` returns: ends an optimizer step early, or the whole arrangement.
+    """Handle of `accumulate`: ends an optimizer step early, or the accumulation.
 
     It is a context manager too, which removes itself at the end.
+
+    Args:
+        model: Network whose layers accumulate.
+        optimizer: Optimizer whose ``step()`` ends an optimizer step; None for none.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
