@@ -1,4 +1,4 @@
-"""Every question in turn, into one folder: CSV files, and a picture of each.
+"""Every question in turn, into one folder: CSV files, and an image of each.
 
     python benchmarks/all.py [--output runs/bench]                  # a CPU, under 5 minutes
     python benchmarks/all.py --device cuda [--output runs/bench-gpu]  # a GPU, under 8 minutes
@@ -61,13 +61,13 @@ def gpu_tasks(tiny: bool, device: str) -> list[Task]:
     both = ("--precision", "float32", "bfloat16")
     peers = ("nn.GroupNorm", "nn.SyncBatchNorm", "ghost, a loop")
     dearer = ("eager BN", "eager MABN", "eager BRN", "compiled BN")
-    network, picture = "resnet50", "3x64x64"
+    network, image = "resnet50", "3x64x64"
     if importlib.util.find_spec("torchvision") is not None:
-        network, picture = "torchvision.models:resnet50", "3x224x224"
+        network, image = "torchvision.models:resnet50", "3x224x224"
     if tiny:
-        network, picture = "resnet8", "3x16x16"
+        network, image = "resnet8", "3x16x16"
     sizes = ("2", "4") if tiny else ("2", "64")
-    step = ("--networks", network, "--inputs", picture, "--batch-sizes", *sizes)
+    step = ("--networks", network, "--inputs", image, "--batch-sizes", *sizes)
     step = (*step, "--precision", "bfloat16", "--channels-last")
     methods = ("--methods", "bn", "mbn", "mabn", "brn", "ghost", "bgn", "gn", "fs")
     memory = (*step, "--layers-csv", "memory-layers.csv", "--shapes", small[0], large[0])
@@ -89,7 +89,7 @@ def gpu_tasks(tiny: bool, device: str) -> list[Task]:
         Task(
             "inference",
             "inference",
-            ("--network", network, "--inputs", picture, "--batch-sizes", *sizes),
+            ("--network", network, "--inputs", image, "--batch-sizes", *sizes),
         ),
         Task("steps-compiled", "training_step", compiled, 9),
         Task("steps-operators", "training_step", (*compiled, "--operators"), 9),

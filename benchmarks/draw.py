@@ -1,4 +1,4 @@
-"""Pictures and tables of what the other benchmarks measured.
+"""Images and tables of what the other benchmarks measured.
 
     python benchmarks/draw.py runs/bench/*.csv
 
@@ -16,13 +16,13 @@ from anybatch.tools.measurements import as_table, read_csv
 
 
 def draw(path: Path) -> Path:
-    """Draw the picture of a CSV file; its path."""
+    """Draw the image of a CSV file; its path."""
     from anybatch.tools.figures import png
     from anybatch.tools.measurement_figures import ratios
 
-    picture = png(ratios(read_csv(path)))
+    image = png(ratios(read_csv(path)))
     target = path.with_suffix(".png")
-    write_whole(target, partial(_write, picture))
+    write_whole(target, partial(_write, image))
     return target
 
 
@@ -42,7 +42,7 @@ def main(typed: Sequence[str] | None = None) -> int:
         try:
             print(draw(path))
         except ImportError as error:
-            print(f"{path}: no picture without {error.name}: pip install 'anybatch[tools]'")
+            print(f"{path}: no image without {error.name}: pip install 'anybatch[tools]'")
     return 0
 
 

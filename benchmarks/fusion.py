@@ -2,7 +2,7 @@
 
 A layer alone, forward and backward, with a ReLU in place behind it and with an addition before
 that: torch.nn.BatchNorm2d, a method's layer with the same operators behind it, and the layer that
-does all of it. Whole training steps of ResNet-20 on 32x32 pictures: with torch's layers, converted,
+does all of it. Whole training steps of ResNet-20 on 32x32 images: with torch's layers, converted,
 and converted with ``fuse=True``. All in turn in one process, in another order each round; medians
 of the times, and of the ratios by round to torch's.
 

@@ -16,7 +16,7 @@ from anybatch.tools.files import write_text
 from anybatch.tools.measurements import Measurement, cases, mean_ratio, read_csv
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
-PICTURES = ("layers", "roofline")
+IMAGES = ("layers", "roofline")
 Lines = Iterable[Sequence[str]]
 
 
@@ -123,11 +123,11 @@ def filled(text: str, found: dict[str, str]) -> str:
 
 
 def main(typed: Sequence[str] | None = None) -> int:
-    """Fill the page, copy the pictures."""
+    """Fill the page, copy the images."""
     given = sys.argv[1:] if typed is None else typed
     folder, page = Path(given[0] if given else "runs/bench"), DOCS / "speed.md"
     write_text(page, filled(page.read_text(encoding="utf-8"), tables(folder)))
-    for name in PICTURES:
+    for name in IMAGES:
         shutil.copyfile(folder / f"{name}.png", DOCS / "images" / f"speed-{name}.png")
     return 0
 

@@ -1,7 +1,7 @@
 """Time of batch normalization sampling, relative to torch.nn.BatchNorm in the same process.
 
 The layer alone, forward and backward, in both memory formats; then whole training steps of
-ResNet-20 and ResNet-56 on 32x32 pictures at batch 128, also with the ReLU in the norm's own pass
+ResNet-20 and ResNet-56 on 32x32 images at batch 128, also with the ReLU in the norm's own pass
 (``fuse=True``). In turn, in another order each round, medians of the ratios by round.
 
     python benchmarks/sampling.py [--ratio 0.03125] [--rounds 21] [--threads 2] [--only layer step]

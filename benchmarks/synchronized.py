@@ -1,6 +1,6 @@
 """Training steps of two processes on this machine, with and without synchronized statistics.
 
-ResNet-20 on 32x32 pictures, DistributedDataParallel over gloo, one thread a process, all in
+ResNet-20 on 32x32 images, DistributedDataParallel over gloo, one thread a process, all in
 turn; medians of the ratios to torch's batch norm, which is each process's own.
 
     python benchmarks/synchronized.py [--batch-size 8] [--rounds 21]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anybatch.tools.images import ENDINGS, Place, edited, read_picture
+from anybatch.tools.images import ENDINGS, Place, edited, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,7 @@ _LAYOUTS = (("images", "labels"), ("", "annot"))  # SPLIT/images, SPLIT/labels; 
 
 
 def read_split(root: Path, split: str, size: int) -> tuple[Tensor, Tensor]:
-    """The pictures of a split and the classes of their pixels, in a mixed order, always the same.
+    """The images of a split and the classes of their pixels, in a mixed order, always the same.
 
     Args:
         root: A folder or zip file with ``SPLIT/images`` and ``SPLIT/labels``, or ``SPLIT`` and
@@ -32,25 +32,25 @@ def read_split(root: Path, split: str, size: int) -> tuple[Tensor, Tensor]:
         size: Shorter side that they are resized to.
 
     Returns:
-        Pictures ``(N, 3, H, W)`` and classes ``(N, H, W)``, of which `IGNORED` counts for nothing,
+        Images ``(N, 3, H, W)`` and classes ``(N, H, W)``, of which `IGNORED` counts for nothing,
         both uint8.
 
     Raises:
         ValueError: If files are missing, cannot be read, or are of different shapes.
     """
-    pictures, labels = _folders(root, split)
+    images, labels = _folders(root, split)
     files = sorted(
-        (file for file in pictures.iterdir() if Path(file.name).suffix.lower() in ENDINGS),
+        (file for file in images.iterdir() if Path(file.name).suffix.lower() in ENDINGS),
         key=lambda file: file.name,
     )
     if not files:
-        raise ValueError(f"{pictures}: no pictures ({', '.join(ENDINGS)}) in it")
+        raise ValueError(f"{images}: no images ({', '.join(ENDINGS)}) in it")
     x, y = [], []
     for file in files:
         target = labels / f"{Path(file.name).stem}.png"
         if not target.is_file():
             raise ValueError(f"{target}: it is missing; it holds the classes of {file.name}")
-        x.append(read_picture(file, lambda image: _resized(image, size, smooth=True)))
+        x.append(read_image(file, lambda image: _resized(image, size, smooth=True)))
         y.append(_classes(target, size))
         for one, other in ((x[-1].shape[:2], y[-1].shape), (x[-1].shape, x[0].shape)):
             if one != other:
@@ -65,13 +65,13 @@ def _stacked(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def _folders(root: Path, split: str) -> tuple[Place, Place]:
-    """Where pictures and classes of a split are."""
+    """Where images and classes of a split are."""
     looked = [root, root / "camvid.zip", root / "camvid", root / "CamVid"]
     for place in looked:
         opened = _opened(place)
-        for pictures, labels in _LAYOUTS:
-            if pictures:
-                found = opened / split / pictures, opened / split / labels
+        for images, labels in _LAYOUTS:
+            if images:
+                found = opened / split / images, opened / split / labels
             else:
                 found = opened / split, opened / f"{split}{labels}"
             if found[0].is_dir() and found[1].is_dir():

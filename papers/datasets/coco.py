@@ -1,4 +1,4 @@
-"""Pictures with boxes in COCO's format, from a folder or from a zip file that is never unpacked."""
+"""Images with boxes in COCO's format, from a folder or from a zip file that is never unpacked."""
 
 import json
 import zipfile
@@ -9,31 +9,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.tools.images import PictureFiles, Place, read_picture, standardized
+from anybatch.tools.images import ImageFiles, Place, read_image, standardized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PARTS = {"train": ("train",), "test": ("test", "val")}  # held-out pictures: the first there is
+PARTS = {"train": ("train",), "test": ("test", "val")}  # held-out images: the first there is
 # A folder made for this format, and COCO as it comes.
 _LISTS = ("{part}.json", "annotations/instances_{part}2017.json")
 _PLACES = ("{part}/{name}", "{name}", "{part}2017/{name}", "images/{name}")
 
 _STEP = 32  # sides are filled up to a multiple, as networks halve them up to five times
-_MOST_BYTES = 8 * 2**30  # of decoded pictures that are kept
+_MOST_BYTES = 8 * 2**30  # of decoded images that are kept
 CLASS, BOX, CROWD = 0, slice(1, 5), 5  # columns of a target
 COLUMNS = 6
 
 
 class Part(NamedTuple):
-    """Training or held-out pictures.
+    """Training or held-out images.
 
     Attributes:
-        files: The pictures.
+        files: The images.
         sizes: Their widths and heights, as the list has them.
         targets: ``(N, M, 6)``: class, left, top, right, bottom, and whether it is a crowd; in
-            pixels after resizing. A picture with fewer than M boxes has classes -1 at the end.
-        outlines: Of each picture, the ``segmentation`` of its boxes, in its own pixels.
+            pixels after resizing. An image with fewer than M boxes has classes -1 at the end.
+        outlines: Of each image, the ``segmentation`` of its boxes, in its own pixels.
     """
 
     files: list[Place]
@@ -42,11 +42,11 @@ class Part(NamedTuple):
     outlines: list[list[Any]]
 
 
-class AnnotatedPictures(PictureFiles):
-    """Pictures resized to one longer side, and filled up with the mean on the right and below.
+class AnnotatedImages(ImageFiles):
+    """Images resized to one longer side, and filled up with the mean on the right and below.
 
-    A batch, and so a network, has one size for all: that of the largest picture, up to a multiple
-    of 32. Decoded pictures are kept, up to 8 GiB.
+    A batch, and so a network, has one size for all: that of the largest image, up to a multiple
+    of 32. Decoded images are kept, up to 8 GiB.
 
     Args:
         part: Which they are.
@@ -67,7 +67,7 @@ class AnnotatedPictures(PictureFiles):
     def shape(self) -> torch.Size:
         return torch.Size((len(self), 3, self.height, self.width))
 
-    def __getitem__(self, index: slice | Tensor) -> "AnnotatedPictures":
+    def __getitem__(self, index: slice | Tensor) -> "AnnotatedImages":
         chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
         part = Part(
             [self.part.files[k] for k in chosen],
@@ -75,12 +75,12 @@ class AnnotatedPictures(PictureFiles):
             self.part.targets[list(chosen)],
             [self.part.outlines[k] for k in chosen],
         )
-        some = AnnotatedPictures(part, self.size, self.height, self.width)
+        some = AnnotatedImages(part, self.size, self.height, self.width)
         some._kept = self._kept
         return some
 
     def centred(self) -> Tensor:
-        """The pictures, standardized, ``(N, 3, height, width)``."""
+        """The images, standardized, ``(N, 3, height, width)``."""
         x = torch.zeros(self.shape)
         for row, file, size in zip(x, self.part.files, self.part.sizes, strict=True):
             pixels = standardized(self._read_one(file, size)[None])[0]
@@ -92,11 +92,11 @@ class AnnotatedPictures(PictureFiles):
         return torch.tensor([resized(size, self.size)[0] for size in self.part.sizes])
 
     def augmented(self, generator: torch.Generator) -> Tensor:
-        """Not for pictures with boxes, which `papers.tasks.detection` flips together."""
+        """Not for images with boxes, which `papers.tasks.detection` flips together."""
         raise NotImplementedError
 
     def _read_one(self, file: Place, size: tuple[int, int]) -> Tensor:
-        """A picture in the size that its boxes are in, ``(3, height, width)``, uint8."""
+        """An image in the size that its boxes are in, ``(3, height, width)``, uint8."""
         if str(file) in self._kept:
             return self._kept[str(file)]
 
@@ -105,10 +105,10 @@ class AnnotatedPictures(PictureFiles):
                 raise ValueError(f"{file}: it is of {image.size} pixels, its list says {size}")
             return image.convert("RGB").resize(resized(size, self.size))
 
-        picture = torch.from_numpy(read_picture(file, edit).copy()).permute(2, 0, 1)
+        image = torch.from_numpy(read_image(file, edit).copy()).permute(2, 0, 1)
         if len(self._kept) * self.height * self.width * 3 < _MOST_BYTES:
-            self._kept[str(file)] = picture
-        return picture
+            self._kept[str(file)] = image
+        return image
 
     def masks(self) -> Tensor:
         """Where each box's object is, ``(N, M, height, width)``, bool.
@@ -119,20 +119,20 @@ class AnnotatedPictures(PictureFiles):
         from pycocotools import mask as coder
 
         masks = torch.zeros(len(self), self.part.targets.shape[1], *self.shape[2:]).bool()
-        for picture, outlines in enumerate(self.part.outlines):
-            own_width, own_height = self.part.sizes[picture]
+        for image, outlines in enumerate(self.part.outlines):
+            own_width, own_height = self.part.sizes[image]
             width, height = resized((own_width, own_height), self.size)
             for k, outline in enumerate(outlines):
                 if not outline:
                     raise ValueError(
-                        f"{self.part.files[picture]}: a box has no segmentation in the list of "
+                        f"{self.part.files[image]}: a box has no segmentation in the list of "
                         "annotations, which masks are learned from"
                     )
                 coded = coder.frPyObjects(outline, own_height, own_width)
                 coded = coder.merge(coded) if isinstance(coded, list) else coded
                 whole = torch.from_numpy(coder.decode(coded))[None, None]
                 small = torch.nn.functional.interpolate(whole, (height, width))
-                masks[picture, k, :height, :width] = small[0, 0].bool()
+                masks[image, k, :height, :width] = small[0, 0].bool()
         return masks
 
 
@@ -147,17 +147,17 @@ def resized(size: tuple[int, int], side: int) -> tuple[int, int]:
     return width, height
 
 
-def read(root: Path, side: int) -> tuple[AnnotatedPictures, AnnotatedPictures, int]:
-    """Read the lists of a data set; its pictures are read as they are needed.
+def read(root: Path, side: int) -> tuple[AnnotatedImages, AnnotatedImages, int]:
+    """Read the lists of a data set; its images are read as they are needed.
 
     Args:
         root: A folder or a zip file with ``train.json`` and ``test.json`` (or ``val.json``), and
-            the pictures beside them or in folders ``train`` and ``test``; or COCO as it comes, with
+            the images beside them or in folders ``train`` and ``test``; or COCO as it comes, with
             ``annotations/instances_train2017.json`` and the folders ``train2017`` and ``val2017``.
-        side: Longer side of the pictures, which are resized to it.
+        side: Longer side of the images, which are resized to it.
 
     Returns:
-        Training and held-out pictures, and the number of classes. Training pictures without a
+        Training and held-out images, and the number of classes. Training images without a
         box that is no crowd are left out.
 
     Raises:
@@ -169,7 +169,7 @@ def read(root: Path, side: int) -> tuple[AnnotatedPictures, AnnotatedPictures, i
     found = [_part(place, part, data, classes, side) for part, data in lists.values()]
     shapes = [resized(size, side) for part in found for size in part.sizes]
     width, height = (-(-max(lengths) // _STEP) * _STEP for lengths in zip(*shapes, strict=True))
-    train, test = (AnnotatedPictures(part, side, height, width) for part in found)
+    train, test = (AnnotatedImages(part, side, height, width) for part in found)
     learned = (train.part.targets[..., CLASS] >= 0) & (train.part.targets[..., CROWD] == 0)
     return train[learned.any(1).nonzero()[:, 0]], test, len(classes)
 
@@ -222,8 +222,8 @@ def _classes(root: Path, train: Mapping[str, Any], test: Mapping[str, Any]) -> d
     known, other = ({int(c["id"]) for c in part["categories"]} for part in (train, test))
     if not known or other - known:
         raise ValueError(
-            f"root={str(root)!r}: the held-out pictures have the categories {sorted(other)}, the "
-            f"training pictures {sorted(known)}"
+            f"root={str(root)!r}: the held-out images have the categories {sorted(other)}, the "
+            f"training images {sorted(known)}"
         )
     return {category: k for k, category in enumerate(sorted(known))}
 
@@ -236,10 +236,10 @@ def _part(
         boxes: dict[int, list[Any]] = {number: [] for number in images}
         for annotation in data["annotations"]:
             boxes[int(annotation["image_id"])].append(annotation)
-        files = [_picture(place, part, str(image["file_name"])) for image in images.values()]
+        files = [_image(place, part, str(image["file_name"])) for image in images.values()]
         sizes = [(int(i["width"]), int(i["height"])) for i in images.values()]
         if any(min(size) < 1 for size in sizes):
-            raise ValueError(f"{place}: a picture of {part} is said to be empty")
+            raise ValueError(f"{place}: an image of {part} is said to be empty")
         rows = [
             list(_targets(boxes[k], classes, size, side))
             for k, size in zip(images, sizes, strict=True)
@@ -256,11 +256,11 @@ def _part(
     return Part(files, sizes, targets, [[outline for _, outline in row] for row in rows])
 
 
-def _picture(place: Place, part: str, name: str) -> Place:
+def _image(place: Place, part: str, name: str) -> Place:
     looked = (_file(place, pattern.format(part=part, name=name)) for pattern in _PLACES)
     found = next((file for file in looked if file is not None), None)
     if found is None:
-        raise ValueError(f"{place}: the picture {name} of {part} is not there")
+        raise ValueError(f"{place}: the image {name} of {part} is not there")
     return found
 
 
@@ -270,7 +270,7 @@ def _targets(
     size: tuple[int, int],
     side: int,
 ) -> Iterator[tuple[list[float], Any]]:
-    """Numbers and outline of each box, cut at the picture's border; empty ones are left out."""
+    """Numbers and outline of each box, cut at the image's border; empty ones are left out."""
     width, height = resized(size, side)
     for annotation in annotations:
         left, top, wide, high = (float(number) for number in annotation["bbox"])

@@ -32,9 +32,9 @@ def densenet(depths: tuple[int, ...], classes: int, channels: int, large: bool) 
     Args:
         depths: Layers in each block.
         classes: Outputs.
-        channels: Of the pictures.
-        large: Whether the stem makes pictures four times smaller, as for ImageNet; that of small
-            pictures leaves their size.
+        channels: Of the images.
+        large: Whether the stem makes images four times smaller, as for ImageNet; that of small
+            images leaves their size.
 
     Returns:
         The network.

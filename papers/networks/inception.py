@@ -101,9 +101,9 @@ def inception_v3(classes: int, channels: int, large: bool) -> nn.Sequential:
 
     Args:
         classes: Outputs.
-        channels: Of the pictures.
-        large: Whether the stem makes pictures eight times smaller, as for ImageNet at 299 pixels;
-            that of small pictures has the same convolutions and leaves their size.
+        channels: Of the images.
+        large: Whether the stem makes images eight times smaller, as for ImageNet at 299 pixels;
+            that of small images has the same convolutions and leaves their size.
 
     Returns:
         The network.

@@ -43,8 +43,8 @@ def mobilenet_v2(classes: int, channels: int, large: bool) -> nn.Sequential:
 
     Args:
         classes: Outputs.
-        channels: Of the pictures.
-        large: Whether pictures are made smaller from the stem on, as for ImageNet; small ones keep
+        channels: Of the images.
+        large: Whether images are made smaller from the stem on, as for ImageNet; small ones keep
             their size up to the third stage.
 
     Returns:

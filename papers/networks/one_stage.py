@@ -21,7 +21,7 @@ _SCORE, _OVERLAP, _CANDIDATES, _MOST = 0.05, 0.6, 300, 100
 
 
 class Found(NamedTuple):
-    """What a detector finds in a picture, best first.
+    """What a detector finds in an image, best first.
 
     Attributes:
         boxes: ``(n, 4)``.
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is in some pictures.
+    """What is in some images.
 
     Attributes:
         boxes: ``(N, M, 6)``, as `papers.datasets.coco.Part` has them.
@@ -48,7 +48,7 @@ class Targets(NamedTuple):
     masks: Tensor | None = None
 
     def split(self, size: int) -> "list[Targets]":
-        """So many pictures at a time."""
+        """So many images at a time."""
         parts = self.boxes.split(size)
         masks = [None] * len(parts) if self.masks is None else self.masks.split(size)
         return [Targets(*pair) for pair in zip(parts, masks, strict=True)]
@@ -138,7 +138,7 @@ class OneStage(nn.Module):
         """Focal loss of classes, GIoU loss of boxes, cross-entropy of nearness, in sum.
 
         Args:
-            x: Pictures, ``(N, 3, height, width)``.
+            x: Images, ``(N, 3, height, width)``.
             targets: Their boxes.
 
         Returns:
@@ -148,7 +148,7 @@ class OneStage(nn.Module):
         return loss(said, targets.boxes)
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each of some pictures."""
+        """What is in each of some images."""
         said = Places(*(part.float() for part in self(x)))
         return [_found(Places(*parts)) for parts in zip(*said, strict=True)]
 
@@ -261,7 +261,7 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _found(said: Places) -> Found:
-    """What is in one picture: the best places, without those that a better one stands for."""
+    """What is in one image: the best places, without those that a better one stands for."""
     height, width = said.classes.shape[1:]
     points = grid(height, width, said.classes.device)
     guessed = around(points, said.distances.flatten(1).T)

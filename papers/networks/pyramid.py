@@ -16,7 +16,7 @@ class Pyramid(nn.Module):
 
         p_4 = lateral_4(c_4),   p_k = lateral_k(c_k) + upsampled p_{k+1},   out_k = smooth_k(p_k)
 
-    with a norm behind each convolution. Sides of pictures are multiples of 32.
+    with a norm behind each convolution. Sides of images are multiples of 32.
 
     Args:
         name: Of the network, as `anybatch.tools.networks.build` knows it.

@@ -10,7 +10,7 @@ from anybatch.tools.residual import Basic, Bottleneck, conv
 
 _BINS = (1, 2, 3, 6)
 _WIDTHS = (16, 32, 64, 128, 256)  # of the U-Net, from fine to coarse
-_COARSEST = 2 ** (len(_WIDTHS) - 1)  # pixels of the picture to one there
+_COARSEST = 2 ** (len(_WIDTHS) - 1)  # pixels of the image to one there
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Encoder:
         widths: Of the stages.
         strides: Of the stages.
         dilations: Of the stages.
-        large: Whether the stem makes pictures four times smaller, else twice.
+        large: Whether the stem makes images four times smaller, else twice.
     """
 
     block: type[Basic] | type[Bottleneck]
@@ -34,7 +34,7 @@ class _Encoder:
     large: bool
 
 
-_DILATED = ((64, 128, 256, 512), (1, 2, 1, 1), (1, 1, 2, 4), True)  # an eighth of the picture
+_DILATED = ((64, 128, 256, 512), (1, 2, 1, 1), (1, 1, 2, 4), True)  # an eighth of the image
 # Segmenters of torchvision; `DenseScores` makes their output one tensor.
 TORCHVISION_NAMES = (
     "deeplabv3_mobilenet_v3_large",
@@ -55,14 +55,14 @@ def pspnet(name: str, classes: int, channels: int) -> nn.Module:
     """Build a PSPNet.
 
     A residual network that is dilated instead of getting smaller, a pyramid of its output's means
-    over 1, 2 x 2, 3 x 3 and 6 x 6 parts of the picture, and a convolution over all of them. The
-    pyramid's coarsest norm sees one value a picture and channel.
+    over 1, 2 x 2, 3 x 3 and 6 x 6 parts of the image, and a convolution over all of them. The
+    pyramid's coarsest norm sees one value per image and channel.
 
     Args:
         name: One of `PSPNETS`: "pspnet50" and "pspnet101" have those of ResNet-50 and 101, at an
-            eighth of the picture's size; "pspnet8" one block in each of three stages, at a fourth.
+            eighth of the image's size; "pspnet8" one block in each of three stages, at a fourth.
         classes: Outputs a pixel.
-        channels: Of the pictures.
+        channels: Of the images.
 
     Returns:
         The network: ``(N, channels, H, W)`` to ``(N, classes, H, W)``.
@@ -121,7 +121,7 @@ def unet(classes: int, channels: int) -> nn.Module:
 
     Args:
         classes: Outputs a pixel.
-        channels: Of the pictures.
+        channels: Of the images.
 
     Returns:
         The network: ``(N, channels, H, W)`` to ``(N, classes, H, W)``, of any height and width.
@@ -151,7 +151,7 @@ def unet(classes: int, channels: int) -> nn.Module:
 
 
 class _Padded(nn.Module):
-    """A U-Net for pictures of any size: each way down halves them, and there are no halves left."""
+    """A U-Net for images of any size: each way down halves them, and there are no halves left."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

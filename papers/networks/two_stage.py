@@ -43,7 +43,7 @@ class TwoStage(nn.Module):
         """All losses of both stages, in sum.
 
         Args:
-            x: Pictures, ``(N, 3, height, width)``, standardized.
+            x: Images, ``(N, 3, height, width)``, standardized.
             targets: What is in them; crowds are left out.
 
         Returns:
@@ -53,7 +53,7 @@ class TwoStage(nn.Module):
         return torch.stack([one.float() for one in losses.values()]).sum()
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each of some pictures."""
+        """What is in each of some images."""
         return [
             Found(
                 one["boxes"].float(),
@@ -66,7 +66,7 @@ class TwoStage(nn.Module):
 
 
 def _as_torchvision(targets: Targets) -> list[dict[str, Tensor]]:
-    """A dictionary a picture; classes are counted from 1, 0 is the background."""
+    """One dictionary per image; classes are counted from 1, 0 is the background."""
     found = []
     for k, rows in enumerate(targets.boxes):
         real = (rows[:, CLASS] >= 0) & (rows[:, CROWD] == 0)
@@ -81,14 +81,14 @@ def two_stage(name: str, classes: int, shape: tuple[int, ...]) -> TwoStage:
     """Build a two-stage detector with a feature pyramid, freshly initialized.
 
     All convolutions of the ResNet, of the pyramid and of the heads have a batch norm, the box head
-    four of them and one linear layer ("4conv1fc"), the mask head four. Pictures come standardized
+    four of them and one linear layer ("4conv1fc"), the mask head four. Images come standardized
     and in their size, which torchvision is told to resize them to.
 
     Args:
         name: ``fasterrcnn50``, ``fasterrcnn101``, ``maskrcnn50`` or ``maskrcnn101``: which detector
             on a ResNet how deep.
         classes: Kinds of objects, without a background.
-        shape: Of a picture, ``(3, height, width)``.
+        shape: Of an image, ``(3, height, width)``.
 
     Returns:
         The detector.

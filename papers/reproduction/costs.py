@@ -1,13 +1,28 @@
-"""A measurement of costs, from its settings to a row's numbers."""
+"""A measurement of costs, from its settings to a row's numbers.
 
+Importing this module adds questions to `anybatch.tools.bench.QUESTIONS`: all memory of a training,
+operations, and inference with folded norms.
+"""
+
+import copy
 import time
+import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
-from anybatch.tools.bench import Bench, Variant, costs
+import torch
+
+from anybatch.conversion import NoEffectWarning, fold
+from anybatch.layers import VirtualDataset
+from anybatch.tools.bench import QUESTIONS, Bench, Question, Subject, Variant, compiled, costs
+from anybatch.tools.memory import held_bytes, tensors_of
 from anybatch.tools.network_factory import factory
 from anybatch.tools.run import BASELINE
+from anybatch.tools.timing import Call
 from anybatch.tools.training import OnEpoch
+from papers.reproduction.operations import count_flops
 from papers.reproduction.runs import CostRun
 
 
@@ -57,3 +72,46 @@ def measure_costs(run: CostRun, on_question: OnEpoch | None = None) -> dict[str,
         "seconds": time.perf_counter() - start,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _training_bytes(subject: Subject) -> int | None:
+    """Return the most bytes of a training step, parameters, state and optimizer included."""
+    peak = subject.peak_bytes()
+    if peak is None:
+        return None
+    states = (t for s in subject.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+    return peak + held_bytes((*tensors_of(subject.model), *states))
+
+
+def _training_operations(subject: Subject) -> int:
+    subject.model.train()
+    return count_flops(lambda: subject.loss().backward())
+
+
+def _folded(subject: Subject) -> Callable[..., Any]:
+    """Return a copy for inference, with its norms folded into the layers before them."""
+    subject.model.eval()
+    model = copy.deepcopy(subject.model)
+    inside = model.model if isinstance(model, VirtualDataset) else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)  # some norms cannot be folded
+        fold(inside, tuple(x[:1] for x in subject.inputs))
+    return compiled(inside) if subject.bench.mode == "compiled" else inside
+
+
+def _timed_folded(subject: Subject) -> Call:
+    return subject.warm(partial(subject.infer, _folded(subject)))
+
+
+def _folded_operations(subject: Subject) -> int:
+    return count_flops(partial(subject.infer, _folded(subject)))
+
+
+QUESTIONS.update(
+    {
+        "memory": Question("memory of training", "MB", _training_bytes),
+        "flops": Question("operations", "MFLOP", _training_operations),
+        "folded": Question("inference, folded", "ms", _timed_folded),
+        "folded flops": Question("operations of inference", "MFLOP", _folded_operations),
+    }
+)

@@ -88,7 +88,7 @@ def _inside(root: Path, folder: str, run: PaperRun) -> Path:
     found = next((path for path in looked if path.exists()), None)
     if found is None:
         held = (
-            "train.json, test.json and their pictures, or COCO as it comes"
+            "train.json, test.json and their images, or COCO as it comes"
             if boxes
             else "the folders train and val and a folder a class in each"
         )

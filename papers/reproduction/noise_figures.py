@@ -1,4 +1,4 @@
-"""Pictures of the statistics that a training recorded."""
+"""Images of the statistics that a training recorded."""
 
 from __future__ import annotations
 

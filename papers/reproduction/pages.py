@@ -97,10 +97,10 @@ def write_report(
     """
     parts = []
     for one in wanted:
-        picture = _picture(one, size, rows)
-        if picture is not None:
-            write_bytes(folder / f"{one.name}-{size}.png", picture)
-        encoded = None if picture is None else base64.b64encode(picture).decode("ascii")
+        image = _image(one, size, rows)
+        if image is not None:
+            write_bytes(folder / f"{one.name}-{size}.png", image)
+        encoded = None if image is None else base64.b64encode(image).decode("ascii")
         parts.append((section(one, size, rows), encoded))
     write_json(folder / "report.json", [as_data(one, size, rows) for one in wanted])
     values = {"parts": parts, "size": _SIZE_NAMES[size], "command": command}
@@ -110,7 +110,7 @@ def write_report(
     return path
 
 
-def _picture(one: Reproduction, size: str, rows: Mapping[str, Row]) -> bytes | None:
+def _image(one: Reproduction, size: str, rows: Mapping[str, Row]) -> bytes | None:
     figure = reproduced_figures.draw(one, one.sizes[size], rows)
     return None if figure is None else figures.png(figure, dpi=120)
 
@@ -119,7 +119,7 @@ def _picture(one: Reproduction, size: str, rows: Mapping[str, Row]) -> bytes | N
 
 
 def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
-    """Write rows, pictures and tables into the documentation.
+    """Write rows, images and tables into the documentation.
 
     The rows behind its tables go to ``results``, where those of other machines stay; every number
     is then taken from there: the page ``results/reproductions.md``, and in all pages the text
@@ -139,10 +139,10 @@ def write_docs(docs: Path, rows: Mapping[str, Row]) -> list[Path]:
         write_rows(docs / RESULTS / f"{paper}-{size}.jsonl", needed)
     for one in reproductions().values():
         for size in SIZES:
-            picture = _picture(one, size, everything)
-            if picture is not None:
+            image = _image(one, size, everything)
+            if image is not None:
                 path = docs / IMAGES / f"{one.name}-{size}.png"
-                write_bytes(path, picture)
+                write_bytes(path, image)
     changed = []
     for path, text in pages(docs).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -253,8 +253,8 @@ def _sized(part: Section) -> list[str]:
     lines += [f"Rows: {one.down}. Columns: {part.columns}.", ""]
     lines += [part.grid.markdown(), ""]
     if part.rows:
-        picture = f"images/reproductions/{one.name}-{part.size}.png"
-        lines += [f"![{one.source} of {one.paper}: the numbers of the table]({picture})", ""]
+        image = f"images/reproductions/{one.name}-{part.size}.png"
+        lines += [f"![{one.source} of {one.paper}: the numbers of the table]({image})", ""]
         lines += [f"`{part.command}`: {part.origin}.", ""]
     return lines
 

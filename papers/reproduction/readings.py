@@ -12,7 +12,7 @@ class Cost(NamedTuple):
     """What a column of a table of costs asks.
 
     Attributes:
-        question: Of `anybatch.tools.bench.ALL_QUESTIONS`.
+        question: Names in `anybatch.tools.bench.QUESTIONS`.
         speed: Whether it is told as a speed, of which more is better.
     """
 

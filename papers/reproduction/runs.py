@@ -23,7 +23,7 @@ class CostRun:
         batch_size: Examples in a batch, which share statistics.
         methods: Label, method and options of each row; the first is "torch", which the others are
             compared with.
-        questions: Of `anybatch.tools.bench.ALL_QUESTIONS`.
+        questions: Names in `anybatch.tools.bench.QUESTIONS`.
         rounds: Blocks a method.
         block_seconds: Length of a block.
         precision: "float32", "bfloat16" or "float16".

@@ -232,12 +232,12 @@ def figure(rows: list[Weighed]) -> "Figure":
 
 
 def image_arrays(run: Run, path: Path, shape: tuple[int, ...], size: int | None = None) -> Path:
-    """A run's data, or the first part of them, as pictures in an ``.npz`` file.
+    """A run's data, or the first part of them, as images in an ``.npz`` file.
 
     Args:
         run: Gives the data.
         path: Where the file shall be.
-        shape: Of a picture: ``(1, 8, 8)`` makes the digits fit for convolutions.
+        shape: Of an image: ``(1, 8, 8)`` makes the digits fit for convolutions.
         size: So many training and held-out examples at most (default None: all).
 
     Returns:

@@ -19,14 +19,14 @@ def average_precision(
 ) -> dict[str, float]:
     """Average precision at intersections over union from 0.5 to 0.95, and at 0.5 and 0.75.
 
-    A hundred boxes a picture count; boxes of crowds count neither for nor against. It is what
+    A hundred boxes per image count; boxes of crowds count neither for nor against. It is what
     pycocotools computes, as the papers' is. (torchmetrics' metric is the same one behind an import
     of torchvision.)
 
     Args:
-        found: Of each picture.
+        found: Of each image.
         targets: ``(N, M, 6)``, in the same pixels.
-        masks: Of each picture, ``(M, height, width)``, for the precision of masks, too.
+        masks: Of each image, ``(M, height, width)``, for the precision of masks, too.
 
     Returns:
         ``average_precision``, ``average_precision_50`` and ``average_precision_75`` of boxes, from
@@ -69,26 +69,26 @@ def average_precision(
 
 
 def _true(targets: Tensor, masks: Sequence[Tensor] | None) -> Iterator[dict[str, Any]]:
-    for picture, rows in enumerate(targets.tolist()):
+    for image, rows in enumerate(targets.tolist()):
         for k, row in enumerate(rows):
             if row[CLASS] < 0:
                 continue
             left, top, right, bottom = row[BOX]
             box = [left, top, right - left, bottom - top]
-            one: dict[str, Any] = {"image_id": picture, "category_id": int(row[CLASS])}
+            one: dict[str, Any] = {"image_id": image, "category_id": int(row[CLASS])}
             one |= {"bbox": box, "area": box[2] * box[3], "iscrowd": int(row[CROWD])}
             if masks is not None:
-                one["segmentation"] = _encoded(masks[picture][k])
+                one["segmentation"] = _encoded(masks[image][k])
             yield one
 
 
 def _guessed(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
-    for picture, one in enumerate(found):
+    for image, one in enumerate(found):
         corner, far = one.boxes[:, :2], one.boxes[:, 2:]
         sides = torch.cat([corner, far - corner], 1).tolist()
         rows = zip(sides, one.scores.tolist(), one.classes.tolist(), strict=True)
         for k, (box, score, label) in enumerate(rows):
-            guess = {"image_id": picture, "category_id": int(label), "bbox": box, "score": score}
+            guess = {"image_id": image, "category_id": int(label), "bbox": box, "score": score}
             if one.masks is not None:
                 guess["segmentation"] = _encoded(one.masks[k])
             yield guess

@@ -1,4 +1,4 @@
-"""Detection: pictures with boxes, a detector's own loss, average precision."""
+"""Detection: images with boxes, a detector's own loss, average precision."""
 
 from collections.abc import Iterator
 from typing import Protocol, cast
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anybatch.tools.data import Dataset, noisy, shuffled
 from anybatch.tools.precision import precision
 from anybatch.tools.run import Run
-from papers.datasets.coco import BOX, AnnotatedPictures
+from papers.datasets.coco import BOX, AnnotatedImages
 from papers.networks.one_stage import Found, Targets
 from papers.run import PaperRun
 from papers.tasks.average_precision import average_precision
@@ -19,27 +19,27 @@ class Detector(Protocol):
     """What a network for detection can do."""
 
     def loss(self, x: Tensor, targets: Targets) -> Tensor:
-        """The loss on pictures ``(N, 3, height, width)``, with a gradient."""
+        """The loss on images ``(N, 3, height, width)``, with a gradient."""
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each picture, in evaluation mode."""
+        """What is in each image, in evaluation mode."""
 
 
 def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Targets]]:
     """The batches of an epoch; order, noise and flips follow from seed and epoch alone."""
     for index, generator in shuffled(run, data, epoch):
-        pictures = _pictures(data.train_x)[index]
+        images = _images(data.train_x)[index]
         boxes = data.train_y[index.to(data.train_y.device)].cpu()
-        x, masks = pictures.centred(), pictures.masks() if finds_masks(run) else None
+        x, masks = images.centred(), images.masks() if finds_masks(run) else None
         if run.augments:
             flips = torch.rand(len(x), generator=generator) < 0.5
-            x, boxes, masks = flipped(x, boxes, masks, flips, pictures.widths())
+            x, boxes, masks = flipped(x, boxes, masks, flips, images.widths())
         masks = None if masks is None else masks.to(run.device)
         yield noisy(run, x, generator).to(run.device), Targets(boxes.to(run.device), masks)
 
 
-def _pictures(x: object) -> AnnotatedPictures:
-    assert isinstance(x, AnnotatedPictures)
+def _images(x: object) -> AnnotatedImages:
+    assert isinstance(x, AnnotatedImages)
     return x
 
 
@@ -51,17 +51,17 @@ def finds_masks(run: Run) -> bool:
 def flipped(
     x: Tensor, boxes: Tensor, masks: Tensor | None, flips: Tensor, widths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Turn some pictures left to right, and what is in them.
+    """Turn some images left to right, and what is in them.
 
     Args:
         x: ``(N, 3, height, width)``, filled up on the right.
         boxes: ``(N, M, 6)``.
         masks: ``(N, M, height, width)`` or None.
-        flips: Which pictures, ``(N,)``.
+        flips: Which images, ``(N,)``.
         widths: How much of each is no filling, ``(N,)``.
 
     Returns:
-        Pictures, boxes and masks.
+        Images, boxes and masks.
     """
     columns = torch.arange(x.shape[3])
     turned = widths[:, None] - 1 - columns
@@ -84,7 +84,7 @@ def loss(run: Run, model: nn.Module, x: Tensor, y: Targets) -> Tensor:
     Args:
         run: The run.
         model: The detector.
-        x: Pictures.
+        x: Images.
         y: What is in them.
 
     Returns:
@@ -97,25 +97,25 @@ def loss(run: Run, model: nn.Module, x: Tensor, y: Targets) -> Tensor:
 def evaluate(
     run: Run, model: nn.Module, data: Dataset, size: int = 16
 ) -> tuple[None, dict[str, float]]:
-    """Average precision on the held-out pictures.
+    """Average precision on the held-out images.
 
     Args:
         run: The run.
         model: The detector; it is left in evaluation mode.
         data: The data.
-        size: Pictures at a time.
+        size: Images at a time.
 
     Returns:
         None for the loss, which detectors have in training alone, and the numbers of
         `papers.tasks.average_precision`, from 0 to 1.
     """
     model.eval()
-    pictures = _pictures(data.test_x)
+    images = _images(data.test_x)
     found: list[Found] = []
     masks: list[Tensor] | None = [] if finds_masks(run) else None
     with torch.no_grad(), precision(run):
-        for start in range(0, len(pictures), size):
-            some = pictures[start : start + size]
+        for start in range(0, len(images), size):
+            some = images[start : start + size]
             found += cast(Detector, model).find(some.centred().to(run.device))
             if masks is not None:
                 masks += some.masks()

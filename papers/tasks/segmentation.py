@@ -1,4 +1,4 @@
-"""Segmentation: pictures with a class a pixel, cross-entropy over pixels, mean IoU."""
+"""Segmentation: images with a class a pixel, cross-entropy over pixels, mean IoU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,17 +27,17 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
 
 
 def augment(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random part of each picture, of half to all of its sides, flipped with a chance of a half.
+    """A random part of each image, of half to all of its sides, flipped with a chance of a half.
 
     Args:
-        x: Pictures ``(N, C, H, W)``.
+        x: Images ``(N, C, H, W)``.
         y: Classes of their pixels ``(N, H, W)``, uint8.
         generator: Draws sizes, places and flips.
 
     Returns:
-        Pictures of the same size, interpolated, and the classes of the nearest pixels.
+        Images of the same size, interpolated, and the classes of the nearest pixels.
     """
-    # Drawn on the generator's device, so that every device sees the same pictures.
+    # Drawn on the generator's device, so that every device sees the same images.
     side, across, down, flip = torch.rand(4, len(x), generator=generator).to(x.device)
     side = _LEAST_SIDE + (1 - _LEAST_SIDE) * side
     room, zero = 1 - side, torch.zeros_like(side)
@@ -59,7 +59,7 @@ def loss(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     Args:
         run: The run.
         model: The network.
-        x: Pictures.
+        x: Images.
         y: Classes of their pixels.
 
     Returns:
@@ -75,9 +75,9 @@ def _summed(scores: Tensor, y: Tensor) -> Tensor:
 def evaluate(
     run: Run, model: nn.Module, data: Dataset, size: int = 16
 ) -> tuple[float, dict[str, float]]:
-    """Mean loss, mean IoU and accuracy over the labelled pixels of the held-out pictures.
+    """Mean loss, mean IoU and accuracy over the labelled pixels of the held-out images.
 
-    Of the pixels of all pictures together, for each class that is in them or was found in them::
+    Of the pixels of all images together, for each class that is in them or was found in them::
 
         IoU = those that are of the class and found so / those that are of it or found so
 
@@ -85,7 +85,7 @@ def evaluate(
         run: The run.
         model: The network; it is left in evaluation mode.
         data: The data.
-        size: Pictures at a time.
+        size: Images at a time.
 
     Returns:
         Loss, and the numbers "mean_iou" and "pixel_accuracy" from 0 to 1.

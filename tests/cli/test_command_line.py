@@ -45,11 +45,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_compare_leaves_everything_whole(compared: Path) -> None:
     names = {path.name for path in compared.iterdir()}
-    pictures = {"curves.png", "accuracy.png", "cost.png"}
-    assert names == {"runs", "results.json", "results.csv", "report.html", *pictures}
+    images = {"curves.png", "accuracy.png", "cost.png"}
+    assert names == {"runs", "results.json", "results.csv", "report.html", *images}
     assert len(list((compared / "runs").glob("*.json"))) == 4 * 2
-    for picture in pictures:
-        assert (compared / picture).read_bytes().startswith(b"\x89PNG")
+    for image in images:
+        assert (compared / image).read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_are_for_programs_too(compared: Path) -> None:

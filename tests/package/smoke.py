@@ -20,6 +20,7 @@ def main() -> None:
     assert metadata.version("anybatch") == anybatch.__version__
     assert resources.files("anybatch").joinpath("py.typed").is_file()
     assert not list(place.parent.rglob("test_*"))
+    assert util.find_spec("papers") is None
     for folder in ("tools", "evaluation"):
         assert list(place.parent.joinpath(folder, "templates").glob("*.j2")), folder
     for extra in ("numba", "rich", "matplotlib", "typer", "sklearn", "lightning", "transformers"):

@@ -201,7 +201,7 @@ def test_a_table_has_a_line_a_name_and_says_the_worst() -> None:
     assert as_table(shares).splitlines()[-1].split()[:3] == ["bn", "0.60", "0.40"]
 
 
-def test_pictures_have_a_panel_a_question_and_a_line_a_name() -> None:
+def test_images_have_a_panel_a_question_and_a_line_a_name() -> None:
     figure = measurement_figures.ratios(some_rows())
     titles = [panel.get_title() for panel in figure.axes]
     assert titles == ["a layer, forward and backward", "memory kept for backward"]
@@ -600,7 +600,7 @@ def test_the_page_is_filled_from_the_files(
     (docs / "images").mkdir(parents=True)
     marks = "".join(f"<!-- {name}:start -->\nold\n<!-- {name}:end -->\n" for name in found)
     (docs / "speed.md").write_text(f"before\n{marks}after\n")
-    for name in page.PICTURES:
+    for name in page.IMAGES:
         (tmp_path / f"{name}.png").write_bytes(b"\x89PNG")
     monkeypatch.setattr(page, "DOCS", docs)
     assert page.main([str(tmp_path)]) == 0

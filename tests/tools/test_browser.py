@@ -1,4 +1,4 @@
-"""Reports as a browser shows them: no error, every picture, readable on a phone, by keyboard."""
+"""Reports as a browser shows them: no error, every image, readable on a phone, by keyboard."""
 
 import json
 import re

@@ -21,7 +21,7 @@ from anybatch.tools.classification import batches
 from anybatch.tools.config import parse_options, read_config
 from anybatch.tools.data import Dataset, augment, load
 from anybatch.tools.files import output_folder, write_whole
-from anybatch.tools.images import PictureFiles
+from anybatch.tools.images import ImageFiles
 from anybatch.tools.run import MODELS, Run
 from anybatch.tools.timing import time_steps
 from anybatch.tools.training import method_options, prepare, step, train
@@ -145,7 +145,7 @@ def test_digits_are_split_once_and_for_all() -> None:
         load(Run(train_size=2000))
 
 
-def pictures(count: int, seed: int = 0) -> np.ndarray:
+def images(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
 
 
@@ -153,10 +153,10 @@ def binary_cifar10(folder: Path, training_files: int = 5) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"data_batch_{k}.bin" for k in range(1, training_files + 1)] + ["test_batch.bin"]
     for seed, name in enumerate(names):
-        x = pictures(6, seed)
+        x = images(6, seed)
         planes = x.transpose(0, 3, 1, 2).reshape(6, -1)
         np.concatenate([np.arange(6, dtype=np.uint8)[:, None], planes], 1).tofile(folder / name)
-    return pictures(6, 0)
+    return images(6, 0)
 
 
 @pytest.mark.parametrize("inner", ["", "cifar10", "cifar-10-batches-bin"])
@@ -170,7 +170,7 @@ def test_cifar_in_its_binary_form(tmp_path: Path, inner: str) -> None:
 
 
 def test_cifar_mosaics(tmp_path: Path) -> None:
-    x = pictures(5000)
+    x = images(5000)
     grid = x.reshape(50, 100, 32, 32, 3).swapaxes(1, 2).reshape(1600, 3200, 3)
     labels = np.arange(5000, dtype=np.uint8) % 100
     for split in ("train", "test"):
@@ -210,7 +210,7 @@ def test_cifar_folders_that_are_missing_half_there_or_pickled(tmp_path: Path) ->
         load(Run(data="cifar10", model="resnet8"))
 
 
-def test_folders_of_pictures(tmp_path: Path) -> None:
+def test_folders_of_images(tmp_path: Path) -> None:
     def read() -> object:
         return load(Run(data="imagefolder", model="resnet8", root=str(tmp_path)))
 
@@ -220,27 +220,27 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / split / name).mkdir(parents=True)
             for k in range(3):
-                picture = Image.fromarray(pictures(1, 10 * label + k)[0])
-                picture.resize((40, 20)).save(tmp_path / split / name / f"{k}.png")
+                image = Image.fromarray(images(1, 10 * label + k)[0])
+                image.resize((40, 20)).save(tmp_path / split / name / f"{k}.png")
     data = read()
     assert data.train_x.shape == (6, 3, 32, 32)
     assert data.test_y.tolist() == [0, 0, 0, 1, 1, 1]
-    (tmp_path / "train" / "dog" / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"bad\.jpg: not a picture that can be read"):
+    (tmp_path / "train" / "dog" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"bad\.jpg: not an image that can be read"):
         read()
 
 
-def picture_folders(root: Path, size: tuple[int, int] = (40, 20)) -> None:
+def image_folders(root: Path, size: tuple[int, int] = (40, 20)) -> None:
     for split in ("train", "val"):
         for label, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True)
             for k in range(3):
-                picture = Image.fromarray(pictures(1, 10 * label + k)[0])
-                picture.resize(size).save(root / split / name / f"{k}.png")
+                image = Image.fromarray(images(1, 10 * label + k)[0])
+                image.resize(size).save(root / split / name / f"{k}.png")
 
 
-def test_pictures_that_are_read_as_they_are_needed(tmp_path: Path) -> None:
-    picture_folders(tmp_path)
+def test_images_that_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    image_folders(tmp_path)
     run = Run(
         data="imagenet", model="resnet8", root=str(tmp_path), image_size=24, batch_size=2, epochs=2
     )
@@ -258,19 +258,19 @@ def test_pictures_that_are_read_as_they_are_needed(tmp_path: Path) -> None:
     assert len(row["epochs"]) == 2
 
 
-def test_the_middle_of_a_picture_is_cropped_and_standardized(tmp_path: Path) -> None:
+def test_the_middle_of_a_image_is_cropped_and_standardized(tmp_path: Path) -> None:
     pixels = np.zeros((256, 300, 3), np.uint8)
     pixels[16:240, 38:262] = 255  # the middle 224
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    x = PictureFiles([tmp_path / "a.png"], 224).centred()[0]
+    x = ImageFiles([tmp_path / "a.png"], 224).centred()[0]
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(x, white[:, None, None].expand(3, 224, 224))
 
 
-def test_random_parts_are_of_the_picture_and_sometimes_flipped(tmp_path: Path) -> None:
+def test_random_parts_are_of_the_image_and_sometimes_flipped(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    parts = PictureFiles([tmp_path / "a.png"] * 60, 16).augmented(torch.Generator().manual_seed(0))
+    parts = ImageFiles([tmp_path / "a.png"] * 60, 16).augmented(torch.Generator().manual_seed(0))
     slopes = parts[:, 0, 8, -1] - parts[:, 0, 8, 0]
     assert 10 < int((slopes < 0).sum()) < 50
     widths = slopes.abs() * 255 * 0.229
@@ -279,7 +279,7 @@ def test_random_parts_are_of_the_picture_and_sometimes_flipped(tmp_path: Path) -
 
 def test_links_that_lead_out_of_the_data_are_refused(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
-    picture_folders(root)
+    image_folders(root)
     outside.mkdir()
     (root / "train" / "cat" / "0.png").rename(outside / "0.png")
     (root / "train" / "cat" / "0.png").symlink_to(outside / "0.png")
@@ -333,7 +333,7 @@ def test_arrays(tmp_path: Path) -> None:
         load(Run(data="npz", root=str(path)))
 
 
-def test_augmentation_flips_and_shifts_whole_pictures() -> None:
+def test_augmentation_flips_and_shifts_whole_images() -> None:
     x = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8) + 1
     seen = set()
     for seed in range(40):
@@ -423,7 +423,7 @@ def test_networks_of_other_libraries_are_taken_where_they_are(monkeypatch) -> No
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "resnet56"])
-def test_networks_train_on_two_pictures(name: str) -> None:
+def test_networks_train_on_two_images(name: str) -> None:
     shape = (64,) if name == "mlp" else (3, 32, 32)
     net = networks.build(name, 7, shape)
     y = net(torch.randn(2, *shape))
@@ -433,8 +433,8 @@ def test_networks_train_on_two_pictures(name: str) -> None:
         assert sum(isinstance(m, torch.nn.Conv2d) for m in net.modules()) == 19 + 2
 
 
-def test_a_network_of_pictures_refuses_vectors() -> None:
-    with pytest.raises(ValueError, match="model='vgg11': it takes pictures"):
+def test_a_network_of_images_refuses_vectors() -> None:
+    with pytest.raises(ValueError, match="model='vgg11': it takes images"):
         networks.build("vgg11", 10, (64,))
 
 

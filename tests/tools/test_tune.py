@@ -1,4 +1,4 @@
-"""anybatch tune: from a checkpoint to a table, a picture, a page and JSON."""
+"""anybatch tune: from a checkpoint to a table, an image, a page and JSON."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_tune_leaves_a_table_a_picture_a_page_and_data(weights: Path, tmp_path: Path) -> None:
+def test_tune_leaves_a_table_a_image_a_page_and_data(weights: Path, tmp_path: Path) -> None:
     result = run("tune", str(weights), "--candidates", "0,0.1,0.5", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "best loss at alpha" in result.output

@@ -218,7 +218,7 @@ def compensation_errors(
     the steps from `window` on.
 
     Args:
-        x: Pictures ``(N, C, H, W)``.
+        x: Images ``(N, C, H, W)``.
         y: Their classes.
         widths: Channels of the convolutions.
         batch_size: Examples in a step.
@@ -291,7 +291,7 @@ def step_seconds(x: Tensor, y: Tensor, *, batch_size: int = 4, rounds: int = 7) 
     """What a training step of a chain costs, for each kind in the same plain code.
 
     Args:
-        x: Pictures.
+        x: Images.
         y: Their classes.
         batch_size: Examples in a step.
         rounds: Blocks of 5 steps a kind, interleaved.

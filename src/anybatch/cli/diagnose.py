@@ -69,7 +69,7 @@ def diagnose(
 
     A network of your own training, on your own data:
 
-        anybatch diagnose --data imagefolder --root pictures --model resnet18
+        anybatch diagnose --data imagefolder --root images --model resnet18
         --checkpoint weights.pt --batch-size 8
     """
     from anybatch.tools import diagnose as diagnosis

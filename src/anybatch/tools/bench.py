@@ -1,6 +1,5 @@
 """What each method would cost in a network: time of a training step, memory, inference."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,26 +11,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anybatch.conversion import NoEffectWarning, convert, fold
+from anybatch.conversion import NoEffectWarning, convert
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.core.arguments import check_choice, check_count
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
 from anybatch.registry import get_method
 from anybatch.schedule import NormScheduler
-from anybatch.tools.flops import count_flops
 from anybatch.tools.measurements import Measurement, Setting, counted, timed
-from anybatch.tools.memory import held_bytes, kept_bytes, peak_bytes, tensors_of
+from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 from anybatch.tools.network_factory import Factory
 from anybatch.tools.run import BASELINE, PRECISIONS, Option
 from anybatch.tools.timing import Call, graphed, interleaved
 
 MODES = ("eager", "compiled", "graph")
-QUESTIONS = ("step", "inference", "kept", "peak")
-# Beside these: what a training holds with parameters, state and optimizer; operations of a step;
-# time and operations of inference with norms merged into the layers before them, where they can be.
-ALL_QUESTIONS = (*QUESTIONS, "memory", "flops", "folded", "folded flops")
-_TIMED = ("step", "inference", "folded")
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Show = Callable[[str, int, int], None]
@@ -53,7 +46,7 @@ class Bench:
         mode: "eager", "compiled" by torch.compile, or "graph", replays of a CUDA graph.
         rounds: Blocks a network.
         block_seconds: Length of a block.
-        questions: Of `ALL_QUESTIONS` (default: `QUESTIONS`).
+        questions: Names of `QUESTIONS`.
     """
 
     name: str
@@ -66,14 +59,14 @@ class Bench:
     mode: str = "eager"
     rounds: int = 15
     block_seconds: float = 0.05
-    questions: tuple[str, ...] = QUESTIONS
+    questions: tuple[str, ...] = ("step", "inference", "kept", "peak")
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("mode", self.mode, MODES)
         check_count("rounds", self.rounds)
         for question in self.questions:
-            check_choice("questions", question, ALL_QUESTIONS)
+            check_choice("questions", question, QUESTIONS)
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
         if self.mode == "graph" and torch.device(self.device).type != "cuda":
@@ -145,11 +138,11 @@ def costs(bench: Bench, variants: Mapping[str, Variant], show: Show | None = Non
     """
     show = show or (lambda what, done, total: None)
     everyone = {BASELINE: Variant(BASELINE), **variants}
-    subjects: dict[str, _Subject] = {}
+    subjects: dict[str, Subject] = {}
     found = Costs()
     with _room_for_graphs(bench.mode):
         for done, (name, variant) in enumerate(everyone.items(), 1):
-            subject = _try(bench, name, partial(_Subject, bench, variant), found.failed)
+            subject = _try(bench, name, partial(Subject, bench, variant), found.failed)
             if subject is not None:
                 subjects[name] = subject
             show("first steps", done, len(everyone))
@@ -182,46 +175,40 @@ def _written(bench: Bench) -> str:
 def _ask(
     bench: Bench,
     question: str,
-    subjects: Mapping[str, "_Subject"],
+    subjects: Mapping[str, "Subject"],
     failed: dict[str, str],
     show: Show,
 ) -> list[Measurement]:
-    setting = bench.setting(question)
-    if question in _TIMED:
-        calls = {}
-        for name, one in subjects.items():
-            call = _try(bench, name, partial(one.call, question), failed)
-            if call is not None:
-                calls[name] = call
-        times = interleaved(
-            calls,
-            bench.rounds,
-            device=bench.device,
-            block_seconds=bench.block_seconds,
-            on_round=lambda done: show(_DOING[question], done, bench.rounds),
-        )
-        return timed(setting, times, BASELINE)
-    sizes: dict[str, int | None] = {}
+    setting, asked = bench.setting(question), QUESTIONS[question]
+    answers: dict[str, Any] = {}
     for done, (name, one) in enumerate(subjects.items(), 1):
-        sizes[name] = _try(bench, name, partial(one.count, question), failed)
-        show(_DOING[question], done, len(subjects))
-    return counted(setting, sizes, BASELINE, "MFLOP" if "flops" in question else "MB")
+        answer = _try(bench, name, partial(asked.ask, one), failed)
+        if answer is not None:
+            answers[name] = answer
+        if asked.unit != "ms":
+            show(asked.doing, done, len(subjects))
+    if asked.unit != "ms":
+        return counted(setting, answers, BASELINE, asked.unit)
+    times = interleaved(
+        answers,
+        bench.rounds,
+        device=bench.device,
+        block_seconds=bench.block_seconds,
+        on_round=lambda done: show(asked.doing, done, bench.rounds),
+    )
+    return timed(setting, times, BASELINE)
 
 
-_DOING = {
-    "step": "training steps",
-    "inference": "inference",
-    "kept": "memory kept",
-    "peak": "most memory",
-    "memory": "memory of training",
-    "flops": "operations",
-    "folded": "inference, folded",
-    "folded flops": "operations of inference",
-}
+class Subject:
+    """A network with a method, ready to train.
 
-
-class _Subject:
-    """A network with a method, ready to train."""
+    Attributes:
+        bench: How it is measured.
+        device: Device of the network.
+        model: The network.
+        optimizer: Its optimizer.
+        network: The network as it is called: compiled if the bench asks for it.
+    """
 
     def __init__(self, bench: Bench, variant: Variant) -> None:
         self.bench, self.device = bench, torch.device(bench.device)
@@ -273,10 +260,11 @@ class _Subject:
     def train_step(self) -> None:
         """Forward, backward and the optimizer."""
         self.optimizer.zero_grad()
-        self._loss().backward()
+        self.loss().backward()
         self.optimizer.step()
 
-    def _loss(self) -> Tensor:
+    def loss(self) -> Tensor:
+        """Return the mean square of what the network puts out."""
         with self._autocast():
             out = self.network(*self.inputs)
         values = [t.float().square().mean() for t in _tensors(out) if t.requires_grad]
@@ -284,7 +272,8 @@ class _Subject:
             raise ValueError("what it puts out has no gradient")
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 
-    def _infer(self, network: Callable[..., Any]) -> None:
+    def infer(self, network: Callable[..., Any]) -> None:
+        """Run a network on the inputs without gradients."""
         with torch.no_grad(), self._autocast():
             network(*self.inputs)
 
@@ -294,41 +283,54 @@ class _Subject:
         keeps = self.bench.mode != "graph"  # casts of a capture are no other's
         return torch.autocast(self.device.type, _LOW[self.bench.precision], cache_enabled=keeps)
 
-    def call(self, question: str) -> Call:
-        """What is timed, after a first time of it."""
-        self.model.train(question == "step")
-        call = self.train_step
-        if question != "step":
-            call = partial(self._infer, self._folded() if question == "folded" else self.network)
+    def timed_step(self) -> Call:
+        """Return a training step, after a first one."""
+        self.model.train()
+        return self.warm(self.train_step)
+
+    def timed_inference(self) -> Call:
+        """Return inference in evaluation mode, after a first one."""
+        self.model.eval()
+        return self.warm(partial(self.infer, self.network))
+
+    def warm(self, call: Call) -> Call:
+        """Return a call after a first run of it, as a CUDA graph if the bench asks for it."""
         call()
         return graphed(call) if self.bench.mode == "graph" else call
 
-    def _folded(self) -> Callable[..., Any]:
-        """A copy for inference, its norms merged into the layers before them where they can be."""
-        model = copy.deepcopy(self.model).eval()
-        inside = model.model if isinstance(model, VirtualDataset) else model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NoEffectWarning)  # as of norms that cannot be
-            fold(inside, tuple(x[:1] for x in self.inputs))
-        return compiled(inside) if self.bench.mode == "compiled" else inside
+    def kept_bytes(self) -> int:
+        """Return the bytes that a training forward keeps for its backward, inputs included."""
+        self.model.train()
+        return kept_bytes(self.loss, tensors_of(self.model))
 
-    def count(self, question: str) -> int | None:
-        """Bytes or operations."""
-        self.model.train(not question.startswith("folded"))
-        if question == "kept":  # what a training forward keeps for backward, inputs included
-            return kept_bytes(self._loss, tensors_of(self.model))
-        if question == "flops":
-            return count_flops(lambda: self._loss().backward())
-        if question == "folded flops":
-            return count_flops(partial(self._infer, self._folded()))
+    def peak_bytes(self) -> int | None:
+        """Return the most bytes that a step takes at a time, without parameters and optimizer."""
+        self.model.train()
         self.optimizer.zero_grad()
-        peak = peak_bytes(self.train_step, self.device)
-        if question == "peak" or peak is None:  # of a step, beyond parameters and optimizer
-            return peak
-        states = (
-            t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t)
-        )
-        return peak + held_bytes((*tensors_of(self.model), *states))
+        return peak_bytes(self.train_step, self.device)
+
+
+class Question(NamedTuple):
+    """What is asked of a subject.
+
+    Attributes:
+        doing: What a progress bar says meanwhile.
+        unit: "ms" if the answer is a call to be timed, else a million of what it counts.
+        ask: Returns the answer; None if this device has none.
+    """
+
+    doing: str
+    unit: str
+    ask: Callable[[Subject], Call | int | None]
+
+
+# Questions by name. Whoever asks more adds theirs here.
+QUESTIONS = {
+    "step": Question("training steps", "ms", Subject.timed_step),
+    "inference": Question("inference", "ms", Subject.timed_inference),
+    "kept": Question("memory kept", "MB", Subject.kept_bytes),
+    "peak": Question("most memory", "MB", Subject.peak_bytes),
+}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What `anybatch bench` leaves behind: a table, JSON and CSV, a picture, and an HTML report."""
+"""What `anybatch bench` leaves behind: a table, JSON and CSV, an image, and an HTML report."""
 
 import base64
 from collections.abc import Iterable, Mapping
@@ -164,16 +164,16 @@ def write(outcome: Outcome, folder: Path) -> Path:
         The path of the report.
     """
     data = as_data(outcome)
-    picture = png(measurement_figures.ratios(outcome.rows))
-    write_bytes(folder / "bench.png", picture)
+    image = png(measurement_figures.ratios(outcome.rows))
+    write_bytes(folder / "bench.png", image)
     write_json(folder / "bench.json", data)
     write_text(folder / "bench.csv", csv_text(outcome))
     path = folder / "report.html"
-    write_text(path, _html(outcome, data, picture))
+    write_text(path, _html(outcome, data, image))
     return path
 
 
-def _html(outcome: Outcome, data: Mapping[str, Any], picture: bytes) -> str:
+def _html(outcome: Outcome, data: Mapping[str, Any], image: bytes) -> str:
     pairs = zip(outcome.benches, outcome.found, strict=True)
     return render(
         "anybatch.tools",
@@ -184,7 +184,7 @@ def _html(outcome: Outcome, data: Mapping[str, Any], picture: bytes) -> str:
         sentences=list(sentences(outcome)),
         data=data,
         baseline=BASELINE,
-        picture=base64.b64encode(picture).decode("ascii"),
+        image=base64.b64encode(image).decode("ascii"),
     )
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.tools.data import Dataset, augment, noisy, shuffled
-from anybatch.tools.images import PictureFiles
+from anybatch.tools.images import ImageFiles
 from anybatch.tools.precision import forward
 from anybatch.tools.run import Run
 
@@ -16,7 +16,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
     """The batches of an epoch; order, noise and augmentation follow from seed and epoch alone."""
     for index, generator in shuffled(run, data, epoch):
         x, y = data.train_x[index], data.train_y[index]
-        if isinstance(x, PictureFiles):
+        if isinstance(x, ImageFiles):
             x = x.augmented(generator) if run.augments else x.centred()
         elif run.augments and x.dim() == 4:
             x = augment(x, generator)

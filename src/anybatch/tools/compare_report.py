@@ -99,7 +99,7 @@ def notes(comparison: Comparison) -> list[str]:
     if base.input_noise:
         found.append(f"inputs carry Gaussian noise of standard deviation {base.input_noise}.")
     if base.augments:
-        found.append("training pictures are flipped and shifted by up to 4 pixels.")
+        found.append("training images are flipped and shifted by up to 4 pixels.")
     if "brn" in comparison.methods:
         found.append(
             "brn warms up over the first quarter of the run, smoothly; its default, "
@@ -177,28 +177,28 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
     """
     data = as_data(outcome)
     names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in outcome.lines}
-    pictures = {
+    images = {
         "curves": png(figures.curves(outcome.comparison, outcome.lines, outcome.results, names)),
         "accuracy": png(figures.accuracy_bars(outcome.lines, names)),
     }
     if outcome.times:
-        pictures["cost"] = png(figures.cost_bars(outcome.lines, outcome.times, names))
-    for name, picture in pictures.items():
-        write_bytes(folder / f"{name}.png", picture)
+        images["cost"] = png(figures.cost_bars(outcome.lines, outcome.times, names))
+    for name, image in images.items():
+        write_bytes(folder / f"{name}.png", image)
     write_json(folder / "results.json", data)
     write_text(folder / "results.csv", as_csv(outcome))
     path = folder / "report.html"
-    write_text(path, _html(outcome, data, pictures))
+    write_text(path, _html(outcome, data, images))
     return path
 
 
-def _html(outcome: Outcome, data: dict[str, Any], pictures: dict[str, bytes]) -> str:
+def _html(outcome: Outcome, data: dict[str, Any], images: dict[str, bytes]) -> str:
     base = outcome.comparison.base
     best = max((line for line in outcome.lines if line.row != "target"), key=lambda line: line.mean)
     by_row = {line.row: line for line in outcome.lines}
     return render(
         "anybatch.tools",
-        "report.html.j2",
+        "compare.html.j2",
         base=base,
         columns=COLUMNS,
         rows=[(line.row, cells(line, outcome.times)) for line in outcome.lines],
@@ -209,6 +209,6 @@ def _html(outcome: Outcome, data: dict[str, Any], pictures: dict[str, bytes]) ->
         baseline=100 * by_row["baseline"].mean,
         size=base.statistics_size,
         data=data,
-        pictures={k: base64.b64encode(v).decode("ascii") for k, v in pictures.items()},
+        images={k: base64.b64encode(v).decode("ascii") for k, v in images.items()},
         settings=sorted((k, v) for k, v in base.as_dict().items() if k not in ("method", "seed")),
     )

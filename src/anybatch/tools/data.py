@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anybatch.tools.images import PictureFiles, files_by_class, read_picture
+from anybatch.tools.images import ImageFiles, files_by_class, read_image
 from anybatch.tools.run import Run
 
 HELD_OUT_DIGITS = 500
@@ -39,8 +39,8 @@ class Dataset:
 
     Attributes:
         name: Of the data.
-        train_x: Training examples, float32, ``(N, ...)``, or pictures as bytes, which are
-            standardized batch by batch; pictures in files are read as they are needed.
+        train_x: Training examples, float32, ``(N, ...)``, or images as bytes, which are
+            standardized batch by batch; images in files are read as they are needed.
         train_y: Their targets: classes, or of each pixel, or boxes, as the objective has it.
         test_x: Held-out examples.
         test_y: Their targets.
@@ -48,9 +48,9 @@ class Dataset:
     """
 
     name: str
-    train_x: Tensor | PictureFiles
+    train_x: Tensor | ImageFiles
     train_y: Tensor
-    test_x: Tensor | PictureFiles
+    test_x: Tensor | ImageFiles
     test_y: Tensor
     classes: int
 
@@ -60,9 +60,9 @@ class Dataset:
         return tuple(self.train_x.shape[1:])
 
     def to(self, device: str) -> "Dataset":
-        """The data on a device; pictures in files stay where they are until they are read."""
+        """The data on a device; images in files stay where they are until they are read."""
 
-        def moved(x: Tensor | PictureFiles) -> Tensor | PictureFiles:
+        def moved(x: Tensor | ImageFiles) -> Tensor | ImageFiles:
             return x.to(device) if isinstance(x, Tensor) else x
 
         return replace(
@@ -161,7 +161,7 @@ def noisy(run: Run, x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
-    """Flip each picture with a chance of a half, and crop it at a random shift.
+    """Flip each image with a chance of a half, and crop it at a random shift.
 
     Args:
         x: ``(N, C, H, W)``.
@@ -169,10 +169,10 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
         pad: Largest shift, in pixels; what comes in is 0.
 
     Returns:
-        Pictures of the same size.
+        Images of the same size.
     """
     n, _, height, width = x.shape
-    # Drawn on the generator's device, so that every device sees the same pictures.
+    # Drawn on the generator's device, so that every device sees the same images.
     flips = (torch.rand(n, generator=generator) < 0.5).to(x.device)
     shifts = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator).to(x.device)
     padded = torch.nn.functional.pad(x, (pad, pad, pad, pad))
@@ -260,22 +260,22 @@ def _binary(name: str, folder: Path, split: str) -> Arrays:
 
 
 def _mosaics(folder: Path, split: str, most: int | None) -> Arrays:
-    """Lossless mosaics of 5,000 pictures, 100 a row; shard k has the labels from 5,000 k on."""
+    """Lossless mosaics of 5,000 images, 100 a row; shard k has the labels from 5,000 k on."""
     labels = _arrays(folder / "labels.npz", (split,))[0]
     files = sorted(folder.glob(f"{split}-[0-9][0-9].webp"))
     if not files:
         raise ValueError(f"root={str(folder)!r}: {split}-00.webp and on are missing")
-    pictures, classes = [], []
+    images, classes = [], []
     for file in files if most is None else files[: -(-most // _SHARD)]:
         first = int(file.stem[-2:]) * _SHARD
-        pixels = read_picture(file, lambda image: image)
+        pixels = read_image(file, lambda image: image)
         rows = _SHARD // _SHARD_ROW
         if pixels.shape != (rows * _SIDE, _SHARD_ROW * _SIDE, 3) or first + _SHARD > len(labels):
-            raise ValueError(f"{file}: {pixels.shape} pixels are no mosaic of {_SHARD} pictures")
+            raise ValueError(f"{file}: {pixels.shape} pixels are no mosaic of {_SHARD} images")
         grid = pixels.reshape(rows, _SIDE, _SHARD_ROW, _SIDE, 3).swapaxes(1, 2)
-        pictures.append(grid.reshape(_SHARD, _SIDE, _SIDE, 3))
+        images.append(grid.reshape(_SHARD, _SIDE, _SIDE, 3))
         classes.append(labels[first : first + _SHARD].astype(np.int64))
-    return np.concatenate(pictures), np.concatenate(classes)
+    return np.concatenate(images), np.concatenate(classes)
 
 
 def _standardized(name: str, train: Arrays, test: Arrays, classes: int) -> Dataset:
@@ -292,13 +292,13 @@ def _standardized(name: str, train: Arrays, test: Arrays, classes: int) -> Datas
     return Dataset(name, *tensors(train), *tensors(test), classes)
 
 
-# --- folders of pictures, arrays ---------------------------------------------
+# --- folders of images, arrays ---------------------------------------------
 
 
 def _imagefolder(run: Run) -> Dataset:
     def read(files: list[Path]) -> NDArray[np.uint8]:
         size = (run.image_size, run.image_size)
-        squares = [read_picture(file, lambda x: x.convert("RGB").resize(size)) for file in files]
+        squares = [read_image(file, lambda x: x.convert("RGB").resize(size)) for file in files]
         return np.stack(squares)
 
     (train, train_y), (test, test_y), classes = _splits(run)
@@ -312,9 +312,9 @@ def _imagenet(run: Run) -> Dataset:
     mixed = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     return Dataset(
         data_root(run).name,
-        PictureFiles(train, run.image_size)[order],
+        ImageFiles(train, run.image_size)[order],
         torch.from_numpy(train_y)[order],
-        PictureFiles(test, run.image_size)[mixed],
+        ImageFiles(test, run.image_size)[mixed],
         torch.from_numpy(test_y)[mixed],
         classes,
     )
@@ -324,7 +324,7 @@ Split = tuple[list[Path], NDArray[np.int64]]
 
 
 def _splits(run: Run) -> tuple[Split, Split, int]:
-    """Files and classes of the training and the held-out pictures, and the number of classes."""
+    """Files and classes of the training and the held-out images, and the number of classes."""
     root = data_root(run)
     train = root / "train"
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)

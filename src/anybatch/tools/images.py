@@ -1,4 +1,4 @@
-"""Pictures in files: many more than fit in memory, read and cropped as they are needed."""
+"""Images in files: many more than fit in memory, read and cropped as they are needed."""
 
 import math
 import os
@@ -27,8 +27,8 @@ Place = Path | zipfile.Path  # a file or folder, on disk or in a zip file
 Edit = Callable[["Image"], "Image"]
 
 
-def read_picture(file: Place, edit: Edit) -> NDArray[np.uint8]:
-    """A picture in red, green and blue, edited while the file is open.
+def read_image(file: Place, edit: Edit) -> NDArray[np.uint8]:
+    """An image in red, green and blue, edited while the file is open.
 
     Args:
         file: Of a format that Pillow reads.
@@ -44,7 +44,7 @@ def read_picture(file: Place, edit: Edit) -> NDArray[np.uint8]:
 
 
 def edited(file: Place, edit: Edit) -> NDArray[np.uint8]:
-    """The pixels of a picture, edited while the file is open.
+    """The pixels of an image, edited while the file is open.
 
     Args:
         file: Of a format that Pillow reads.
@@ -64,11 +64,11 @@ def edited(file: Place, edit: Edit) -> NDArray[np.uint8]:
         with file.open("rb") as stream, opened(stream) as image:
             return np.asarray(edit(image), np.uint8)
     except (OSError, UnidentifiedImageError, DecompressionBombError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file}: not a picture that can be read ({error})") from error
+        raise ValueError(f"{file}: not an image that can be read ({error})") from error
 
 
 def files_by_class(folder: Path, names: Sequence[str], root: Path) -> tuple[list[Path], list[int]]:
-    """The pictures of a split, class by class.
+    """The images of a split, class by class.
 
     Args:
         folder: Of the split; it has a folder a class.
@@ -90,7 +90,7 @@ def files_by_class(folder: Path, names: Sequence[str], root: Path) -> tuple[list
                 files.append(file)
                 classes.append(label)
     if not files:
-        raise ValueError(f"root={str(folder)!r}: no pictures ({', '.join(ENDINGS)}) in it")
+        raise ValueError(f"root={str(folder)!r}: no images ({', '.join(ENDINGS)}) in it")
     return files, classes
 
 
@@ -98,15 +98,15 @@ def _check_inside(path: Path, root: Path) -> None:
     if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
         raise ValueError(
             f"root={str(root)!r}: {path.relative_to(root)} is a link that leads out of it, to "
-            f"{path.resolve()}; put the pictures themselves there"
+            f"{path.resolve()}; put the images themselves there"
         )
 
 
-class PictureFiles:
-    """Square pictures of files, standardized; nothing is read before it is asked for.
+class ImageFiles:
+    """Square images of files, standardized; nothing is read before it is asked for.
 
     Args:
-        files: The pictures.
+        files: The images.
         size: Their side, after cropping.
     """
 
@@ -121,11 +121,11 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: slice | Tensor) -> "PictureFiles":
+    def __getitem__(self, index: slice | Tensor) -> "ImageFiles":
         """Some of them, still unread."""
         if isinstance(index, slice):
-            return PictureFiles(self.files[index], self.size)
-        return PictureFiles([self.files[k] for k in index.tolist()], self.size)
+            return ImageFiles(self.files[index], self.size)
+        return ImageFiles([self.files[k] for k in index.tolist()], self.size)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """All of them in centred crops, so many at a time."""
@@ -149,9 +149,9 @@ class PictureFiles:
         return self._read([self._part(*drawn) for drawn in numbers])
 
     def _read(self, edits: Sequence[Edit]) -> Tensor:
-        pictures = np.stack(list(_readers().map(read_picture, self.files, edits)))
+        images = np.stack(list(_readers().map(read_image, self.files, edits)))
         mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
-        x = (torch.from_numpy(pictures).float() / 255 - mean) / std
+        x = (torch.from_numpy(images).float() / 255 - mean) / std
         return x.permute(0, 3, 1, 2).contiguous()
 
     def _middle(self, image: "Image") -> "Image":
@@ -180,14 +180,14 @@ class PictureFiles:
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Pictures of bytes ``(N, 3, H, W)``, standardized by ImageNet's means and deviations."""
+    """Images of bytes ``(N, 3, H, W)``, standardized by ImageNet's means and deviations."""
     mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (_MEAN, _STD))
     return (x.float() / 255 - mean) / std
 
 
-def as_tensor(x: Tensor | PictureFiles) -> Tensor:
-    """Examples themselves: pictures in files are read, and their middle taken."""
-    return x.centred() if isinstance(x, PictureFiles) else x
+def as_tensor(x: Tensor | ImageFiles) -> Tensor:
+    """Examples themselves: images in files are read, and their middle taken."""
+    return x.centred() if isinstance(x, ImageFiles) else x
 
 
 def read_ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
@@ -209,5 +209,5 @@ def read_ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
 
 @cache
 def _readers() -> ThreadPoolExecutor:
-    """Threads that decode: Pillow works on several pictures at once."""
+    """Threads that decode: Pillow works on several images at once."""
     return ThreadPoolExecutor(os.cpu_count() or 1)

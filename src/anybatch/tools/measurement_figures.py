@@ -1,4 +1,4 @@
-"""Pictures of measurements: ratios to the baseline, a mark a case."""
+"""Images of measurements: ratios to the baseline, a mark a case."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from anybatch.tools import networks
 
 _CLASSES = 10
 _EXAMPLE = {"mlp": (64,)}  # what a network here takes where nothing is said
-_PICTURE = (3, 32, 32)
+_IMAGE = (3, 32, 32)
 Factory = Callable[[], nn.Module]
 
 
 def example_shape(name: str) -> tuple[int, ...] | None:
     """The shape of an example that a network of the experiments takes; None for another's."""
-    return _EXAMPLE.get(name, _PICTURE) if name in networks.BUILDERS else None
+    return _EXAMPLE.get(name, _IMAGE) if name in networks.BUILDERS else None
 
 
 def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:

@@ -25,7 +25,7 @@ from anybatch.schedule import NormScheduler
 from anybatch.tools import networks
 from anybatch.tools.data import Dataset, load, steps_per_epoch
 from anybatch.tools.files import write_json, write_whole
-from anybatch.tools.images import PictureFiles, read_ahead
+from anybatch.tools.images import ImageFiles, read_ahead
 from anybatch.tools.objective import objective
 from anybatch.tools.run import Run
 
@@ -87,8 +87,8 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
 
 def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
-    # Pictures in files or of bytes are standardized by what is known of such pictures.
-    if isinstance(data.train_x, PictureFiles) or data.train_x.dtype == torch.uint8:
+    # Images in files or of bytes are standardized by what is known of such images.
+    if isinstance(data.train_x, ImageFiles) or data.train_x.dtype == torch.uint8:
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
@@ -266,7 +266,7 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     training.model.train()
     start, total = time.perf_counter(), torch.zeros((), device=run.device)
     steps = objective(run).batches(run, data, epoch)
-    if isinstance(data.train_x, PictureFiles):
+    if isinstance(data.train_x, ImageFiles):
         steps = read_ahead(steps)
     for x, y in steps:
         total += step(run, training, x, y)

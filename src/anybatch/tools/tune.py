@@ -213,8 +213,8 @@ def write(outcome: Outcome, folder: Path) -> Path:
     Returns:
         The path of the page.
     """
-    picture = png(outcome.tuned.plot())
-    write_bytes(folder / "tune.png", picture)
+    image = png(outcome.tuned.plot())
+    write_bytes(folder / "tune.png", image)
     data = as_data(outcome)
     write_json(folder / "tune.json", data)
     tuned = outcome.tuned
@@ -230,7 +230,7 @@ def write(outcome: Outcome, folder: Path) -> Path:
             (f"{alpha:g}", *(_text(name, curve[k]) for name, curve in tuned.curves.items()))
             for k, alpha in enumerate(tuned.alphas)
         ],
-        picture=base64.b64encode(picture).decode("ascii"),
+        image=base64.b64encode(image).decode("ascii"),
         data=data,
     )
     path = folder / "tune.html"

@@ -35,7 +35,7 @@ def test_rows_say_how_they_were_made() -> None:
         assert {"anybatch", "torch", "processor", "device"} <= set(row["made_with"])
 
 
-def test_every_picture_of_the_page_is_there() -> None:
+def test_every_image_of_the_page_is_there() -> None:
     text = (DOCS / PAGE).read_text(encoding="utf-8")
     for line in text.splitlines():
         if line.startswith("!["):

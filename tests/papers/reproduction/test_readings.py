@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import anybatch
 from anybatch.tools.bench import Bench, Variant, costs
-from anybatch.tools.flops import count_flops
 from anybatch.tools.memory import held_bytes
 from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import train
@@ -24,6 +23,7 @@ from papers.reproduction import readings as measured
 from papers.reproduction import results as reproduced
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import estimate
+from papers.reproduction.operations import count_flops
 from papers.reproduction.readings import distance, law, of_costs, of_noise
 from papers.reproduction.recording import Recorder
 from papers.reproduction.runs import CostRun, RecordedRun, described, job_of
@@ -538,7 +538,7 @@ def test_a_wrong_file_is_named(data: dict, words: str) -> None:
         read("wrong", data)
 
 
-def test_pictures_of_nothing_are_none() -> None:
+def test_images_of_nothing_are_none() -> None:
     from papers.reproduction.figures import draw
 
     for data in (COSTS, NOISE, CHANNEL):

@@ -52,8 +52,8 @@ def test_a_weight_is_judged_on_examples_it_was_not_tuned_on() -> None:
     assert row.curves == {0.0: 3.0, 0.1: 2.5}
 
 
-def test_digits_become_pictures(tmp_path: Path) -> None:
+def test_digits_become_images(tmp_path: Path) -> None:
     path = image_arrays(Run(), tmp_path / "data.npz", (1, 8, 8), size=100)
     base = Run(data="npz", root=str(path), model="resnet8", epochs=1, batch_size=50)
-    (row,) = weigh({"pictures": base}, tmp_path, seeds=(0,))
+    (row,) = weigh({"images": base}, tmp_path, seeds=(0,))
     assert row.plain_loss[0] == pytest.approx(row.tuned_loss[0], rel=1)

