@@ -23,8 +23,8 @@ FIRST_METHODS = ["mabn", "mbn", "sync", "brn"]
 WORKFLOW = ["README.md", "docs/use/quickstart.md"]
 
 HEADINGS = [
-    "What it does",
     "How to use it",
+    "What it does",
     "Suggested settings",
     "Cost",
     "Evidence",
@@ -97,11 +97,12 @@ def shared_options() -> list[inspect.Parameter]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_card_says_what_the_table_says_of_conversion_and_folding(method):
+def test_card_agrees_with_the_registry(method):
     exact = "yes" if METHODS[method].exact_eval else "no"
     folds = "yes" if METHODS[method].folds else "no"
     assert f"| keeps the eval output of a trained network | {exact} |" in card(method)
     assert f"| folds into the layer before it | {folds} |" in card(method)
+    assert f"| when to use it | {METHODS[method].when} |" in card(method)
 
 
 def read(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Draw the pictures of the methods' cards: what normalizes a stream of small batches.
+"""Draw the images of the method cards: the statistics used in a stream of small batches.
 
 python docs/methods/draw.py
 """
@@ -28,7 +28,7 @@ TRUE, OWN, USED = "#7F7F7F", "#56B4E9", "#D55E00"
 
 
 def network(method: str) -> nn.Module:
-    """A convolution whose outputs have the scale of its inputs, and the method's norm."""
+    """Build a convolution whose outputs have the scale of its inputs, and the norm."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS))
     with torch.no_grad():
@@ -38,13 +38,13 @@ def network(method: str) -> nn.Module:
 
 
 def scale_of(x: Tensor, y: Tensor) -> float:
-    """What an affine map from x to y divides by."""
+    """Return the divisor of the affine map from x to y."""
     x, y = x.flatten(), y.flatten()
     return float((x - x.mean()).square().sum() / ((x - x.mean()) * (y - y.mean())).sum())
 
 
 def stream(method: str) -> tuple[list[float], list[list[float]], list[list[float]]]:
-    """The true scale of a channel, and each example's own and used ones, along the steps."""
+    """Return the scale of a channel per step: true, of the batch, and used for each example."""
     model = network(method)
     run = model
     if METHODS[method].wraps:
@@ -68,7 +68,7 @@ def stream(method: str) -> tuple[list[float], list[list[float]], list[list[float
 
 
 def draw(method: str) -> Figure:
-    """The picture of a method."""
+    """Draw the image of a method."""
     true, own, used = stream(method)
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.subplots()
@@ -87,7 +87,7 @@ def draw(method: str) -> Figure:
 
 
 def main() -> None:
-    """Draw all of them."""
+    """Draw the image of every method."""
     warnings.simplefilter("ignore")
     FOLDER.mkdir(exist_ok=True)
     for method in METHODS:
