@@ -31,7 +31,7 @@ def column(case: str, form: str) -> str:
 
 
 def ratios(rows: Sequence[Measurement], question: str) -> str:
-    """Ratios of a question: a line a name, a column a case, then their mean and the worst."""
+    """Ratios of a question: a line per name, a column per case, then their mean and the worst."""
     rows = [row for row in rows if row.question == question]
     columns, lines = cases(rows), []
     several = question in ("layer", "step")

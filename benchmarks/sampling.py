@@ -38,7 +38,7 @@ def layer_rows(shape: str, form: str, rounds: int, ratio: float) -> list[Measure
         ratio: Of the sample.
 
     Returns:
-        A row a layer.
+        A row per layer.
     """
     x, dy = (torch.randn(sizes(shape)).contiguous(memory_format=FORMATS[form]) for _ in range(2))
     x.requires_grad_()

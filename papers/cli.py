@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from anybatch.cli.console import Command, console, errors, plain_errors, start, typed_command
 from anybatch.cli.options import AsJson, Device, Root, starting_with
 from anybatch.cli.progress import progress_bars, show_runs
 from anybatch.cli.settings import check_device, count_workers, parse_seeds
+from anybatch.tools.report import terminal_table
 
 if TYPE_CHECKING:
     from papers.reproduction.spec import Reproduction, Task
@@ -72,7 +72,7 @@ def reproduce(
     ] = None,
     device: Device = "cpu",
     workers: Annotated[
-        int | None, typer.Option(help="Processes. [dim]Default: one a core; 1 on a GPU.[/]")
+        int | None, typer.Option(help="Processes. [dim]Default: one per core; 1 on a GPU.[/]")
     ] = None,
     list_: Annotated[
         bool, typer.Option("--list", help="List what there is, what is done and what it costs.")
@@ -142,7 +142,7 @@ def reproduce(
         print(json.dumps([as_data(one, size, rows) for one in wanted], indent=2))
         return
     for one in wanted:
-        console.print(pages.terminal_table(pages.section(one, size, rows)))
+        console.print(pages.section_table(pages.section(one, size, rows)))
     if elsewhere:
         console.print(f"{elsewhere} trainings are made by another process; start again to wait.")
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
@@ -172,18 +172,17 @@ def _list_reproductions(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    table = Table(caption=f"runs done, and about how long the others take: {device} x {workers}")
-    titled = console.width >= 160  # names are there to be typed: none is cut for its title
-    for column in ("name", *SIZES, *(["what"] if titled else [])):
-        table.add_column(column, no_wrap=True)
+    titled = console.width >= 160  # names are typed: none is cut for its title
+    table = []
     for line in found:
         sizes = [
             f"{line[s]['done']}/{line[s]['runs']}, {_duration(line[s]['seconds_left'])}"
             for s in SIZES
         ]
-        title = [line["title"]] if titled else []
-        table.add_row(f"[bold]{line['name']}[/]", *sizes, *title)
-    console.print(table)
+        table.append((line["name"], *sizes, *([line["title"]] if titled else [])))
+    columns = ("name", *SIZES, *(["what"] if titled else []))
+    caption = f"runs done, and about how long the others take: {device} x {workers}"
+    console.print(terminal_table(columns, table, caption=caption, left=columns))
 
 
 def _show_tasks(
@@ -200,13 +199,13 @@ def _show_tasks(
         ]
         print(json.dumps(lines, indent=2))
         return
-    table = Table(caption=f"about {_duration(sum(costs) / workers)} in {workers} process(es)")
-    for column in ("for", "run", "seed", "data, network", "about"):
-        table.add_column(column)
-    for task, cost in zip(left, costs, strict=True):
-        run = task.run
-        table.add_row(task.name, run.label, str(run.seed), described(run), _duration(cost))
-    console.print(table)
+    columns = ("for", "run", "seed", "data, network", "about")
+    table = [
+        (task.name, task.run.label, str(task.run.seed), described(task.run), _duration(cost))
+        for task, cost in zip(left, costs, strict=True)
+    ]
+    caption = f"about {_duration(sum(costs) / workers)} in {workers} process(es)"
+    console.print(terminal_table(columns, table, caption=caption, left=columns, wrapped=columns))
 
 
 def _duration(seconds: float) -> str:

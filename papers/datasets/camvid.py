@@ -1,4 +1,4 @@
-"""CamVid: road scenes with a class a pixel, of a folder or a zip file that stays packed."""
+"""CamVid: road scenes with a class per pixel, of a folder or a zip file that stays packed."""
 
 import zipfile
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def _stacked(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 
 def _folders(root: Path, split: str) -> tuple[Place, Place]:
-    """Where images and classes of a split are."""
+    """Return the folders of a split's images and classes."""
     looked = [root, root / "camvid.zip", root / "camvid", root / "CamVid"]
     for place in looked:
         opened = _opened(place)

@@ -88,7 +88,7 @@ class AnnotatedImages(ImageFiles):
         return x
 
     def widths(self) -> Tensor:
-        """How much of each one's width is no filling, ``(N,)``."""
+        """Return the width of each image without its filling, ``(N,)``."""
         return torch.tensor([resized(size, self.size)[0] for size in self.part.sizes])
 
     def augmented(self, generator: torch.Generator) -> Tensor:
@@ -111,7 +111,7 @@ class AnnotatedImages(ImageFiles):
         return image
 
     def masks(self) -> Tensor:
-        """Where each box's object is, ``(N, M, height, width)``, bool.
+        """Return the mask of each box's object, ``(N, M, height, width)``, bool.
 
         Raises:
             ValueError: If a box has no outline.

@@ -54,7 +54,7 @@ def giou(one: Tensor, other: Tensor) -> Tensor:
 
 
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, most: float) -> Tensor:
-    """Which boxes are kept: none that overlaps a better one of its class by too much.
+    """Non-maximum suppression: drop boxes that overlap a better one of their class too much.
 
     Args:
         boxes: ``(N, 4)``.

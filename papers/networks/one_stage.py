@@ -21,7 +21,7 @@ _SCORE, _OVERLAP, _CANDIDATES, _MOST = 0.05, 0.6, 300, 100
 
 
 class Found(NamedTuple):
-    """What a detector finds in an image, best first.
+    """Objects that a detector found in an image, best first.
 
     Attributes:
         boxes: ``(n, 4)``.
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is in some images.
+    """Objects in some images.
 
     Attributes:
         boxes: ``(N, M, 6)``, as `papers.datasets.coco.Part` has them.
@@ -55,7 +55,7 @@ class Targets(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What the heads say of each place.
+    """Outputs of the heads at each place.
 
     Attributes:
         classes: Logits, ``(N, classes, h, w)``.
@@ -148,7 +148,7 @@ class OneStage(nn.Module):
         return loss(said, targets.boxes)
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each of some images."""
+        """Return the objects in each image."""
         said = Places(*(part.float() for part in self(x)))
         return [_found(Places(*parts)) for parts in zip(*said, strict=True)]
 
@@ -221,7 +221,7 @@ def around(points: Tensor, logarithms: Tensor) -> Tensor:
 
 
 def nearness(distances: Tensor) -> Tensor:
-    """How near places are to the middle of their boxes, from 0 to 1.
+    """Nearness of places to the middle of their boxes, from 0 to 1.
 
     ::
 
@@ -261,7 +261,7 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _found(said: Places) -> Found:
-    """What is in one image: the best places, without those that a better one stands for."""
+    """Return the objects in one image: the best places, with non-maximum suppression."""
     height, width = said.classes.shape[1:]
     points = grid(height, width, said.classes.device)
     guessed = around(points, said.distances.flatten(1).T)

@@ -1,4 +1,4 @@
-"""Networks that give a score a class and pixel, with torch's batch norm throughout."""
+"""Networks that give a score per class and pixel, with torch's batch norm throughout."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class _Encoder:
 
     Attributes:
         block: Of which it is made.
-        depths: Blocks a stage.
+        depths: Blocks per stage.
         widths: Of the stages.
         strides: Of the stages.
         dilations: Of the stages.
@@ -61,7 +61,7 @@ def pspnet(name: str, classes: int, channels: int) -> nn.Module:
     Args:
         name: One of `PSPNETS`: "pspnet50" and "pspnet101" have those of ResNet-50 and 101, at an
             eighth of the image's size; "pspnet8" one block in each of three stages, at a fourth.
-        classes: Outputs a pixel.
+        classes: Outputs per pixel.
         channels: Of the images.
 
     Returns:
@@ -120,7 +120,7 @@ def unet(classes: int, channels: int) -> nn.Module:
     """Build MONAI's U-Net, with batch norm, two convolutions a residual unit, 16 to 256 channels.
 
     Args:
-        classes: Outputs a pixel.
+        classes: Outputs per pixel.
         channels: Of the images.
 
     Returns:

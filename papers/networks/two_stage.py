@@ -53,7 +53,7 @@ class TwoStage(nn.Module):
         return torch.stack([one.float() for one in losses.values()]).sum()
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each of some images."""
+        """Return the objects in each image."""
         return [
             Found(
                 one["boxes"].float(),

@@ -34,7 +34,7 @@ def measure_costs(run: CostRun, on_question: OnEpoch | None = None) -> dict[str,
         on_question: Called with the questions that are answered.
 
     Returns:
-        A `anybatch.tools.measurements.Measurement` a question and method as plain data, the
+        A `anybatch.tools.measurements.Measurement` per question and method as plain data, the
         reasons of the methods that failed, seconds and date.
 
     Raises:

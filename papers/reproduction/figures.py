@@ -44,7 +44,7 @@ def _ours(one: Reproduction, size: Size, cell: Cell | None, rows: Mapping[str, R
 
 
 def _lines(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
-    """A line a row over the columns; the paper's are dotted, with hollow marks."""
+    """A line per row over the columns; the paper's are dotted, with hollow marks."""
     figure = blank(8, 4.6)
     axes = figure.subplots()
     theirs = False
@@ -81,7 +81,7 @@ def _lines(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
 
 
 def _bars(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
-    """A bar a row and a panel a column, a mark a seed, and a stroke for the paper's number."""
+    """A bar per row and a panel per column, a mark per seed, and a stroke for the paper's number."""
     figure = blank(4 + 4 * len(size.columns), 0.42 * len(size.rows) + 1.4)
     panels = figure.subplots(1, len(size.columns), squeeze=False, sharey=True)[0]
     places = range(len(size.rows))
@@ -171,7 +171,7 @@ def _weights(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure"
 
 
 def _ratios(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
-    """What each method costs, a panel a question, with quartiles."""
+    """Draw the cost of each method with quartiles, one panel per question."""
     row = rows_of(size.cells[0], rows)[0]
     return ratios([Measurement(**costs) for costs in row["result"]["costs"]])
 

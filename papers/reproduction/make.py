@@ -1,4 +1,4 @@
-"""Making what the papers report: trains what is missing, and keeps a row of each in a store."""
+"""Make what the papers report: train what is missing, and keep a row of each in a store."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ from papers.run import PaperRun
 from papers.studies.example_weight import tuned_on_halves
 
 ROWS = "results.jsonl"
-# Operations a second that networks of this kind reach in one process, and the time of a step
+# Operations per second that networks of this kind reach in one process, and the time of a step
 # besides: orders of magnitude, for estimates of what nothing like it was measured of.
 _RATE = {"cpu": 150e9, "cuda": 15e12}
 _STEP = {"cpu": 5e-3, "cuda": 15e-3}
@@ -28,7 +28,7 @@ _PART = {"cpu": 0.0, "cuda": 2e-3}  # of each further normalization batch, for i
 
 
 class Made(NamedTuple):
-    """What became of some tasks.
+    """The outcome of some tasks.
 
     Attributes:
         rows: Rows of the store, by identity.
@@ -90,7 +90,7 @@ def _inside(root: Path, folder: str, run: PaperRun) -> Path:
         held = (
             "train.json, test.json and their images, or COCO as it comes"
             if boxes
-            else "the folders train and val and a folder a class in each"
+            else "the folders train and val and a folder per class in each"
         )
         more = " nor a zip file" if boxes else ""
         raise ValueError(
@@ -186,7 +186,7 @@ def as_row(task: Task, result: Row, command: str, made_with: Mapping[str, Any]) 
 
 
 def _numbers(run: Job, result: Row) -> Row:
-    """What is kept of a training, or of a measurement of costs."""
+    """Return what the store keeps of a training or of a measurement of costs."""
     if isinstance(run, CostRun):
         return {name: result[name] for name in ("costs", "failed")}
     learned = objective(run)

@@ -21,7 +21,7 @@ _POINTS = 200  # of a curve
 
 
 def series(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> Figure:
-    """Norms of statistics along the steps: a panel a row, lines of few examples and of all.
+    """Norms of statistics along the steps: a panel per row, lines of few examples and of all.
 
     Args:
         one: The reproduction.

@@ -1,4 +1,8 @@
-"""Operations of a call, counted as torch makes them."""
+"""Floating-point operations of a call, counted as torch dispatches them.
+
+`torch.utils.flop_counter` counts convolutions and matrix products; norms and elementwise operators,
+which are what methods differ in, are counted here.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -136,7 +140,7 @@ def _operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
 
 
 def _batch_norm_backward(args: tuple[Any, ...]) -> int:
-    """Of a batch norm's backward, the parts that are asked for."""
+    """Return the operations of a batch norm's backward, for the gradients asked for."""
     trains, (of_input, *of_affine) = args[7], args[9]
     sums = _SUMS if any(of_affine) or (of_input and trains) else 0
     gradient = (_GRADIENT if trains else 1) if of_input else 0

@@ -1,15 +1,13 @@
-"""Where reproductions are shown: a report of one file, and pages of the documentation."""
+"""The report of reproductions, and their pages in the documentation."""
 
-import base64
 import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anybatch.evaluation.html_pages import render
-from anybatch.tools import figures
-from anybatch.tools.files import write_bytes, write_json, write_text
+from anybatch.tools import figures, report
+from anybatch.tools.files import write_bytes, write_text
 from papers.reproduction import figures as reproduced_figures
 from papers.reproduction.results import Grid, as_data, backing, checked, columns_of, grid
 from papers.reproduction.spec import MEASURED, SIZES, Reproduction, reproductions
@@ -39,13 +37,18 @@ class Section(NamedTuple):
     rows: list[Row]
 
     @property
+    def image(self) -> str:
+        """Name of its image, without ending."""
+        return f"{self.one.name}-{self.size}"
+
+    @property
     def command(self) -> str:
-        """What makes it."""
+        """The command that makes it."""
         return f"python -m papers {self.one.name} --size {self.size}"
 
     @property
     def columns(self) -> str:
-        """What the columns are."""
+        """What the columns stand for."""
         return columns_of(self.one)
 
     @property
@@ -83,7 +86,7 @@ def section(one: Reproduction, size: str, rows: Mapping[str, Row]) -> Section:
 def write_report(
     wanted: list[Reproduction], size: str, rows: Mapping[str, Row], folder: Path, command: str
 ) -> Path:
-    """Write ``report.html``, ``report.json`` and a PNG a figure, each whole.
+    """Write ``report.html``, ``report.json`` and a PNG per figure, each whole.
 
     Args:
         wanted: What is shown.
@@ -95,19 +98,17 @@ def write_report(
     Returns:
         The path of the report.
     """
-    parts = []
-    for one in wanted:
-        image = _image(one, size, rows)
-        if image is not None:
-            write_bytes(folder / f"{one.name}-{size}.png", image)
-        encoded = None if image is None else base64.b64encode(image).decode("ascii")
-        parts.append((section(one, size, rows), encoded))
-    write_json(folder / "report.json", [as_data(one, size, rows) for one in wanted])
-    values = {"parts": parts, "size": _SIZE_NAMES[size], "command": command}
-    text = render("papers", "reproduction.html.j2", **values)
-    path = folder / "report.html"
-    write_text(path, text)
-    return path
+    images = {one.name: _image(one, size, rows) for one in wanted}
+    return report.write_report(
+        folder,
+        "reproduction.html.j2",
+        ("report.json", [as_data(one, size, rows) for one in wanted]),
+        {f"{name}-{size}": image for name, image in images.items() if image is not None},
+        package="papers",
+        parts=[section(one, size, rows) for one in wanted],
+        size=_SIZE_NAMES[size],
+        command=command,
+    )
 
 
 def _image(one: Reproduction, size: str, rows: Mapping[str, Row]) -> bytes | None:
@@ -259,16 +260,14 @@ def _sized(part: Section) -> list[str]:
     return lines
 
 
-def terminal_table(part: Section) -> Any:
-    """A section for the terminal."""
-    from rich.table import Table
-
+def section_table(part: Section) -> Any:
+    """Build the table of a section for the terminal."""
     one = part.one
     unit = "" if one.unit in MEASURED else f": {one.unit} (%)"
-    title = f"{one.paper}, {one.source}, {_SIZE_NAMES[part.size].lower()}{unit}"
-    table = Table(title=title, caption=f"columns: {one.across}")
-    for index, name in enumerate(part.grid.head):
-        table.add_column(name, justify="right" if index else "left")
-    for row in part.grid.rows:
-        table.add_row(*row)
-    return table
+    return report.terminal_table(
+        part.grid.head,
+        part.grid.rows,
+        title=f"{one.paper}, {one.source}, {_SIZE_NAMES[part.size].lower()}{unit}",
+        caption=f"columns: {one.across}",
+        wrapped=part.grid.head,
+    )

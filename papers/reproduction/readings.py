@@ -9,7 +9,7 @@ from papers.reproduction.runs import CostRun, RecordedRun
 
 
 class Cost(NamedTuple):
-    """What a column of a table of costs asks.
+    """The question of a column in a table of costs.
 
     Attributes:
         question: Names in `anybatch.tools.bench.QUESTIONS`.
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
 
 
 def of_costs(result: Mapping[str, Any], run: CostRun, label: str, measure: str) -> Reading | None:
-    """What a method costs, as a part of what the first one costs.
+    """Return the cost of a method as a part of the first one's.
 
     Args:
         result: Of a row.
@@ -138,7 +138,7 @@ def _spread(values: Sequence[float], unit: float) -> tuple[float, float]:
 
 
 def distance(values: Sequence[float], squares: bool) -> float:
-    """How far values are distributed from the law of a batch's mean or variance.
+    """Distance of the distribution of values from the law of a batch's mean or variance.
 
     Args:
         values: The values.

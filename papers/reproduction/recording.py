@@ -25,7 +25,7 @@ _FORWARD, _BACKWARD = STATISTICS[:3], STATISTICS[3:]
 
 
 class Recorder:
-    """Notes the statistics of a norm, step by step.
+    """Record the statistics of a norm, step by step.
 
     With Y the normalized input before scale and shift, and L the loss of an example::
 
@@ -147,11 +147,11 @@ class Recorder:
         return torch.tensor(kept, dtype=like.dtype, device=like.device) / sum(kept)
 
     def series(self) -> dict[str, list[float]]:
-        """What was noted: numbers by name, a record each, beside their steps from 1 on."""
+        """Return the record: numbers by name, one per recorded step, beside the steps from 1 on."""
         return {name: list(values) for name, values in self.notes.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         past = {name: list(values) for name, values in self.past.items()}
         return {"done": self.done, "notes": self.series(), "past": past}
 

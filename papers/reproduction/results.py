@@ -19,7 +19,7 @@ class Value:
     """A number of ours.
 
     Attributes:
-        values: A value a seed that was run, in per cent or as measured.
+        values: A value per seed that was run, in per cent or as measured.
         wanted: Seeds that there should be.
         ids: Of the rows it is from.
         text: What a table has of one seed, where it is not the number.
@@ -119,7 +119,7 @@ def _reading(cell: Cell, result: Mapping[str, Any]) -> Reading | None:
 
 
 def columns_of(one: Reproduction) -> str:
-    """What the columns of a reproduction are, for a person."""
+    """Describe the columns of a reproduction."""
     return one.across if one.unit in MEASURED else f"{one.unit} (%) by {one.across}"
 
 

@@ -1,4 +1,4 @@
-"""What a reproduction asks for besides plain trainings: costs, and statistics along a training."""
+"""Jobs of a reproduction beside plain trainings: costs, and statistics along a training."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ Entry = tuple[str, str, tuple[Option, ...]]
 
 @dataclass(frozen=True)
 class CostRun:
-    """What methods cost in one network, measured in turn in one process.
+    """A measurement of what methods cost in one network, in turn in one process.
 
     Attributes:
         model: Network, as `anybatch.tools.network_factory.factory` takes it.
@@ -24,7 +24,7 @@ class CostRun:
         methods: Label, method and options of each row; the first is "torch", which the others are
             compared with.
         questions: Names in `anybatch.tools.bench.QUESTIONS`.
-        rounds: Blocks a method.
+        rounds: Blocks per method.
         block_seconds: Length of a block.
         precision: "float32", "bfloat16" or "float16".
         mode: "eager", "compiled" or "graph".
@@ -73,16 +73,16 @@ class CostRun:
 
     @property
     def label(self) -> str:
-        """For a person."""
+        """Title for a person."""
         return f"costs of {len(self.methods)} methods, {self.batch_size}"
 
     @property
     def epochs(self) -> int:
-        """What there is to be done, for a bar: a question each."""
+        """Number of questions, for a progress bar."""
         return len(self.questions)
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the settings as plain data."""
         methods = [
             [label, name, [list(o) for o in options]] for label, name, options in self.methods
         ]
@@ -91,7 +91,7 @@ class CostRun:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CostRun":
-        """Of plain data.
+        """Build a measurement from plain data.
 
         Raises:
             ValueError: For a name that it does not have.
@@ -158,7 +158,7 @@ Job = PaperRun | CostRun
 
 
 def job_of(settings: dict[str, Any]) -> Job:
-    """What a row of the store was made of.
+    """Return the job that a row of the store was made from.
 
     Args:
         settings: As the row has them.

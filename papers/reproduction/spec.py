@@ -1,4 +1,4 @@
-"""Tables and figures of the papers as runs: what each of their cells trains and measures."""
+"""Specs of the papers' tables and figures: what each cell trains and measures."""
 
 import json
 from collections.abc import Mapping
@@ -97,11 +97,11 @@ class Reproduction:
 
 @dataclass(frozen=True)
 class Size:
-    """What one size of a reproduction trains.
+    """The cells of one size of a reproduction.
 
     Attributes:
         cells: Row by row.
-        seeds: Runs a cell.
+        seeds: Runs per cell.
         folder: Of the data, in the root, where the data have no name of their own.
         examples: Training and held-out examples there are.
         text: What was shrunk, or where the settings are from.
@@ -397,7 +397,7 @@ def _cost(run: Job, examples: tuple[int, int]) -> tuple[float, int]:
 
 
 def _shape(run: PaperRun) -> tuple[int, ...]:
-    """Of an example."""
+    """Return the shape of an example."""
     if run.data == "digits":
         return (64,)
     side = 32 if run.data in ("cifar10", "cifar100") else run.image_size

@@ -16,7 +16,7 @@ _NEEDED = ("schema", "id", "settings", "seed", "command", "made_with", "finished
 
 
 class Store:
-    """A file of results, one a line, the latest of each identity valid.
+    """A file of results, one per line, the latest of each identity valid.
 
     A line is appended in one write under a lock. One that a killed process left unfinished at the
     end is passed over by readers, and cut off by the next writer.

@@ -32,7 +32,7 @@ OnRun = Callable[[str, int, tuple[float, ...]], None]
 
 @dataclass(frozen=True)
 class Weighed:
-    """What networks trained in one way reach, a value a seed.
+    """Results of networks trained in one way, one value per seed.
 
     The held-out examples are cut in two halves. The weight is tuned on each of
     them and judged on the other, so that every example is in the test once, and
@@ -193,7 +193,7 @@ def _spread(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 
 def figure(rows: list[Weighed]) -> "Figure":
-    """Held-out loss over the example weight, a line a row.
+    """Held-out loss over the example weight, a line per row.
 
     Args:
         rows: What `weigh` gave.

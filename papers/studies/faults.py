@@ -70,7 +70,7 @@ DOMAIN = "another domain, from then on"
 
 @dataclass(frozen=True)
 class Recovery:
-    """How long a fault lasts.
+    """The time that a fault lasts.
 
     Attributes:
         fault: What happened, in one step.

@@ -16,13 +16,13 @@ from papers.tasks.average_precision import average_precision
 
 
 class Detector(Protocol):
-    """What a network for detection can do."""
+    """Interface of a network for detection."""
 
     def loss(self, x: Tensor, targets: Targets) -> Tensor:
         """The loss on images ``(N, 3, height, width)``, with a gradient."""
 
     def find(self, x: Tensor) -> list[Found]:
-        """What is in each image, in evaluation mode."""
+        """Return the objects in each image, in evaluation mode."""
 
 
 def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Targets]]:

@@ -1,4 +1,4 @@
-"""Which norms of a detector are its method's, and what the others are."""
+"""The norms of a detector that its method converts, and what becomes of the others."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Segmentation: images with a class a pixel, cross-entropy over pixels, mean IoU."""
+"""Segmentation: images with a class per pixel, cross-entropy over pixels, mean IoU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def judges(classes: int) -> dict[str, Any]:
-    """What measures the numbers.
+    """Build the metrics.
 
     Args:
         classes: Number of classes.

@@ -1,4 +1,4 @@
-"""What cross-iteration batch normalization rests on: figure 6, table 9 and section 4.4, small.
+"""Measure what cross-iteration batch normalization rests on: figure 6, table 9, section 4.4.
 
 Real images (scikit-learn's digits as 8x8 images), a chain of three convolutions, and the MLP for
 the orders of the Taylor polynomial. Writes numbers as JSON and plots as PNG.

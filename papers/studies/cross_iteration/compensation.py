@@ -28,14 +28,14 @@ _TAYLOR = {"naive": (0, 0), "one layer": (1, 1), KINDS[2]: (1, 2), "two layers":
 
 
 class Snapshot(NamedTuple):
-    """What is kept of a step to tell one layer's statistics at other weights.
+    """State of a step that predicts one layer's statistics at other weights.
 
     Attributes:
         start: Input of the layer before, or of the layer itself where it is the first.
         earlier: Weight and bias of the convolution before, then mean, variance, scale, shift and
             eps of its norm, all held constant but for the weight; None for the first layer.
         weight: Weight of the convolution.
-        values: Values a channel.
+        values: Values per channel.
     """
 
     start: Tensor
@@ -189,7 +189,7 @@ def batches(x: Tensor, y: Tensor, size: int, steps: int, seed: int) -> Iterator[
 
 @dataclass(frozen=True)
 class Errors:
-    """How far predicted statistics are from the true ones, by kind and age.
+    """Errors of predicted statistics, by kind and age.
 
     Attributes:
         layer: Truth: the old input of the layer under today's weights of the layer.
@@ -288,7 +288,7 @@ def _distance(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> flo
 
 
 def step_seconds(x: Tensor, y: Tensor, *, batch_size: int = 4, rounds: int = 7) -> dict[str, float]:
-    """What a training step of a chain costs, for each kind in the same plain code.
+    """Time a training step of a chain, for each kind in the same plain code.
 
     Args:
         x: Images.

@@ -27,7 +27,7 @@ class Decay:
 
 
 def gradient_decay(model: nn.Module, x: Tensor, *, back: int = 2, probes: int = 8) -> Decay:
-    """How fast the gradients of a layer's statistics fade over earlier layers (appendix C).
+    """Measure how fast the gradients of a layer's statistics fade over earlier layers.
 
     ``||d mu^l / d w^r||_F / ||d mu^l / d w^l||_F`` for r = l, l - 1, ..., and the same for nu, the
     mean of squares, averaged over the pairs l of a convolution and the norm that it feeds. Norms

@@ -33,7 +33,7 @@ def error_figure(errors: Errors) -> "Figure":
 
 
 def decay_figure(decays: dict[str, Decay]) -> "Figure":
-    """Ratios of gradient norms by layers back, a line a stage of training."""
+    """Ratios of gradient norms by layers back, a line per stage of training."""
     figure = blank(10, 4.2)
     for place, (name, title) in enumerate((("mean", "of the mean"), ("square", "of the square"))):
         axes = figure.add_subplot(1, 2, place + 1)

@@ -1,4 +1,4 @@
-"""What batch normalization sampling estimates and what it costs, measured (bn-sampling).
+"""Measurements of what batch normalization sampling estimates and costs (bn-sampling).
 
 Run ``python -m papers.studies.sampling --help``.
 """

@@ -1,4 +1,4 @@
-"""What sampling estimates and what it costs, as docs/results/sampling.md has it.
+"""Measure what sampling estimates and costs, as docs/results/sampling.md has it.
 
 Errors of sampled statistics in a ResNet-20, fresh and after each epoch of a short training, and how
 they go together in its layers (errors); the same in networks that each sampling has trained itself

@@ -44,7 +44,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Averages:
-    """What running statistics of every weight are worth to one network.
+    """Results of one network with running statistics of every weight.
 
     Attributes:
         method: It was trained with.
@@ -60,7 +60,7 @@ class Averages:
 
     @property
     def best(self) -> Average:
-        """That with the lowest held-out loss."""
+        """The weight with the lowest held-out loss."""
         return min(self.rows, key=lambda row: row.loss)
 
 

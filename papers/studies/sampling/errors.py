@@ -34,12 +34,12 @@ _Sampled = SampledBatchNorm1d | SampledBatchNorm2d | SampledBatchNorm3d
 
 @dataclass(frozen=True)
 class SampleErrors:
-    """How far a sample's statistics are from the batch's, in every layer of a network.
+    """Errors of a sample's statistics against the batch's, in every layer of a network.
 
     Attributes:
         sample: As in `METHODS`.
         layers: Names of the norms, in the order in which they run.
-        values: Values a channel in the sample of each.
+        values: Values per channel in the sample of each.
         mean: ``||mu_S - mu|| / ||sigma||`` over the channels, ``(draws, layers)``.
         var: ``||var_S - var|| / ||var||``, the same.
     """

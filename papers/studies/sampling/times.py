@@ -63,7 +63,7 @@ def regularity_and_speed(
     rounds: int = 41,
     seed: int = 0,
 ) -> list[PassTime]:
-    """What regular places and a static index are worth in time.
+    """Time passes with regular places and a static index, and without.
 
     As many values, taken from adjacent examples, from a patch of every map, or one by one; with the
     index as it was or drawn anew before each pass. All in turn, after two rounds that do not count;

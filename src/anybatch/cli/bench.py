@@ -106,7 +106,7 @@ def bench(
         print((folder / "bench.csv").read_text(encoding="utf-8"), end="")
         return
     for one, cost in zip(outcome.benches, outcome.found, strict=True):
-        console.print(bench_report.terminal_table(one, cost))
+        console.print(bench_report.costs_table(one, cost))
         for method, reason in cost.failed.items():
             console.print(f"{method} could not be measured: {reason}", markup=False)
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
@@ -127,7 +127,7 @@ def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
 
 
 def _benches(given: dict[str, Any]) -> "list[Bench]":
-    """What `bench` measures, one a batch size."""
+    """Return the settings of the measurements, one per batch size."""
     from anybatch.tools.bench import Bench
     from anybatch.tools.network_factory import example_shape, factory
 

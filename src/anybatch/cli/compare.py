@@ -64,7 +64,7 @@ def compare(
     option: Options = None,
     config: Config = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes. [dim]Default: one a core; 1 on a GPU.[/]")
+        int | None, typer.Option(help="Processes. [dim]Default: one per core; 1 on a GPU.[/]")
     ] = None,
     output: Output = None,
     timing: Annotated[bool, typer.Option(help="Measure the time of a step, too.")] = True,
@@ -119,11 +119,11 @@ def compare(
             typed_command(),
             time.perf_counter() - start,
         )
-        page = report.write_report(outcome, folder)
+        page = report.write(outcome, folder)
     if given["as_json"]:
         print((folder / "results.json").read_text(encoding="utf-8"), end="")
         return
-    console.print(report.terminal_table(outcome))
+    console.print(report.comparison_table(outcome))
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
 
 

@@ -90,7 +90,7 @@ def diagnose(
     if given["as_json"]:
         print((folder / "diagnosis.json").read_text(encoding="utf-8"), end="")
         return
-    console.print(diagnosis.terminal_table(found, f"{run.data}, {run.model}, {run.label}"))
+    console.print(diagnosis.diagnosis_table(found, f"{run.data}, {run.model}, {run.label}"))
     for sentence in (*found.reading.sentences, *found.notes):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)

@@ -3,8 +3,6 @@
 import json
 from dataclasses import fields
 
-from rich.table import Table
-
 from anybatch.cli.console import console, plain_errors
 from anybatch.cli.options import AsJson
 from anybatch.registry import METHODS
@@ -13,6 +11,8 @@ from anybatch.registry import METHODS
 @plain_errors()
 def methods(as_json: AsJson = False) -> None:
     """List the methods, what they do and when to use them."""
+    from anybatch.tools.report import terminal_table
+
     if as_json:
         names = [f.name for f in fields(next(iter(METHODS.values()))) if f.name != "builder"]
         rows = [
@@ -21,13 +21,10 @@ def methods(as_json: AsJson = False) -> None:
         ]
         print(json.dumps(rows, indent=2))
         return
-    table = Table(show_lines=True)
-    for column in ("name", "method", "what it does", "when", "options"):
-        table.add_column(column)
+    columns = ("name", "method", "what it does", "when", "options")
+    rows = []
     for method in METHODS.values():
         own = [n for n in method.options if n not in ("norm_batch_size", "example_weight")]
-        table.add_row(
-            f"[bold]{method.name}[/]", method.title, method.summary, method.when, ", ".join(own)
-        )
-    console.print(table)
+        rows.append((method.name, method.title, method.summary, method.when, ", ".join(own)))
+    console.print(terminal_table(columns, rows, left=columns, wrapped=columns[1:], ruled=True))
     console.print("every method of this library also takes norm_batch_size and example_weight")

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from anybatch.cli.console import console, plain_errors, typed_command
 from anybatch.cli.options import (
@@ -105,14 +104,8 @@ def tune(
     if given["as_json"]:
         print((folder / "tune.json").read_text(encoding="utf-8"), end="")
         return
-    names = list(outcome.tuned.curves)
     print(f"{outcome.tuned}\n")
-    table = Table(title=f"on {outcome.test.examples} other examples")
-    for column in ("network", "example weight", *names):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for row in tuning.judged_rows(outcome):
-        table.add_row(*row)
-    console.print(table)
+    console.print(tuning.judged_table(outcome))
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
 
 

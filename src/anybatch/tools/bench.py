@@ -1,4 +1,4 @@
-"""What each method would cost in a network: time of a training step, memory, inference."""
+"""The cost of each method in a network: time of a training step, memory, inference."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Bench:
-    """How a network is measured.
+    """The settings of a measurement.
 
     Attributes:
         name: Of the network, for the rows.
@@ -78,7 +78,7 @@ class Bench:
         return self.inputs[0][0] if self.batch_size is None else self.batch_size
 
     def setting(self, question: str) -> Setting:
-        """What the rows of a question have in common."""
+        """Return what the rows of a question have in common."""
         form = "channels_last" if self.channels_last else "contiguous"
         case = f"{self.name}, batch {self.examples}"
         return Setting(question, case, form, self.precision, self.mode)
@@ -93,10 +93,10 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured.
+    """The result of a measurement.
 
     Attributes:
-        rows: A row a question and variant.
+        rows: A row per question and variant.
         failed: Why, of each variant that could not be measured.
     """
 
@@ -154,7 +154,7 @@ def costs(bench: Bench, variants: Mapping[str, Variant], show: Show | None = Non
 
 
 def _try(bench: Bench, name: str, make: Callable[[], _T], failed: dict[str, str]) -> _T | None:
-    """What can be made; None, and why, of what cannot. Without a baseline there is nothing."""
+    """Return what `make` returns, or None and note the reason; a failing baseline raises."""
     try:
         return make()
     except Exception as error:  # of a network, a compiler, a device: anything can go wrong
@@ -311,7 +311,7 @@ class Subject:
 
 
 class Question(NamedTuple):
-    """What is asked of a subject.
+    """A question about a network.
 
     Attributes:
         doing: What a progress bar says meanwhile.

@@ -1,17 +1,15 @@
-"""What `anybatch bench` leaves behind: a table, JSON and CSV, an image, and an HTML report."""
+"""The report of `anybatch bench`: a table, JSON and CSV, an image, and an HTML page."""
 
-import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.evaluation.html_pages import render
 from anybatch.registry import METHODS
 from anybatch.tools import measurement_figures
 from anybatch.tools.bench import Bench, Costs
 from anybatch.tools.figures import png
-from anybatch.tools.files import write_bytes, write_json, write_text
 from anybatch.tools.measurements import Measurement, as_csv, surroundings
+from anybatch.tools.report import terminal_table, write_report
 from anybatch.tools.run import BASELINE
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ class Outcome(NamedTuple):
     """A finished benchmark of a network.
 
     Attributes:
-        benches: How it was measured, one a batch size.
+        benches: How it was measured, one per batch size.
         found: What was measured, likewise.
         command: What was typed.
         seconds: From start to end.
@@ -43,7 +41,7 @@ class Outcome(NamedTuple):
 
 
 def row_name(method: str) -> str:
-    """What to call a line of the table."""
+    """Return the name of a row of the table."""
     return "as it is" if method == BASELINE else f"{METHODS[method].title} ({method})"
 
 
@@ -54,7 +52,7 @@ def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:
         costs: Of one batch size.
 
     Returns:
-        A line a method that could be measured.
+        A line per method that could be measured.
     """
     by_name: dict[str, dict[str, Measurement]] = {}
     for row in costs.rows:
@@ -71,32 +69,27 @@ def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def title(bench: Bench) -> str:
-    """What a table is of."""
+    """Return the title of a table."""
     form = ", channels last" if bench.channels_last else ""
     mode = "" if bench.mode == "eager" else f", {bench.mode}"
     where = f"{bench.device}, {bench.precision}{form}{mode}"
     return f"{bench.name}, batch {bench.examples}, {where}"
 
 
-def terminal_table(bench: Bench, costs: Costs) -> "Table":
-    """The table of one batch size for the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    caption = "torch: the network as it is = 1"
-    table = Table(
-        title=escape(title(bench)), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+def costs_table(bench: Bench, costs: Costs) -> "Table":
+    """Build the table of one batch size for the terminal."""
+    found = lines(costs)
+    return terminal_table(
+        COLUMNS,
+        [(name, *cells) for name, (_, *cells) in found],
+        title=title(bench),
+        caption="torch: the network as it is = 1",
+        styles=["dim" if name == BASELINE else None for name, _ in found],
     )
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for name, (_, *cells) in lines(costs):
-        table.add_row(name, *cells, style="dim" if name == BASELINE else None)
-    return table
 
 
 def notes(outcome: Outcome) -> list[str]:
-    """What a reader must know of the figures."""
+    """Return sentences that explain the figures."""
     first = outcome.benches[0]
     found = [
         "step: forward, mean square of what comes out, backward, and SGD with momentum, on random "
@@ -134,7 +127,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
 
 
 def settings(outcome: Outcome) -> dict[str, Any]:
-    """What was asked for."""
+    """Return the settings as plain data."""
     first = outcome.benches[0]
     return {
         "model": first.name,
@@ -148,48 +141,34 @@ def settings(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def csv_text(outcome: Outcome) -> str:
-    """The rows as CSV."""
-    return as_csv(outcome.rows, Measurement._fields, outcome.benches[0].device)
-
-
 def write(outcome: Outcome, folder: Path) -> Path:
     """Write ``bench.json``, ``bench.csv``, ``bench.png`` and ``report.html``, each whole.
 
     Args:
         outcome: The benchmark.
-        folder: Where; it exists.
+        folder: Folder to write to; it exists.
 
     Returns:
-        The path of the report.
+        Path of the report.
     """
-    data = as_data(outcome)
-    image = png(measurement_figures.ratios(outcome.rows))
-    write_bytes(folder / "bench.png", image)
-    write_json(folder / "bench.json", data)
-    write_text(folder / "bench.csv", csv_text(outcome))
-    path = folder / "report.html"
-    write_text(path, _html(outcome, data, image))
-    return path
-
-
-def _html(outcome: Outcome, data: Mapping[str, Any], image: bytes) -> str:
     pairs = zip(outcome.benches, outcome.found, strict=True)
-    return render(
-        "anybatch.tools",
+    text = as_csv(outcome.rows, Measurement._fields, outcome.benches[0].device)
+    return write_report(
+        folder,
         "bench.html.j2",
+        ("bench.json", as_data(outcome)),
+        {"bench": png(measurement_figures.ratios(outcome.rows))},
+        texts={"bench.csv": text},
         name=outcome.benches[0].name,
         columns=COLUMNS,
         tables=[(title(bench), lines(costs)) for bench, costs in pairs],
         sentences=list(sentences(outcome)),
-        data=data,
         baseline=BASELINE,
-        image=base64.b64encode(image).decode("ascii"),
     )
 
 
 def sentences(outcome: Outcome) -> Iterable[str]:
-    """What the figures say: the cheapest and the dearest step of each batch size."""
+    """Yield a sentence per batch size that names the cheapest and the dearest step."""
     for bench, costs in zip(outcome.benches, outcome.found, strict=True):
         steps = [r for r in costs.rows if r.question == "step" and r.name != BASELINE]
         if steps:

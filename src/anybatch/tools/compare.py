@@ -1,4 +1,4 @@
-"""Methods side by side: the runs, in several processes, and the table they make."""
+"""A comparison of methods: its runs, in several processes, and its table."""
 
 import statistics
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The settings of a comparison.
 
     Attributes:
         base: The setting that all runs share; its method is not used.
@@ -98,7 +98,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
         results: Results by key.
 
     Returns:
-        A line for the target, one for the baseline, then one a method.
+        A line for the target, one for the baseline, then one per method.
     """
     groups = comparison.groups()
     accuracies = {

@@ -1,19 +1,17 @@
-"""What a comparison leaves behind: a table, JSON and CSV, plots, and an HTML report."""
+"""The report of a comparison: a table, JSON and CSV, plots, and an HTML page."""
 
-import base64
 import csv
 import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.evaluation.html_pages import render
 from anybatch.registry import METHODS
 from anybatch.tools import compare_figures as figures
 from anybatch.tools.compare import Comparison, Line
 from anybatch.tools.figures import png
-from anybatch.tools.files import write_bytes, write_json, write_text
 from anybatch.tools.machine import machine
+from anybatch.tools.report import terminal_table, write_report
 from anybatch.tools.run import BASELINE
 from anybatch.tools.timing import StepTime
 from anybatch.tools.training import Row
@@ -46,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def row_name(line: Line) -> str:
-    """What to call a line of the table."""
+    """Return the name of a row of the table."""
     if line.row == "target":
         return "BatchNorm (target)"
     if line.row == "baseline":
@@ -56,7 +54,7 @@ def row_name(line: Line) -> str:
 
 
 def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
-    """The text of a line of the table."""
+    """Return the cells of a row of the table."""
     time = times.get(line.row)
     recovered = line.recovered if line.row not in ("target", "baseline") else None
     return (
@@ -69,25 +67,21 @@ def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
     )
 
 
-def terminal_table(outcome: Outcome) -> "Table":
-    """The table for the terminal."""
-    from rich.table import Table
-
+def comparison_table(outcome: Outcome) -> "Table":
+    """Build the table for the terminal."""
     base = outcome.comparison.base
-    title = f"{base.data}, {base.model}, {base.epochs} epochs"
     seeds = len(outcome.comparison.seeds)
-    caption = f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1"
-    table = Table(title=title, caption=caption)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for line in outcome.lines:
-        emphasis = "dim" if line.row in ("target", "baseline") else None
-        table.add_row(*cells(line, outcome.times), style=emphasis)
-    return table
+    return terminal_table(
+        COLUMNS,
+        [cells(line, outcome.times) for line in outcome.lines],
+        title=f"{base.data}, {base.model}, {base.epochs} epochs",
+        caption=f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1",
+        styles=["dim" if line.row in ("target", "baseline") else None for line in outcome.lines],
+    )
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know of the settings."""
+    """Return sentences that explain the settings."""
     base = comparison.base
     found = [
         "recovered: (accuracy - baseline) / (target - baseline), of the means.",
@@ -165,50 +159,40 @@ def as_csv(outcome: Outcome) -> str:
     return buffer.getvalue()
 
 
-def write_report(outcome: Outcome, folder: Path) -> Path:
+def write(outcome: Outcome, folder: Path) -> Path:
     """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``, each whole.
 
     Args:
         outcome: The comparison.
-        folder: Where; it exists.
+        folder: Folder to write to; it exists.
 
     Returns:
-        The path of the report.
+        Path of the report.
     """
-    data = as_data(outcome)
-    names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in outcome.lines}
+    base, lines = outcome.comparison.base, outcome.lines
+    names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in lines}
     images = {
-        "curves": png(figures.curves(outcome.comparison, outcome.lines, outcome.results, names)),
-        "accuracy": png(figures.accuracy_bars(outcome.lines, names)),
+        "curves": png(figures.curves(outcome.comparison, lines, outcome.results, names)),
+        "accuracy": png(figures.accuracy_bars(lines, names)),
     }
     if outcome.times:
-        images["cost"] = png(figures.cost_bars(outcome.lines, outcome.times, names))
-    for name, image in images.items():
-        write_bytes(folder / f"{name}.png", image)
-    write_json(folder / "results.json", data)
-    write_text(folder / "results.csv", as_csv(outcome))
-    path = folder / "report.html"
-    write_text(path, _html(outcome, data, images))
-    return path
-
-
-def _html(outcome: Outcome, data: dict[str, Any], images: dict[str, bytes]) -> str:
-    base = outcome.comparison.base
-    best = max((line for line in outcome.lines if line.row != "target"), key=lambda line: line.mean)
-    by_row = {line.row: line for line in outcome.lines}
-    return render(
-        "anybatch.tools",
+        images["cost"] = png(figures.cost_bars(lines, outcome.times, names))
+    best = max((line for line in lines if line.row != "target"), key=lambda line: line.mean)
+    by_row = {line.row: line for line in lines}
+    return write_report(
+        folder,
         "compare.html.j2",
+        ("results.json", as_data(outcome)),
+        images,
+        texts={"results.csv": as_csv(outcome)},
         base=base,
         columns=COLUMNS,
-        rows=[(line.row, cells(line, outcome.times)) for line in outcome.lines],
+        rows=[(line.row, cells(line, outcome.times)) for line in lines],
         best=row_name(best),
         best_accuracy=100 * best.mean,
         target=100 * by_row["target"].mean,
         target_size=by_row["target"].run.statistics_size,
         baseline=100 * by_row["baseline"].mean,
         size=base.statistics_size,
-        data=data,
-        images={k: base64.b64encode(v).decode("ascii") for k, v in images.items()},
         settings=sorted((k, v) for k, v in base.as_dict().items() if k not in ("method", "seed")),
     )

@@ -56,7 +56,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """Shape of one example."""
         return tuple(self.train_x.shape[1:])
 
     def to(self, device: str) -> "Dataset":
@@ -137,7 +137,7 @@ def steps_per_epoch(run: Run, data: Dataset) -> int:
 
 
 def shuffled(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Which examples are in each batch of an epoch; all follows from seed and epoch alone.
+    """Yield the examples of each batch of an epoch; all follows from seed and epoch alone.
 
     Args:
         run: Its seed and batch_size are used.

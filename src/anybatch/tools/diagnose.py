@@ -1,4 +1,4 @@
-"""A diagnosis of one of the experiments' networks, trained first or loaded."""
+"""A diagnosis of a network of the tools, trained first or loaded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.files import write_json, write_text, write_whole
 from anybatch.tools.objective import objective
 from anybatch.tools.precision import forward
+from anybatch.tools.report import terminal_table
 from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, train_epoch
 
@@ -89,24 +90,22 @@ def _load(model: nn.Module, file: Path) -> None:
         ) from error
 
 
-def terminal_table(found: Diagnosis, title: str) -> Table:
-    """The table for the terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    caption = "noise from batch to batch; a single value's is 1"
-    table = Table(title=escape(title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(HEAD[0], overflow="fold")
-    for column in HEAD[2:]:
-        left = column == HEAD[-1]
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+def diagnosis_table(found: Diagnosis, title: str) -> Table:
+    """Build the table for the terminal."""
     styles = {"noisy": "red", "borderline": "yellow"}
+    rows = []
     for layer in found.layers:
         name, _, *rest = cells(layer)
-        measured = (text.partition(" (")[0] for text in rest)
-        table.add_row(*map(escape, (name, *measured)), style=styles.get(word(layer)))
-    return table
+        rows.append((name, *(text.partition(" (")[0] for text in rest)))
+    return terminal_table(
+        (HEAD[0], *HEAD[2:]),
+        rows,
+        title=title,
+        caption="noise from batch to batch; a single value's is 1",
+        styles=[styles.get(word(layer)) for layer in found.layers],
+        left=(HEAD[-1],),
+        wrapped=(HEAD[0],),
+    )
 
 
 def write(found: Diagnosis, folder: Path) -> Path:

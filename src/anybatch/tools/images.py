@@ -1,4 +1,4 @@
-"""Images in files: many more than fit in memory, read and cropped as they are needed."""
+"""Images in files, more than fit in memory: read and cropped when they are needed."""
 
 import math
 import os
@@ -71,7 +71,7 @@ def files_by_class(folder: Path, names: Sequence[str], root: Path) -> tuple[list
     """The images of a split, class by class.
 
     Args:
-        folder: Of the split; it has a folder a class.
+        folder: Of the split; it has a folder per class.
         names: Of the classes.
         root: Of the data; a link that leads out of it is refused.
 
@@ -115,7 +115,7 @@ class ImageFiles:
 
     @property
     def shape(self) -> torch.Size:
-        """As that of a tensor of them all."""
+        """Shape of a tensor of all images."""
         return torch.Size((len(self.files), 3, self.size, self.size))
 
     def __len__(self) -> int:

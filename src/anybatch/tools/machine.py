@@ -12,7 +12,7 @@ import anybatch
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Return the machine and the versions that numbers are made with."""
     return {
         "anybatch": anybatch.__version__,
         "torch": torch.__version__,

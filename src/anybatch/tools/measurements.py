@@ -57,7 +57,7 @@ class Measurement(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the measurements of one table have in common; see `Measurement`."""
+    """The settings that the measurements of one table share; see `Measurement`."""
 
     question: str
     case: str
@@ -77,7 +77,7 @@ def timed(
         baseline: The name that ratios are to.
 
     Returns:
-        A row a name, in milliseconds.
+        A row per name, in milliseconds.
     """
     ratios = summaries({name: list(values) for name, values in times.items()}, baseline)
     found = []
@@ -102,7 +102,7 @@ def counted(
         unit: A million of them: "MB" (default; 10^6 bytes) or "MFLOP".
 
     Returns:
-        A row a name.
+        A row per name.
     """
     base, found = sizes[baseline], []
     for name, size in sizes.items():
@@ -120,7 +120,7 @@ def _short(value: float) -> float:
 
 
 def surroundings(device: str = "cpu") -> dict[str, Any]:
-    """What measurements were made on: machine, commit, versions.
+    """Return what measurements are made on: machine, commit, versions.
 
     Args:
         device: Where the work was done.
@@ -211,7 +211,7 @@ def _measurement(row: Mapping[str, str]) -> Measurement:
 
 
 def as_table(rows: Sequence[Measurement]) -> str:
-    """Tables for the terminal: a line a name, a column a case, the geometric mean and the worst.
+    """Tables as text: a line per name, a column per case, the geometric mean and the worst.
 
     Args:
         rows: Of any questions; each question, precision and mode has a table.

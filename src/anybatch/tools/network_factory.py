@@ -1,4 +1,4 @@
-"""Networks by name: those of the experiments, and a user's own."""
+"""Factories of networks: those of the tools by name, and a user's own."""
 
 import importlib
 import importlib.util
@@ -19,18 +19,18 @@ Factory = Callable[[], nn.Module]
 
 
 def example_shape(name: str) -> tuple[int, ...] | None:
-    """The shape of an example that a network of the experiments takes; None for another's."""
+    """Return the shape of an example for a network of the tools, None for any other."""
     return _EXAMPLE.get(name, _IMAGE) if name in networks.BUILDERS else None
 
 
 def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
-    """What makes a network.
+    """Return a function that builds a network.
 
     Args:
-        name: A network of the experiments, or ``module:factory``: a module that can be imported
+        name: A network of the tools, or ``module:factory``: a module that can be imported
             from here, or the path of a Python file, and a class or function in it that needs no
             argument.
-        example: Shape of an example, for a network of the experiments.
+        example: Shape of an example, for a network of the tools.
 
     Returns:
         A function without arguments; it raises ValueError where the factory fails, TypeError where

@@ -20,7 +20,7 @@ PrepareNorms = Callable[[Run, nn.Module], Where | None]
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run learns.
+    """The objective of a run.
 
     Attributes:
         numbers: Names of the numbers that a network is judged by, each from 0 to 1. Tables show

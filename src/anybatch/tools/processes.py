@@ -18,7 +18,7 @@ OnProgress = Callable[[str, int, Row | None], None]
 
 
 class Keyed(Protocol):
-    """What has files of its own."""
+    """A job with files of its own."""
 
     @property
     def key(self) -> str:

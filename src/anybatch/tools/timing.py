@@ -1,4 +1,4 @@
-"""What things cost, in turn in one process: training steps, layers, whatever can be called."""
+"""Timing of calls in turn in one process: training steps, layers, anything that can be called."""
 
 import gc
 import random
@@ -131,7 +131,7 @@ def interleaved(
 
 
 def _watch(device: torch.device, clock: Clock) -> Callable[[Call, int], float]:
-    """What measures the seconds a call takes on a device, in a block of so many."""
+    """Return a function that measures the seconds per call on a device, over a block of calls."""
 
     def on_host(call: Call, count: int) -> float:
         start = clock()
@@ -161,7 +161,7 @@ def summaries(times: Mapping[str, list[float]], baseline: str) -> dict[str, Step
         baseline: The name that ratios are to.
 
     Returns:
-        A summary a name.
+        A summary per name.
 
     Example:
         >>> summaries({"old": [2.0, 4.0, 2.0], "new": [1.0, 1.0, 1.0]}, "old")["new"].ratio

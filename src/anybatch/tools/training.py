@@ -50,7 +50,7 @@ Observe = Callable[[Run, nn.Module, int], Observer]
 
 
 class Training(NamedTuple):
-    """What a run trains with."""
+    """The network, optimizer and schedules of a run."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -1,24 +1,25 @@
 """The example weight of a trained network: tuned on half the held-out data, judged on the rest."""
 
-import base64
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
-from anybatch.evaluation.html_pages import render
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.figures import png
-from anybatch.tools.files import write_bytes, write_json, write_text
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
+from anybatch.tools.report import terminal_table, write_report
 from anybatch.tools.run import Run
 from anybatch.tools.training import prepare
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCHEMA = 1
 _BATCH = 250
@@ -208,19 +209,18 @@ def write(outcome: Outcome, folder: Path) -> Path:
 
     Args:
         outcome: A tuned network.
-        folder: Where; it exists.
+        folder: Folder to write to; it exists.
 
     Returns:
-        The path of the page.
+        Path of the page.
     """
-    image = png(outcome.tuned.plot())
-    write_bytes(folder / "tune.png", image)
-    data = as_data(outcome)
-    write_json(folder / "tune.json", data)
     tuned = outcome.tuned
-    page = render(
-        "anybatch.tools",
+    return write_report(
+        folder,
         "tune.html.j2",
+        ("tune.json", as_data(outcome)),
+        {"tune": png(tuned.plot())},
+        page="tune.html",
         run=outcome.run,
         tuned=tuned,
         test=outcome.test,
@@ -230,12 +230,16 @@ def write(outcome: Outcome, folder: Path) -> Path:
             (f"{alpha:g}", *(_text(name, curve[k]) for name, curve in tuned.curves.items()))
             for k, alpha in enumerate(tuned.alphas)
         ],
-        image=base64.b64encode(image).decode("ascii"),
-        data=data,
     )
-    path = folder / "tune.html"
-    write_text(path, page)
-    return path
+
+
+def judged_table(outcome: Outcome) -> "Table":
+    """Build the table of the test for the terminal."""
+    return terminal_table(
+        ("network", "example weight", *outcome.tuned.curves),
+        judged_rows(outcome),
+        title=f"on {outcome.test.examples} other examples",
+    )
 
 
 def _text(metric: str, value: float) -> str:
