@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Triton asks once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-DEVICES = "anybatch.backends.triton._DEVICES"
+DEVICES = "anybatch.backends.triton.backend.DEVICES"
 
 
 def _index(tensor: Any) -> int:

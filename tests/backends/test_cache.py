@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-MODULES = ("passes", "activated", "rules", "loops", "sampled", "cross_iteration")
+MODULES = ("passes", "passes_relu", "rules", "loops", "sampled", "cross_iteration")
 CODE = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import anybatch
-from anybatch.backends import fused_for, sampled_kernels_for, use_fused
-from anybatch.backends.numba import SERIAL
+from anybatch.backends import use_fused
+from anybatch.backends.numba.backend import SERIAL, NumbaBackend
+from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall, SampleSpec
 from method_cases import NAMES, make, state, step
 
 numba = pytest.importorskip("numba")
+RULE, SAMPLE = MethodSpec(), SampleSpec((), {})
+WINDOW = CrossIterationSpec(True, {}, (), None, 16, False, None, 0)
+
+
+def obstacle(
+    x: torch.Tensor, *rows: torch.Tensor | None, spec: Any = RULE, examples: int | None = None
+) -> str | None:
+    """Why the loops do not serve a batch of a layer of such rows."""
+    examples = x.shape[0] if examples is None else examples
+    sizes = (examples,) * (x.shape[0] // examples)
+    cut = sizes, (1,) * len(sizes), sizes
+    return NumbaBackend().supports(NormCall(cut, 4, 1e-5, True, spec), x, rows)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +52,8 @@ def _auto() -> Iterator[None]:
 )
 def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
     row = torch.zeros(4)
-    assert fused_for(x, row, row) is not None
-    assert fused_for(x.double(), row.double(), row.double()) is not None
+    assert obstacle(x, row, row) is None
+    assert obstacle(x.double(), row.double(), row.double()) is None
 
 
 @pytest.mark.parametrize(
@@ -57,9 +71,9 @@ def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
 )
 def test_others_do_not(x: torch.Tensor) -> None:
     row = torch.zeros(4)
-    assert fused_for(x, row, row) is None
-    assert fused_for(torch.zeros(2, 4), None, row) is None
-    assert fused_for(torch.zeros(2, 4), row, None) is None
+    assert obstacle(x, row, row)
+    assert obstacle(torch.zeros(2, 4), None, row)
+    assert obstacle(torch.zeros(2, 4), row, None)
 
 
 @pytest.mark.parametrize(
@@ -78,13 +92,13 @@ def test_others_do_not(x: torch.Tensor) -> None:
 )
 def test_a_layer_whose_rows_are_not_plain_memory_does_not(row: torch.Tensor | None) -> None:
     x, plain = torch.zeros(2, 4, 3), torch.nn.Parameter(torch.zeros(4))
-    assert fused_for(x, plain, plain, plain, plain) is not None
-    assert sampled_kernels_for(x, plain, plain, plain, plain) is not None
+    assert obstacle(x, plain, plain, plain, plain) is None
+    assert obstacle(x, plain, plain, plain, plain, spec=SAMPLE) is None
     for place in range(4):
         rows = [plain] * 4
         rows[place] = row
-        assert fused_for(x, *rows) is None
-        assert sampled_kernels_for(x, *rows) is None
+        assert obstacle(x, *rows)
+        assert obstacle(x, *rows, spec=SAMPLE)
 
 
 @pytest.mark.parametrize("choice", ["auto", "never"])
@@ -123,18 +137,18 @@ def test_a_gradient_of_zeros_without_memory() -> None:
 )
 def test_loops_for_small_batches_do_not_get_others(x: torch.Tensor) -> None:
     row = torch.zeros(4)
-    assert fused_for(x, row, row, serial=x.numel()) is None
+    assert obstacle(x, row, row, spec=WINDOW)
 
 
 def test_loops_for_small_batches_get_a_large_one_in_small_parts() -> None:
     row = torch.zeros(4)
-    assert fused_for(torch.zeros(4, 4, SERIAL), row, row, serial=SERIAL) is not None
+    assert obstacle(torch.zeros(4, 4, SERIAL // 4), row, row, spec=WINDOW, examples=1) is None
 
 
 def test_it_can_be_switched_off() -> None:
     x, row = torch.zeros(2, 4, 3), torch.zeros(4)
     use_fused("never")
-    assert fused_for(x, row, row) is None
+    assert obstacle(x, row, row)
     with pytest.raises(ValueError, match="choice='no': give 'auto', 'always' or 'never'"):
         use_fused("no")
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch.backends import use_fused
-from anybatch.backends.torch_library import operators_for
+from anybatch.backends.torch_library import TorchLibraryBackend
+from anybatch.core.grouping import partition
 from deployment.test_compile import compare
 from method_cases import make
 
@@ -143,16 +144,17 @@ def test_an_exported_training_graph_has_the_operator() -> None:
 def given(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of both operators."""
     layer = make(name, 6, **OPTIONS.get(name, {}))
-    recipe, cut = layer.recipe(4, True), ([2, 2], [2], [4]) if name == "ghost" else ([4], [1], [4])
+    cut = ([2, 2], [2], [4]) if name == "ghost" else ([4], [1], [4])
     how = (*cut, layer.columns, 0.1, 1e-5, True)
     x, dy = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
+    spec = layer.method_spec(x, partition(4))
     running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    memory = (recipe.mean, recipe.var, recipe.window, recipe.counter, recipe.keep)
-    told = (recipe.kind, recipe.numbers, recipe.steps, recipe.smooth)
+    memory = (spec.mean, spec.var, spec.window, spec.counter, spec.keep)
+    told = (spec.kind, spec.numbers, spec.steps, spec.smooth)
     weight, bias = layer.weight.detach(), layer.bias.detach()
     forward = (x, weight, bias, *running, *memory, *told, *how)
     _, used = NORMALIZE(*forward)
-    psi = (recipe.psi, recipe.psi_counter, recipe.kind, recipe.averages)
+    psi = (spec.psi, spec.psi_counter, spec.kind, spec.averages)
     return forward, (dy, x, weight, used, running[2], *psi, *how, True)
 
 
@@ -186,5 +188,5 @@ def test_any_rank_and_layout(shape: tuple[int, ...], gaps: bool) -> None:
 
 def test_no_operators_without_a_compiler() -> None:
     row = torch.ones(6)
-    assert not operators_for(torch.randn(4, 6, 5), row, row, row, row)
+    assert TorchLibraryBackend().memory_obstacle(torch.randn(4, 6, 5), (row,) * 4)
     assert anybatch.convert(nn.BatchNorm1d(6), "bn")(torch.randn(4, 6)).grad_fn is not None

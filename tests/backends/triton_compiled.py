@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anybatch.backends import protocol as recipe
+from anybatch.backends import kinds
 from anybatch.backends.triton import backward, forward, launch
 from anybatch.backends.triton import constants as sources
 
@@ -66,13 +66,13 @@ def build(kernel: Any, values: str, table: str, constants: dict[str, Any], warps
 
 def rules() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Constants of every rule forward, and of what goes with it backward."""
-    for kind in (recipe.PLAIN, recipe.RENORM, recipe.MOMENTUM, recipe.WINDOW):
-        window = 16 if kind == recipe.WINDOW else 0
-        averages = recipe.SMA if window else recipe.BATCH
+    for kind in (kinds.PLAIN, kinds.RENORM, kinds.MOMENTUM, kinds.WINDOW):
+        window = 16 if kind == kinds.WINDOW else 0
+        averages = kinds.SMA if window else kinds.BATCH
         for free in (False, True):  # running statistics and limits in their other form
             first = {"KIND": kind, "SMOOTH": free, "CUMULATIVE": free, "BLOCK_W": window}
             if window and free:
-                averages = recipe.EMA
+                averages = kinds.EMA
             second = {"KIND": kind, "AVERAGES": averages, "CUMULATIVE": free and window > 0}
             yield first, {**second, "BLOCK_W": window or 1}
 
@@ -83,7 +83,7 @@ def every(layout: launch.Layout) -> Iterator[tuple[Any, dict[str, Any], int]]:
     shape = launch._shape(plan, layout)
     warps = shape.pop("num_warps")
     for first, second in rules():
-        if layout.width == 1 or first["KIND"] == recipe.PLAIN:
+        if layout.width == 1 or first["KIND"] == kinds.PLAIN:
             yield forward.forward_columns, {**shape, **first, "UPDATE": True}, warps
             more = {"UPDATE": True, "WANTED": True}
             yield backward.backward_columns, {**shape, **second, **more}, warps
@@ -92,7 +92,7 @@ def every(layout: launch.Layout) -> Iterator[tuple[Any, dict[str, Any], int]]:
         part = {"LAST": layout.last, "LONG": layout.long, "ALIGN": plan.align, **names}
         warps = launch._warps(plan.part_block[0] * plan.part_block[1])
         accurate = tl.float64 if layout.itemsize == 8 else tl.float32
-        for kind in (recipe.PLAIN, recipe.MOMENTUM, recipe.WINDOW):
+        for kind in (kinds.PLAIN, kinds.MOMENTUM, kinds.WINDOW):
             yield forward.forward_parts, {**part, "KIND": kind, "ACC": accurate}, warps
             yield backward.backward_parts, {**part, "KIND": kind, "WIDTH": layout.width}, warps
         yield forward.forward_write, part, warps

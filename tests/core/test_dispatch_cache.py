@@ -86,16 +86,16 @@ def test_a_change_between_two_batches_is_seen(name: str, change: str) -> None:
     x = batch(4)
     for _ in range(3):
         step(layer, x)
-    assert layer._ways, "it remembers"
+    assert layer._plans, "it remembers"
     layer.zero_grad()
     fresh = copy.deepcopy(layer)
-    assert not fresh._ways
+    assert not fresh._plans
     for one in (layer, fresh):
         CHANGES[change](one)
     x = x.double() if change == "double" else x
     for _ in range(2):
         mine, theirs = outcome(layer, x), outcome(fresh, x)
-        fresh.__dict__.pop("_ways", None)
+        fresh.__dict__.pop("_plans", None)
         for a, b in zip(mine[0], theirs[0], strict=True):
             assert torch.equal(a, b)
         assert same(mine[1], theirs[1])
@@ -171,9 +171,9 @@ def test_many_shapes_do_not_pile_up() -> None:
     layer = make("bn")
     for length in range(2, 60):
         step(layer, torch.randn(2, 6, length, 3))
-        assert layer._ways is not None
-        assert len(layer._ways) <= 16
-    assert pickle.loads(pickle.dumps(layer))._ways is None
+        assert layer._plans is not None
+        assert len(layer._plans) <= 16
+    assert pickle.loads(pickle.dumps(layer))._plans is None
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself

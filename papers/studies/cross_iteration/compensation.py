@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.core.autograd import normalize
-from anybatch.core.statistics import Statistics
+from anybatch.backends.protocol import Statistics
+from anybatch.core.autograd import normalize_by
 
 if TYPE_CHECKING:
     pass
@@ -144,7 +144,7 @@ class Chain(nn.Module):
             _track(norm, statistics)
             before, earlier = x.detach(), _constants(conv, norm, statistics)
             sizes = (out.shape[0],)
-            x = normalize(out, norm.weight, norm.bias, sizes, statistics, norm.eps).relu()
+            x = normalize_by(out, norm.weight, norm.bias, sizes, statistics, norm.eps).relu()
         scores: Tensor = self.head(x.mean((2, 3)))
         return scores
 

@@ -1,20 +1,21 @@
-"""What a method tells kernels that are a whole layer: its rule, its numbers, its memory."""
+"""The interface between layers and backends: what a method describes, what a backend does."""
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-PLAIN, RENORM, MOMENTUM, WINDOW = 0, 1, 2, 3  # how statistics are chosen
-BATCH, SMA, EMA = 0, 1, 2  # which averages of Psi the backward pass takes
-AVERAGES = {"batch": BATCH, "sma": SMA, "ema": EMA}
+from anybatch.backends.kinds import BATCH, PLAIN
 
 # How a batch is cut: examples of each group, groups and examples of each normalization batch.
 Cut = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight and bias
+
 
 @lru_cache(maxsize=256)
-def walk(cut: Cut) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
+def iter_norm_batches(cut: Cut) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
     """First example, first group, examples and sizes of the groups of each normalization batch."""
     sizes, numbers, batches = cut
     found, first, group = [], 0, 0
@@ -24,8 +25,79 @@ def walk(cut: Cut) -> tuple[tuple[int, int, int, tuple[int, ...]], ...]:
     return tuple(found)
 
 
-class Recipe(NamedTuple):
-    """How a method chooses its statistics, and where it remembers them.
+class Statistics(NamedTuple):
+    """What a rule decided: how each group of examples is normalized.
+
+    Tables are ``(G, K)``: one row per group of examples, one column per channel
+    group (mostly a channel); ``(K,)`` where there is one group.
+
+    Attributes:
+        mean: Mean to subtract; None for none (the uncentred form).
+        var: Variance, or second moment in the uncentred form.
+        r: Factor on the normalized value; None for 1. No gradient passes it.
+        d: Constant added to it; None for 0. No gradient passes it.
+        center: Centre of the variance whose gradient flows; None is `mean`.
+        share: Part of the batch's own statistics in `mean` and `var`.
+        own: Whether the backward statistics are the batch's own, a number or
+            ``(G, 1)``; None where the method does not ask.
+        counts: Values per channel behind them, a number or ``(G, 1)``; None where these are all of
+            the batch's.
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    r: Tensor | None = None
+    d: Tensor | None = None
+    center: Tensor | None = None
+    share: float | Tensor = 1.0
+    own: Tensor | None = None
+    counts: Tensor | None = None
+
+    # Compilers of torch 2.6 cannot look into `_replace`.
+
+    def of(self, counts: Tensor) -> "Statistics":
+        """The same, of so many values."""
+        mean, var, r, d, center, share, own, _ = self
+        return Statistics(mean, var, r, d, center, share, own, counts)
+
+    def shared(self, share: float) -> "Statistics":
+        """The same with another share of the batch's own."""
+        mean, var, r, d, center, _, own, counts = self
+        return Statistics(mean, var, r, d, center, share, own, counts)
+
+
+class BackwardMemory(Protocol):
+    """Replaces the two batch statistics of the backward pass by remembered ones."""
+
+    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Take mean(g) (None in the uncentred form) and mean(g z), give those to use."""
+
+
+class Scope(Protocol):
+    """Which elements contribute to statistics: valid positions, several processes' batches."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Valid positions ``(N, 1, ...)``; None for all."""
+
+    def gradient(self, full: Tensor, plain: Tensor) -> Tensor:
+        """The gradient through the statistics at valid positions, elsewhere the plain one."""
+
+    def sum(self, *tables: Tensor | None) -> list[Tensor | None]:
+        """Sums over all processes."""
+
+
+class Formula(Protocol):
+    """A gradient of a method's own, by torch's operators."""
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, call: Any, needs: Sequence[bool]
+    ) -> Gradients:
+        """Gradients of input, weight and bias, None where not needed."""
+
+
+class MethodSpec(NamedTuple):
+    """How a method chooses its statistics, and where it keeps its state.
 
     Statistics that a forward used are rows of one table: mean, variance, then RENORM's r and d,
     MOMENTUM's own mean and own share, or WINDOW's r and whether Psi is the batch's own.
@@ -38,7 +110,7 @@ class Recipe(NamedTuple):
         mean: MOMENTUM's average of means.
         var: MOMENTUM's average of variances.
         window: WINDOW's recent second moments, ``(length, C)``; None for none.
-        counter: Steps of the memory.
+        counter: Steps of the state.
         keep: MOMENTUM's weight of the old averages.
         averages: BATCH, SMA or EMA.
         psi: A window of Psi, ``(length, C)``, or its exponential average.
@@ -59,28 +131,217 @@ class Recipe(NamedTuple):
     psi_counter: Tensor | None = None
 
     @property
+    def family(self) -> str:
+        """The kernels that it is for."""
+        return "rule"
+
+    @property
     def rows(self) -> int:
         """Rows of the table of statistics."""
         return 2 if self.kind == PLAIN else 4
 
 
-class Course(NamedTuple):
+class SpreadSpec(NamedTuple):
+    """A norm by another spread than the standard deviation.
+
+    Attributes:
+        name: "l1" or "range".
+    """
+
+    name: str
+
+    @property
+    def family(self) -> str:
+        """The kernels that it is for."""
+        return "spread"
+
+
+class SamplePart(Protocol):
+    """A part of the data behind a normalization batch's statistics.
+
+    Attributes:
+        sample: Where it is.
+        share: Its weight in mean and variance.
+        values: Number of values per channel.
+    """
+
+    sample: Any
+    share: float
+    values: int
+
+
+class SampleSpec(NamedTuple):
+    """A norm by the statistics of a sample.
+
+    Attributes:
+        parts: The parts of the sample.
+        tables: Takes what kernels prepare of them.
+    """
+
+    parts: tuple[Any, ...]
+    tables: dict[Any, Any]
+
+    @property
+    def family(self) -> str:
+        """The kernels that it is for."""
+        return "sample"
+
+
+class CrossIterationSpec(NamedTuple):
+    """Cross-iteration batch normalization.
+
+    Attributes:
+        windowed: Whether it takes the window; else it is batch normalization.
+        memory: The state.
+        rings: Names of the rings in it, one slot a step.
+        views: Keeps arrays of the same storage.
+        gradient_sample: Positions that gradients of statistics are estimated from; None for all.
+        tracks_window: Whether running statistics follow the window.
+        backward_window: Recent ``mean(g * z)``; None for the batch's own.
+        burn_in_steps: Steps before the window is used.
+    """
+
+    windowed: bool
+    memory: dict[str, Tensor]
+    rings: tuple[str, ...]
+    views: Any
+    gradient_sample: int | None
+    tracks_window: bool
+    backward_window: Tensor | None
+    burn_in_steps: int
+
+    @property
+    def family(self) -> str:
+        """The kernels that it is for."""
+        return "window"
+
+    @property
+    def kind(self) -> int:
+        """The rule of the batch normalization that it is where not windowed."""
+        return PLAIN
+
+    @property
+    def averages(self) -> int:
+        """The averages of that."""
+        return BATCH
+
+
+class Spec(Protocol):
+    """What kernels need of a method: a `MethodSpec`, or that of kernels of its own."""
+
+    @property
+    def family(self) -> str:
+        """The kernels that it is for."""
+
+
+class NormCall(NamedTuple):
     """How a layer goes through a batch, forward and backward.
 
     Attributes:
-        recipe: The method.
         cut: How the batch is cut.
-        columns: Statistics that a group of examples has.
-        last: Whether channels are last in memory.
-        pace: Weight of the newest batch; below 0 for the mean of all.
+        columns: Statistics of a group of examples: channels, or groups of channels.
         eps: Added to the variance.
         update: Whether state may change.
+        spec: The method as kernels take it; None where torch's operators run its rule.
+        last: Whether channels are last in memory.
+        pace: Weight of the newest batch in running statistics; below 0 for the mean of all.
+        work: What a backend prepared for batches of this shape.
+        formula: The method's own gradient; None for that of `anybatch.backends.aten.normalize`.
+        statistics: What the rule decided, where torch's operators ran it.
+        memory: Averages for its backward pass.
+        scope: Which elements contribute; None for all of the batch.
     """
 
-    recipe: Recipe
     cut: Cut
     columns: int
-    last: bool
-    pace: float
     eps: float
     update: bool
+    spec: Any = None
+    last: bool = False
+    pace: float = 0.0
+    work: Any = None
+    formula: Formula | None = None
+    statistics: Statistics | None = None
+    memory: BackwardMemory | None = None
+    scope: Any = None
+
+
+Rows = tuple[Tensor | None, ...]  # weight, bias, running mean and running variance of a layer
+
+
+class Backend(Protocol):
+    """What normalizes batches.
+
+    Attributes:
+        name: For `anybatch.explain`.
+        takes_relu: Families of kernels that apply a ReLU, and add a residual before it.
+    """
+
+    name: str
+    takes_relu: frozenset[str]
+
+    def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
+        """Why it cannot serve a batch; None if it can.
+
+        Args:
+            call: How the layer would go through it.
+            x: The batch.
+            rows: Weight, bias, running mean and running variance of the layer.
+        """
+
+    def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
+        """The part of `supports` that neither shape, layout nor the layer's settings decide."""
+
+    def prepare(self, call: NormCall, x: Tensor) -> NormCall:
+        """The call for batches of this shape and layout, with what `forward` needs for them."""
+
+    def forward(
+        self,
+        call: NormCall,
+        x: Tensor,
+        weight: Any,
+        bias: Any,
+        residual: Tensor | None,
+        state: tuple[Any, ...],
+        relu: bool,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
+        """Normalize a batch, and move the state.
+
+        Args:
+            call: How.
+            x: The batch.
+            weight: Scale.
+            bias: Shift.
+            residual: What is added before the ReLU.
+            state: Running mean, running variance and number of batches, and what a family adds.
+            relu: Whether a ReLU follows.
+
+        Returns:
+            The output, tensors to save for backward beside input and scale, and what else
+            `backward` needs.
+        """
+
+    def backward(
+        self,
+        call: NormCall,
+        context: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Any,
+        saved: Sequence[Any],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of input, scale, shift and residual.
+
+        Args:
+            call: As in `forward`.
+            context: What `forward` returned.
+            dy: Gradient of the output, of the type of ``x``.
+            x: The batch.
+            weight: Scale.
+            saved: The tensors that `forward` asked to save.
+            needs: Which of input, scale, shift and residual need a gradient.
+        """
+
+    def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
+        """The statistics of a forward as tensors, those of normalization batches in turn."""

@@ -3,18 +3,21 @@
 The kernels of a CPU and of a GPU write memory that torch does not see them write. What traces a
 call (a compiler, an export) must not run them, and has to know what they give and what they change.
 So they are operators of ``torch.library`` too, whose schemas name what is written, and which answer
-for tensors without data. Arguments are those of `Recipe` and `Course`, one by one.
+for tensors without data. Arguments are those of `MethodSpec` and `NormCall`, one by one.
 """
 
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.backends import numba as fused
-from anybatch.backends import triton
-from anybatch.backends.protocol import Course, Recipe
+from anybatch.backends import choice
+from anybatch.backends.layout import dense, is_channels_last
+from anybatch.backends.numba import backend as numba
+from anybatch.backends.protocol import MethodSpec, NormCall, Rows, Statistics
+from anybatch.backends.triton import backend as triton
+from anybatch.backends.triton.backend import spec_obstacle
 
 _CUT = "int[] sizes, int[] groups, int[] batches, int columns, float pace, float eps, bool update"
 _SCHEMAS = (
@@ -32,35 +35,92 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=tags)
 
 
-def operators_for(x: Tensor, *rows: Tensor | None) -> bool:
-    """Whether the operators can serve a batch that a compiler looks at.
+class TorchLibraryBackend:
+    """The kernels as operators, under a compiler."""
 
-    Args:
-        x: The batch, of any floating type.
-        rows: Parameters and running statistics of the layer, None where it has none.
+    name = "torch_library"
+    takes_relu: frozenset[str] = frozenset()
 
-    Returns:
-        Whether they were asked for, and kernels can serve batches of this kind.
-    """
-    if fused._choice != "always" or not torch.compiler.is_compiling():
-        return False
-    if not (x.is_contiguous() or fused.lies_last(x)):
-        return False
-    if _is_launched(x):
-        dtype = triton._TYPES.get(x.dtype)
-    else:
-        dtype = x.dtype if x.dtype in fused._TYPES else None
-    for row in rows:
-        if row is None or row.dtype != dtype or row.device != x.device or not row.is_contiguous():
-            return False
-    return _is_there(x.device.type)
+    def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
+        return self.memory_obstacle(x, rows) or spec_obstacle(call, x)
+
+    def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
+        if not torch.compiler.is_compiling():
+            return "no compiler traces the call"
+        if choice.selected != "always":
+            return f"use_fused({choice.selected!r}): compilers see torch's operators; 'always' asks"
+        if not (x.is_contiguous() or is_channels_last(x)):
+            return "an input with gaps in memory"
+        if _is_launched(x):
+            dtype = triton.TYPES.get(x.dtype)
+        else:
+            dtype = x.dtype if x.dtype in numba.TYPES else None
+        for row in rows:
+            if row is None:
+                return "no weight and bias, or no running statistics"
+            if row.dtype != dtype or row.device != x.device or not row.is_contiguous():
+                return "an input, parameters or running statistics that kernels do not take"
+        return None if _is_there(x.device.type) else f"no kernels for {x.device.type}"
+
+    def prepare(self, call: NormCall, x: Tensor) -> NormCall:
+        return call
+
+    def forward(
+        self,
+        call: NormCall,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        state: tuple[Any, ...],
+        relu: bool,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
+        mean, var, tracked, old_mean, old_var, window, counter, keep, psi, psi_counter = state
+        spec = call.spec
+        running = (mean, var, tracked, old_mean, old_var, window, counter, keep)
+        method = (spec.kind, list(spec.numbers), list(spec.steps), spec.smooth)
+        y, used = torch.ops.anybatch.normalize(x, weight, bias, *running, *method, *_how(call))
+        return y, (used, tracked, psi, psi_counter), None
+
+    def backward(
+        self,
+        call: NormCall,
+        context: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        method = (call.spec.kind, call.spec.averages)
+        dx, slopes = torch.ops.anybatch.normalize_backward(
+            dy, x, weight, *saved, *method, *_how(call), needs[0]
+        )
+        db, dw = slopes.unbind()
+        dx_or_none = dx if needs[0] else None
+        return dx_or_none, dw if needs[1] else None, db if needs[2] else None, None
+
+    def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
+        raise NotImplementedError("a compiled graph's gradient is its own")
+
+
+def state_of(spec: MethodSpec) -> tuple[Tensor | None, ...]:
+    """A method's state, which a compiler has to see as arguments of the function."""
+    state = spec.mean, spec.var, spec.window, spec.counter, spec.keep
+    return (*state, spec.psi, spec.psi_counter)
+
+
+def _how(call: NormCall) -> tuple[Any, ...]:
+    sizes, groups, batches = call.cut
+    cut = list(sizes), list(groups), list(batches)
+    return (*cut, call.columns, call.pace, call.eps, call.update)
 
 
 def _is_there(device: str) -> bool:
     """Whether there are kernels for a kind of device."""
-    if triton.launches_on(torch.device(device)) is not None:
+    if triton.kernels_on(torch.device(device)) is not None:
         return True
-    return device == "cpu" and fused._kernels() is not None
+    return device == "cpu" and numba.steps_of("rule") is not None
 
 
 # What `torch.compiler.assume_constant_result` does, but for loading the compiler.
@@ -88,10 +148,18 @@ def _normalize(
     (first, second), (length, warmup, renorm_warmup) = numbers, steps
     told = (kind, (first, second), (length, warmup, renorm_warmup), smooth)
     x, last = _dense(x)
-    course = _course(Recipe(*told, mean, var, window, counter, keep), how, last)
+    call = _call(MethodSpec(*told, mean, var, window, counter, keep), how, last)
     running = running_mean, running_var, num_batches_tracked
-    y, used = _run(x).forward(x, weight, bias, running, course)
-    return y, used
+    if _is_launched(x):
+        from anybatch.backends.triton import steps as kernels
+
+        launched: tuple[Tensor, Tensor] = kernels.forward(x, weight, bias, running, call)
+        return launched
+    from anybatch.backends.numba import rule_steps
+
+    call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
+    y, _, (kept, _) = rule_steps.forward(call, x, weight, bias, None, running, False)
+    return y, rule_steps.to_table(kind, kept)
 
 
 def _normalize_backward(
@@ -108,43 +176,47 @@ def _normalize_backward(
 ) -> tuple[Tensor, Tensor]:
     *cut, wanted = how
     x, last = _dense(x)
-    dy = fused.dense(dy, last, x.dtype)
-    course = _course(Recipe(kind, averages=averages, psi=psi, psi_counter=psi_counter), cut, last)
-    dx, slopes = _run(x).backward(dy, x, weight, used, num_batches_tracked, course, wanted)
-    return dx, slopes
+    dy = dense(dy, last, x.dtype)
+    spec = MethodSpec(kind, averages=averages, psi=psi, psi_counter=psi_counter)
+    call = _call(spec, cut, last)
+    if _is_launched(x):
+        from anybatch.backends.triton import steps as kernels
+
+        tensors = (dy, x, weight, used, num_batches_tracked)
+        launched: tuple[Tensor, Tensor] = kernels.backward(*tensors, call, wanted)
+        return launched
+    from anybatch.backends.numba import rule_steps
+
+    call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
+    kept = rule_steps.from_table(kind, used, call.cut[1])
+    needs = (wanted, True, True, False)
+    context = (kept, num_batches_tracked)
+    dx, dw, db, _ = rule_steps.backward(call, context, dy, x, weight, (), needs)
+    assert dw is not None and db is not None
+    return x.new_empty(0) if dx is None else dx, torch.stack([db, dw])
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool]:
     """A batch without gaps in memory, and whether it is to be read with its channels last."""
     if x.shape[2:].numel() == 1 or x.is_contiguous():
         return x.contiguous(), x.shape[2:].numel() == 1
-    return (x, True) if fused.lies_last(x) else (x.contiguous(), False)
+    return (x, True) if is_channels_last(x) else (x.contiguous(), False)
 
 
-def _course(recipe: Recipe, how: Any, last: bool) -> Course:
-    sizes, groups, batches, columns, *rest = how
-    return Course(recipe, (tuple(sizes), tuple(groups), tuple(batches)), columns, last, *rest)
-
-
-def _run(x: Tensor) -> ModuleType:
-    """What serves batches on a device."""
-    if _is_launched(x):
-        from anybatch.backends.triton import steps as launches
-
-        return launches
-    from anybatch.backends.numba import steps as loops
-
-    return loops
+def _call(spec: MethodSpec, how: Any, last: bool) -> NormCall:
+    sizes, groups, batches, columns, pace, eps, update = how
+    cut = tuple(sizes), tuple(groups), tuple(batches)
+    return NormCall(cut, columns, eps, update, spec, last, pace)
 
 
 def _is_launched(x: Tensor) -> bool:
-    return x.device.type in triton._DEVICES
+    return x.device.type in triton.DEVICES
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     (kind, *_), (sizes, *_), columns = rest[9:], rest[13:], rest[16]
     dtype = weight.dtype if _is_launched(x) else torch.float64
-    rows = Recipe(kind).rows
+    rows = MethodSpec(kind).rows
     return torch.empty_like(_dense(x)[0]), x.new_empty(rows, len(sizes), columns, dtype=dtype)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 
-def is_watched() -> bool:
+def is_traced() -> bool:
     """Whether a compiler, tracer, transform or mode has to see each operator of a call.
 
     A tensor made in such a call may be fake, functional or a transform's: it must not be kept for

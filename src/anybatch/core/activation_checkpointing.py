@@ -11,9 +11,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from anybatch.backends import is_watched, lies_last
-from anybatch.core.compiled import Kept, as_statistics
-from anybatch.core.statistics import Statistics
+from anybatch.backends import is_channels_last, is_traced
+from anybatch.backends.protocol import Statistics
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # not a fake tensor, which has no data
 _FINGERPRINT = 256  # values from all over the batch, beside the sum of all
@@ -74,9 +73,9 @@ class Recent:
     """
 
     def __init__(self, length: int = 64) -> None:
-        self.kept: deque[tuple[Tensor, Statistics | list[Kept]]] = deque(maxlen=length)
+        self.kept: deque[tuple[Tensor, Statistics]] = deque(maxlen=length)
 
-    def note(self, x: Tensor, chosen: Statistics | list[Kept]) -> None:
+    def note(self, x: Tensor, chosen: Statistics) -> None:
         """Keep the statistics of a forward of ``x``, if other calls can use its tensors."""
         if type(x) not in _PLAIN or torch._C._are_functorch_transforms_active():
             return
@@ -100,7 +99,7 @@ class Recent:
         fitting = [  # the latest first, which is taken of equals
             (noted, kept)
             for noted, kept in reversed(self.kept)
-            if noted.shape == own.shape and _leading(kept) == rows
+            if noted.shape == own.shape and kept.var.shape[:-1] == rows
         ]
         if not fitting:
             return None
@@ -112,32 +111,20 @@ class Recent:
         )
         torch._assert_async(found, _LOST)
         if len(fitting) == 1:
-            return _tables(fitting[0][1], x)
+            return fitting[0][1]
         nearest = apart.argmin(keepdim=True)
-        if x.device.type == "cpu" and not is_watched():  # where reading costs no wait
-            return _tables(fitting[int(nearest)][1], x)
-        return _select([_tables(kept, x) for _, kept in fitting], nearest)
+        if x.device.type == "cpu" and not is_traced():  # where reading costs no wait
+            return fitting[int(nearest)][1]
+        return _select([kept for _, kept in fitting], nearest)
 
 
 def _fingerprint(x: Tensor) -> Tensor:
     """Values at even distances in memory, and the sum of all: borders and first rows are alike."""
     x = x.detach()
-    flat = (x.movedim(1, -1) if lies_last(x) else x).flatten()
+    flat = (x.movedim(1, -1) if is_channels_last(x) else x).flatten()
     step = max(flat.shape[0] // _FINGERPRINT, 1) | 1  # odd: not the same column of every row
     some = flat[::step].to(torch.float32, copy=True)
     return torch.cat([some, flat.sum(dtype=torch.float32).view(1)])
-
-
-def _leading(kept: Statistics | list[Kept]) -> tuple[int, ...]:
-    """Leading shape of statistics as tables."""
-    if not isinstance(kept, list):
-        return tuple(kept.var.shape[:-1])
-    groups = sum(step.used.shape[1] for step in kept)
-    return (groups,) if groups > 1 else ()
-
-
-def _tables(kept: Statistics | list[Kept], like: Tensor) -> Statistics:
-    return as_statistics(kept, like) if isinstance(kept, list) else kept
 
 
 def _select(choices: list[Statistics], index: Tensor) -> Statistics:

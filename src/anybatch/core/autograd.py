@@ -1,51 +1,124 @@
-"""The one autograd function that all methods share.
+"""The one autograd function: every method, every backend."""
 
-With ``m`` and ``v`` the mean and variance that a method chose, constants ``r``
-and ``d``, and ``z = (x - m) / sqrt(v + eps)``::
-
-    y  = weight * (r * z + d) + bias
-    g  = weight * r * dy
-    dx = (g - a * mean(g) - a * z_c * mean(g * z)) / sqrt(v + eps)
-
-where ``z_c = (x - c) / sqrt(v + eps)``, ``c`` is the centre of the batch's
-variance and ``a`` (`share`) is how much of the batch's own statistics is in ``m``
-and ``v``: 1 in batch normalization, 1 - lambda in momentum batch normalization
-(momentum-bn, equation 13), 0 for remembered statistics. Moving average batch
-normalization puts averages over recent steps in the place of the two means
-(moving-average-bn, equations 13 and 20).
-"""
-
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from anybatch import backends
-from anybatch.core.reduction_scope import Source
-from anybatch.core.statistics import Statistics
+from anybatch.backends import ATEN, is_plain, is_traced
+from anybatch.backends.protocol import Backend, BackwardMemory, Formula, NormCall, Scope, Statistics
+from anybatch.core.statistics import stack
 
 
-class BackwardMemory(Protocol):
-    """Replaces the two batch statistics of the backward pass by remembered ones."""
+class WithBackwardMemory(Protocol):
+    """A layer, as a gradient by torch's operators needs it."""
 
-    def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Take mean(g) (None in the uncentred form) and mean(g z), give those to use."""
-
-
-class Call(NamedTuple):
-    """How one forward normalizes, and what its backward needs beside the input."""
-
-    statistics: Statistics
-    sizes: tuple[int, ...]
-    eps: float
-    memory: BackwardMemory | None
-    source: Source | None = None
+    def backward_memory(
+        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
+    ) -> BackwardMemory | None:
+        """Averages that stand in for the batch's statistics in the backward pass."""
 
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+class Pass(NamedTuple):
+    """One forward pass, and what its backward pass needs beside tensors.
+
+    Attributes:
+        backend: Serves both.
+        call: How the layer goes through the batch.
+        layer: The layer; None for torch's operators.
+        state: Running mean, running variance and number of batches, and what a method adds; () for
+            torch's operators.
+        relu: Whether a ReLU follows.
+        contexts: Takes what the backend keeps of the forward; None where nobody asks.
+    """
+
+    backend: Backend
+    call: NormCall
+    layer: WithBackwardMemory | None = None
+    state: tuple[Any, ...] = ()
+    relu: bool = False
+    contexts: list[Any] | None = None
+
+
+class Normalize(torch.autograd.Function):
+    """Normalization by a backend, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        how: Pass,
+        *traced: Tensor | None,
+    ) -> Tensor:
+        """Normalize; `traced` is the state where a compiler has to see it."""
+        backend, call, layer, state, relu, contexts = how
+        y, saved, context = backend.forward(call, x, weight, bias, residual, traced or state, relu)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.how = backend, call, layer, context, len(traced)
+        if contexts is not None:
+            contexts.append(context)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, scale, shift and residual."""
+        if torch.is_grad_enabled():
+            refuse_second_derivative()
+        x, weight, *saved = ctx.saved_tensors
+        backend, call, layer, context, traced = ctx.how
+        needs = ctx.needs_input_grad
+        if dy.dtype != x.dtype:
+            dy = dy.to(x.dtype)
+        if call.statistics is None and not traced and (not is_plain(dy) or is_traced()):
+            for y in saved:  # of a ReLU
+                dy = dy.masked_fill(y <= 0, 0)
+            statistics = statistics_of(backend, call, context, x)
+            assert layer is not None
+            memory = layer.backward_memory(statistics, None, call.update)
+            call = call._replace(statistics=statistics, memory=memory)
+            dx, dw, db, _ = ATEN.backward(call, None, dy, x, weight, (), needs)
+            return dx, dw, db, dy if needs[3] else None, None
+        grads = backend.backward(call, context, dy, x, weight, saved, needs)
+        return *grads, *(None,) * (1 + traced)
+
+
+# `Normalize.apply` without what `Function.apply` looks for first, which costs a small batch as much
+# as most of the loops: transforms, of which there is none where a batch is served, and tensors that
+# outlived one.
+apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, Normalize).apply
+outlived: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    how: Pass,
+    residual: Tensor | None = None,
+    traced: tuple[Tensor | None, ...] = (),
+) -> Tensor:
+    """Normalize ``x``, with the gradient that belongs to it.
+
+    Args:
+        x: ``(N, C, ...)``.
+        weight: Scale, ``(C,)`` or None.
+        bias: Shift, ``(C,)`` or None.
+        how: Backend, method and state.
+        residual: What is added before a ReLU.
+        traced: The state where a compiler has to see it.
+
+    Returns:
+        A tensor of the shape, type and memory format of ``x``.
+    """
+    y: Tensor = Normalize.apply(x, weight, bias, residual, how, *traced)  # type: ignore[no-untyped-call]
+    return y
+
+
+def normalize_by(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -53,181 +126,47 @@ def normalize(
     statistics: Statistics,
     eps: float,
     memory: BackwardMemory | None = None,
-    source: Source | None = None,
+    scope: Scope | None = None,
+    formula: Formula | None = None,
 ) -> Tensor:
-    """Normalize ``x`` by given statistics, with the gradient that belongs to them.
+    """Normalize ``x`` by given statistics, with torch's operators.
 
     Args:
         x: ``(N, C, ...)``.
         weight: Scale, ``(C,)`` or None.
         bias: Shift, ``(C,)`` or None.
         sizes: Examples in each group; they sum to N.
-        statistics: See `Statistics`.
+        statistics: Those to normalize by.
         eps: Added to the variance.
         memory: Averages of the backward statistics, or None for the batch's own.
-        source: Whose values stand behind the statistics; None for all of the batch's own.
+        scope: Which elements contribute to the statistics; None for all of the batch.
+        formula: The method's own gradient, or None for that of all.
 
     Returns:
         A tensor of the shape, type and memory format of ``x``.
     """
-    call = Call(statistics, sizes, eps, memory, source)
-    y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
-    return y
+    call = NormCall(
+        (sizes, (len(sizes),), (x.shape[0],)),
+        statistics.var.shape[-1],
+        eps,
+        False,
+        formula=formula,
+        statistics=statistics,
+        memory=memory,
+        scope=scope,
+    )
+    return normalize(x, weight, bias, Pass(ATEN, call))
 
 
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
-        if x.numel() == 0:  # of one process of several
-            return torch.empty_like(x)
-        mean, var, r, d, *_ = call.statistics
-        channels = x.shape[1]
-        scale, shift = _scale(weight, r, channels, call), bias
-        if d is not None:
-            moved = _scale(weight, d, channels, call)
-            shift = moved if bias is None or moved is None else moved + bias
-        elif bias is not None and len(call.sizes) > 1:
-            shift = bias.expand(len(call.sizes), channels)
-        wide_mean, wide_var = _wide(mean, channels), backends.expand_groups(var, channels)
-        return backends.affine(x, call.sizes, wide_mean, wide_var, scale, shift, call.eps)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight = ctx.saved_tensors
-        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        return *gradients(dy, x, weight, ctx.call, ctx.needs_input_grad), None
-
-
-def gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> Gradients:
-    """The backward pass of `normalize`.
-
-    Args:
-        dy: Gradient of the output, in the type of ``x``.
-        x: Input of the forward.
-        weight: Its scale.
-        call: How it normalized.
-        needs: Which of input, weight and bias need a gradient.
-
-    Returns:
-        Gradients of input, weight and bias, None where not asked for.
-    """
-    backward = _one_pass if _is_exact(x, call) else _two_passes
-    return backward(dy, x, weight, call, needs)
+def statistics_of(backend: Backend, call: NormCall, context: Any, like: Tensor) -> Statistics:
+    """The statistics of a forward as one table."""
+    parts = backend.statistics(call, context, like)
+    return parts[0] if len(parts) == 1 else stack(parts)
 
 
 def refuse_second_derivative() -> None:
     """Raise in a backward pass that is itself recorded."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "create_graph=True: anybatch layers have no second derivative in training mode; "
-            "put them in evaluation mode, or use torch.nn.BatchNorm here"
-        )
-
-
-def _wide(table: Tensor | None, channels: int) -> Tensor | None:
-    return None if table is None else backends.expand_groups(table, channels)
-
-
-def _scale(weight: Tensor | None, table: Tensor | None, channels: int, call: Call) -> Tensor | None:
-    """Product of a row and a table, either of which may be missing."""
-    if table is not None:
-        table = backends.expand_groups(table, channels)
-        return table if weight is None else weight * table
-    if weight is None or len(call.sizes) == 1:
-        return weight
-    return weight.expand(len(call.sizes), channels)
-
-
-def _is_exact(x: Tensor, call: Call) -> bool:
-    """Whether one group's own statistics, and they alone, normalize it."""
-    mean, var, _, _, center, share, *_ = call.statistics
-    own = (
-        call.source is None
-        and mean is not None
-        and center is None
-        and not isinstance(share, Tensor)
-        and share == 1.0
+    raise RuntimeError(
+        "create_graph=True: anybatch layers have no second derivative in training mode; "
+        "put them in evaluation mode, or use torch.nn.BatchNorm here"
     )
-    return own and len(call.sizes) == 1 and call.memory is None and var.shape[-1] == x.shape[1]
-
-
-def _one_pass(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> Gradients:
-    mean, var, r, d, *_ = call.statistics
-    assert mean is not None
-    scale = _scale(weight, r, x.shape[1], call)
-    mask = (needs[0], needs[1], needs[2] or (needs[1] and d is not None))
-    dx, dw, db = backends.exact_gradient(dy, x, mean, var, scale, call.eps, mask)
-    if dw is not None and needs[1]:
-        dw = dw if r is None else dw * r
-        dw = dw if d is None or db is None else dw + db * d
-    return dx if needs[0] else None, dw if needs[1] else None, db if needs[2] else None
-
-
-def _two_passes(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: Call, needs: tuple[bool, ...]
-) -> Gradients:
-    (mean, var, r, d, center, share, _, counted), sizes, eps, memory, source = call
-    channels, columns = x.shape[1], var.shape[-1]
-    center = mean if center is None else center
-    wide_center = _wide(center, channels)
-    inv = torch.rsqrt(var + backends.scalar(eps))
-    wide_inv = backends.expand_groups(inv, channels)
-
-    if x.numel():
-        sum_dy, sum_dyz = backends.sums(dy, x, sizes, wide_center)
-    else:
-        sum_dy, sum_dyz = var.new_zeros(2, channels)
-    if center is not None and mean is not None and center is not mean:
-        sum_dyz = sum_dyz + sum_dy * backends.expand_groups(center - mean, channels)
-    sum_dyz = sum_dyz * wide_inv
-
-    dw = db = None
-    if needs[1]:
-        dw = sum_dyz if r is None else sum_dyz * backends.expand_groups(r, channels)
-        dw = dw if d is None else dw + sum_dy * backends.expand_groups(d, channels)
-        dw = dw if len(sizes) == 1 else dw.sum(0)
-    if needs[2]:
-        db = sum_dy if len(sizes) == 1 else sum_dy.sum(0)
-    if not needs[0] and memory is None:
-        return None, dw, db
-
-    scale = _scale(weight, r, channels, call)
-    if counted is None:
-        count = backends.row_counts(sizes, x.numel() // (x.shape[0] * columns), var)
-    else:
-        count = counted.clamp(min=1) * (channels // columns)
-    g = None if mean is None else _weighted_sum(sum_dy, scale, columns)
-    psi = _weighted_sum(sum_dyz, scale, columns)
-    if source is not None:
-        g, total = source.sum(g, psi)
-        assert total is not None
-        psi = total
-    g, psi = None if g is None else g / count, psi / count
-    if memory is not None:
-        g, psi = memory(g, psi)
-    if not needs[0]:
-        return None, dw, db
-
-    on_dy = wide_inv if scale is None else wide_inv * scale
-    share = share if isinstance(share, Tensor) else backends.scalar(share)
-    on_x = backends.expand_groups(inv.square().mul_(psi).mul_(share).neg_(), channels)
-    constant = None
-    if g is not None:
-        constant = backends.expand_groups((g * inv).mul_(share).neg_(), channels)
-    dx = backends.gradient(dy, x, sizes, wide_center, on_dy, on_x, constant)
-    if source is not None and source.mask is not None:
-        dx = source.gradient(dx, backends.gradient(dy, x, sizes, None, on_dy, None, None))
-    return dx, dw, db
-
-
-def _weighted_sum(table: Tensor, scale: Tensor | None, columns: int) -> Tensor:
-    return backends.pool_groups(table if scale is None else table * scale, columns)

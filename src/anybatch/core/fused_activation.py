@@ -27,7 +27,7 @@ class Activation(NamedTuple):
             y: The norm's output.
             fresh: Whether nothing else sees or keeps it, so that it may be written over.
         """
-        fresh = fresh and not backends.is_watched()
+        fresh = fresh and not backends.is_traced()
         if self.residual is not None:
             y = y.add_(self.residual) if fresh else y + self.residual
         return y.relu_() if fresh else y.relu()

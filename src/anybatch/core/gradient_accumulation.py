@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import is_finite
-from anybatch.core.autograd import BackwardMemory
+from anybatch.backends.protocol import BackwardMemory
 
 if TYPE_CHECKING:
     from anybatch.core.norm_layer import NormLayer

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import NamedTuple
 
-from anybatch.backends import is_watched
+from anybatch.backends import is_traced
 
 
 class Partition(NamedTuple):
@@ -54,7 +54,7 @@ def partition(
     Returns:
         The cut.
     """
-    cut = _cut if is_watched() else _kept_cut
+    cut = _cut if is_traced() else _kept_cut
     return cut(examples, norm_batch_size, group_size)
 
 

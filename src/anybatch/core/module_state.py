@@ -40,12 +40,11 @@ class NormState(_NormBase):
     affine_frozen: bool
     _last: Any
     _recent: Recent
-    _arrivals: Tensor | None = None  # a GPU kernel's, see `anybatch.core.launched`
-    _ways: dict[torch.Size, Any] | None = None  # see `anybatch.core.compiled.Way`
+    _plans: dict[torch.Size, Any] | None = None  # see `anybatch.core.dispatch.ExecutionPlan`
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.__dict__.pop("_ways", None)
+            self.__dict__.pop("_plans", None)
         super().__setattr__(name, value)
 
     def remembered(self) -> tuple[Tensor, Tensor]:
@@ -201,20 +200,13 @@ class NormState(_NormBase):
             parameter.requires_grad_(not frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_last": None, "_recent": Recent(), "_arrivals": None, "_ways": None}
+        fresh = {"_last": None, "_recent": Recent(), "_plans": None}
         return {**self.__dict__, **fresh}
 
     def _rows(self) -> tuple[Tensor | None, ...]:
         """Scale, shift and running statistics, as compiled kernels need them, all or none."""
         of, kept = self._parameters, self._buffers
         return of.get("weight"), of.get("bias"), kept["running_mean"], kept["running_var"]
-
-    def _running(self) -> tuple[int, int, int]:
-        """Addresses of the running statistics and of the number of batches."""
-        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        count = self._buffers["num_batches_tracked"]
-        assert mean is not None and var is not None and count is not None
-        return mean.data_ptr(), var.data_ptr(), count.data_ptr()
 
     def _number(self) -> float:
         """Momentum for the compiled kernels: -1 averages over all batches."""

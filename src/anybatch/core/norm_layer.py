@@ -9,7 +9,6 @@ statistics to give.
 import threading
 from collections.abc import Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
@@ -17,26 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import backends
-from anybatch.backends.protocol import Course, Recipe
+from anybatch.backends.protocol import BackwardMemory, Formula, NormCall, Rows, Spec, Statistics
 from anybatch.core.activation_checkpointing import Recent, in_backward, may_run_again, runs_once
 from anybatch.core.arguments import check_between, check_count
-from anybatch.core.autograd import BackwardMemory, Call, Gradients, gradients, normalize
-from anybatch.core.compiled import (
-    BackwardData,
-    Compiled,
-    ForwardData,
-    Kept,
-    Way,
-    apply,
-    outlived,
-    way_of,
-)
+from anybatch.core.autograd import apply_plain, normalize_by, statistics_of
+from anybatch.core.dispatch import ExecutionPlan, find_plan, run_plan, with_plan
 from anybatch.core.fused_activation import Activation, read_activation
 from anybatch.core.gradient_accumulation import Seen, StepBackward, StepMemory
 from anybatch.core.grouping import Partition, partition
-from anybatch.core.launched import Launched
 from anybatch.core.module_state import NormState
-from anybatch.core.operated import operate
 from anybatch.core.reduction_scope import (
     WORLD,
     HeldGroup,
@@ -47,13 +35,12 @@ from anybatch.core.reduction_scope import (
     several,
     sum_processes,
 )
-from anybatch.core.statistics import Statistics, stack
+from anybatch.core.statistics import stack
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
 
 _LOW = (torch.float16, torch.bfloat16)
 _SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
 _PATIENCE = 10  # batches in a row after which it is not an accident
-_WAYS = 16  # shapes of batches of which a layer remembers how they go through the loops
 
 
 class Batch(NamedTuple):
@@ -136,10 +123,7 @@ class NormLayer(NormState):
     centered: bool = True
     needs_running_stats: ClassVar[bool] = False
     pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
-    fuses: bool = False
-    fuses_small_only: bool = False
-    fuses_activation: ClassVar[bool] = True
-    steady: ClassVar[bool] = True  # whether `fuses` changes with nothing but attributes
+    steady: bool = True  # whether `method_spec` changes with nothing but attributes
 
     def __init__(
         self,
@@ -203,7 +187,7 @@ class NormLayer(NormState):
         self.outlier_limit = outlier_limit
         if outlier_limit is not None:
             self.memory["outliers"] = self._new_memory(num_features).long()
-        self._last: Statistics | list[Kept] | None = None
+        self._last: Statistics | None = None
         self._recent = Recent()
 
     @property
@@ -269,63 +253,31 @@ class NormLayer(NormState):
         """Statistics a group of examples has: channels, or groups of channels."""
         return self.num_features
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        """The forward of one normalization batch in one compiled call, for layers with `fuses`.
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        """The method as compiled kernels take it, or why they do not.
 
         Args:
-            loops: The compiled kernels.
-            data: Input, output and parameters.
-            groups: Groups of examples.
-            update: Whether state may change.
-
-        Returns:
-            The statistics that it normalized by.
-        """
-        raise NotImplementedError
-
-    def fused_backward(
-        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
-    ) -> None:
-        """The backward of one normalization batch in one compiled call."""
-        centers = kept.used[0] if kept.centers is None else kept.centers
-        unused = (loops.BATCH, loops.NONE, loops.NO_COUNT, 0.0, True, False)
-        loops.backward(*data, kept.used, centers, kept.share, kept.centered, self.eps, *unused)
-
-    def gradients(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        statistics: Statistics,
-        cut: Partition,
-        needs: tuple[bool, ...],
-        update: bool,
-    ) -> Gradients:
-        """The backward of a compiled forward by torch's operators, where something watches them.
-
-        Args:
-            dy: Gradient of the output, in the type of `x`.
-            x: Input.
-            weight: Scale.
-            statistics: What the forward normalized by.
+            x: A batch.
             cut: Its normalization batches.
-            needs: Which of input, weight and bias need a gradient.
-            update: Whether state may change.
-
-        Returns:
-            Gradients of input, weight and bias, None where not asked for.
         """
-        memory = self.backward_memory(statistics, None, update)
-        return gradients(dy, x, weight, Call(statistics, cut.sizes, self.eps, memory), needs)
+        return f"{type(self).__name__} does not describe its rule to kernels"
 
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        """The method as the GPU kernels take it, for layers with `fuses`; None if they do not.
+    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
+        """The method's own gradient by torch's operators; None for that of all.
 
         Args:
-            examples: Examples in the first normalization batch.
-            update: Whether state may change.
+            x: The batch.
+            cut: Its normalization batches.
+            source: Which elements contribute to its statistics; None for all.
         """
         return None
+
+    def meet(self, examples: int) -> None:
+        """Take notice of a batch that is about to change the state, as of its size.
+
+        Args:
+            examples: Examples in its first normalization batch.
+        """
 
     # --- forward -----------------------------------------------------------
 
@@ -362,7 +314,7 @@ class NormLayer(NormState):
         then = None
         if activation is not None or residual is not None:
             then = read_activation(activation, residual, input)
-        known = self._go_known_way(input, then) if mask is None else None
+        known = self._run_cached_plan(input, then) if mask is None else None
         if known is not None:
             return known
         shape = input.shape
@@ -434,18 +386,10 @@ class NormLayer(NormState):
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
-        plain = source is None and self.outlier_limit is None
-        plain = plain and (self._group is None or several(self.process_group) is None)
-        if training and plain and not recomputed and self.fuses and self.step is None:
-            y, inside = self._launch(x, cut, values, update, again), False
-            if y is None:
-                y, inside = self._compiled(x, cut, values, update, then)
-            if y is None:
-                y = self._operate(x, cut, values, update)
+        if training and not recomputed and self._obstacle(cut, values, source) is None:
+            y = self._run_compiled(x, cut, update, then, again)
             if y is not None:
-                if again and self._last is not None:
-                    self._recent.note(x, self._last)
-                return y if then is None or inside else then.of(y, fresh=True)
+                return y
         live = self._live(cut, values) if source is None else None
         chosen = self._recent.find(x, _rows(cut)) if recomputed else None
         if chosen is None:
@@ -462,78 +406,88 @@ class NormLayer(NormState):
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 
-    def _launch(
-        self, x: Tensor, cut: Partition, values: int, update: bool, again: bool
+    def _obstacle(self, cut: Partition, values: int, source: Source | None) -> str | None:
+        """Why only torch's operators serve a batch in training, whatever it is; None if not so."""
+        if source is not None or (
+            self._group is not None and several(self.process_group) is not None
+        ):
+            return "a mask or a process group decides which elements contribute"
+        if self.outlier_limit is not None:
+            return f"outlier_limit={self.outlier_limit}: channels are compared with the state"
+        if self.step is not None:
+            return "gradient accumulation joins the statistics of micro-batches"
+        if self._live(cut, values) is not None:
+            return "groups of one value per channel have no statistics"
+        return None
+
+    def _run_compiled(
+        self, x: Tensor, cut: Partition, update: bool, then: Activation | None, again: bool
     ) -> Tensor | None:
-        """The forward on a GPU's own kernels, where they can serve a batch."""
-        scale, shift = self._parameters.get("weight"), self._parameters.get("bias")
-        launches = backends.launches_for(x, self._buffers["running_var"], scale, shift)
-        if launches is None or self._live(cut, values) is not None:
+        """The forward in compiled kernels, where some can serve a batch."""
+        if update:
+            self.meet(cut.batches[0])
+        rows = self._rows()
+        plan = self._plan_for(x, cut, rows)
+        if plan is None:
             return None
-        recipe = self._recipe(cut, update)
-        if recipe is None:
-            return None
-        last = values == 1 or not x.is_contiguous()
-        course = Course(recipe, cut, self.columns, last, self._number(), self.eps, update)
-        how = (self, launches, course, again)
-        y: Tensor = Launched.apply(x, scale, shift, *how)  # type: ignore[no-untyped-call]
+        contexts: list[Any] | None = [] if again else None
+        y = run_plan(plan, x, rows, self, self._kernel_state(x), update, then, contexts)
+        if contexts:
+            call = plan.calls[update]
+            self._recent.note(x, statistics_of(plan.backend, call, contexts[0], x))
         return y
 
-    def _compiled(
-        self, x: Tensor, cut: Partition, values: int, update: bool, then: Activation | None
-    ) -> tuple[Tensor | None, bool]:
-        """The forward in a CPU's compiled loops, and whether they did the activation."""
-        rows = self._rows()
-        serial = x.shape[1] * values * max(cut.batches) if self.fuses_small_only else 0
-        loops = backends.fused_for(x, *rows, serial=serial)
-        if loops is None or self._live(cut, values) is not None:
-            return None, False
-        inside = then is not None and not serial and self.fuses_activation and then.is_plain()
-        added = then.residual if then is not None and inside else None
-        way = way_of(x, loops, cut)
-        if self.steady and self._group is None:
-            known = self._ways
-            ways = {} if known is None or len(known) >= _WAYS else known
-            ways[x.shape] = way
-            self.__dict__["_ways"] = ways  # past `__setattr__`
-        how = (self, way, update, inside)
-        y: Tensor = Compiled.apply(x, *rows[:2], added, how)  # type: ignore[no-untyped-call]
-        return y, inside
+    def _plan_for(self, x: Tensor, cut: Partition, rows: Rows) -> ExecutionPlan | None:
+        """How compiled kernels serve a batch; None if they do not."""
+        compiling = torch.compiler.is_compiling()
+        call = self._call(x, cut)
+        if isinstance(call, str):
+            return None
+        plan: ExecutionPlan | None = None
+        if self._plans is not None and not compiling:
+            plan = self._plans.get(x.shape)
+        if plan is not None and plan.fits(x, rows):
+            return plan
+        plan = find_plan(call, x, rows)
+        if plan is not None and self.steady and self._group is None and not compiling:
+            self._plans = with_plan(self._plans, x, plan)
+        return plan
 
-    def _go_known_way(self, x: Tensor, then: Activation | None) -> Tensor | None:
-        """The forward as a batch like this went through a CPU's loops, if nothing changed since."""
-        ways = self._ways  # which another thread may take away
-        if ways is None or torch.compiler.is_compiling():
-            return None
-        way: Way | None = ways.get(x.shape)
-        if way is None or x.dtype is not way.dtype or x.stride() != way.strides or outlived(x):
-            return None
-        if then is not None and not (self.fuses_activation and then.is_plain()):
-            return None
-        rows = self._rows()
-        if not runs_once() or not backends.is_served(x, rows):
-            return None
-        added = None if then is None else then.residual
-        return apply(x, *rows[:2], added, (self, way, updates.enabled, then is not None))
+    def _call(self, x: Tensor, cut: Partition) -> NormCall | str:
+        """How kernels go through a batch, or why they do not."""
+        spec = self.method_spec(x, cut)
+        if isinstance(spec, str):
+            return spec
+        formula = self.formula(x, cut, None)
+        how = (cut, self.columns, self.eps, True, spec)
+        return NormCall(*how, pace=self._number(), formula=formula)
 
-    def _operate(self, x: Tensor, cut: Partition, values: int, update: bool) -> Tensor | None:
-        """The forward by the kernels as operators, where a compiler is to see these."""
-        rows = self._rows()
-        if not backends.operators_for(x, *rows) or self._live(cut, values) is not None:
+    def _run_cached_plan(self, x: Tensor, then: Activation | None) -> Tensor | None:
+        """Run the cached plan, if shape, layout and settings still match."""
+        plans = self._plans  # which another thread may take away
+        if plans is None or torch.compiler.is_compiling():
             return None
-        recipe = self._recipe(cut, update)
-        if recipe is None:
+        plan: ExecutionPlan | None = plans.get(x.shape)
+        if plan is None or not runs_once():
             return None
-        weight, bias, *_ = rows
-        assert weight is not None and bias is not None
-        self._last = None
-        return operate(self, x, weight, bias, recipe, cut, update)
+        inside = then is not None
+        if inside and not (plan.takes_relu and then.is_plain()):  # type: ignore[union-attr]
+            return None
+        rows = weight, bias, mean, var = self._rows()
+        if not plan.fits(x, rows):
+            return None
+        residual = None if then is None else then.residual
+        state = mean, var, self._buffers["num_batches_tracked"]
+        call = plan.calls[updates.enabled]
+        # A plain tuple: a `Pass` takes a hundredth of a small batch to make.
+        return apply_plain(
+            x, weight, bias, residual, (plan.backend, call, self, state, inside, None)
+        )
 
-    def _recipe(self, cut: Partition, update: bool) -> Recipe | None:
-        """The method as kernels take it, if they do."""
-        if self.num_features > self.columns * backends.WIDEST:
-            return None
-        return self.recipe(cut.batches[0], update)
+    def _kernel_state(self, x: Tensor) -> tuple[Any, ...]:
+        """Running statistics and the number of batches, as kernels take them."""
+        kept = self._buffers
+        return kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
 
     def _apply_statistics(
         self,
@@ -545,7 +499,8 @@ class NormLayer(NormState):
     ) -> Tensor:
         """Normalize by what the rule decided."""
         weight, bias = self._parameters_like(chosen.var)
-        return normalize(x, weight, bias, cut.sizes, chosen, self.eps, memory, source)
+        how = (cut.sizes, chosen, self.eps, memory, source, self.formula(x, cut, source))
+        return normalize_by(x, weight, bias, *how)
 
     def _choose(
         self,
@@ -791,12 +746,12 @@ class NormLayer(NormState):
         mean, var = self.running_mean, self.running_var
         if var.dtype != dtype:
             mean, var = mean.to(dtype), var.to(dtype)
-        if torch.is_grad_enabled() and not backends.is_watched():
+        if torch.is_grad_enabled() and not backends.is_traced():
             mean, var = mean.clone(), var.clone()  # a training forward may come before backward
         weight, bias = self._parameters_like(var)
         if self.columns == self.num_features and not self.example_weight:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
-        if backends.is_watched() and mask is None:  # operators that every exporter knows
+        if backends.is_traced() and mask is None:  # operators that every exporter knows
             own = backends.example_moments(x, self.centered)
             statistics = self._mixed(*own, mean, var)
             return backends.example_affine(

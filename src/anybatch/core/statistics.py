@@ -1,50 +1,9 @@
-"""What a rule decides, as tables, and joining the tables of successive groups."""
-
-from typing import NamedTuple
+"""Joining the statistics of successive groups of examples."""
 
 import torch
 from torch import Tensor
 
-
-class Statistics(NamedTuple):
-    """What a rule decided: how each group of examples is normalized.
-
-    Tables are ``(G, K)``: one row per group of examples, one column per channel
-    group (mostly a channel); ``(K,)`` where there is one group.
-
-    Attributes:
-        mean: Mean to subtract; None for none (the uncentred form).
-        var: Variance, or second moment in the uncentred form.
-        r: Factor on the normalized value; None for 1. No gradient passes it.
-        d: Constant added to it; None for 0. No gradient passes it.
-        center: Centre of the variance whose gradient flows; None is `mean`.
-        share: Part of the batch's own statistics in `mean` and `var`.
-        own: Whether the backward statistics are the batch's own, a number or
-            ``(G, 1)``; None where the method does not ask.
-        counts: Values a channel behind them, a number or ``(G, 1)``; None where these are all of
-            the batch's.
-    """
-
-    mean: Tensor | None
-    var: Tensor
-    r: Tensor | None = None
-    d: Tensor | None = None
-    center: Tensor | None = None
-    share: float | Tensor = 1.0
-    own: Tensor | None = None
-    counts: Tensor | None = None
-
-    # Compilers of torch 2.6 cannot look into `_replace`.
-
-    def of(self, counts: Tensor) -> "Statistics":
-        """The same, of so many values."""
-        mean, var, r, d, center, share, own, _ = self
-        return Statistics(mean, var, r, d, center, share, own, counts)
-
-    def shared(self, share: float) -> "Statistics":
-        """The same with another share of the batch's own."""
-        mean, var, r, d, center, _, own, counts = self
-        return Statistics(mean, var, r, d, center, share, own, counts)
+from anybatch.backends.protocol import Statistics
 
 
 def stack(parts: list[Statistics]) -> Statistics:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import backends
+from anybatch.backends.protocol import Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.autograd import normalize
+from anybatch.core.autograd import normalize_by
 from anybatch.core.name_patterns import Where
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.statistics import Statistics
 from anybatch.core.tensor_subclasses import on_plain
 from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import Forward, Shown, device_of, reading, run
@@ -187,7 +187,7 @@ class _Fit:
         mean, var = backends.moments(x, sizes)
         like = [None if p is None else p.to(var.dtype) for p in (weight, bias)]
         eps = float(self.norm.eps)  # type: ignore[arg-type]
-        return normalize(x, like[0], like[1], sizes, Statistics(mean, var), eps)
+        return normalize_by(x, like[0], like[1], sizes, Statistics(mean, var), eps)
 
     def _compare(self, x: Tensor) -> None:
         running = [self.norm._buffers[name] for name in ("running_mean", "running_var")]

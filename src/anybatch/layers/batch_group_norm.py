@@ -1,18 +1,15 @@
 """Batch-group normalization (four-things, section 3.4)."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from anybatch.backends import pool_channels
-from anybatch.backends.protocol import Recipe
+from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
-from anybatch.core.statistics import Statistics
-from anybatch.layers.batch_norm import fused_groups
 from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
 
 
@@ -68,8 +65,6 @@ class _BatchGroupNorm(NormLayer):
         >>> norm(torch.randn(2, 64, 5, 5)).shape
         torch.Size([2, 64, 5, 5])
     """
-
-    fuses = True
 
     def __init__(
         self,
@@ -129,11 +124,8 @@ class _BatchGroupNorm(NormLayer):
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        return fused_groups(self, loops, data, groups, update)
-
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        return Recipe()
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        return MethodSpec()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}

@@ -1,13 +1,10 @@
 """Batch normalization (Ioffe and Szegedy 2015): torch's arithmetic on this library's passes."""
 
-from types import ModuleType
-
 from torch import Tensor
 
-from anybatch.backends.protocol import Recipe
-from anybatch.core.compiled import ForwardData, Kept
+from anybatch.backends.protocol import MethodSpec, Spec, Statistics
+from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
-from anybatch.core.statistics import Statistics
 
 
 class _BatchNorm(NormLayer):
@@ -56,33 +53,14 @@ class _BatchNorm(NormLayer):
         torch.Size([1, 8, 1, 1])
     """
 
-    fuses = True
-
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         if update:
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        return fused_groups(self, loops, data, groups, update)
-
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        return Recipe()
-
-
-def fused_groups(
-    layer: NormLayer, loops: ModuleType, data: ForwardData, groups: int, update: bool
-) -> Kept:
-    """`NormLayer.fused` of layers whose groups of examples are normalized by their own alone."""
-    columns, channels, running = layer.columns, layer.num_features, layer._running()
-    used = own = loops.table((2, groups, columns))
-    if columns != channels:
-        own = loops.table((2, groups, channels))
-    memory = (*running[:2], *loops.NONE)
-    constants = (loops.NO_COUNT, loops.NO_SETTINGS, layer._number(), layer.eps, update)
-    loops.forward(loops.PLAIN, *data, own, used, running, memory, *constants)
-    return Kept(used)
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        return MethodSpec()
 
 
 class BatchNorm1d(_BatchNorm):

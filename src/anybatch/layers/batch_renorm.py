@@ -1,19 +1,18 @@
 """Batch renormalization (Ioffe 2017), the baseline of three of the papers."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.backends import scalar
-from anybatch.backends.protocol import RENORM, Recipe
+from anybatch.backends.kinds import RENORM
+from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.grouping import Partition
 from anybatch.core.module_state import NormState
 from anybatch.core.norm_layer import Batch, NormLayer
-from anybatch.core.statistics import Statistics
 
 _WARMUP_STEPS = 10000
 
@@ -71,7 +70,6 @@ class _BatchRenorm(NormLayer):
     """
 
     needs_running_stats = True
-    fuses = True
 
     def __init__(
         self,
@@ -151,21 +149,12 @@ class _BatchRenorm(NormLayer):
             return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
         return (step > self.warmup_steps).to(dtype)
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        used, running = loops.table((4, 1, self.num_features)), self._running()
-        memory = (*running[:2], *loops.NONE)
-        limits = (self.max_r, self.max_d, float(self.warmup_steps), float(self.smooth))
-        constants = (self.memory["step"].data_ptr(), limits, self._number(), self.eps, update)
-        loops.forward(loops.RENORM, *data, used, used, running, memory, *constants)
-        return Kept(used)
-
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        smooth = self.smooth and self.warmup_steps > 0
-        return Recipe(
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        return MethodSpec(
             RENORM,
             (self.max_r, self.max_d),
             (0, self.warmup_steps, 0),
-            smooth=smooth,
+            smooth=self.smooth and self.warmup_steps > 0,
             counter=self.memory["step"],
         )
 

@@ -1,7 +1,6 @@
 """Cross-iteration batch normalization (Yao et al. 2021, cross-iteration-bn)."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -9,50 +8,29 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from anybatch.backends import cross_iteration_kernels, is_finite, is_watched
+from anybatch.backends import is_finite, is_traced
 from anybatch.backends.aten import patches
-from anybatch.backends.aten.patches import Geometry
+from anybatch.backends.aten.patches import ConvCall, Geometry
+from anybatch.backends.protocol import BackwardMemory, CrossIterationSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
-from anybatch.core.autograd import BackwardMemory
 from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide, slide_mean
-from anybatch.core.compiled import Array, BackwardData, ForwardData, Kept
 from anybatch.core.fused_activation import Activation
 from anybatch.core.gradient_accumulation import Seen
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import Source
-from anybatch.core.statistics import Statistics
 from anybatch.core.tensor_subclasses import as_plain
-from anybatch.layers.batch_norm import fused_groups
 from anybatch.layers.weight_centralization import centralized_weight, is_centralized
 
 _ENOUGH = 16  # examples for reliable statistics (cross-iteration-bn, section 4.3)
 _LONGEST = 8  # the longest window that the paper found to help
 
 
-class Feed(NamedTuple):
-    """What a layer's convolution did in this forward.
-
-    Attributes:
-        geometry: How its taps move.
-        x: Its input.
-        rows: The weights it used, one row an output channel.
-        bias: Its bias, or None.
-        output: What it put out.
-    """
-
-    geometry: Geometry
-    x: Tensor
-    rows: Tensor
-    bias: Tensor | None
-    output: Tensor
-
-
 class _Batch(NamedTuple):
     """The normalization batch that a rule is at: its feed, its examples of input and output."""
 
-    feed: Feed | None
+    feed: ConvCall | None
     y: Tensor
     first: int
     source: Source | None = None
@@ -67,18 +45,18 @@ class _Flow:
         batch: That the rule is at.
         key: Shapes that `tables` belong to.
         tables: Of the geometry, as arrays of the compiled kernels.
-        memory: The layer's memory that `views` belong to.
-        views: Rings and counters as arrays of the same storage.
+        memory: The layer's memory that `arrays` belong to.
+        arrays: Rings and counters as arrays of the same storage.
     """
 
     def __init__(self) -> None:
-        self.feed: Feed | None = None
+        self.feed: ConvCall | None = None
         self.weight: Tensor | None = None
         self.batch: _Batch | None = None
         self.key: Any = None
         self.tables: Any = None
         self.memory: Any = None
-        self.views: Any = None
+        self.arrays: Any = None
 
 
 class _CrossIterationBatchNorm(NormLayer):
@@ -344,13 +322,13 @@ class _CrossIterationBatchNorm(NormLayer):
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())
         bias = None if bias is None else as_plain(bias).detach()
-        self._flow.feed = Feed(self.geometry, x.detach(), rows, bias, as_plain(output).detach())
+        self._flow.feed = ConvCall(self.geometry, x.detach(), rows, bias, as_plain(output).detach())
 
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""
         self._flow.weight = as_plain(output).detach()
 
-    def _take_feed(self, y: Tensor) -> Feed | None:
+    def _take_feed(self, y: Tensor) -> ConvCall | None:
         """What the bound layer did to make ``y``."""
         feed, self._flow.feed = self._flow.feed, None
         if not self.order:
@@ -365,14 +343,14 @@ class _CrossIterationBatchNorm(NormLayer):
                 f"{type(self).__name__}: the layer it is bound to has not run in training mode "
                 "since this layer's last forward; both must run in turn"
             )
-        if not is_watched() and feed.rows.untyped_storage().size() < feed.rows.nbytes:
+        if not is_traced() and feed.rows.untyped_storage().size() < feed.rows.nbytes:
             raise RuntimeError(
                 f"{type(self).__name__}: the weight of the layer it is bound to has been given "
                 "back before this forward; shard the block that holds both (fully_shard(block)), "
                 "not each layer by itself"
             )
         dims = len(feed.geometry.kernel)
-        itself = is_watched() or y.data_ptr() == feed.output.data_ptr()  # tracers have no pointers
+        itself = is_traced() or y.data_ptr() == feed.output.data_ptr()  # tracers have no pointers
         if y.shape != feed.output.shape or y.dim() != max(2 + dims, 2) or not itself:
             raise ValueError(
                 f"input of shape {tuple(y.shape)}: {type(self).__name__} is bound to a layer whose "
@@ -435,14 +413,14 @@ class _CrossIterationBatchNorm(NormLayer):
         if update:
             examples = slice(first, first + batch.examples())
             if feed is not None:
-                feed = Feed(feed.geometry, feed.x[examples], feed.rows, feed.bias, feed.output)
+                feed = ConvCall(feed.geometry, feed.x[examples], feed.rows, feed.bias, feed.output)
             if source is not None and source.mask is not None:
                 source = Source(source.mask[examples], source.group, source.name)
             self._record(mean, var, batch, feed, y[examples], source)
         return chosen
 
     def _average(
-        self, mean: Tensor, var: Tensor, batch: Batch, feed: Feed | None
+        self, mean: Tensor, var: Tensor, batch: Batch, feed: ConvCall | None
     ) -> tuple[Statistics, Tensor]:
         """Equations 9 to 11, in means and variances; and the number of values behind them."""
         means, variances = self._compensated(feed, var.dtype)
@@ -464,7 +442,7 @@ class _CrossIterationBatchNorm(NormLayer):
             chosen = self._or_remembered(total > 1, chosen, self._fallen(chosen.var.dtype))
         return chosen, total
 
-    def _compensated(self, feed: Feed | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _compensated(self, feed: ConvCall | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Means and variances of all slots at today's weights (equations 7, 8 and 10).
 
         In variances equations 8 and 10 are ``max(var + (d var / d w) dw - ((d mean / d w) dw)^2,
@@ -495,135 +473,30 @@ class _CrossIterationBatchNorm(NormLayer):
 
     steady = False  # it is the bound layer's forward that tells
 
-    @property
-    def fuses(self) -> bool:  # type: ignore[override]
-        """Whether the compiled kernels know this step."""
-        if self._flow.batch is None:  # it is batch normalization
-            return True
-        feed = self._flow.batch.feed
-        if feed is None:
-            return not self.order
-        plain = (
-            feed.x.is_contiguous() and feed.x.dtype == feed.rows.dtype == self._flow.batch.y.dtype
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        at, memory = self._flow.batch, self.memory
+        if at is not None and at.feed is None and self.order:
+            return "the layer that feeds this one has not run"
+        if at is not None and at.feed is not None:
+            if self.order != 1:
+                return f"order={self.order}: the kernels take the first order, or none"
+            fed = at.feed.x
+            if not (fed.is_contiguous() and fed.dtype == at.feed.rows.dtype == x.dtype):
+                return "the bound layer's input is not contiguous, or of another type"
+        return CrossIterationSpec(
+            at is not None,
+            memory,
+            self.rings[:7] if self.order else self.rings[:3],
+            self._flow,
+            self.gradient_sample,
+            self.running_stats == "window",
+            None if self.burning else memory.get("backward_window"),
+            self.burn_in_steps,
         )
-        return self.order == 1 and plain
 
-    @property
-    def fuses_small_only(self) -> bool:  # type: ignore[override]
-        """Whether it takes the loops of the window, which are for small batches."""
-        return self._flow.batch is not None
-
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        if self._flow.batch is None:
-            if update:
-                self.memory["step"].add_(1)
-            return fused_groups(self, loops, data, groups, update)
-        like, x, y, shape, _, _, weight, bias, *_ = data
-        examples, channels, length = shape
-        feed, output, first, _ = self._flow.batch
-        self._flow.batch = _Batch(feed, output, first + examples)
-        kernels = cross_iteration_kernels()
-        rings, counters = self._arrays(kernels)
-        fed, paces = kernels.NO_FEED, None
-        if feed is not None:
-            fed, paces = self._feed_arrays(kernels, feed, output)
-        order = 0 if feed is None else 1
-        values, count = examples * length, self.gradient_sample
-        whole = update and order > 0 and (count is None or count >= values)
-        own, used = kernels.table(channels), loops.table((2, 1, channels))
-        share = kernels.cross_iteration_norm(
-            *(like, x, y, shape, weight, bias),
-            own,
-            used[0, 0],
-            used[1, 0],
-            self._running(),
-            self._number(),
-            self.eps,
-            update,
-            counters,
-            rings,
-            fed,
-            first,
-            (order, self.running_stats == "window", whole),
-        )
-        if update:
-            if feed is not None:
-                self._write_slope(kernels, data, own[0], fed, paces, feed, output, first)
-            kernels.record(own, values, order, fed, rings, counters, self.burn_in_steps)
-        if self.backward_stats == "window" and share > 0:
-            share = 1.0
-        return Kept(used, share=share, own=False)
-
-    def _write_slope(
-        self,
-        kernels: ModuleType,
-        data: ForwardData,
-        means: Array,
-        arrays: Any,
-        paces: Any,
-        feed: Feed,
-        output: Tensor,
-        first: int,
-    ) -> None:
-        """Write the gradient of the variance into the slot of this step."""
-        (*_, patch_ring, slope_ring), counters = self._arrays(kernels)
-        like, x, _, (examples, channels, length), *_ = data
-        count = self.gradient_sample
-        place, values = int(counters[1]), examples * length
-        if count is None or count >= values:
-            some = slice(first, first + examples)
-            whole = patches.raw_gradient(feed.geometry, feed.x[some], output[some])
-            product = whole.contiguous().numpy()
-            kernels.from_product(product, values, means, patch_ring, slope_ring, place)
-            return
-        groups, fan_in = patch_ring.shape[1:]
-        apart, seen = kernels.workspace(groups, channels // groups, count, fan_in, output.dtype)
-        start = int(counters[0]) * count
-        given = (arrays, first, means, patch_ring, place, paces, start, apart, seen)
-        kernels.sample(like, x, (examples, channels, length), *given)
-        kernels.product(apart, seen, slope_ring[place])
-
-    def _arrays(self, kernels: ModuleType) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Rings and counters as arrays of the same storage."""
-        flow, memory = self._flow, self.memory
-        if flow.memory is not memory:
-            counters = tuple(memory[name].numpy() for name in ("step", "position", "entries"))
-            names = self.rings[:7] if self.order else self.rings[:3]
-            rings = tuple(memory[name].numpy() for name in names)
-            rings = rings if self.order else (*rings, *kernels.NO_GRADIENTS)
-            flow.memory, flow.views = memory, (rings, counters)
-        views: tuple[tuple[Array, ...], tuple[Array, ...]] = flow.views
-        return views
-
-    def _feed_arrays(self, kernels: ModuleType, feed: Feed, y: Tensor) -> tuple[Any, Any]:
-        """A feed as arrays of the compiled kernels, and the paces of points."""
-        flow, key = self._flow, (feed.x.shape, y.shape, feed.x.dtype)
-        if flow.key != key:
-            flow.key, flow.tables = key, _tables(feed, y, kernels.ONE)
-        taps, meetings, sizes, paces, missing, none = flow.tables
-        x = feed.x.numpy()
-        x = x.reshape(*x.shape[:2], *missing, *x.shape[2:]) if missing else x
-        bias = none if feed.bias is None else kernels.read(feed.bias)
-        rows = kernels.read(feed.rows.contiguous())
-        return (x, rows, bias, taps, meetings, sizes, feed.geometry.groups), paces
-
-    def fused_backward(
-        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
-    ) -> None:
-        windowed = "backward_window" in self.memory and not self.burning
-        if kept.own or kept.share == 0 or not windowed:
-            return super().fused_backward(loops, data, kept, update)
-        like, dy, x, dx, shape, _, _, weight, dw, db, *_ = data
-        window, count = self.memory["backward_window"], self.memory["backward_step"]
-        cross_iteration_kernels().windowed_backward(
-            *(like, dy, x, dx, shape, weight, dw, db),
-            *kept.used[:, 0],
-            self.eps,
-            update,
-            window.numpy(),
-            count.numpy(),
-        )
-        return None
+    def _kernel_state(self, x: Tensor) -> tuple[Any, ...]:
+        state = super()._kernel_state(x)
+        return state if self._flow.batch is None else (*state, self._flow.batch.feed, x.detach())
 
     # --- backward -----------------------------------------------------------
 
@@ -652,7 +525,7 @@ class _CrossIterationBatchNorm(NormLayer):
         mean: Tensor,
         var: Tensor,
         batch: Batch,
-        feed: Feed | None,
+        feed: ConvCall | None,
         y: Tensor,
         source: Source | None = None,
     ) -> None:
@@ -687,7 +560,7 @@ class _CrossIterationBatchNorm(NormLayer):
         memory["position"].add_(kept).remainder_(self.window)
         memory["entries"].add_(kept).clamp_(max=self.window - 1)
 
-    def _gradients(self, feed: Feed, y: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    def _gradients(self, feed: ConvCall, y: Tensor, mean: Tensor) -> dict[str, Tensor]:
         """Gradients of a batch's own mean and variance with respect to the weights (appendix B)."""
         geometry, dtype = feed.geometry, mean.dtype
         x, y = feed.x.to(dtype), y.to(dtype)
@@ -711,7 +584,7 @@ class _CrossIterationBatchNorm(NormLayer):
             return found
 
     def _source_gradients(
-        self, feed: Feed, y: Tensor, mean: Tensor, source: Source
+        self, feed: ConvCall, y: Tensor, mean: Tensor, source: Source
     ) -> dict[str, Tensor]:
         """`_gradients` of the values that stand behind statistics, of all processes.
 
@@ -799,7 +672,7 @@ class _CrossIterationBatchNorm(NormLayer):
             square = patch_apart.unsqueeze(2) * patch_apart.unsqueeze(1)
             new["patch_covariance"] = new["patch_covariance"] + square * both
 
-    def _settle(self, new: dict[str, Tensor], feed: Feed) -> None:
+    def _settle(self, new: dict[str, Tensor], feed: ConvCall) -> None:
         """Add what the compensation subtracts: the products with the weights of this step."""
         rows = feed.rows.to(new["var"].dtype)
         grouped = rows.view(feed.geometry.groups, -1, feed.geometry.fan_in)
@@ -866,24 +739,6 @@ def _weight_of(module: nn.Module) -> Tensor:
         return centralized_weight(module)
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight
-
-
-def _tables(feed: Feed, y: Tensor, one: tuple[Array, Array]) -> tuple[Any, ...]:
-    """A geometry's taps, meetings, output sizes and paces of points, as in three dimensions."""
-    geometry, dims = feed.geometry, len(feed.geometry.kernel)
-    missing = 3 - dims
-    pairs = [patches.tables(geometry, dim, feed.x, y) for dim in range(dims)]
-    arrays = [(one[0], one[1].astype(feed.x.numpy().dtype))] * missing
-    arrays += [(taps.numpy(), met.numpy()) for taps, met in pairs]
-    paces = patches.PACES[1 + dims]
-    return (
-        tuple(taps for taps, _ in arrays),
-        tuple(met for _, met in arrays),
-        (*(1,) * missing, *y.shape[2:]),
-        (paces[0], *(0,) * missing, *paces[1:]),
-        (1,) * missing,
-        feed.rows.new_empty(0).numpy(),
-    )
 
 
 def _range(count: int, like: Tensor) -> Tensor:

@@ -1,20 +1,17 @@
 """Ghost batch normalization (Hoffer et al. 2017; four-things, section 3.2)."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anybatch.backends import statistics_dtype
-from anybatch.backends.protocol import Recipe
+from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import several, sum_processes
-from anybatch.core.statistics import Statistics
-from anybatch.layers.batch_norm import fused_groups
 
 
 class _GhostBatchNorm(NormLayer):
@@ -64,8 +61,6 @@ class _GhostBatchNorm(NormLayer):
         torch.Size([9, 4])
     """
 
-    fuses = True
-
     def __init__(
         self,
         num_features: int,
@@ -111,11 +106,8 @@ class _GhostBatchNorm(NormLayer):
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        return fused_groups(self, loops, data, groups, update)
-
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        return Recipe()
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        return MethodSpec()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}

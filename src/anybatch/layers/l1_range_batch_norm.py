@@ -1,8 +1,8 @@
 """Batch normalization by other spreads: L1 (Wu et al. 2018) and range (Banner et al. 2018)."""
 
 import math
-from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +10,11 @@ from torch.nn import functional as F
 
 from anybatch import backends
 from anybatch.backends.aten import spread
+from anybatch.backends.protocol import Formula, Gradients, NormCall, Spec, SpreadSpec, Statistics
 from anybatch.core.activation_checkpointing import hooks_on_saved
-from anybatch.core.autograd import BackwardMemory, Gradients, refuse_second_derivative
-from anybatch.core.compiled import BackwardData, ForwardData, Kept
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import Source
-from anybatch.core.statistics import Statistics
 
 _L1 = math.sqrt(math.pi / 2)
 
@@ -61,8 +59,7 @@ class _SpreadNorm(NormLayer):
     """A batch norm whose variance is the square of another spread."""
 
     pools: ClassVar[bool] = False
-    fuses_activation: ClassVar[bool] = False
-    fused_kind: ClassVar[str]
+    spread_name: ClassVar[str]
 
     @staticmethod
     def spread(values: _Values) -> Tensor:
@@ -78,10 +75,6 @@ class _SpreadNorm(NormLayer):
     def slope(values: _Values, marks: Tensor) -> Tensor:
         """Derivative of the spread by each value; 0 by those that do not contribute to it."""
         raise NotImplementedError
-
-    @property
-    def fuses(self) -> bool:  # type: ignore[override]
-        return not hooks_on_saved()  # the loops find marks by the saved input
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
@@ -99,71 +92,36 @@ class _SpreadNorm(NormLayer):
         values = _Values.of(x, sizes, source)
         return values.mean, self.spread(values).square(), values.counts
 
-    def _apply_statistics(
-        self,
-        x: Tensor,
-        cut: Partition,
-        chosen: Statistics,
-        memory: BackwardMemory | None,
-        source: Source | None = None,
-    ) -> Tensor:
-        weight, bias = self._parameters_like(chosen.var)
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        if hooks_on_saved():
+            return (
+                "hooks on saved tensors: the loops find the values that move it by the saved input"
+            )
+        return SpreadSpec(self.spread_name)
+
+    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
         marks = None
         if x.requires_grad and hooks_on_saved():
             with torch.no_grad():
                 marks = _pack(self.marks(_Values.of(x, cut.sizes, source)))
-        call = _Call(chosen, cut.sizes, self.eps, type(self), source, marks)
-        y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
-        return y
-
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        kernels_ = backends.spread_kernels()
-        kind, given = kernels_.KINDS[self.fused_kind], data[:9]  # without what a ReLU asks for
-        used = loops.table((2, 1, self.num_features))
-        ends = kernels_.ends(data[0], self.num_features)
-        constants = (self._running(), self._number(), self.eps, update)
-        kernels_.spread_forward(kind, *given, used, ends, *constants)
-        return Kept(used, ends=ends)
-
-    def fused_backward(
-        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
-    ) -> None:
-        kernels_ = backends.spread_kernels()
-        kind, given = kernels_.KINDS[self.fused_kind], data[:12]
-        kernels_.spread_backward(kind, *given, kept.used, kept.ends, self.eps)
-
-    def gradients(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        statistics: Statistics,
-        cut: Partition,
-        needs: tuple[bool, ...],
-        update: bool,
-    ) -> Gradients:
-        call = _Call(statistics, cut.sizes, self.eps, type(self), None)
-        return _gradients(dy, x, weight, call, needs)
+        return _SpreadFormula(type(self), marks)
 
 
-class _Call(NamedTuple):
-    """How one forward normalizes, and what its backward needs beside the input.
+class _SpreadFormula(NamedTuple):
+    """The gradient of a norm by another spread.
 
     Attributes:
-        statistics: See `Statistics`.
-        sizes: Examples in each group.
-        eps: Added to the squared spread.
         kind: The layer's class.
-        source: Which values contribute, and of which processes.
         marks: Packed marks of the input, where backward may get one with other last bits.
     """
 
-    statistics: Statistics
-    sizes: tuple[int, ...]
-    eps: float
     kind: type[_SpreadNorm]
-    source: Source | None
     marks: Tensor | None = None
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
+    ) -> Gradients:
+        return _gradients(dy, x, weight, self, call, needs)
 
 
 def _pack(marks: Tensor) -> Tensor:
@@ -179,37 +137,19 @@ def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     return fours.flatten()[: shape.numel()].view(shape)
 
 
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
-        if x.numel() == 0:  # of one process of several
-            return torch.empty_like(x)
-        mean, var, *_ = call.statistics
-        rows = len(call.sizes)
-        scale, shift = (
-            t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)
-        )
-        return backends.affine(x, call.sizes, mean, var, scale, shift, call.eps)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight = ctx.saved_tensors
-        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        return *_gradients(dy, x, weight, ctx.call, ctx.needs_input_grad), None
-
-
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    formula: _SpreadFormula,
+    call: NormCall,
+    needs: Sequence[bool],
 ) -> Gradients:
-    """The backward pass, see `anybatch.core.autograd.gradients`."""
-    (mean, var, *_), sizes, eps, kind, source, packed = call
-    assert mean is not None
-    share = call.statistics.share
+    """The backward pass, see `anybatch.backends.aten.backend`."""
+    assert call.statistics is not None and call.statistics.mean is not None
+    mean, var, share = call.statistics.mean, call.statistics.var, call.statistics.share
+    sizes, eps, source = call.cut[0], call.eps, call.scope
+    kind, packed = formula
     inv = torch.rsqrt(var + backends.scalar(eps))
     if x.numel():
         total, moment = backends.sums(dy, x, sizes, mean)
@@ -286,7 +226,7 @@ class _L1BatchNorm(_SpreadNorm):
         0.798
     """
 
-    fused_kind: ClassVar[str] = "l1"
+    spread_name: ClassVar[str] = "l1"
 
     @staticmethod
     def spread(values: _Values) -> Tensor:
@@ -355,7 +295,7 @@ class _RangeBatchNorm(_SpreadNorm):
         0.589
     """
 
-    fused_kind: ClassVar[str] = "range"
+    spread_name: ClassVar[str] = "range"
 
     @staticmethod
     def spread(values: _Values) -> Tensor:

@@ -1,19 +1,18 @@
 """Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
 
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.backends import is_finite
-from anybatch.backends.protocol import MOMENTUM, Recipe
+from anybatch.backends.kinds import MOMENTUM
+from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_between, check_count
-from anybatch.core.compiled import ForwardData, Kept
+from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.notices import Notice
-from anybatch.core.statistics import Statistics
 
 
 class _MomentumBatchNorm(NormLayer):
@@ -73,8 +72,6 @@ class _MomentumBatchNorm(NormLayer):
     """
 
     needs_running_stats = True
-    fuses = True
-
     rings: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
 
     def __init__(
@@ -212,31 +209,18 @@ class _MomentumBatchNorm(NormLayer):
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)
 
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        if update and (self.batch_size is None or self.progress is None):
-            self._begin(data[3][0])
-        own, used = (loops.table((2, 1, self.num_features)) for _ in range(2))
-        mean, var, count = (self.memory[name].data_ptr() for name in ("mean", "var", "count"))
-        settings = (self.memory["average_weight"].item(), 0.0, 0.0, 0.0)
-        keep = loops.forward(
-            loops.MOMENTUM,
-            *data,
-            own,
-            used,
-            self._running(),
-            (mean, var, *loops.NONE),
-            count,
-            settings,
-            self._number(),
-            self.eps,
-            update,
-        )
-        return Kept(used, own[0], 1 - keep)
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """The first batch's size may set the momentum, or it may warn."""
+        settled = self.progress is not None or self.unscheduled.given
+        return self.batch_size is not None and settled
 
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
-        if update and (self.batch_size is None or self.progress is None):
+    def meet(self, examples: int) -> None:
+        if self.batch_size is None or self.progress is None:
             self._begin(examples)
-        return Recipe(
+
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        return MethodSpec(
             MOMENTUM,
             mean=self.memory["mean"],
             var=self.memory["var"],

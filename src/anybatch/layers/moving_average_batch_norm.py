@@ -1,20 +1,18 @@
 """Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from anybatch.backends import scalar
-from anybatch.backends.protocol import AVERAGES, WINDOW, Recipe
+from anybatch.backends.kinds import AVERAGES, WINDOW
+from anybatch.backends.protocol import BackwardMemory, MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_choice, check_count
-from anybatch.core.autograd import BackwardMemory
 from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide, slide_mean
-from anybatch.core.compiled import BackwardData, ForwardData, Kept
+from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
-from anybatch.core.statistics import Statistics
 
 
 class _MovingAverageBatchNorm(NormLayer):
@@ -211,63 +209,11 @@ class _MovingAverageBatchNorm(NormLayer):
             count.add_(1)
         return average
 
-    # --- in one compiled call ------------------------------------------------
-
-    @property
-    def fuses(self) -> bool:  # type: ignore[override]
-        """Whether the compiled kernels know this form."""
-        return not self.centered
-
-    def fused(self, loops: ModuleType, data: ForwardData, groups: int, update: bool) -> Kept:
-        own, used = loops.table((2, 1, self.num_features)), loops.table((4, 1, self.num_features))
-        running, window = self._running(), loops.NONE
-        if self.forward_stats != "batch":
-            window = self.memory["window"].data_ptr(), len(self.memory["window"])
-        clip = self.clip if self.forward_stats == "ema" else 0.0
-        steps = (float(self.warmup_steps), float(self.renorm_warmup_steps))
-        warming = loops.forward(
-            loops.WINDOW,
-            *data,
-            own,
-            used,
-            running,
-            (*running[:2], *window),
-            self.memory["step"].data_ptr(),
-            (float(self.window), *steps, clip),
-            self._number(),
-            self.eps,
-            update,
-        )
-        return Kept(used, own=warming > 0, centered=False)
-
-    def fused_backward(
-        self, loops: ModuleType, data: BackwardData, kept: Kept, update: bool
-    ) -> None:
-        average, count = loops.NONE, loops.NO_COUNT
-        if self.backward_stats != "batch":
-            stored = self.memory["backward_average"]
-            average = stored.data_ptr(), stored.numel() // self.num_features
-            count = self.memory["backward_step"].data_ptr()
-        assert self.num_batches_tracked is not None
-        pace = 1 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
-        loops.backward(
-            *data,
-            kept.used,
-            kept.used[0],
-            kept.share,
-            kept.centered,
-            self.eps,
-            AVERAGES[self.backward_stats],
-            average,
-            count,
-            1.0 - pace,
-            kept.own,
-            update,
-        )
-
-    def recipe(self, examples: int, update: bool) -> Recipe | None:
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        if self.centered:
+            return "centered=True: the kernels take the uncentred form"
         memory = self.memory
-        return Recipe(
+        return MethodSpec(
             WINDOW,
             (self.clip if self.forward_stats == "ema" else 0.0, 0.0),
             (self.window, self.warmup_steps, self.renorm_warmup_steps),

@@ -1,23 +1,19 @@
 """Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
 
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch import backends
-from anybatch.backends.aten.samples import Box, Place
-from anybatch.core.activation_checkpointing import in_backward, may_run_again
+from anybatch.backends.aten.samples import Place
+from anybatch.backends.protocol import Formula, Gradients, NormCall, SampleSpec, Spec, Statistics
+from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
-from anybatch.core.autograd import BackwardMemory, refuse_second_derivative
-from anybatch.core.compiled import Array, Kept, is_plain
-from anybatch.core.fused_activation import Activation
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer, updates
+from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import Source, first_of, rank_in, size_of
-from anybatch.core.statistics import Statistics
 from anybatch.layers.sample_positions import (
     NUMBERS,
     Part,
@@ -234,7 +230,7 @@ class _SampledBatchNorm(NormLayer):
         spatial = tuple(x.shape[2:])
         if torch.compiler.is_compiling():  # a graph that holds for every draw
             return self._place(sizes, spatial, tuple(self.memory["index"]), x.device)
-        if backends.is_watched():  # positions made now are not for other calls
+        if backends.is_traced():  # positions made now are not for other calls
             return self._place(sizes, spatial, self._numbers, x.device)
         key = (sizes, spatial, x.device, self._virtual_rows())
         if key not in self._places:
@@ -297,7 +293,7 @@ class _SampledBatchNorm(NormLayer):
         """The parts of a normalization batch of which this process may have none."""
         first = min(self._virtual_rows(), rows)
         key = ("shared", rows, spatial, device, first)
-        if key not in self._places or backends.is_watched():
+        if key not in self._places or backends.is_traced():
             compiling = torch.compiler.is_compiling()
             numbers = tuple(self.memory["index"]) if compiling else self._numbers
             found: list[Part | None] = []
@@ -310,7 +306,7 @@ class _SampledBatchNorm(NormLayer):
                 if rows > first:
                     part = place(kind, shape, first, numbers, self.ratio, self.size, device)
                 found.append(part)
-            if backends.is_watched():
+            if backends.is_traced():
                 return tuple(found)
             self._places[key] = tuple(found)
         parts: tuple[Part | None, ...] = self._places[key]
@@ -344,53 +340,24 @@ class _SampledBatchNorm(NormLayer):
             self.track(mean, batch.unbiased(var))
         return Statistics(mean, var)
 
-    def _normalize_batch(
-        self,
-        x: Tensor,
-        training: bool,
-        source: Source | None = None,
-        then: Activation | None = None,
-    ) -> Tensor:
-        if training and source is None and self.step is None and not in_backward():
-            y = self._normalize_compiled(x, then)
-            if y is not None:
-                return y
-        return super()._normalize_batch(x, training, source, then)
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        parts = self._parts(x, cut.sizes)
+        if parts is None:
+            return "the sample is the whole batch"
+        if sum(part.values for part in parts[0]) < 2:
+            return "a sample of one value has no statistics"
+        key = ("tables", cut.sizes, self._virtual_rows())
+        return SampleSpec(parts[0], self._places.setdefault(key, {}))
 
-    def _normalize_compiled(self, x: Tensor, then: Activation | None) -> Tensor | None:
-        """The whole forward in compiled calls, where these can serve it."""
-        rows = x.shape[0]
-        if self.outlier_limit is not None:
+    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
+        if source is None:
+            parts = self._parts(x, cut.sizes)
+            return None if parts is None else _SampleFormula(parts, self.mix)
+        if not self.training or self.frozen:
             return None
-        if self.norm_batch_size is not None and self.norm_batch_size < rows:
-            return None
-        of_layer = self._rows()
-        loops = backends.sampled_kernels_for(x, *of_layer)
-        found = None if loops is None else self._parts(x, (rows,))
-        if found is None or sum(part.values for part in found[0]) < 2:
-            return None
-        again = may_run_again()
-        inside = then is not None and then.is_plain()
-        added = then.residual if then is not None and inside else None
-        how = (self, loops, found[0], updates.enabled, inside)
-        y: Tensor = _Compiled.apply(x, *of_layer[:2], added, how)  # type: ignore[no-untyped-call]
-        if again and self._last is not None:
-            self._recent.note(x, self._last)
-        return y if then is None or inside else then.of(y, fresh=True)
-
-    def _runs(self, loops: ModuleType, x: Tensor, parts: tuple[Part, ...]) -> Any:
-        """The parts as the compiled kernels take them."""
-        spatial = tuple(x.shape[2:])
-        key = ("runs", x.shape[0], spatial, self._virtual_rows())
-        if key not in self._places:
-            tables = [_run_table(loops, part, spatial) for part in parts]
-            shares = [part.share for part in parts]
-            counts = [part.values for part in parts]
-            if len(parts) == 1:
-                tables, shares, counts = [*tables, loops.NO_RUNS], [*shares, 0.0], [*counts, 0]
-            length = x.numel() // (x.shape[0] * x.shape[1])
-            self._places[key] = tuple(tables), tuple(shares), tuple(counts), length
-        return self._places[key]
+        spatial, group = tuple(x.shape[2:]), source.group
+        shared = [self._shared_parts(n, spatial, x.device, group) for n in cut.sizes]
+        return _SampleFormula(tuple(shared), self.mix)
 
     def _run_rule(
         self,
@@ -444,27 +411,6 @@ class _SampledBatchNorm(NormLayer):
             found.append((means, variances, counts))
         return found
 
-    def _apply_statistics(
-        self,
-        x: Tensor,
-        cut: Partition,
-        chosen: Statistics,
-        memory: BackwardMemory | None,
-        source: Source | None = None,
-    ) -> Tensor:
-        parts: tuple[tuple[Part | None, ...], ...] | None = None
-        if source is None:
-            parts = self._parts(x, cut.sizes)
-        elif self.training and not self.frozen:
-            spatial = tuple(x.shape[2:])
-            parts = tuple(self._shared_parts(n, spatial, x.device, source.group) for n in cut.sizes)
-        if parts is None:
-            return super()._apply_statistics(x, cut, chosen, memory, source)
-        weight, bias = self._parameters_like(chosen.var)
-        call = _Call(chosen, cut.sizes, parts, self.eps, source, self.mix)
-        y: Tensor = _Normalize.apply(x, weight, bias, call)  # type: ignore[no-untyped-call]
-        return y
-
     def own_arguments(self) -> Mapping[str, Any]:
         shown: dict[str, Any] = {"sample": repr(self.sample)}
         if self.sample != "virtual":
@@ -510,132 +456,27 @@ def _mean_and_var(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
     return torch.lerp(mean, other_mean, share), torch.lerp(var, other_var, share)
 
 
-def _run_table(loops: ModuleType, part: Part, spatial: tuple[int, ...]) -> Array:
-    if isinstance(part.sample, Box):
-        return loops.box_runs(*part.sample, spatial)
-    return loops.point_runs([place.cpu().numpy() for place in part.sample.where], spatial)
+class _SampleFormula(NamedTuple):
+    """The gradient of a norm by the statistics of a sample (equation 6).
 
+    Attributes:
+        parts: The parts of each normalization batch's sample; None where it has none here.
+        mix: Weight of the virtual examples.
+    """
 
-def _is_planes(x: Tensor) -> bool:
-    """Whether a channel's values are side by side."""
-    return x.is_contiguous() and x.shape[2:].numel() > 1
-
-
-def _map(x: Tensor, planes: bool) -> tuple[int, int]:
-    """Shape of a dense activation as planes or rows of channels."""
-    rows, channels = x.shape[0], x.shape[1]
-    length = x.numel() // (rows * channels)
-    return (rows * channels, length) if planes else (rows * length, channels)
-
-
-class _Compiled(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        added: Tensor | None,
-        how: "tuple[_SampledBatchNorm, ModuleType, tuple[Part, ...], bool, bool]",
-    ) -> Tensor:
-        layer, loops, parts, update, relu = how
-        y: Tensor = loops.empty_like(x)
-        planes = _is_planes(x)
-        sample = layer._runs(loops, x, parts)
-        if relu:  # whose mask is the sign of its output
-            ctx.save_for_backward(x, weight, y)
-        else:
-            ctx.save_for_backward(x, weight)
-        if added is not None:
-            added = backends.dense(added, not x.is_contiguous())
-        ctx.kept = loops.forward(
-            loops.LIKE[x.dtype],
-            x.data_ptr(),
-            y.data_ptr(),
-            _map(x, planes),
-            planes,
-            relu,
-            0 if added is None else added.data_ptr(),
-            sample,
-            x.shape[1],
-            weight.data_ptr(),
-            bias.data_ptr(),
-            layer._running(),
-            layer._number(),
-            layer.eps,
-            update,
-        )
-        layer.__dict__["_last"] = [Kept(ctx.kept.stats[:, None])]  # past the checks of a module
-        ctx.loops, ctx.parts, ctx.eps, ctx.length = loops, parts, layer.eps, sample[3]
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight, *activated = ctx.saved_tensors
-        needs, dy = ctx.needs_input_grad, dy.to(x.dtype)
-        if not is_plain(dy) or backends.is_watched():
-            mean, var = torch.from_numpy(ctx.kept.stats).to(x.dtype)
-            for y in activated:
-                dy = dy.masked_fill(y <= 0, 0)
-            own = _gradients(dy, x, weight, (mean, var, 1.0), ctx.parts, ctx.eps, needs)
-            return *own, dy if needs[3] else None, None
-        planes, loops = _is_planes(x), ctx.loops
-        last = not x.is_contiguous()
-        dy, x, weight = backends.dense(dy, last), backends.dense(x, last), weight.contiguous()
-        dx, dw, db = loops.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        y = g = None
-        if activated:
-            y = backends.dense(activated[0], last)
-            g = loops.empty_like(x) if needs[3] else None
-        dy_, x_, dx_, y_, g_ = (0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g))
-        shape, rows = _map(x, planes), (weight.data_ptr(), dw.data_ptr(), db.data_ptr())
-        how = (planes, y is not None, y_, g_, ctx.length)
-        loops.backward(loops.LIKE[x.dtype], dy_, x_, dx_, shape, *how, *rows, ctx.kept, ctx.eps)
-        grads = (dx, dw, db)
-        wanted = [grad if need else None for grad, need in zip(grads, needs[:3], strict=True)]
-        return *wanted, g, None
-
-
-class _Call(NamedTuple):
-    """How one forward normalizes, and what its backward needs beside the input."""
-
-    statistics: Statistics
-    sizes: tuple[int, ...]
     parts: tuple[tuple[Part | None, ...], ...]
-    eps: float
-    source: Source | None = None
-    mix: float = 0.5
+    mix: float
 
-
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.call = call
-        if x.numel() == 0:  # of one process of several
-            return torch.empty_like(x)
-        mean, var, *_ = call.statistics
-        rows = len(call.sizes)
-        scale, shift = (
-            t if t is None or rows == 1 else t.expand(rows, t.shape[0]) for t in (weight, bias)
-        )
-        return backends.affine(x, call.sizes, mean, var, scale, shift, call.eps)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        x, weight = ctx.saved_tensors
-        dy = dy if dy.dtype == x.dtype else dy.to(x.dtype)
-        call, needs = ctx.call, ctx.needs_input_grad
-        chosen, sizes = call.statistics, call.sizes
-        if call.source is not None:
-            return *_shared_gradients(dy, x, weight, call, needs), None
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
+    ) -> Gradients:
+        chosen, sizes = call.statistics, call.cut[0]
+        assert chosen is not None and chosen.mean is not None
+        if call.scope is not None:
+            return _shared_gradients(dy, x, weight, self, call, needs)
         if len(sizes) == 1:
             table = (chosen.mean, chosen.var, chosen.share)
-            return *_gradients(dy, x, weight, table, call.parts[0], call.eps, needs), None
+            return _gradients(dy, x, weight, table, self.parts[0], call.eps, needs)
         share = chosen.share
         pieces = [
             _gradients(
@@ -643,7 +484,7 @@ class _Normalize(torch.autograd.Function):
                 one_x,
                 weight,
                 (chosen.mean[g], chosen.var[g], share[g] if isinstance(share, Tensor) else share),
-                call.parts[g],
+                self.parts[g],
                 call.eps,
                 needs,
             )
@@ -654,7 +495,6 @@ class _Normalize(torch.autograd.Function):
             torch.cat(dxs) if needs[0] else None,
             torch.stack(dws).sum(0) if needs[1] else None,
             torch.stack(dbs).sum(0) if needs[2] else None,
-            None,
         )
 
 
@@ -663,10 +503,10 @@ def _gradients(
     x: Tensor,
     weight: Tensor | None,
     table: tuple[Tensor, Tensor, float | Tensor],
-    parts: tuple[Part, ...],
+    parts: tuple[Any, ...],
     eps: float,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs: Sequence[bool],
+) -> Gradients:
     """Equation 6: everywhere as by constants, then what passes the statistics, in the sample."""
     mean, var, share = table
     inner = needs[0] and not (isinstance(share, float) and share == 0)
@@ -729,18 +569,28 @@ def _table(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _shared_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, call: _Call, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    sample: _SampleFormula,
+    call: NormCall,
+    needs: Sequence[bool],
+) -> Gradients:
     """Equation 6 where only valid positions are sampled, or those of several processes."""
-    chosen, sizes, source = call.statistics, call.sizes, call.source
-    assert source is not None and chosen.mean is not None and chosen.counts is not None
+    chosen, sizes, source = call.statistics, call.cut[0], call.scope
+    assert (
+        chosen is not None
+        and source is not None
+        and chosen.mean is not None
+        and chosen.counts is not None
+    )
     masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)
     shape = (len(sizes), x.shape[1])
     means, variances = chosen.mean.view(shape), chosen.var.view(shape)
     given = torch.as_tensor(chosen.share, dtype=means.dtype, device=means.device)
     given = given.expand(len(sizes), 1) if given.dim() == 0 else given.view(-1, 1)
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
-    pieces = zip(dy.split(sizes), x.split(sizes), masks, call.parts, strict=True)
+    pieces = zip(dy.split(sizes), x.split(sizes), masks, sample.parts, strict=True)
     for g, (one_dy, one_x, mask, parts) in enumerate(pieces):
         mean, var = means[g], variances[g]
         if one_x.numel():
@@ -753,7 +603,7 @@ def _shared_gradients(
             dx, (dw, db) = torch.empty_like(one_x), mean.new_zeros(2, *mean.shape)
         if needs[0]:
             counts, centers = chosen.counts[g], [mean]
-            shares = _shares(counts, call.mix, mean)
+            shares = _shares(counts, sample.mix, mean)
             if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
                 own = [_part_source_moments(one_x, part, mask, source.group)[0] for part in parts]
                 middle = (torch.stack(own) * shares).sum(0)

@@ -193,7 +193,7 @@ def test_every_setting_of_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> 
         return nn.Sequential(*unit, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
 
     monkeypatch.setattr("anybatch.tools.networks.build", net)
-    monkeypatch.setattr("anybatch.backends.numba._choice", "never")  # nothing to compile first
+    monkeypatch.setattr("anybatch.backends.choice.selected", "never")  # nothing to compile first
     x, y = torch.randn(256, 3, 8, 8), torch.arange(256) % 4
     data = Dataset("some", x, y, x, y, 4)
     every = set()

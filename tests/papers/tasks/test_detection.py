@@ -51,7 +51,7 @@ METHODS = ("torch", "frozen", "bn", "mabn", "mbn", "cbn", "brn", "bgn", "gn")
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anybatch.backends.numba._choice", "never")
+    monkeypatch.setattr("anybatch.backends.choice.selected", "never")
 
 
 def scene(seed: int) -> tuple[np.ndarray, list[tuple[int, list[float]]]]:

@@ -72,7 +72,7 @@ def zipped(folder: Path, path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anybatch.backends.numba._choice", "never")
+    monkeypatch.setattr("anybatch.backends.choice.selected", "never")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from anybatch.backends.tracing import is_watched
+from anybatch.backends.tracing import is_traced
 
 _OUTSIDE = -1
 _CIRCLE = 2**31
@@ -67,6 +67,24 @@ class Geometry(NamedTuple):
             return weight.flatten(1)
         parts: Tensor = weight.unflatten(0, (self.groups, -1))
         return parts.transpose(1, 2).flatten(0, 1).flatten(1)  # (groups, out, in, ...) before
+
+
+class ConvCall(NamedTuple):
+    """What a convolution or linear layer did in this forward.
+
+    Attributes:
+        geometry: How its taps move.
+        x: Its input.
+        rows: The weights it used, one row per output channel.
+        bias: Its bias, or None.
+        output: What it put out.
+    """
+
+    geometry: Geometry
+    x: Tensor
+    rows: Tensor
+    bias: Tensor | None
+    output: Tensor
 
 
 def geometry_of(module: nn.Module) -> Geometry:
@@ -140,7 +158,7 @@ def _kept(*key: Any) -> tuple[Tensor, Tensor]:
 def tables(layer: Geometry, dim: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The input position under each tap, -1 for none, and how often each tap meets a position."""
     sizes = (y.shape[2 + dim], x.shape[2 + dim])
-    make = _make if is_watched() else _kept
+    make = _make if is_traced() else _kept
     return make(layer, dim, *sizes, x.device, x.dtype)
 
 

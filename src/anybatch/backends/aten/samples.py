@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.aten.passes import gradient, moments
-from anybatch.backends.numba import lies_last
+from anybatch.backends.layout import is_channels_last
 
 Place = int | Tensor
 _MASK = 2**31 - 1
@@ -92,7 +92,7 @@ def take_dense(x: Tensor, sample: Sample) -> Tensor:
         return values.t().contiguous().unsqueeze(0)
     if torch.compiler.is_compiling():
         return values.contiguous()
-    if not values.is_contiguous() and not (values.dim() > 3 and lies_last(values)):
+    if not values.is_contiguous() and not (values.dim() > 3 and is_channels_last(values)):
         return values.contiguous()
     return values
 

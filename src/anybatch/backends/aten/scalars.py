@@ -11,12 +11,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from anybatch.backends.tracing import is_watched
+from anybatch.backends.tracing import is_traced
 
 
 def scalar(value: float) -> Tensor:
     """A number as a 0-dim tensor, made once for all calls that nothing traces."""
-    return _make(value) if is_watched() else _keep(value)
+    return _make(value) if is_traced() else _keep(value)
 
 
 def _make(value: float) -> Tensor:

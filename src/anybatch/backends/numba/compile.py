@@ -7,22 +7,27 @@ from typing import Any
 
 from numba import njit
 
-from anybatch.backends import protocol as recipe
+from anybatch.backends import kinds
 
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
 _OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
+_COMPILES = b"import njit", b"numba.extending import", b"numba.compile import"
+
+
 def fingerprint(folder: Path, *others: Path) -> str:
-    """A number of the Python sources in a folder and others, which changes with any of them."""
+    """A number of the sources of compiled code in a folder and of others; any change changes it."""
     found = hashlib.sha256()
     for path in (*sorted(folder.glob("*.py")), *others):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
+        source = path.read_bytes()
+        if path in others or any(mark in source for mark in _COMPILES):
+            found.update(path.name.encode() + b"\0" + source)
     return found.hexdigest()[:12]
 
 
-_SOURCES = fingerprint(Path(__file__).parent, Path(recipe.__file__))
+_SOURCES = fingerprint(Path(__file__).parent, Path(kinds.__file__))
 
 
 def jit(function: Callable[..., Any]) -> Any:

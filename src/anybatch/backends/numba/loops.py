@@ -6,13 +6,9 @@ Tensors are given by their addresses (`anybatch.backends.numba.arrays`). Activat
 begin at ``starts``. One function serves all methods, so that one is compiled.
 """
 
-import math
-from functools import lru_cache
-from typing import Any
-
 import numpy as np
-from torch import Tensor
 
+from anybatch.backends.kinds import BATCH, EMA, MOMENTUM, PLAIN, RENORM, SMA, WINDOW
 from anybatch.backends.numba.arrays import LIKE, activation_at, array_at, counter_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.huge_pages import empty_like
@@ -51,7 +47,6 @@ from anybatch.backends.numba.rules import (
     unbiased,
 )
 from anybatch.backends.numba.threads import fork, is_small, parts, without_threads
-from anybatch.backends.protocol import BATCH, EMA, MOMENTUM, PLAIN, RENORM, SMA, WINDOW, Cut, walk
 
 __all__ = [
     "BATCH",
@@ -68,46 +63,15 @@ __all__ = [
     "forward",
     "is_small",
     "parts",
-    "steps_of",
     "table",
     "without_threads",
 ]
 
-Step = tuple[int, tuple[int, int, int], Any, int]
 table = np.empty  # room for statistics, of a shape
 _ZERO = np.zeros((), np.int64)
 NO_COUNT = _ZERO.ctypes.data  # of a method that counts nothing
 NONE = (0, 0)  # a window without rows
 NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
-
-
-@lru_cache(maxsize=256)
-def _starts(sizes):
-    """Where groups of examples begin, and the end."""
-    return np.cumsum([0, *sizes])
-
-
-def steps_of(x: Tensor, cut: Cut, last: bool) -> tuple[Step, ...]:
-    """Normalization batches of a dense batch: where each begins, its shape, where its groups do.
-
-    Args:
-        x: The batch.
-        cut: How it is cut.
-        last: Whether its channels are last.
-
-    Returns:
-        Of each the first byte, the shape as `forward` takes it, `starts`, and how many groups.
-    """
-    channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
-    return tuple(
-        (
-            first * example,
-            (examples, length, channels) if last else (examples, channels, length),
-            _starts(sizes),
-            len(sizes),
-        )
-        for first, _, examples, sizes in walk(cut)
-    )
 
 
 # --- forward ----------------------------------------------------------------

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
+from anybatch.backends.kinds import MOMENTUM, RENORM, WINDOW
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.protocol import MOMENTUM, RENORM, WINDOW
 
 # --- forward ----------------------------------------------------------------
 

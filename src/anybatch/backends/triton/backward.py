@@ -9,7 +9,7 @@ scale; `on` ``(4, groups, C)`` centre, factors of dy and x, and constant; `parti
 import triton
 import triton.language as tl
 
-from anybatch.backends import protocol as recipe
+from anybatch.backends import kinds
 from anybatch.backends.triton import constants as sources
 from anybatch.backends.triton.forward import get, put
 from anybatch.backends.triton.rules import arrive, earlier, finite, flow, number, push
@@ -22,11 +22,11 @@ from anybatch.backends.triton.tiles import (
     sides,
 )
 
-_PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
-_MOMENTUM: tl.constexpr = tl.constexpr(recipe.MOMENTUM)
-_BATCH: tl.constexpr = tl.constexpr(recipe.BATCH)
-_SMA: tl.constexpr = tl.constexpr(recipe.SMA)
-_EMA: tl.constexpr = tl.constexpr(recipe.EMA)
+_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
+_MOMENTUM: tl.constexpr = tl.constexpr(kinds.MOMENTUM)
+_BATCH: tl.constexpr = tl.constexpr(kinds.BATCH)
+_SMA: tl.constexpr = tl.constexpr(kinds.SMA)
+_EMA: tl.constexpr = tl.constexpr(kinds.EMA)
 _TILE: tl.constexpr = tl.constexpr(sources.TILE)
 _PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
 

@@ -13,7 +13,7 @@ groups' own; `on` ``(3, groups, C)`` mean, scale and shift; `partial` ``(2, grou
 import triton
 import triton.language as tl
 
-from anybatch.backends import protocol as recipe
+from anybatch.backends import kinds
 from anybatch.backends.triton import constants as sources
 from anybatch.backends.triton.rules import arrive, choose, factors, number, recall, remember, track
 from anybatch.backends.triton.tiles import (
@@ -28,8 +28,8 @@ from anybatch.backends.triton.tiles import (
     tile_moments,
 )
 
-_PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
-_WINDOW: tl.constexpr = tl.constexpr(recipe.WINDOW)
+_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
+_WINDOW: tl.constexpr = tl.constexpr(kinds.WINDOW)
 _TILE: tl.constexpr = tl.constexpr(sources.TILE)
 _PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
 

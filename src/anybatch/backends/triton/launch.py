@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends.protocol import EMA, PLAIN, SMA, Recipe
+from anybatch.backends.kinds import EMA, PLAIN, SMA
+from anybatch.backends.protocol import MethodSpec
 from anybatch.backends.triton.backward import backward_columns, backward_parts, backward_write
 from anybatch.backends.triton.constants import PARTS, TILE, TILES
 from anybatch.backends.triton.forward import (
@@ -92,7 +93,7 @@ def forward(
     own: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
     arrivals: Tensor,
-    recipe: Recipe,
+    spec: MethodSpec,
     layout: Layout,
     start: int,
     group: int,
@@ -111,7 +112,7 @@ def forward(
         own: Takes the groups' own, ``(2, all groups, C)``; it may be `used`.
         running: Running mean, running variance, batches tracked.
         arrivals: A whole number on the device that is 0.
-        recipe: The method.
+        spec: The method.
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
@@ -120,8 +121,8 @@ def forward(
         update: Whether state may change.
     """
     plan, groups = plan_for(layout, processors(x.device)), len(layout.sizes)
-    kind, blank, columns = recipe.kind, weight, plan.source != PARTS
-    numbers = halves((eps, pace, *recipe.numbers))
+    kind, blank, columns = spec.kind, weight, plan.source != PARTS
+    numbers = halves((eps, pace, *spec.numbers))
     source, target, partial = x, y, x
     if not columns:
         partial = weight.new_empty(2, groups * plan.parts, layout.channels)
@@ -130,7 +131,7 @@ def forward(
             forward_parts, plan, layout, (x, partial), start, KIND=kind, ACC=_type_of(weight)
         )
     alone = groups == 1 and not (kind == PLAIN and layout.sizes[0] * layout.length == 1)
-    window = recipe.window
+    window = spec.window
     forward_columns[(plan.programs * groups,)](
         source,
         target,
@@ -139,11 +140,11 @@ def forward(
         used,
         own,
         *running,
-        blank if recipe.mean is None else recipe.mean,
-        blank if recipe.var is None else recipe.var,
+        blank if spec.mean is None else spec.mean,
+        blank if spec.var is None else spec.var,
         blank if window is None else window,
-        blank if recipe.counter is None else recipe.counter,
-        blank if recipe.keep is None else recipe.keep,
+        blank if spec.counter is None else spec.counter,
+        blank if spec.keep is None else spec.keep,
         arrivals,
         *plan.sides,
         start,
@@ -153,10 +154,10 @@ def forward(
         used.shape[1],
         plan.tiles * plan.part_block[0],
         plan.parts,
-        *recipe.steps,
+        *spec.steps,
         *numbers,
         KIND=kind,
-        SMOOTH=recipe.smooth,
+        SMOOTH=spec.smooth,
         CUMULATIVE=pace < 0,
         UPDATE=update and alone,
         BLOCK_W=0 if window is None else power(window.shape[0]),
@@ -211,7 +212,7 @@ def backward(
     slopes: Tensor,
     tracked: Tensor,
     arrivals: Tensor,
-    recipe: Recipe,
+    spec: MethodSpec,
     layout: Layout,
     start: int,
     group: int,
@@ -231,7 +232,7 @@ def backward(
         slopes: Takes each group's gradients of bias and scale, ``(2, all groups, C)``.
         tracked: Batches tracked.
         arrivals: A whole number on the device that is 0.
-        recipe: The method.
+        spec: The method.
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
@@ -252,11 +253,11 @@ def backward(
             (dy, x, used, source),
             start,
             (group, used.shape[1]),
-            KIND=recipe.kind,
+            KIND=spec.kind,
             WIDTH=layout.width,
         )
-    psi = recipe.psi
-    length = psi.shape[0] if psi is not None and recipe.averages == SMA else 1
+    psi = spec.psi
+    length = psi.shape[0] if psi is not None and spec.averages == SMA else 1
     backward_columns[(plan.programs * groups,)](
         above,
         source,
@@ -265,7 +266,7 @@ def backward(
         used,
         slopes,
         weight if psi is None else psi,
-        tracked if recipe.psi_counter is None else recipe.psi_counter,
+        tracked if spec.psi_counter is None else spec.psi_counter,
         tracked,
         arrivals,
         *plan.sides,
@@ -277,9 +278,9 @@ def backward(
         plan.parts,
         length,
         *halves((eps, pace)),
-        KIND=recipe.kind,
-        AVERAGES=recipe.averages,
-        CUMULATIVE=recipe.averages == EMA and pace < 0,
+        KIND=spec.kind,
+        AVERAGES=spec.averages,
+        CUMULATIVE=spec.averages == EMA and pace < 0,
         UPDATE=update,
         WANTED=wanted,
         BLOCK_W=power(length),

@@ -9,15 +9,15 @@ writes it: `arrivals` is a number on the device that is zero between launches.
 import triton
 import triton.language as tl
 
-from anybatch.backends import protocol as recipe
+from anybatch.backends import kinds
 from anybatch.backends.triton.tiles import pool
 
-_PLAIN: tl.constexpr = tl.constexpr(recipe.PLAIN)
-_RENORM: tl.constexpr = tl.constexpr(recipe.RENORM)
-_MOMENTUM: tl.constexpr = tl.constexpr(recipe.MOMENTUM)
-_WINDOW: tl.constexpr = tl.constexpr(recipe.WINDOW)
-_SMA: tl.constexpr = tl.constexpr(recipe.SMA)
-_EMA: tl.constexpr = tl.constexpr(recipe.EMA)
+_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
+_RENORM: tl.constexpr = tl.constexpr(kinds.RENORM)
+_MOMENTUM: tl.constexpr = tl.constexpr(kinds.MOMENTUM)
+_WINDOW: tl.constexpr = tl.constexpr(kinds.WINDOW)
+_SMA: tl.constexpr = tl.constexpr(kinds.SMA)
+_EMA: tl.constexpr = tl.constexpr(kinds.EMA)
 _BAD: tl.constexpr = tl.constexpr(2**32)  # what a channel that may not be kept adds to arrivals
 
 

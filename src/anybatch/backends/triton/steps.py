@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.backends.protocol import Course, Cut, walk
+from anybatch.backends.protocol import Cut, NormCall, iter_norm_batches
 from anybatch.backends.triton import launch
 
 
@@ -16,7 +16,7 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
-    course: Course,
+    call: NormCall,
     arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalize a batch, and remember it.
@@ -26,20 +26,20 @@ def forward(
         weight: Scale.
         bias: Shift.
         running: Running mean, running variance, batches tracked.
-        course: How.
+        call: How.
         arrivals: A whole number on the device that is 0, and is again; None for a new one.
 
     Returns:
-        The output, and the statistics used, ``(rows, groups, K)``, see `Recipe`.
+        The output, and the statistics used, ``(rows, groups, K)``, see `MethodSpec`.
     """
-    recipe, columns, channels = course.recipe, course.columns, x.shape[1]
-    groups = len(course.cut[0])
+    spec, columns, channels = call.spec, call.columns, x.shape[1]
+    groups = len(call.cut[0])
     with _on(x):
-        y, used = torch.empty_like(x), weight.new_empty(recipe.rows, groups, columns)
+        y, used = torch.empty_like(x), weight.new_empty(spec.rows, groups, columns)
         own = used if columns == channels else weight.new_empty(2, groups, channels)
-        tensors = (x, y, weight, bias, used, own, running, _zero(x, arrivals), recipe)
-        for step in _steps_of(x, course):
-            launch.forward(*tensors, *step, course.pace, course.eps, course.update)
+        tensors = (x, y, weight, bias, used, own, running, _zero(x, arrivals), spec)
+        for step in _steps_of(x, call):
+            launch.forward(*tensors, *step, call.pace, call.eps, call.update)
     return y, used
 
 
@@ -49,7 +49,7 @@ def backward(
     weight: Tensor,
     used: Tensor,
     tracked: Tensor,
-    course: Course,
+    call: NormCall,
     wanted: bool,
     arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def backward(
         weight: Scale.
         used: Statistics of the forward.
         tracked: Batches tracked.
-        course: How.
+        call: How.
         wanted: Whether the input needs a gradient.
         arrivals: A whole number on the device that is 0, and is again; None for a new one.
 
@@ -72,9 +72,9 @@ def backward(
     with _on(x):
         dx = torch.empty_like(x) if wanted else x.new_empty(0)
         slopes = weight.new_empty((2, groups, *weight.shape) if groups > 1 else (2, *weight.shape))
-        state = (used, slopes, tracked, _zero(x, arrivals), course.recipe)
-        pace, eps, update = course.pace, course.eps, course.update
-        for step in _steps_of(x, course):
+        state = (used, slopes, tracked, _zero(x, arrivals), call.spec)
+        pace, eps, update = call.pace, call.eps, call.update
+        for step in _steps_of(x, call):
             launch.backward(dy, x, dx, weight, *state, *step, pace, eps, update, wanted)
     return dx, slopes if groups == 1 else slopes.sum(1)
 
@@ -83,9 +83,9 @@ def _zero(x: Tensor, arrivals: Tensor | None) -> Tensor:
     return x.new_zeros((), dtype=torch.int64) if arrivals is None else arrivals
 
 
-def _steps_of(x: Tensor, course: Course) -> tuple[tuple[launch.Layout, int, int], ...]:
-    values, columns = x.shape[2:].numel(), course.columns
-    return _steps(course.cut, course.last, x.shape[1], values, x.element_size(), columns)
+def _steps_of(x: Tensor, call: NormCall) -> tuple[tuple[launch.Layout, int, int], ...]:
+    values, columns = x.shape[2:].numel(), call.columns
+    return _steps(call.cut, call.last, x.shape[1], values, x.element_size(), columns)
 
 
 @lru_cache(maxsize=256)
@@ -96,7 +96,7 @@ def _steps(
     width, long = channels // columns, launch.needs_long(sum(cut[0]) * channels * values)
     return tuple(
         (launch.Layout(last, channels, values, itemsize, sizes, width, long), first, group)
-        for first, group, _, sizes in walk(cut)
+        for first, group, _, sizes in iter_norm_batches(cut)
     )
 
 

@@ -158,7 +158,7 @@ def _may_run(block: nn.Module, inputs: tuple[Any, ...]) -> bool:
         and len(inputs) == fusion.inputs
         and all(type(one) is Tensor for one in inputs)
         and not torch._C._is_any_autocast_enabled()
-        and not backends.is_watched()
+        and not backends.is_traced()
         and fusion.holds()
     )
 

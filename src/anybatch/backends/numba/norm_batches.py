@@ -1,0 +1,199 @@
+"""A layer's batch in the loops: one call for each of its normalization batches."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anybatch.backends.layout import dense
+from anybatch.backends.numba.arrays import LIKE
+from anybatch.backends.numba.huge_pages import empty_like
+from anybatch.backends.numba.threads import is_small, parts
+from anybatch.backends.protocol import NormCall, Statistics, iter_norm_batches
+
+Array = Any
+
+# One normalization batch as the loops take it, tensors as addresses: an empty array of the type of
+# all tensors; input; output, to be written; shape of both, (N, C, L) or (N, L, C) where channels
+# are last; whether they are; where groups of examples begin, and the end; scale; shift; threads;
+# whether a ReLU follows; what is added before it, like the input, or 0. A plain tuple, for a named
+# one takes as long to make as the kernels take for a small batch.
+ForwardData = tuple[Array, int, int, tuple[int, int, int], bool, Array, int, int, int, bool, int]
+
+# Of the backward pass: an empty array; gradient of the output; input; gradient of the input, to be
+# written where it is needed; shape of the three; whether channels are last; where groups begin, and
+# the end; scale; gradients of scale and shift, to be written; whether the input needs a gradient;
+# threads; whether a ReLU followed; its output, or 0; gradient of what was added before it, to be
+# written, or 0.
+BackwardData = tuple[
+    Array,
+    int,
+    int,
+    int,
+    tuple[int, int, int],
+    bool,
+    Array,
+    int,
+    int,
+    int,
+    bool,
+    int,
+    bool,
+    int,
+    int,
+]
+
+
+class SavedBatch(NamedTuple):
+    """Statistics of one normalization batch as arrays, see `Statistics`.
+
+    Attributes:
+        used: Rows of mean and variance, ``(2, G, K)``, or of r and d as well, ``(4, G, K)``.
+        centers: Centres ``(G, K)`` of the groups' own variances, where they are not the means.
+        share: Part of the groups' own statistics in those used.
+        own: Whether the backward statistics are the batch's own.
+        centered: Whether there is a mean.
+        ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
+            with a value.
+    """
+
+    used: Array
+    centers: Array | None = None
+    share: float = 1.0
+    own: bool = True
+    centered: bool = True
+    ends: Array | None = None
+
+    def statistics(self, like: Tensor) -> Statistics:
+        """The same as tensors, one row per group."""
+        tables = torch.from_numpy(self.used).to(like.dtype)
+        mean, var, r, d = (*tables, None, None)[:4]
+        center = None if self.centers is None else torch.from_numpy(self.centers).to(like.dtype)
+        row = [mean if self.centered else None, var, r, d if self.centered else None, center]
+        if var.shape[0] == 1:
+            row = [None if table is None else table[0] for table in row]
+        mean, var, r, d, center = row
+        assert var is not None
+        return Statistics(mean, var, r, d, center, self.share, torch.tensor(self.own))
+
+
+Forward = Callable[[NormCall, ForwardData, int, tuple[Any, ...]], SavedBatch]
+Backward = Callable[[NormCall, BackwardData, SavedBatch, Any], None]
+Step = tuple[int, tuple[int, int, int], Array, int]
+
+
+class Work(NamedTuple):
+    """How batches of one shape and layout go through the loops.
+
+    Attributes:
+        forward: Serves a normalization batch.
+        backward: Writes its gradients.
+        like: An empty array of the type of all tensors.
+        small: Whether one thread does it, and writes little.
+        steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
+            where its groups begin, and how many there are.
+    """
+
+    forward: Forward
+    backward: Backward
+    like: Array
+    small: bool
+    steps: tuple[Step, ...]
+
+
+@lru_cache(maxsize=256)
+def _starts(sizes: tuple[int, ...]) -> Array:
+    """Where groups of examples begin, and the end."""
+    return np.cumsum([0, *sizes])
+
+
+def work_for(call: NormCall, x: Tensor, forward: Forward, backward: Backward) -> Work:
+    """How a dense batch goes through the loops."""
+    channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
+    steps = tuple(
+        (
+            first * example,
+            (examples, length, channels) if call.last else (examples, channels, length),
+            _starts(sizes),
+            len(sizes),
+        )
+        for first, _, examples, sizes in iter_norm_batches(call.cut)
+    )
+    return Work(forward, backward, LIKE[x.dtype], is_small(x.numel()), steps)
+
+
+def forward(
+    call: NormCall,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    state: tuple[Any, ...],
+    relu: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
+    """See `anybatch.backends.protocol.Backend.forward`."""
+    (one, _, like, small, steps), last = call.work[1], call.last
+    y: Tensor = torch.empty_like(x) if small else empty_like(x)
+    threads = 1 if small else parts(x.numel())
+    x_, y_, w, b, added = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0
+    if residual is not None:
+        residual = dense(residual, last)
+        added = residual.data_ptr()
+    kept = []
+    for first, shape, starts, groups in steps:
+        here = added and added + first
+        data = (like, x_ + first, y_ + first, shape, last, starts, w, b, threads, relu, here)
+        kept.append(one(call, data, groups, state))
+    # The mask of a ReLU is the sign of its output.
+    return y, (y,) if relu else (), (kept, state[2])
+
+
+def backward(
+    call: NormCall,
+    context: tuple[list[SavedBatch], Tensor],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """See `anybatch.backends.protocol.Backend.backward`."""
+    (_, one, like, small, steps), last = call.work[1], call.last
+    kept, tracked = context
+    x = dense(x, last)  # what was saved on another device may come back in another layout
+    if dy.dtype is not x.dtype or dy.stride() != x.stride() or dy.is_neg():
+        dy = dense(dy, last, x.dtype)
+    weight = weight.contiguous()
+    fresh = torch.empty_like if small else empty_like
+    dx, threads, g, y_, g_ = fresh(x), 1 if small else parts(x.numel()), None, 0, 0
+    if saved:
+        y = dense(saved[0], last)
+        g = fresh(x) if needs[3] else None
+        y_, g_ = y.data_ptr(), 0 if g is None else g.data_ptr()
+    if len(steps) == 1:
+        dw, db = torch.empty_like(weight), torch.empty_like(weight)
+    else:
+        dw, db = weight.new_empty(2, len(steps), *weight.shape)
+    above, x_, dx_, w = dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr()
+    dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
+    wanted, relu = needs[0], y_ != 0
+    for (first, shape, starts, _), batch in zip(steps, kept, strict=True):
+        places = (above + first, x_ + first, dx_ + first)
+        behind = (relu, y_ and y_ + first, g_ and g_ + first)
+        how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)
+        one(call, (like, *places, *how), batch, tracked)
+        dw_, db_ = dw_ + row, db_ + row
+    if len(steps) > 1:
+        dw, db = dw.sum(0), db.sum(0)
+    return dx if wanted else None, dw if needs[1] else None, db if needs[2] else None, g
+
+
+def statistics(
+    call: NormCall, context: tuple[list[SavedBatch], Tensor], like: Tensor
+) -> list[Statistics]:
+    """See `anybatch.backends.protocol.Backend.statistics`."""
+    return [batch.statistics(like) for batch in context[0]]

@@ -1,0 +1,47 @@
+# mypy: disable-error-code="no-untyped-call"
+"""Batches of a norm by another spread: L1 and range."""
+
+import numpy as np
+from torch import Tensor
+
+from anybatch.backends.numba import spread
+from anybatch.backends.numba.norm_batches import (
+    BackwardData,
+    ForwardData,
+    SavedBatch,
+    Work,
+    work_for,
+)
+from anybatch.backends.numba.norm_batches import backward as backward
+from anybatch.backends.numba.norm_batches import forward as forward
+from anybatch.backends.numba.norm_batches import statistics as statistics
+from anybatch.backends.protocol import NormCall
+
+
+def obstacle(call: NormCall, x: Tensor) -> None:
+    """Why the loops cannot serve a batch; they can."""
+
+
+def prepare(call: NormCall, x: Tensor) -> Work:
+    """How batches of this shape and layout go through the loops."""
+    return work_for(call, x, forward_batch, backward_batch)
+
+
+def forward_batch(
+    call: NormCall, data: ForwardData, groups: int, state: tuple[Tensor, ...]
+) -> SavedBatch:
+    """The forward of one normalization batch, in one compiled call."""
+    mean, var, tracked = state
+    running = mean.data_ptr(), var.data_ptr(), tracked.data_ptr()
+    used = np.empty((2, 1, call.columns))
+    ends = spread.ends(data[0], call.columns)
+    given = data[:9]  # without what a ReLU asks for
+    constants = running, call.pace, call.eps, call.update
+    spread.spread_forward(spread.KINDS[call.spec.name], *given, used, ends, *constants)
+    return SavedBatch(used, ends=ends)
+
+
+def backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
+    """The backward of one normalization batch, in one compiled call."""
+    kind, given = spread.KINDS[call.spec.name], data[:12]
+    spread.spread_backward(kind, *given, kept.used, kept.ends, call.eps)

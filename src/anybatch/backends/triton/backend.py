@@ -1,0 +1,152 @@
+"""The backend of Triton's kernels on a GPU."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import choice
+from anybatch.backends.kinds import MOMENTUM, RENORM, WINDOW
+from anybatch.backends.layout import PLAIN_TYPES, dense, is_channels_last
+from anybatch.backends.protocol import NormCall, Rows, Statistics
+from anybatch.backends.tracing import is_traced
+
+WIDEST = 256  # channels in a group of channels, at most
+DEVICES = ("cuda",)  # the tests' interpreter is on a CPU
+TYPES = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+class TritonBackend:
+    """Triton's kernels."""
+
+    name = "triton"
+    takes_relu: frozenset[str] = frozenset()
+
+    def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
+        return memory_obstacle(x, rows) or spec_obstacle(call, x)
+
+    def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
+        return memory_obstacle(x, rows)
+
+    def prepare(self, call: NormCall, x: Tensor) -> NormCall:
+        last = x.shape[2:].numel() == 1 or not x.is_contiguous()
+        block_counter = torch.zeros((), dtype=torch.int64, device=x.device)
+        return call._replace(last=last, work=(kernels_on(x.device), block_counter))
+
+    def forward(
+        self,
+        call: NormCall,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        state: tuple[Any, ...],
+        relu: bool,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
+        kernels, block_counter = call.work
+        y, used = kernels.forward(x, weight, bias, state, call, block_counter)
+        return y, (), (used, state[2])
+
+    def backward(
+        self,
+        call: NormCall,
+        context: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        kernels, block_counter = call.work
+        dy, x = dense(dy, call.last, x.dtype), dense(x, call.last)
+        state = (*context, call, needs[0], block_counter)
+        dx, (db, dw) = kernels.backward(dy, x, weight, *state)
+        dx_or_none = dx if needs[0] else None
+        return dx_or_none, dw if needs[1] else None, db if needs[2] else None, None
+
+    def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
+        used, kind = context[0], call.spec.kind
+        table = used if used.shape[1] > 1 else used[:, 0]
+        mean, var = table[0], table[1]
+        if kind == RENORM:
+            return [Statistics(mean, var, table[2], table[3])]
+        if kind == MOMENTUM:
+            return [Statistics(mean, var, center=table[2], share=table[3])]
+        if kind == WINDOW:
+            return [Statistics(None, var, table[2], own=table[3, ..., :1] > 0)]
+        return [Statistics(mean, var)]
+
+
+def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
+    """Why a batch and the rows of its layer are not memory that kernels of a GPU can take."""
+    device = x.device
+    if device.type not in DEVICES:
+        return f"an input on {device.type}, not a CUDA device"
+    if choice.selected == "never":
+        return "use_fused('never')"
+    if is_traced():
+        return "a compiler, tracer or transform has to see torch's operators"
+    weight, bias, _, state = rows
+    if state is None:
+        return "no running statistics"
+    dtype = state.dtype
+    if type(x) is not Tensor:
+        return f"an input of class {type(x).__name__}, not torch.Tensor"
+    if TYPES.get(x.dtype) != dtype or state.device != device:
+        return f"an input of {x.dtype} on {device}, running statistics of {dtype} on {state.device}"
+    for row in (weight, bias):
+        if row is None:
+            return "no weight and bias"
+        if type(row) not in PLAIN_TYPES:
+            return f"weight or bias of class {type(row).__name__}, not torch.Tensor"
+        if row.dtype != dtype or row.device != device or not row.is_contiguous():
+            return f"weight or bias are not contiguous values of {dtype} on {device}"
+    if x.is_neg() or not (x.is_contiguous() or is_channels_last(x)):
+        return "an input with gaps in memory"
+    return device_obstacle(device)
+
+
+def spec_obstacle(call: NormCall, x: Tensor) -> str | None:
+    """Why the kernels do not take a method, whatever the batch."""
+    if call.spec.family != "rule":
+        return f"the kernels take rules, not a method of the family {call.spec.family!r}"
+    if x.shape[1] > call.columns * WIDEST:
+        return f"groups of more than {WIDEST} channels"
+    return None
+
+
+def device_obstacle(device: torch.device) -> str | None:
+    """Why there are no kernels for a device."""
+    if device.type == "cuda" and not _is_able(device):
+        return "a GPU older than Ampere, or AMD's"
+    return None if _kernels() is not None else "triton is not installed"
+
+
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The module that launches kernels, where a device is one of theirs."""
+    if device.type not in DEVICES or device_obstacle(device) is not None:
+        return None
+    return _kernels()
+
+
+@lru_cache(maxsize=64)
+def _is_able(device: torch.device) -> bool:
+    """Whether a device is one that the kernels were written for: Ampere and later."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    try:
+        from anybatch.backends.triton import steps
+    except ImportError:
+        return None
+    return steps

@@ -1,0 +1,99 @@
+"""Which backend serves a batch: chosen here, and remembered by shape and layout."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anybatch.backends import BACKENDS
+from anybatch.backends.protocol import Backend, NormCall, Rows
+from anybatch.backends.torch_library import state_of
+from anybatch.core.autograd import Pass, WithBackwardMemory, normalize, outlived
+from anybatch.core.fused_activation import Activation
+
+MOST_PLANS = 16  # shapes of batches that a layer remembers
+
+
+class ExecutionPlan(NamedTuple):
+    """How batches of one shape and layout are served, while the layer's settings do not change.
+
+    Attributes:
+        backend: Serves them.
+        calls: How the layer goes through them, without and with an update of its state.
+        dtype: Type of the batches.
+        strides: Of the batches.
+        takes_relu: Whether the backend applies a ReLU too.
+    """
+
+    backend: Backend
+    calls: tuple[NormCall, NormCall]
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    takes_relu: bool
+
+    def fits(self, x: Tensor, rows: Rows) -> bool:
+        """Whether a batch of the same shape still is one of these."""
+        if x.dtype is not self.dtype or x.stride() != self.strides or outlived(x):
+            return False
+        return self.backend.memory_obstacle(x, rows) is None
+
+
+Plans = dict[torch.Size, ExecutionPlan]
+
+
+def find_plan(call: NormCall, x: Tensor, rows: Rows) -> ExecutionPlan | None:
+    """Ask the backends in turn; None where only torch's operators serve a batch.
+
+    Args:
+        call: How the layer would go through it.
+        x: The batch.
+        rows: Weight, bias, running mean and running variance of the layer.
+    """
+    for backend in BACKENDS[:-1]:
+        if backend.supports(call, x, rows) is None:
+            call = backend.prepare(call, x)
+            calls = call._replace(update=False), call._replace(update=True)
+            takes_relu = call.spec.family in backend.takes_relu
+            return ExecutionPlan(backend, calls, x.dtype, x.stride(), takes_relu)
+    return None
+
+
+def with_plan(plans: Plans | None, x: Tensor, plan: ExecutionPlan) -> Plans:
+    """The plans with one more, or it alone where there are too many."""
+    found = {} if plans is None or len(plans) >= MOST_PLANS else plans
+    found[x.shape] = plan
+    return found
+
+
+def run_plan(
+    plan: ExecutionPlan,
+    x: Tensor,
+    rows: Rows,
+    layer: WithBackwardMemory,
+    state: tuple[Any, ...],
+    update: bool,
+    then: Activation | None = None,
+    contexts: list[Any] | None = None,
+) -> Tensor:
+    """Normalize a batch by a plan.
+
+    Args:
+        plan: The plan.
+        x: A batch that fits it.
+        rows: Weight, bias, running mean and running variance of the layer.
+        layer: The layer.
+        state: Running mean, running variance and number of batches, and what the method adds.
+        update: Whether state may change.
+        then: A ReLU that follows, or None.
+        contexts: Takes what the backend keeps of the forward; None where nobody asks.
+    """
+    inside = then is not None and plan.takes_relu and then.is_plain()
+    residual = then.residual if then is not None and inside else None
+    call = plan.calls[update]
+    if torch.compiler.is_compiling():
+        how, traced = Pass(plan.backend, call), (*state, *state_of(call.spec))
+        y = normalize(x, rows[0], rows[1], how, residual, traced)
+    else:
+        how = Pass(plan.backend, call, layer, state, inside, contexts)
+        y = normalize(x, rows[0], rows[1], how, residual)
+    return y if then is None or inside else then.of(y, fresh=True)
