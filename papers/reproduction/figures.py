@@ -81,7 +81,7 @@ def _lines(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
 
 
 def _bars(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> "Figure":
-    """A bar per row and a panel per column, a mark per seed, and a stroke for the paper's number."""
+    """Draw a bar per row and column, a mark per seed, and a stroke for the paper's number."""
     figure = blank(4 + 4 * len(size.columns), 0.42 * len(size.rows) + 1.4)
     panels = figure.subplots(1, len(size.columns), squeeze=False, sharey=True)[0]
     places = range(len(size.rows))
