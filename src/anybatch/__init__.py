@@ -24,6 +24,7 @@ from anybatch.evaluation.diagnosis.diagnose import Diagnosis, diagnose
 from anybatch.evaluation.evalnorm import EvalNorm, eval_norm
 from anybatch.evaluation.example_weighing import example_weighing, set_example_weight
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.explain import Explanation, LayerBackend, explain
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.layers import (
     Accumulation,
@@ -91,6 +92,7 @@ __all__ = [
     "Diagnosis",
     "EvalNorm",
     "ExampleWeightTuning",
+    "Explanation",
     "GammaDecay",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
@@ -98,6 +100,7 @@ __all__ = [
     "L1BatchNorm1d",
     "L1BatchNorm2d",
     "L1BatchNorm3d",
+    "LayerBackend",
     "Method",
     "MomentumBatchNorm1d",
     "MomentumBatchNorm2d",
@@ -126,6 +129,7 @@ __all__ = [
     "diagnose",
     "eval_norm",
     "example_weighing",
+    "explain",
     "fold",
     "freeze",
     "get_method",

@@ -1,5 +1,8 @@
 """Which backend serves a batch: chosen here, and remembered by shape and layout."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +42,31 @@ class ExecutionPlan(NamedTuple):
 
 
 Plans = dict[torch.Size, ExecutionPlan]
+Choice = tuple[str, dict[str, str]]  # the backend, and why those asked before it do not serve
+
+
+class _Listener(threading.local):
+    choices: list[Choice] | None = None
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def choices_made() -> Iterator[list[Choice]]:
+    """A context that lists the choices which forwards of this thread make anew."""
+    before, found = _listener.choices, list[Choice]()
+    _listener.choices = found
+    try:
+        yield found
+    finally:
+        _listener.choices = before
+
+
+def only_aten(obstacle: str) -> None:
+    """Say why only torch's operators serve a batch."""
+    if not torch.compiler.is_compiling() and _listener.choices is not None:
+        _listener.choices.append(("aten", {one.name: obstacle for one in BACKENDS[:-1]}))
 
 
 def find_plan(call: NormCall, x: Tensor, rows: Rows) -> ExecutionPlan | None:
@@ -49,13 +77,20 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows) -> ExecutionPlan | None:
         x: The batch.
         rows: Weight, bias, running mean and running variance of the layer.
     """
+    reasons: dict[str, str] = {}
+    plan = None
     for backend in BACKENDS[:-1]:
-        if backend.supports(call, x, rows) is None:
+        obstacle = backend.supports(call, x, rows)
+        if obstacle is None:
             call = backend.prepare(call, x)
             calls = call._replace(update=False), call._replace(update=True)
             takes_relu = call.spec.family in backend.takes_relu
-            return ExecutionPlan(backend, calls, x.dtype, x.stride(), takes_relu)
-    return None
+            plan = ExecutionPlan(backend, calls, x.dtype, x.stride(), takes_relu)
+            break
+        reasons[backend.name] = obstacle
+    if not torch.compiler.is_compiling() and _listener.choices is not None:
+        _listener.choices.append(("aten" if plan is None else plan.backend.name, reasons))
+    return plan
 
 
 def with_plan(plans: Plans | None, x: Tensor, plan: ExecutionPlan) -> Plans:

@@ -47,6 +47,10 @@ class NormState(_NormBase):
             self.__dict__.pop("_plans", None)
         super().__setattr__(name, value)
 
+    def forget_plans(self) -> None:
+        """Drop what is remembered of how batches are served."""
+        self._plans = None
+
     def remembered(self) -> tuple[Tensor, Tensor]:
         """Mean and variance to fall back on where a batch has none, rows ``(C,)``."""
         if self.running_mean is None or self.running_var is None:

@@ -20,7 +20,7 @@ from anybatch.backends.protocol import BackwardMemory, Formula, NormCall, Rows, 
 from anybatch.core.activation_checkpointing import Recent, in_backward, may_run_again, runs_once
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.autograd import apply_plain, normalize_by, statistics_of
-from anybatch.core.dispatch import ExecutionPlan, find_plan, run_plan, with_plan
+from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
 from anybatch.core.fused_activation import Activation, read_activation
 from anybatch.core.gradient_accumulation import Seen, StepBackward, StepMemory
 from anybatch.core.grouping import Partition, partition
@@ -386,10 +386,14 @@ class NormLayer(NormState):
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
-        if training and not recomputed and self._obstacle(cut, values, source) is None:
-            y = self._run_compiled(x, cut, update, then, again)
-            if y is not None:
-                return y
+        if training and not recomputed:
+            obstacle = self._obstacle(cut, values, source)
+            if obstacle is None:
+                y = self._run_compiled(x, cut, update, then, again)
+                if y is not None:
+                    return y
+            else:
+                only_aten(obstacle)
         live = self._live(cut, values) if source is None else None
         chosen = self._recent.find(x, _rows(cut)) if recomputed else None
         if chosen is None:
@@ -442,6 +446,7 @@ class NormLayer(NormState):
         compiling = torch.compiler.is_compiling()
         call = self._call(x, cut)
         if isinstance(call, str):
+            only_aten(call)
             return None
         plan: ExecutionPlan | None = None
         if self._plans is not None and not compiling:
