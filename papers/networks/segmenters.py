@@ -134,9 +134,7 @@ def unet(classes: int, channels: int) -> nn.Module:
     try:
         from monai.networks.nets.unet import UNet
     except ImportError as error:
-        raise ValueError(
-            "model='unet': it is MONAI's; pip install 'anybatch[segmentation]'"
-        ) from error
+        raise ValueError("model='unet': it is MONAI's; pip install 'anybatch[papers]'") from error
     # Its last layer ends in a norm: scores come from a convolution after it.
     net = UNet(
         spatial_dims=2,

@@ -40,7 +40,7 @@ def average_precision(
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise ValueError(
-            "average precision is computed by pycocotools; pip install 'anybatch[detection]'"
+            "average precision is computed by pycocotools; pip install 'anybatch[papers]'"
         ) from error
     truth = COCO()
     there = sorted({int(k) for k in targets[..., CLASS].unique().tolist() if k >= 0})

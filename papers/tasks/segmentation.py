@@ -123,7 +123,7 @@ def judges(classes: int) -> dict[str, Any]:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
     except ImportError as error:
         raise ValueError(
-            "mean IoU: torchmetrics measures it; pip install 'anybatch[segmentation]'"
+            "mean IoU: torchmetrics measures it; pip install 'anybatch[papers]'"
         ) from error
     return {
         "mean_iou": MulticlassJaccardIndex(classes, ignore_index=IGNORED),

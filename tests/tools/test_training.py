@@ -365,9 +365,6 @@ PARAMETERS = {
     "resnet50": (23_520_842, 25_557_032),
     "vgg11": (None, 132_868_840 - 2_752),
     "vgg16": (None, 138_365_992 - 4_224),
-    "densenet121": (6_956_298, 7_978_856),
-    "mobilenetv2": (2_236_682, 3_504_872),
-    "inceptionv3": (None, 23_834_568),
 }
 
 
@@ -385,12 +382,6 @@ def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
     [
         ("resnet18", 32, 4),
         ("resnet18", 224, 7),
-        ("densenet121", 32, 4),
-        ("densenet121", 224, 7),
-        ("mobilenetv2", 32, 4),
-        ("mobilenetv2", 224, 7),
-        ("inceptionv3", 32, 7),
-        ("inceptionv3", 299, 8),
     ],
 )
 def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) -> None:

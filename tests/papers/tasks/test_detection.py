@@ -457,7 +457,7 @@ def test_average_precision_of_masks() -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(ValueError, match=r"by pycocotools; pip install 'anybatch\[detection\]'"):
+    with pytest.raises(ValueError, match=r"by pycocotools; pip install 'anybatch\[papers\]'"):
         average_precision([], truth(REAL))
     monkeypatch.setitem(sys.modules, "torchvision.models.resnet", None)
     with pytest.raises(ValueError, match="torchvision is not installed; 'onestage' is"):

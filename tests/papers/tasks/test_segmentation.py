@@ -271,10 +271,10 @@ def test_a_batch_without_labels_teaches_nothing() -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
-    with pytest.raises(ValueError, match=r"torchmetrics measures it.*anybatch\[segmentation\]"):
+    with pytest.raises(ValueError, match=r"torchmetrics measures it.*anybatch\[papers\]"):
         segmentation.judges(11)
     monkeypatch.setitem(sys.modules, "monai.networks.nets.unet", None)
-    with pytest.raises(ValueError, match=r"it is MONAI's; pip install 'anybatch\[segmentation\]'"):
+    with pytest.raises(ValueError, match=r"it is MONAI's; pip install 'anybatch\[papers\]'"):
         networks.build("unet", 11, (3, 8, 8))
     reproduction._forward_flops.cache_clear()
     unet = tasks(chosen(["segmentation-unet"]), "small", (0,))  # lists go without it
