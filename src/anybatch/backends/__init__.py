@@ -1,9 +1,8 @@
-"""The passes over an activation, and nothing else.
+"""The backends: passes over an activation, forward and backward.
 
-Every method of the library is ``moments -> rule -> affine`` forward and
-``sums -> rule -> gradient`` backward. The four passes live here, one file a
-backend; the rules, small arithmetic on ``(G, C)`` tables, live in the layers.
-Kernels know nothing of layers, memories or methods.
+Every method is ``moments -> rule -> affine`` forward and ``sums -> rule -> gradient`` backward.
+`aten` has the passes as torch operators, and layers run their rules between them. `numba` and
+`triton` have passes and rules in compiled kernels.
 """
 
 from anybatch.backends.aten.elementary import example_affine, example_moments
