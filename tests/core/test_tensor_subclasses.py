@@ -138,7 +138,7 @@ def test_parameters_of_a_subclass_do_not_change_the_output(name: str) -> None:
     torch.testing.assert_close(y, F.relu(plain(x)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.parametrize("name", ["bn", "mabn"])
 def test_a_compiled_layer_takes_a_subclass(name: str) -> None:
     plain, layer = _both(name)

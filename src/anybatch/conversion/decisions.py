@@ -63,7 +63,7 @@ def is_fresh(model: nn.Module) -> bool:
 
     Returns:
         True if there are running statistics and all are initial: no batch counted, means 0,
-        variances 1. False if there are none.
+        variances 1, or on the meta device. False if there are none.
 
     Example:
         >>> norm = nn.BatchNorm1d(3)
@@ -80,8 +80,10 @@ def is_fresh(model: nn.Module) -> bool:
 def _has_initial_statistics(norm: nn.Module) -> bool:
     mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
     count = norm._buffers.get("num_batches_tracked")
-    if var is None or mean is None or var.is_meta or isinstance(mean, nn.UninitializedBuffer):
+    if var is None or mean is None or isinstance(mean, nn.UninitializedBuffer):
         return False
+    if var.is_meta:  # which holds no numbers: the recipe of the network is that of a new one
+        return True
     counted = count is not None and bool(count > 0)
     return not counted and bool((mean == 0).all()) and bool((var == 1).all())
 
@@ -301,6 +303,8 @@ def _binding_obstacle(norm: nn.Module, feeder: Feeder, module: nn.Module | None)
         return feeder.reason
     if not is_centralized(module) and not has_plain_forward(module, any_weight=True):
         return f"{feeder.name!r} computes its weight or output in its own way"
+    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+        return f"{feeder.name!r} does not know its number of inputs yet: run one batch first"
     if geometry_of(module).outputs != getattr(norm, "num_features", None):
         return f"the channels of {feeder.name!r} are not those that it normalizes"
     return None

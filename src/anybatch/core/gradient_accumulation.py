@@ -74,8 +74,18 @@ class StepMemory:
         """Move the tensors with their layer."""
         self.tensors = {name: lift(tensor) for name, tensor in self.tensors.items()}
 
-    def load(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        """Take over a checkpoint's; where it has none that fits, a new step begins."""
+    def load(
+        self, state: Mapping[str, Tensor], prefix: str, device: torch.device | None = None
+    ) -> None:
+        """Take over a checkpoint's; where it has none that fits, a new step begins.
+
+        Args:
+            state: The checkpoint.
+            prefix: What the names begin with there.
+            device: Where tensors go that are on the meta device; None leaves them there.
+        """
+        if device is not None:
+            self.apply(lambda t: torch.zeros_like(t, device=device) if t.is_meta else t)
         found = {name: state.get(prefix + name) for name in self.tensors}
         pairs = [(tensor, found[name]) for name, tensor in self.tensors.items()]
         if any(value is None or value.shape != tensor.shape for tensor, value in pairs):

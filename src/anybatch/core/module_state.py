@@ -1,7 +1,7 @@
 """State of a layer: torch's own, the memory that a method adds, and what keeps both safe."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -101,8 +101,9 @@ class NormState(_NormBase):
         return self._new_memory().long()
 
     def _device(self) -> torch.device | None:
-        tensors: Iterable[Tensor | None] = (self.weight, self.running_mean, *self.memory.values())
-        return next((t.device for t in tensors if t is not None), None)
+        tensors = [self.weight, self.running_mean, *self.memory.values()]
+        devices = [t.device for t in tensors if t is not None]
+        return next((one for one in devices if one.type != "meta"), next(iter(devices), None))
 
     def _parameters_like(self, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the type of the statistics (they may be a model's bfloat16)."""
@@ -121,16 +122,22 @@ class NormState(_NormBase):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NormState":
         def lift(t: Tensor) -> Tensor:
-            """``fn``, but for a step down to a type too coarse for statistics."""
+            """Apply ``fn``, but keep the type of statistics where ``fn`` gives a coarser one."""
+            if t.is_meta:  # there are no numbers to move
+                moved = fn(t)
+                return moved if moved.is_meta else moved.zero_()
             if t.dtype not in (torch.float32, torch.float64):
                 return fn(t)
             target = fn(t.new_empty(0))
             return t.to(target.device) if target.dtype in _LOW else fn(t)
 
+        was_meta = any(t.is_meta for t in self.memory.values())
         super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
         self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
         if self.step is not None:
             self.step.apply(lift)
+        if was_meta and not any(t.is_meta for t in self.memory.values()):
+            self.reset_memory()
         self._last, self._recent = None, Recent()
         return self
 
@@ -154,17 +161,26 @@ class NormState(_NormBase):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        super_load = super()._load_from_state_dict
+        rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {name: state_dict.get(prefix + name) for name in self.memory}
         frozen = state_dict.get(prefix + "frozen")
-        ours = {prefix + name for name in (*own, "frozen")}
         step = prefix + _STEP
-        if any(key.startswith(step) for key in state_dict):  # of a layer that may accumulate or not
+        named = {prefix + name for name in (*own, "frozen", *self._parameters, *self._buffers)}
+        steps = any(key.startswith(step) for key in state_dict)
+        if not steps and named.isdisjoint(state_dict):  # nothing of this layer
+            super_load(state_dict, *rest)
+            return
+        ours = {prefix + name for name in (*own, "frozen")}
+        if steps:  # of a layer that may accumulate or not
             memory = self.step or StepMemory(self, None)  # type: ignore[arg-type]
             ours |= {step + name for name in memory.tensors}
-        plain = {key: value for key, value in state_dict.items() if key not in ours}
-        super()._load_from_state_dict(
-            plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super_load({key: value for key, value in state_dict.items() if key not in ours}, *rest)
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        if assign:  # which buffers were is the caller's, and training writes into them
+            for name, buffer in self._buffers.items():
+                if buffer is not None and prefix + name in state_dict:
+                    self._buffers[name] = buffer.detach().clone()
         for name, tensor in self.memory.items():
             value = own[name]
             if value is not None and value.shape != tensor.shape:
@@ -172,8 +188,12 @@ class NormState(_NormBase):
                     f"size mismatch for {prefix}{name}: the checkpoint holds "
                     f"{tuple(value.shape)}, this layer {tuple(tensor.shape)}"
                 )
+            elif value is not None and assign:
+                self.memory[name] = as_plain(value).detach().to(tensor.dtype, copy=True)
             elif value is not None:
                 tensor.copy_(value)
+        if assign:
+            self._leave_meta()
         if frozen is not None:
             self.frozen, affine = (bool(flag) for flag in frozen)
             if affine:
@@ -188,10 +208,28 @@ class NormState(_NormBase):
                     f"{type(self).__name__} remembers; its memory starts fresh",
                     stacklevel=2,
                 )
+            if assign:  # as it may rewrite them
+                self._copy_parameters(state_dict, prefix)
             self._start_from_batchnorm(error_msgs, prefix)
         if self.step is not None:
-            self.step.load(state_dict, step)
+            self.step.load(state_dict, step, self._device() if assign else None)
         self._last, self._recent = None, Recent()
+
+    def _leave_meta(self) -> None:
+        """Give memory that is still on the meta device real tensors, beside the parameters."""
+        if any(tensor.is_meta for tensor in self.memory.values()):
+            device = self._device()
+            if device is not None and device.type != "meta":
+                for name, tensor in self.memory.items():
+                    if tensor.is_meta:
+                        self.memory[name] = torch.zeros_like(tensor, device=device)
+
+    def _copy_parameters(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Replace parameters that are a checkpoint's own tensors by copies."""
+        for name, value in self._parameters.items():
+            if value is not None and prefix + name in state_dict:
+                copy = value.detach().clone()
+                self._parameters[name] = nn.Parameter(copy, requires_grad=value.requires_grad)
 
     def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
         """After loading a checkpoint without this layer's memory: start it fresh."""

@@ -212,9 +212,10 @@ class _CrossIterationBatchNorm(NormLayer):
 
     def _make_rings(self) -> None:
         """One slot a step of the window, the newest one's included."""
-        if self.window is None or self.window == 1 or (self.order and self.geometry is None):
+        if self.window == 1 or (self.order and self.geometry is None):
             return
-        slots, channels = self.window, self.num_features
+        # Before the first batch tells the window it has no slots: the state's names are there.
+        slots, channels = self.window or 0, self.num_features
         shapes: dict[str, tuple[int, ...]] = {"mean": (channels,), "var": (channels,), "values": ()}
         if self.order and self.geometry is not None:
             groups, fan_in = self.geometry.groups, self.geometry.fan_in
@@ -291,6 +292,11 @@ class _CrossIterationBatchNorm(NormLayer):
             )
         if self.geometry is not None:
             raise ValueError("a layer is bound already: unbind it first")
+        if geometry.inputs < 1 or isinstance(module.weight, nn.UninitializedParameter):
+            raise ValueError(
+                f"module={module}: its number of inputs is not known yet; run one batch through "
+                "the network first"
+            )
         self.geometry = geometry
         module.register_forward_hook(self._note, with_kwargs=True)
         if parametrize.is_parametrized(module, "weight"):  # reading the weight may change it
@@ -390,7 +396,8 @@ class _CrossIterationBatchNorm(NormLayer):
         """Choose the window by the first batch."""
         feed = self._flow.feed
         self.window = recommended_window(examples)
-        self._make_rings()
+        if self.window > 1:
+            self._make_rings()
         self._flow.feed = feed
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
@@ -503,7 +510,7 @@ class _CrossIterationBatchNorm(NormLayer):
     def backward_memory(
         self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
     ) -> BackwardMemory | None:
-        if "backward_window" not in self.memory or self.burning:
+        if "backward_window" not in self.memory or self.window == 1 or self.burning:
             return None
         average = BackwardAverage(self, None, live, update)
         return lambda g, psi: (g, average(None, psi)[1])
@@ -689,11 +696,26 @@ class _CrossIterationBatchNorm(NormLayer):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         mean = state_dict.get(prefix + "mean")
-        if self.window is None and isinstance(mean, Tensor):
+        if isinstance(mean, Tensor) and len(mean) and self.window is None:
             self.window = mean.shape[0]
             self._make_rings()
+        elif isinstance(mean, Tensor) and not len(mean) and "mean" in self.memory:
+            names = (prefix + name for name in self.memory if self.memory[name].dim())
+            empty = {name: torch.zeros_like(self.memory[name[len(prefix) :]]) for name in names}
+            state_dict = {**state_dict, **empty}  # of a network that has seen no batch yet
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.burning = bool(self.memory["burning"])
+        self._flow = _Flow()
+        if not self.memory["burning"].is_meta:
+            self.burning = bool(self.memory["burning"])
+            self._check_counters()
+
+    def _check_counters(self) -> None:
+        """Empty the window where a checkpoint's counters do not fit it."""
+        slots = self.window or 1
+        position, entries = (int(self.memory[name]) for name in ("position", "entries"))
+        if not (0 <= position < slots and 0 <= entries <= slots):
+            self.memory["position"].zero_()
+            self.memory["entries"].zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_flow": _Flow()}

@@ -205,6 +205,8 @@ class _MomentumBatchNorm(NormLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        if self.memory["batch_size"].is_meta:
+            return
         weight = self.memory["average_weight"].clone()
         self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
         self.memory["average_weight"].copy_(weight)

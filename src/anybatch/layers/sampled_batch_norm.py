@@ -205,6 +205,8 @@ class _SampledBatchNorm(NormLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
         super()._load_from_state_dict(state_dict, *args)
+        if self.memory["seed"].is_meta:
+            return
         self.seed, number = (int(self.memory[name]) for name in ("seed", "draw"))
         self._draw(number)
 
