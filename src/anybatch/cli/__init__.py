@@ -20,7 +20,7 @@ from anybatch.cli.methods import methods
 from anybatch.cli.train import train
 from anybatch.cli.tune import tune
 
-__all__ = ["app", "main"]
+__all__ = ["app", "bench", "compare", "diagnose", "main", "methods", "start", "train", "tune"]
 
 app = typer.Typer(
     name="anybatch",
