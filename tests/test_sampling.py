@@ -426,7 +426,7 @@ def wrapped(form: str = "tensor", method: str = "vdn", num_virtual: int = 2, **o
 
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_lose_the_virtual_rows_in_any_nest(form: str) -> None:
-    from anybatch.conversion.producers import tensors_in
+    from anybatch.conversion.observe import tensors_in
 
     net = wrapped(form)
     x = torch.rand(5, 3, 6, 6)

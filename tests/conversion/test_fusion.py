@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 import anybatch
 from anybatch.backends import use_fused
 from anybatch.conversion import convert, fold, plan, to_batchnorm
-from anybatch.conversion.producers import NormTracer, tensors_in
+from anybatch.conversion.graph_trace import GraphTracer
+from anybatch.conversion.norm_types import is_norm
+from anybatch.conversion.observe import tensors_in
 from anybatch.conversion.relu_fusion.find import find_fusions
 from anybatch.conversion.relu_fusion.fused_block import fusions
 from anybatch.core.norm_layer import NormLayer
@@ -591,7 +593,9 @@ def test_a_compiler_sees_the_own_forward_whole(fused: nn.Module) -> None:
 
 def test_a_tracer_sees_the_own_forward(fused: nn.Module) -> None:
     assert anybatch.plan(fused, "brn").rows[1].feeder == "3.conv1"
-    graph = fx.GraphModule(fused[3], NormTracer().trace(fused[3]))
+    graph = fx.GraphModule(
+        fused[3], GraphTracer(lambda module: is_norm(module) or None).trace(fused[3])
+    )
     x = torch.randn(2, 6, 8, 8).double()
     with anybatch.no_update():
         assert torch.allclose(graph(x), fused[3](x))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anybatch.conversion import NoEffectWarning, convert, fold, plan, to_batchnorm
 from anybatch.conversion.norm_types import is_batch_norm
-from anybatch.conversion.producers import observe, tensors_in
+from anybatch.conversion.observe import observe, tensors_in
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
 from anybatch.registry import METHODS

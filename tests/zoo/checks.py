@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from anybatch.conversion import convert, plan, to_batchnorm
 from anybatch.conversion.norm_types import is_batch_norm
-from anybatch.conversion.producers import observe, tensors_in
+from anybatch.conversion.observe import observe, tensors_in
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers import VirtualDataset
 from anybatch.registry import METHODS

@@ -22,7 +22,8 @@ from anybatch.conversion.norm_types import (
     wrapper_refusal,
 )
 from anybatch.conversion.norm_with_activation import ends_in_activation
-from anybatch.conversion.producers import Feeder, find_feeders, observe, tensors_in
+from anybatch.conversion.observe import observe, tensors_in
+from anybatch.conversion.producers import Feeder, find_feeders
 from anybatch.conversion.relu_fusion.fused_block import unfuse
 from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer

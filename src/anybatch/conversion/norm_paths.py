@@ -1,7 +1,6 @@
-"""From which norms a path leads to the output that passes no other norm.
+"""Which norms have a path to the output that crosses no other norm.
 
-Two ways, as in `feeders`: a symbolic trace of the whole network, else one recorded forward on
-`example_inputs`. In both, what reaches a tensor is carried along from operation to operation.
+What reaches a tensor is carried along a graph of the network, from operation to operation.
 """
 
 from __future__ import annotations
@@ -12,25 +11,22 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from anybatch.conversion.norm_types import is_norm, norm_kind
-from anybatch.conversion.producers import (
-    FEEDING,
-    NormTracer,
-    observe,
-    only_looks,
-    tensors_in,
+from anybatch.conversion.graph_trace import (
+    FEEDING_LAYERS,
+    is_query,
+    name_of,
+    record_graph,
     trace_graph,
 )
+from anybatch.conversion.norm_types import is_norm, norm_kind
 from anybatch.core.norm_layer import NormLayer
 
 # A norm that reaches a tensor -> the operations between the two.
 _Reach = dict[nn.Module, tuple[str, ...]]
 
-_FUNCTIONS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"}
-_OPERATORS = {
+_NORM_OPERATIONS = {
+    "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm",
     "cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm", "native_group_norm",
     "native_layer_norm", "_batch_norm_with_update", "_native_batch_norm_legit",
     "_batch_norm_no_update", "_fused_rms_norm",
@@ -102,12 +98,23 @@ def find_paths(model: nn.Module, example_inputs: Any = None) -> dict[str, Paths]
     norms = {module: name for module, name in names.items() if _is_any_norm(module)}
     if model in norms:
         return {"": Paths((), called=True)}
-    graph = trace_graph(model, _Tracer())
-    if graph is not None:
-        return _read(graph, names, norms)
-    if example_inputs is None or any(is_lazy(p) for p in model.parameters()):
-        return None
-    return _record(model, names, norms, example_inputs)
+    graph = trace_graph(model, _is_traced_leaf)
+    if graph is None:
+        graph = record_graph(model, example_inputs, _is_leaf)
+    return None if graph is None else _read(graph, names, norms)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, FEEDING_LAYERS) or _is_any_norm(module)
+
+
+def _is_traced_leaf(module: nn.Module) -> bool | None:
+    """Norms and feeding layers; torch's own modules are none where norms are inside."""
+    if _is_any_norm(module):
+        return True
+    if any(_is_any_norm(part) for part in module.modules()):
+        return False
+    return isinstance(module, FEEDING_LAYERS) or None
 
 
 def _is_any_norm(module: nn.Module) -> bool:
@@ -179,40 +186,27 @@ def _step(reach: _Reach, operation: str) -> _Reach:
     return {module: (*path, operation) for module, path in reach.items()}
 
 
-# A symbolic trace
-
-
-class _Tracer(NormTracer):
-    """Goes into torch's own modules, too, where norms are inside."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if _is_any_norm(m):
-            return True
-        if any(_is_any_norm(part) for part in m.modules()):
-            return False
-        return super().is_leaf_module(m, module_qualified_name)
-
-
 def _read(
     graph: fx.Graph, names: Mapping[nn.Module, str], norms: Mapping[nn.Module, str]
 ) -> dict[str, Paths]:
-    """Carry along a traced graph, whose nodes stand in the order of execution."""
+    """Carry along a graph, whose nodes stand in the order of execution."""
     modules = {name: module for module, name in names.items()}
     carried, reaches = _Carried(norms), dict[fx.Node, _Reach]()
     for node in graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
-        reach = {} if only_looks(node) else _merge(reaches[n] for n in node.all_input_nodes)
-        name = getattr(node.target, "__name__", str(node.target)).strip("_")
+        reach = {} if is_query(node) else _merge(reaches[n] for n in node.all_input_nodes)
+        name = name_of(node)
         if node.op == "output":
             carried.leave(reach)
         elif module is not None and module in norms:
             reach = carried.through(reach, module)
-        elif node.op == "call_function" and name in _FUNCTIONS:
+        elif node.op == "call_function" and name in _NORM_OPERATIONS:
             carried.meet(reach, f"{name}()")
             reach = {}
         elif not isinstance(module, nn.Identity):
-            reach = _step(reach, name)
-        reaches[node] = reach
+            reach = _step(reach, name if module is not None else name.strip("_"))
+        aliases = [reaches[alias] for alias in node.meta.get("aliases", ())]
+        reaches[node] = _merge([reach, *aliases])
         for written in _written(node):
             reaches[written] = _merge([reaches[written], reach])
     return carried.by_name()
@@ -220,88 +214,14 @@ def _read(
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """What a node changes: the first argument of ``x.relu_()``, and what that is a view of."""
-    name = getattr(node.target, "__name__", str(node.target))
+    name = name_of(node)
     changed = node.op != "call_module" and name.endswith("_") and not name.endswith("__")
-    while changed and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while changed and (node := _looked_at(node)) is not None:  # type: ignore[assignment]
         yield node
-        changed = getattr(node.target, "__name__", str(node.target)) in _VIEWS
+        changed = name_of(node) in _VIEWS or "aliases" in node.meta
 
 
-# A recorded forward
-
-
-class _Recorder(TorchDispatchMode):
-    """Carries along one forward; a tensor and its views are one."""
-
-    def __init__(self, names: Mapping[nn.Module, str], norms: Mapping[nn.Module, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names = names
-        self.carried = _Carried(norms)
-        self.reaches: Any = WeakTensorKeyDictionary()
-        self.inside: list[_Reach] = []  # what reached the module that is running
-
-    def reach(self, value: Any) -> _Reach:
-        return _merge(self.reaches.get(_whole(t), {}) for t in tensors_in(value))
-
-    def mark(self, value: Any, reach: _Reach) -> None:
-        for tensor in tensors_in(value):
-            whole = _whole(tensor)
-            self.reaches[whole] = _merge([self.reaches.get(whole, {}), reach])
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.inside.append(self.reach((args, kwargs)))
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        reach = self.inside.pop()
-        if self.inside:
-            return
-        if module in self.carried.norms:
-            self.mark(output, self.carried.through(reach, module))
-        else:
-            self.mark(output, _step(reach, self.names[module]))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if self.inside:
-            return output
-        reach, name = self.reach((args, kwargs)), func.overloadpacket.__name__
-        if name in _OPERATORS:
-            self.carried.meet(reach, f"{name}()")
-        elif reach:
-            self.mark(output, _step(reach, name.strip("_")))
-        return output
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor if tensor._base is None else tensor._base
-
-
-def _record(
-    model: nn.Module,
-    names: Mapping[nn.Module, str],
-    norms: Mapping[nn.Module, str],
-    example_inputs: Any,
-) -> dict[str, Paths]:
-    """Run one forward in eval mode without gradients, and carry along it."""
-    recorder = _Recorder(names, norms)
-    handles: list[Any] = []
-    for module in _outermost(model, norms):
-        handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(recorder.leave))
-    try:
-        with recorder:
-            recorder.carried.leave(recorder.reach(observe(model, example_inputs)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorder.carried.by_name()
-
-
-def _outermost(model: nn.Module, norms: Mapping[nn.Module, str]) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if module in norms or isinstance(module, FEEDING):
-            yield module
+def _looked_at(node: fx.Node) -> fx.Node | None:
+    """The node whose memory an operation in place, or a view, looks into."""
+    found = node.args[0] if node.args else next(iter(node.meta.get("aliases", ())), None)
+    return found if isinstance(found, fx.Node) else None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.conversion.producers import tensors_in
+from anybatch.conversion.observe import tensors_in
 from anybatch.evaluation.batches import Shown, reading
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from anybatch.conversion.module_swap import unwrapped
-from anybatch.conversion.producers import restored
+from anybatch.conversion.observe import restored
 from anybatch.core.norm_layer import NormLayer
 
 Undo = Callable[[], None]

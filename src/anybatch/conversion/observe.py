@@ -1,0 +1,123 @@
+"""Running a network's forward without leaving a trace in the network."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def observe(model: nn.Module, example_inputs: Any) -> Any:
+    """Run a network on example inputs in evaluation mode, without gradients, and restore it.
+
+    Args:
+        model: The network.
+        example_inputs: One tensor, a tuple or list of positional arguments, or a mapping of keyword
+            arguments.
+
+    Returns:
+        What the network returns.
+
+    Raises:
+        ValueError: If the forward fails; the message holds its error.
+
+    Example:
+        >>> observe(nn.Linear(3, 2), {"input": torch.zeros(1, 3)}).shape
+        torch.Size([1, 2])
+    """
+    named = isinstance(example_inputs, Mapping)
+    kwargs = dict(example_inputs) if named else {}
+    several = isinstance(example_inputs, (tuple, list))
+    args = () if named else tuple(example_inputs) if several else (example_inputs,)
+    try:
+        with restored(model), _in_eval(model), torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"example_inputs: the model's forward failed on them with {type(error).__name__}: "
+            f"{error}. Give a tensor, a tuple of positional arguments or a mapping of keyword "
+            "arguments that the model takes."
+        ) from error
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in nested tuples, lists, mappings and dataclasses, in order.
+
+    Example:
+        >>> len(list(tensors_in((torch.zeros(1), {"a": [torch.ones(2), 3]}))))
+        2
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name))
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """A context in which every module is in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """A context that restores the model's attributes, its buffers and torch's random state."""
+    saved = [(module, _attributes(module)) for module in model.modules()]
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for buffer in model.buffers()
+        if not (is_lazy(buffer) or buffer.is_meta)
+    ]
+    devices = {b.device for b in model.buffers()} | {p.device for p in model.parameters()}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            for module, attributes in saved:
+                _restore(module, attributes)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Each attribute of a module, with a copy of the lists and dictionaries among them."""
+    plain = (list, dict, OrderedDict, set)
+    return {
+        name: (value, value.copy() if type(value) in plain else None)
+        for name, value in module.__dict__.items()
+    }
+
+
+def _restore(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
+    module.__dict__.clear()
+    for name, (value, copy) in attributes.items():
+        module.__dict__[name] = value
+        if copy is None:
+            continue
+        if isinstance(value, list):
+            value[:] = copy
+        else:
+            value.clear()
+            value.update(copy)
