@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anybatch.core.grouping import partition
 from anybatch.core.norm_layer import NormLayer
-from anybatch.evaluation.diagnosis.probe import watched
+from anybatch.evaluation.diagnosis.probe import measurable_norms
 from anybatch.tools.run import Run
 from anybatch.tools.training import Observe
 from papers.reproduction.readings import STATISTICS
@@ -57,7 +57,7 @@ class Recorder:
     """
 
     def __init__(self, run: RecordedRun, model: nn.Module, steps: int) -> None:
-        norms = list(watched(model)[0].values())
+        norms = list(measurable_norms(model)[0].values())
         if run.norm >= len(norms):
             raise ValueError(f"norm={run.norm}: give 0 to {len(norms) - 1}, the norms there are")
         self.run, self.norm, self.steps = run, cast(Any, norms[run.norm]), steps

@@ -20,7 +20,8 @@ from anybatch.conversion import (
     to_batchnorm,
 )
 from anybatch.evaluation.dataset_statistics import DatasetStatistics, dataset_statistics
-from anybatch.evaluation.diagnosis.diagnose import Diagnosis, diagnose
+from anybatch.evaluation.diagnosis.diagnose import diagnose
+from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.evaluation.evalnorm import EvalNorm, eval_norm
 from anybatch.evaluation.example_weighing import example_weighing, set_example_weight
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight

@@ -208,23 +208,13 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.running:
             return func(*args, **kwargs)
-        tensors = list(tensors_in((args, kwargs)))
-        given = tuple(map(self.node, tensors))
+        node = self.graph.call_function(func.overloadpacket, self.arguments((args, kwargs)))
+        if node.args and (func.is_view or name_of(node).endswith("_")):
+            node.meta["aliases"] = node.args[:1]
         output = func(*args, **kwargs)
-        node = self.graph.call_function(func.overloadpacket, given)
-        owners = {id(_base(tensor)): one for tensor, one in zip(tensors, given, strict=True)}
-        made = list(tensors_in(output))
-        aliases = {one: None for t in made if (one := owners.get(id(_base(t)))) is not None}
-        if aliases:
-            node.meta["aliases"] = tuple(aliases)
-        for tensor in made:
+        for tensor in tensors_in(output):
             self.nodes[tensor] = node
         return output
-
-
-def _base(tensor: Tensor) -> Tensor:
-    """The tensor that a view looks into, or the tensor itself."""
-    return tensor if tensor._base is None else tensor._base
 
 
 def _changed_in_place(value: Any) -> Any:

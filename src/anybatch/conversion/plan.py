@@ -175,7 +175,7 @@ def _notes(
     whole = (
         f"{converted} of {counted(len(decisions), 'norm')} converted; the model is {state}; "
         f"weights of {counted(centralized, 'layer')} centralized"
-        + (f"; {counted(fused, 'norm')} compute the ReLU that follows." if fused else ".")
+        + (f"; ReLUs fused into {counted(fused, 'norm')}." if fused else ".")
     )
     ignoring = [m.name for m in methods if batch_size is not None and not m.uses_batch_size]
     unused = (f"batch_size={batch_size} is not used by {', '.join(dict.fromkeys(ignoring))}.",)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.evaluation.diagnosis.diagnose import HEAD, Diagnosis, cells, diagnose, word
+from anybatch.evaluation.diagnosis.diagnose import diagnose
+from anybatch.evaluation.diagnosis.reading import HEAD, cells, word
+from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.files import write_json, write_text, write_whole
 from anybatch.tools.objective import objective

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -27,116 +26,12 @@ from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.grouping import partition
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain, on_plain
+from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread, histogram
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
-BINS = 40
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The noise of one statistic of one layer, root mean square over its channels.
-
-    Attributes:
-        measured: Standard deviation from batch to batch.
-        expected: That of batches of the same examples drawn at random, from how the examples
-            scatter; it knows of correlated positions and of heavy tails.
-        independent: That of independent Gaussian values, from their number alone.
-
-    Example:
-        >>> Spread(0.5, 0.5, 0.25).equivalent
-        4.0
-    """
-
-    measured: float
-    expected: float
-    independent: float
-
-    @property
-    def equivalent(self) -> float:
-        """The number of independent values whose mean is as noisy."""
-        return math.inf if self.measured == 0 else 1 / self.measured**2
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How often a quantity fell where, all channels together.
-
-    Attributes:
-        low: Lower end.
-        high: Upper end.
-        counts: In bins of equal width; what is outside is in none.
-        total: Of all values, those outside too.
-    """
-
-    low: float
-    high: float
-    counts: tuple[int, ...]
-    total: int
-
-
-@dataclass(frozen=True)
-class LayerNoise:
-    """What was measured of one norm.
-
-    Attributes:
-        name: Its path in the network (the first, where it has several).
-        kind: Its class.
-        channels: Channels.
-        dead: Channels that are constant, or not finite; they are left out of all that follows.
-        examples: Examples that share statistics.
-        values: Values that a channel's statistics come from.
-        effective: Independent values that are as good, for the mean.
-        mean: Noise of the mean (xi_mu); None for a norm that subtracts none.
-        var: Noise of the variance (xi_sigma), or of the second moment where there is no mean.
-        g: Noise of the backward statistic g; None without a loss or a mean.
-        psi: Noise of Psi; None without a loss.
-        output: Root mean square difference between the output of a batch's statistics and that
-            of all data's; the output's own is 1. The noise that training adds.
-        gap: The same between a batch's and the running statistics: training against evaluation.
-            None where there are no running statistics, or they are as they started.
-        stale: The same between all data's and the running statistics; None likewise.
-        stale_limit: What `stale` may be from the noise of both alone.
-        mean_histogram: Of xi_mu; None where there is no mean.
-        var_histogram: Of xi_sigma.
-    """
-
-    name: str
-    kind: str
-    channels: int
-    dead: int
-    examples: int
-    values: float
-    effective: float
-    mean: Spread | None
-    var: Spread
-    g: Spread | None
-    psi: Spread | None
-    output: float
-    gap: float | None
-    stale: float | None
-    stale_limit: float
-    mean_histogram: Histogram | None
-    var_histogram: Histogram
-
-    @property
-    def forward_values(self) -> float:
-        """Independent Gaussian values that are as noisy as the noisier of mean and variance."""
-        of_var = math.inf if self.var.measured == 0 else 2 / self.var.measured**2
-        return of_var if self.mean is None else min(self.mean.equivalent, of_var)
-
-    @property
-    def backward_values(self) -> float | None:
-        """The same on the way back, of the noisier of g and Psi; None without a loss."""
-        found = [spread.equivalent for spread in (self.g, self.psi) if spread is not None]
-        return min(found) if found else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        derived = {"forward_values": self.forward_values, "backward_values": self.backward_values}
-        return {**asdict(self), **derived}
-
-
-class Watch:
+class NormProbe:
     """Collects what goes into one norm, and the gradient of what comes out.
 
     Args:
@@ -306,8 +201,8 @@ class Watch:
             gap=gap,
             stale=stale,
             stale_limit=max(0.1, 3 * output * math.sqrt(1 / len(means) + self._averaging())),
-            mean_histogram=_histogram(xi_mean[:, alive], plain.mean_std) if self.centered else None,
-            var_histogram=_histogram(xi_var[:, alive], plain.var_std, plain.var_mean),
+            mean_histogram=histogram(xi_mean[:, alive], plain.mean_std) if self.centered else None,
+            var_histogram=histogram(xi_var[:, alive], plain.var_std, plain.var_mean),
         )
 
     @property
@@ -347,7 +242,7 @@ class Watch:
 
 
 def _probed(output: Tensor, *what: Any) -> Tensor:
-    probed: Tensor = _Probe.apply(output, *what)  # type: ignore[no-untyped-call]
+    probed: Tensor = _GradientProbe.apply(output, *what)  # type: ignore[no-untyped-call]
     return probed
 
 
@@ -363,7 +258,7 @@ def _forward_of_any_batch(norm: _BatchNorm, input: Tensor) -> Tensor:
     return F.batch_norm(input, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-class _Probe(torch.autograd.Function):
+class _GradientProbe(torch.autograd.Function):
     """Hands a norm's output on, and shows the gradient that comes back."""
 
     @staticmethod
@@ -373,17 +268,17 @@ class _Probe(torch.autograd.Function):
         goal: Tensor,
         given: Tensor,
         moments: tuple[Tensor, Tensor] | None,
-        watch: Watch,
+        probe: NormProbe,
     ) -> Tensor:
         ctx.save_for_backward(given.detach(), goal)
-        ctx.moments, ctx.watch = moments, watch
+        ctx.moments, ctx.probe = moments, probe
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         given, goal = ctx.saved_tensors
         if ctx.moments is not None:
-            ctx.watch.backward(dy.detach(), given, *ctx.moments)
+            ctx.probe.backward(dy.detach(), given, *ctx.moments)
         return dy, torch.zeros_like(goal), None, None, None
 
 
@@ -397,7 +292,7 @@ def second_moment_noise(values: float) -> theory.Noise:
     return theory.Noise(math.sqrt(1 / values), 1.0, math.sqrt(2 / values))
 
 
-def watched(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+def measurable_norms(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     """The batch norms of a network that can be measured, and what cannot be, in words.
 
     Raises:
@@ -459,13 +354,3 @@ def _rms(variances: Tensor, alive: Tensor) -> float:
 
 def _root(square: Tensor) -> float:
     return float(square.sqrt())
-
-
-def _histogram(xi: Tensor, std: float, center: float = 0.0) -> Histogram:
-    low, high = center - 4 * std, center + 4 * std
-    if center:
-        low = max(low, 0.0)
-    if high <= low:
-        high = low + 1.0
-    counts = torch.histc(xi.flatten(), BINS, low, high)
-    return Histogram(low, high, tuple(int(count) for count in counts), xi.numel())

@@ -1,33 +1,41 @@
-"""A diagnosis for the eye: a figure and an HTML page."""
+"""A diagnosis as a figure and as an HTML page."""
 
 from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from anybatch import __version__, theory
-from anybatch.evaluation.diagnosis.probe import Histogram, LayerNoise, Spread, second_moment_noise
+from anybatch.evaluation.diagnosis.layer_noise import Histogram, LayerNoise, Spread
+from anybatch.evaluation.diagnosis.probe import second_moment_noise
 from anybatch.evaluation.html_pages import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from anybatch.evaluation.diagnosis.diagnose import Diagnosis
-
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"  # Okabe and Ito's
 _EXTRA = "pip install 'anybatch[tools]'"
 NAMED = 24  # norms, up to which their names stand below a plot
 
 
-def figure(diagnosis: Diagnosis) -> Figure:
+class Measured(Protocol):
+    """A diagnosis, as far as a figure needs it."""
+
+    @property
+    def layers(self) -> tuple[LayerNoise, ...]:
+        """The norms that were measured."""
+
+
+def figure(measured: Measured) -> Figure:
     """Noise of the four statistics of each norm, and the distributions of the noisiest.
 
     Args:
-        diagnosis: What was measured.
+        measured: What was measured.
 
     Returns:
         The figure.
@@ -36,7 +44,7 @@ def figure(diagnosis: Diagnosis) -> Figure:
         from matplotlib.figure import Figure  # no window, no state: nothing is opened
     except ImportError as error:
         raise ImportError(f"a plot needs Matplotlib: {_EXTRA}") from error
-    layers = diagnosis.layers
+    layers = measured.layers
     backward = any(layer.psi is not None for layer in layers)
     rows = 3 if backward else 2
     tall = 0.6 if len(layers) <= NAMED else 0.0
@@ -115,25 +123,25 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def page(diagnosis: Diagnosis) -> str:
+def page(measured: Measured, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """The diagnosis as one HTML page.
 
     Args:
-        diagnosis: What was measured.
+        measured: What was measured.
+        head: Titles of the table's columns.
+        rows: The reading of each norm with the texts of its row.
 
     Returns:
         The page; it needs no other file.
     """
-    from anybatch.evaluation.diagnosis.diagnose import HEAD, cells, word
-
     buffer = io.BytesIO()
-    figure(diagnosis).savefig(buffer, format="png", dpi=120)
+    figure(measured).savefig(buffer, format="png", dpi=120)
     return render(
         "anybatch.evaluation",
         "diagnosis.html.j2",
-        diagnosis=diagnosis,
-        head=HEAD,
-        rows=[(word(layer), cells(layer)) for layer in diagnosis.layers],
+        diagnosis=measured,
+        head=head,
+        rows=rows,
         picture=base64.b64encode(buffer.getvalue()).decode("ascii"),
         versions=f"anybatch {__version__}, torch {torch.__version__}",
     )

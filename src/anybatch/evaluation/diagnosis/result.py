@@ -1,0 +1,109 @@
+"""The result of `diagnose`: data, a table, a figure and an HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anybatch.core.text_tables import text_table
+from anybatch.evaluation.diagnosis.layer_noise import LayerNoise
+from anybatch.evaluation.diagnosis.reading import HEAD, Reading, Word, cells, word
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found; print it for a table.
+
+    Attributes:
+        layers: One `LayerNoise` a norm, in the order of the network.
+        batch_size: Examples in a batch.
+        batches: Batches seen.
+        train_loss: Mean loss with the batches' statistics; None without a loss.
+        eval_loss: Mean loss of the same batches in evaluation mode; None without a loss or where
+            running statistics are as they started.
+        reading: What the numbers say.
+        notes: What else a reader must know.
+    """
+
+    layers: tuple[LayerNoise, ...]
+    batch_size: int
+    batches: int
+    train_loss: float | None
+    eval_loss: float | None
+    reading: Reading
+    notes: tuple[str, ...] = ()
+
+    def word(self, layer: LayerNoise) -> Word:
+        """The reading of one norm."""
+        return word(layer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain lists and dictionaries, ready for json.
+
+        Returns:
+            A dictionary; numbers that are not finite are None.
+        """
+        layers = [{**layer.to_dict(), "reading": word(layer)} for layer in self.layers]
+        reading = {**asdict(self.reading), "options": dict(self.reading.options)}
+        rest = {n: getattr(self, n) for n in ("batch_size", "batches", "train_loss", "eval_loss")}
+        found = {**rest, "reading": reading, "notes": self.notes, "layers": layers}
+        return _plain(found)  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        table = text_table(HEAD, map(cells, self.layers))
+        return "\n".join([table, "", *self.reading.sentences, *self.notes])
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a figure of the noise of every norm, and the distributions of the noisiest.
+
+        Args:
+            path: of the file; its ending says which kind (.png, .svg, .pdf).
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: Matplotlib is missing.
+        """
+        from anybatch.evaluation.diagnosis.report import figure
+
+        figure(self).savefig(path, dpi=144)
+        return Path(path)
+
+    def report(self, path: str | Path) -> Path:
+        """Write all of it as one HTML file that needs no other.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: Matplotlib or Jinja is missing.
+        """
+        path = Path(path)
+        path.write_text(self.page(), encoding="utf-8")
+        return path
+
+    def page(self) -> str:
+        """What `report` writes.
+
+        Returns:
+            The HTML.
+        """
+        from anybatch.evaluation.diagnosis.report import page
+
+        return page(self, HEAD, [(word(layer), cells(layer)) for layer in self.layers])
+
+
+def _plain(data: Any) -> Any:
+    """Data as JSON knows it: lists, and None for numbers that are not finite."""
+    if isinstance(data, Mapping):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
