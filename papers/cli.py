@@ -10,7 +10,7 @@ from anybatch.cli.console import Command, console, errors, plain_errors, start, 
 from anybatch.cli.options import AsJson, Device, Root, starting_with
 from anybatch.cli.progress import progress_bars, show_runs
 from anybatch.cli.settings import check_device, count_workers, parse_seeds
-from anybatch.tools.report import terminal_table
+from anybatch.tools.report_files import terminal_table
 
 if TYPE_CHECKING:
     from papers.reproduction.spec import Reproduction, Task

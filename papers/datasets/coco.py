@@ -25,7 +25,7 @@ CLASS, BOX, CROWD = 0, slice(1, 5), 5  # columns of a target
 COLUMNS = 6
 
 
-class Part(NamedTuple):
+class AnnotatedFiles(NamedTuple):
     """Training or held-out images.
 
     Attributes:
@@ -55,7 +55,7 @@ class AnnotatedImages(ImageFiles):
         width: Likewise.
     """
 
-    def __init__(self, part: Part, side: int, height: int, width: int) -> None:
+    def __init__(self, part: AnnotatedFiles, side: int, height: int, width: int) -> None:
         super().__init__([], side)
         self.part, self.height, self.width = part, height, width
         self._kept: dict[str, Tensor] = {}
@@ -69,7 +69,7 @@ class AnnotatedImages(ImageFiles):
 
     def __getitem__(self, index: slice | Tensor) -> "AnnotatedImages":
         chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        part = Part(
+        part = AnnotatedFiles(
             [self.part.files[k] for k in chosen],
             [self.part.sizes[k] for k in chosen],
             self.part.targets[list(chosen)],
@@ -230,7 +230,7 @@ def _classes(root: Path, train: Mapping[str, Any], test: Mapping[str, Any]) -> d
 
 def _part(
     place: Place, part: str, data: Mapping[str, Any], classes: Mapping[int, int], side: int
-) -> Part:
+) -> AnnotatedFiles:
     try:
         images = {int(i["id"]): i for i in data["images"]}
         boxes: dict[int, list[Any]] = {number: [] for number in images}
@@ -253,7 +253,7 @@ def _part(
     for k, row in enumerate(rows):
         if row:
             targets[k, : len(row)] = torch.tensor([numbers for numbers, _ in row])
-    return Part(files, sizes, targets, [[outline for _, outline in row] for row in rows])
+    return AnnotatedFiles(files, sizes, targets, [[outline for _, outline in row] for row in rows])
 
 
 def _image(place: Place, part: str, name: str) -> Place:

@@ -20,7 +20,7 @@ _LARGEST = 5.0  # logarithm of a distance in strides
 _SCORE, _OVERLAP, _CANDIDATES, _MOST = 0.05, 0.6, 300, 100
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """Objects that a detector found in an image, best first.
 
     Attributes:
@@ -147,7 +147,7 @@ class OneStage(nn.Module):
         said = Places(*(part.float() for part in self(x)))
         return loss(said, targets.boxes)
 
-    def find(self, x: Tensor) -> list[Found]:
+    def find(self, x: Tensor) -> list[Detections]:
         """Return the objects in each image."""
         said = Places(*(part.float() for part in self(x)))
         return [_found(Places(*parts)) for parts in zip(*said, strict=True)]
@@ -260,7 +260,7 @@ def focal(logits: Tensor, wanted: Tensor) -> Tensor:
     return weight * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
 
-def _found(said: Places) -> Found:
+def _found(said: Places) -> Detections:
     """Return the objects in one image: the best places, with non-maximum suppression."""
     height, width = said.classes.shape[1:]
     points = grid(height, width, said.classes.device)
@@ -272,4 +272,4 @@ def _found(said: Places) -> Found:
     limits = torch.tensor([width, height, width, height], device=chosen.device) * _STRIDE
     chosen = torch.minimum(chosen.clamp(min=0), limits)
     kept = boxes.suppress(chosen, scores, labels, _OVERLAP)[:_MOST]
-    return Found(chosen[kept], scores[kept], labels[kept])
+    return Detections(chosen[kept], scores[kept], labels[kept])

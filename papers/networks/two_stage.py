@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from papers.datasets.coco import BOX, CLASS, CROWD
-from papers.networks.one_stage import Found, Targets
+from papers.networks.one_stage import Detections, Targets
 
 _CHANNELS, _HIDDEN = 256, 1024
 
@@ -52,10 +52,10 @@ class TwoStage(nn.Module):
         losses: dict[str, Tensor] = self(x, _as_torchvision(targets))
         return torch.stack([one.float() for one in losses.values()]).sum()
 
-    def find(self, x: Tensor) -> list[Found]:
+    def find(self, x: Tensor) -> list[Detections]:
         """Return the objects in each image."""
         return [
-            Found(
+            Detections(
                 one["boxes"].float(),
                 one["scores"].float(),
                 one["labels"] - 1,

@@ -11,12 +11,12 @@ from anybatch.tools.machine import machine
 from anybatch.tools.objective import objective
 from anybatch.tools.processes import Busy, OnProgress, holding, in_processes
 from anybatch.tools.training import OnEpoch, train
+from papers.paper_run import PaperRun
 from papers.reproduction.costs import measure_costs
 from papers.reproduction.recording import record
 from papers.reproduction.runs import CostRun, Job, job_of
 from papers.reproduction.spec import Task, reproductions
 from papers.reproduction.store import SCHEMA, Row, Store
-from papers.run import PaperRun
 from papers.studies.example_weight import tuned_on_halves
 
 ROWS = "results.jsonl"

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from anybatch.tools import figures, report
+from anybatch.tools import figures, report_files
 from anybatch.tools.files import write_bytes, write_text
 from papers.reproduction import figures as reproduced_figures
 from papers.reproduction.results import Grid, as_data, backing, checked, columns_of, grid
@@ -99,7 +99,7 @@ def write_report(
         The path of the report.
     """
     images = {one.name: _image(one, size, rows) for one in wanted}
-    return report.write_report(
+    return report_files.write_report(
         folder,
         "reproduction.html.j2",
         ("report.json", [as_data(one, size, rows) for one in wanted]),
@@ -264,7 +264,7 @@ def section_table(part: Section) -> Any:
     """Build the table of a section for the terminal."""
     one = part.one
     unit = "" if one.unit in MEASURED else f": {one.unit} (%)"
-    return report.terminal_table(
+    return report_files.terminal_table(
         part.grid.head,
         part.grid.rows,
         title=f"{one.paper}, {one.source}, {_SIZE_NAMES[part.size].lower()}{unit}",

@@ -34,7 +34,7 @@ STATISTICS = ("mean", "variance", "second moment", "g", "Psi")
 NOISE = ("error", "average's error", "spread", "values", "distance")
 
 
-class Reading(NamedTuple):
+class MeasuredValue(NamedTuple):
     """A number that was measured, and how it is written.
 
     Attributes:
@@ -46,7 +46,9 @@ class Reading(NamedTuple):
     text: str
 
 
-def of_costs(result: Mapping[str, Any], run: CostRun, label: str, measure: str) -> Reading | None:
+def of_costs(
+    result: Mapping[str, Any], run: CostRun, label: str, measure: str
+) -> MeasuredValue | None:
     """Return the cost of a method as a part of the first one's.
 
     Args:
@@ -68,9 +70,9 @@ def of_costs(result: Mapping[str, Any], run: CostRun, label: str, measure: str) 
     if asked.speed:
         middle, low, high = 1 / middle, 1 / high, 1 / low
     if label == run.methods[0][0]:
-        return Reading(1.0, f"1 = {_amount(row['value'], row['unit'], asked.speed)}")
+        return MeasuredValue(1.0, f"1 = {_amount(row['value'], row['unit'], asked.speed)}")
     spread = f" ({low:.2f} to {high:.2f})" if asked.speed else ""
-    return Reading(middle, f"{middle:.2f}{spread}" if asked.speed else f"{middle:.3f}")
+    return MeasuredValue(middle, f"{middle:.2f}{spread}" if asked.speed else f"{middle:.3f}")
 
 
 def _amount(value: float, unit: str, speed: bool) -> str:
@@ -86,7 +88,7 @@ def _amount(value: float, unit: str, speed: bool) -> str:
     return f"{value:.3g} {unit}"
 
 
-def of_noise(result: Mapping[str, Any], run: RecordedRun, measure: str) -> Reading:
+def of_noise(result: Mapping[str, Any], run: RecordedRun, measure: str) -> MeasuredValue:
     """A number of the statistics that a training recorded.
 
     ::
@@ -116,7 +118,7 @@ def of_noise(result: Mapping[str, Any], run: RecordedRun, measure: str) -> Readi
         whole = statistics.fmean(series[f"{statistic}, whole"])
         which = "average" if quantity == "average's error" else "batch"
         error = statistics.fmean(series[f"{statistic}, error of {which}"]) / whole
-        return Reading(error, f"{error:.2f}")
+        return MeasuredValue(error, f"{error:.2f}")
     means, variances = series["mean"], series["variance"]
     unit = statistics.fmean(variances)
     if statistic == "mean":
@@ -125,11 +127,11 @@ def of_noise(result: Mapping[str, Any], run: RecordedRun, measure: str) -> Readi
         spread, _ = _spread(variances, unit)
         values = 2 / spread**2 if spread else math.inf
     if quantity == "spread":
-        return Reading(spread, f"{spread:.3f}")
+        return MeasuredValue(spread, f"{spread:.3f}")
     if quantity == "values":
-        return Reading(values, f"{values:.0f}")
+        return MeasuredValue(values, f"{values:.0f}")
     found = distance(means if statistic == "mean" else variances, statistic == "variance")
-    return Reading(found, f"{found:.3f} (random: {1.36 / len(means) ** 0.5:.3f})")
+    return MeasuredValue(found, f"{found:.3f} (random: {1.36 / len(means) ** 0.5:.3f})")
 
 
 def _spread(values: Sequence[float], unit: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anybatch.tools.objective import objective
-from papers.reproduction.readings import Reading, of_costs, of_noise
+from papers.reproduction.readings import MeasuredValue, of_costs, of_noise
 from papers.reproduction.runs import CostRun, RecordedRun, job_of, trained
 from papers.reproduction.spec import MEASURED, Cell, Number, Reproduction, Size
 from papers.reproduction.store import Row
@@ -111,7 +111,7 @@ def _measured(cell: Cell, seeds: int, found: list[Row]) -> Value | None:
     return Value(values, seeds, ids, there[0][0].text)
 
 
-def _reading(cell: Cell, result: Mapping[str, Any]) -> Reading | None:
+def _reading(cell: Cell, result: Mapping[str, Any]) -> MeasuredValue | None:
     if isinstance(cell.run, CostRun):
         return of_costs(result, cell.run, cell.row, cell.measure)
     assert isinstance(cell.run, RecordedRun)

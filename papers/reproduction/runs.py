@@ -7,7 +7,7 @@ from typing import Any
 
 from anybatch.registry import get_method
 from anybatch.tools.run import BASELINE, Option
-from papers.run import PaperRun
+from papers.paper_run import PaperRun
 
 KEEPS = ("channel", "norms")
 Entry = tuple[str, str, tuple[Option, ...]]

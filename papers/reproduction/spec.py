@@ -9,9 +9,9 @@ from typing import Any
 
 from anybatch.core.arguments import closest
 from anybatch.tools.objective import objective
+from papers.paper_run import PaperRun
 from papers.reproduction.readings import COSTS, NOISE, STATISTICS
 from papers.reproduction.runs import CostRun, Job, RecordedRun, trained
-from papers.run import PaperRun
 
 FOLDER = Path(__file__).parents[1] / "specs"
 SIZES = ("small", "paper")

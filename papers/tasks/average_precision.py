@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from papers.datasets.coco import BOX, CLASS, CROWD
-from papers.networks.one_stage import Found
+from papers.networks.one_stage import Detections
 
 NUMBERS = ("average_precision", "average_precision_50", "average_precision_75")
 
 
 def average_precision(
-    found: Sequence[Found], targets: Tensor, masks: Sequence[Tensor] | None = None
+    found: Sequence[Detections], targets: Tensor, masks: Sequence[Tensor] | None = None
 ) -> dict[str, float]:
     """Average precision at intersections over union from 0.5 to 0.95, and at 0.5 and 0.75.
 
@@ -82,7 +82,7 @@ def _true(targets: Tensor, masks: Sequence[Tensor] | None) -> Iterator[dict[str,
             yield one
 
 
-def _guessed(found: Sequence[Found]) -> Iterator[dict[str, Any]]:
+def _guessed(found: Sequence[Detections]) -> Iterator[dict[str, Any]]:
     for image, one in enumerate(found):
         corner, far = one.boxes[:, :2], one.boxes[:, 2:]
         sides = torch.cat([corner, far - corner], 1).tolist()

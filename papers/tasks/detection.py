@@ -10,8 +10,8 @@ from anybatch.tools.data import Dataset, noisy, shuffled
 from anybatch.tools.precision import precision
 from anybatch.tools.run import Run
 from papers.datasets.coco import BOX, AnnotatedImages
-from papers.networks.one_stage import Found, Targets
-from papers.run import PaperRun
+from papers.networks.one_stage import Detections, Targets
+from papers.paper_run import PaperRun
 from papers.tasks.average_precision import average_precision
 
 
@@ -21,7 +21,7 @@ class Detector(Protocol):
     def loss(self, x: Tensor, targets: Targets) -> Tensor:
         """The loss on images ``(N, 3, height, width)``, with a gradient."""
 
-    def find(self, x: Tensor) -> list[Found]:
+    def find(self, x: Tensor) -> list[Detections]:
         """Return the objects in each image, in evaluation mode."""
 
 
@@ -111,7 +111,7 @@ def evaluate(
     """
     model.eval()
     images = _images(data.test_x)
-    found: list[Found] = []
+    found: list[Detections] = []
     masks: list[Tensor] | None = [] if finds_masks(run) else None
     with torch.no_grad(), precision(run):
         for start in range(0, len(images), size):

@@ -9,7 +9,7 @@ from anybatch.conversion import convert
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.tools.objective import Where
 from anybatch.tools.run import Run
-from papers.run import FROZEN, PaperRun
+from papers.paper_run import FROZEN, PaperRun
 
 _GROUPS = 8  # of the group norms of a fresh body whose heads alone have the run's method
 

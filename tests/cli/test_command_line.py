@@ -122,7 +122,7 @@ def test_the_report_escapes_what_it_shows(compared: Path, tmp_path: Path) -> Non
         results[row["key"]] = row
     lines = table(comparison, results)
     command = "anybatch compare --root '<script>alert(1)</script>'"
-    report.write(report.Outcome(comparison, lines, results, {}, command, 1.0), tmp_path)
+    report.write(report.FinishedComparison(comparison, lines, results, {}, command, 1.0), tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;" in text

@@ -97,7 +97,9 @@ def bench(
             show = show_parts(bars, f"batch {one.examples}: ")
             found.append(costs(one, variants, show))
             seconds = time.perf_counter() - start
-            outcome = bench_report.Outcome(benches[: len(found)], found, typed_command(), seconds)
+            outcome = bench_report.FinishedBench(
+                benches[: len(found)], found, typed_command(), seconds
+            )
             page = bench_report.write(outcome, folder)
     if given["as_json"]:
         print((folder / "bench.json").read_text(encoding="utf-8"), end="")

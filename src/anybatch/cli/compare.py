@@ -111,7 +111,7 @@ def compare(
                 torch.set_num_threads(1)  # as the runs had
             with quiet:
                 times = time_steps(timed, loaded)
-        outcome = report.Outcome(
+        outcome = report.FinishedComparison(
             comparison,
             table(comparison, results),
             results,

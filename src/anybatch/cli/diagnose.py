@@ -72,7 +72,7 @@ def diagnose(
         anybatch diagnose --data imagefolder --root images --model resnet18
         --checkpoint weights.pt --batch-size 8
     """
-    from anybatch.tools import diagnose as diagnosis
+    from anybatch.tools import diagnose_run as diagnosis
     from anybatch.tools.files import output_folder
 
     given = read_settings(context, config)

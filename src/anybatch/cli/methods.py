@@ -11,7 +11,7 @@ from anybatch.registry import METHODS
 @plain_errors()
 def methods(as_json: AsJson = False) -> None:
     """List the methods, what they do and when to use them."""
-    from anybatch.tools.report import terminal_table
+    from anybatch.tools.report_files import terminal_table
 
     if as_json:
         names = [f.name for f in fields(next(iter(METHODS.values()))) if f.name != "builder"]

@@ -9,7 +9,7 @@ from anybatch.tools import measurement_figures
 from anybatch.tools.bench import Bench, Costs
 from anybatch.tools.figures import png
 from anybatch.tools.measurements import Measurement, as_csv, surroundings
-from anybatch.tools.report import terminal_table, write_report
+from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import BASELINE
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ SCHEMA = 1
 COLUMNS = ("method", "step, ms", "step", "quartiles", "kept", "peak", "inference")
 
 
-class Outcome(NamedTuple):
+class FinishedBench(NamedTuple):
     """A finished benchmark of a network.
 
     Attributes:
@@ -88,7 +88,7 @@ def costs_table(bench: Bench, costs: Costs) -> "Table":
     )
 
 
-def notes(outcome: Outcome) -> list[str]:
+def notes(outcome: FinishedBench) -> list[str]:
     """Return sentences that explain the figures."""
     first = outcome.benches[0]
     found = [
@@ -107,7 +107,7 @@ def notes(outcome: Outcome) -> list[str]:
     return found
 
 
-def as_data(outcome: Outcome) -> dict[str, Any]:
+def as_data(outcome: FinishedBench) -> dict[str, Any]:
     """The benchmark as plain data."""
     first = outcome.benches[0]
     return {
@@ -126,7 +126,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def settings(outcome: Outcome) -> dict[str, Any]:
+def settings(outcome: FinishedBench) -> dict[str, Any]:
     """Return the settings as plain data."""
     first = outcome.benches[0]
     return {
@@ -141,7 +141,7 @@ def settings(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write(outcome: Outcome, folder: Path) -> Path:
+def write(outcome: FinishedBench, folder: Path) -> Path:
     """Write ``bench.json``, ``bench.csv``, ``bench.png`` and ``report.html``, each whole.
 
     Args:
@@ -167,7 +167,7 @@ def write(outcome: Outcome, folder: Path) -> Path:
     )
 
 
-def sentences(outcome: Outcome) -> Iterable[str]:
+def sentences(outcome: FinishedBench) -> Iterable[str]:
     """Yield a sentence per batch size that names the cheapest and the dearest step."""
     for bench, costs in zip(outcome.benches, outcome.found, strict=True):
         steps = [r for r in costs.rows if r.question == "step" and r.name != BASELINE]

@@ -11,7 +11,7 @@ from anybatch.tools import compare_figures as figures
 from anybatch.tools.compare import Comparison, Line
 from anybatch.tools.figures import png
 from anybatch.tools.machine import machine
-from anybatch.tools.report import terminal_table, write_report
+from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import BASELINE
 from anybatch.tools.timing import StepTime
 from anybatch.tools.training import Row
@@ -23,7 +23,7 @@ SCHEMA = 1
 COLUMNS = ("method", "batch", "accuracy", "spread", "recovered", "step time")
 
 
-class Outcome(NamedTuple):
+class FinishedComparison(NamedTuple):
     """A finished comparison.
 
     Attributes:
@@ -67,7 +67,7 @@ def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
     )
 
 
-def comparison_table(outcome: Outcome) -> "Table":
+def comparison_table(outcome: FinishedComparison) -> "Table":
     """Build the table for the terminal."""
     base = outcome.comparison.base
     seeds = len(outcome.comparison.seeds)
@@ -106,7 +106,7 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def as_data(outcome: Outcome) -> dict[str, Any]:
+def as_data(outcome: FinishedComparison) -> dict[str, Any]:
     """The comparison as plain data."""
     lines = [
         {
@@ -138,7 +138,7 @@ def _time(times: dict[str, StepTime], line: Line) -> dict[str, float] | None:
     return None if time is None else asdict(time)
 
 
-def as_csv(outcome: Outcome) -> str:
+def as_csv(outcome: FinishedComparison) -> str:
     """The table as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -159,7 +159,7 @@ def as_csv(outcome: Outcome) -> str:
     return buffer.getvalue()
 
 
-def write(outcome: Outcome, folder: Path) -> Path:
+def write(outcome: FinishedComparison, folder: Path) -> Path:
     """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``, each whole.
 
     Args:

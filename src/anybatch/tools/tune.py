@@ -14,7 +14,7 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.figures import png
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
-from anybatch.tools.report import terminal_table, write_report
+from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import Run
 from anybatch.tools.training import prepare
 
@@ -28,7 +28,7 @@ _NAMES = ("model", "state_dict", "model_state_dict")
 Batches = list[tuple[Tensor, Tensor]]
 
 
-class Outcome(NamedTuple):
+class TunedNetwork(NamedTuple):
     """A tuned network.
 
     Attributes:
@@ -146,7 +146,7 @@ def tune(
     recalibrates: bool,
     progress: bool | None,
     command: str,
-) -> Outcome:
+) -> TunedNetwork:
     """Find the best example weight of a checkpoint.
 
     Args:
@@ -174,10 +174,10 @@ def tune(
     pair = sorted({tuned.plain, tuned.best})
     judged = tune_example_weight(model, test, metric, candidates=pair, progress=False)
     seconds = time.perf_counter() - start
-    return Outcome(run, str(checkpoint), tuned, judged, recalibration, command, seconds)
+    return TunedNetwork(run, str(checkpoint), tuned, judged, recalibration, command, seconds)
 
 
-def judged_rows(outcome: Outcome) -> list[tuple[str, ...]]:
+def judged_rows(outcome: TunedNetwork) -> list[tuple[str, ...]]:
     """The test as text: a row for the network as it is, one for the best weight."""
     tuned, test = outcome.tuned, outcome.test
     rows = []
@@ -188,7 +188,7 @@ def judged_rows(outcome: Outcome) -> list[tuple[str, ...]]:
     return rows
 
 
-def as_data(outcome: Outcome) -> dict[str, Any]:
+def as_data(outcome: TunedNetwork) -> dict[str, Any]:
     """The outcome as plain data."""
     recalibration = outcome.recalibration
     return {
@@ -204,7 +204,7 @@ def as_data(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def write(outcome: Outcome, folder: Path) -> Path:
+def write(outcome: TunedNetwork, folder: Path) -> Path:
     """Write ``tune.json``, ``tune.png`` and ``tune.html``, each whole.
 
     Args:
@@ -233,7 +233,7 @@ def write(outcome: Outcome, folder: Path) -> Path:
     )
 
 
-def judged_table(outcome: Outcome) -> "Table":
+def judged_table(outcome: TunedNetwork) -> "Table":
     """Build the table of the test for the terminal."""
     return terminal_table(
         ("network", "example weight", *outcome.tuned.curves),

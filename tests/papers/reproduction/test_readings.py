@@ -297,7 +297,7 @@ def test_a_training_that_was_stopped_records_as_if_it_had_not(tmp_path: Path) ->
 
 
 def anybatch_run() -> object:
-    from papers.run import PaperRun
+    from papers.paper_run import PaperRun
 
     return PaperRun()
 

@@ -22,13 +22,13 @@ from anybatch.tools.data import Dataset
 from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import prepare, step, train
 from papers.cli import app
+from papers.paper_run import FROZEN, PaperRun
 from papers.reproduction import pages as reproduced_pages
 from papers.reproduction import results as reproduced
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import as_row, estimate, missing, placed
 from papers.reproduction.spec import Task, chosen, read, reproductions, tasks
 from papers.reproduction.store import Store
-from papers.run import FROZEN, PaperRun
 
 TINY = {
     "paper": "recovery",

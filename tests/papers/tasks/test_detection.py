@@ -29,13 +29,13 @@ from papers.cli import app
 from papers.datasets import coco
 from papers.networks import boxes
 from papers.networks import one_stage as detectors
-from papers.networks.one_stage import Found, OneStage, Places, Targets
+from papers.networks.one_stage import Detections, OneStage, Places, Targets
 from papers.networks.two_stage import TwoStage
+from papers.paper_run import PaperRun
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import placed
 from papers.reproduction.spec import chosen, tasks
 from papers.reproduction.store import Store
-from papers.run import PaperRun
 from papers.tasks import detection
 from papers.tasks.average_precision import NUMBERS, average_precision
 from papers.tasks.detector_norms import FrozenBatchNorm2d
@@ -401,9 +401,9 @@ def truth(*rows: list[float]) -> torch.Tensor:
     return torch.tensor([list(rows)])
 
 
-def finding(*rows: tuple[list[float], float, int], masks: torch.Tensor | None = None) -> Found:
+def finding(*rows: tuple[list[float], float, int], masks: torch.Tensor | None = None) -> Detections:
     sides = torch.tensor([r[0] for r in rows]).view(-1, 4)
-    return Found(
+    return Detections(
         sides, torch.tensor([r[1] for r in rows]), torch.tensor([r[2] for r in rows]), masks
     )
 
@@ -437,7 +437,10 @@ REAL = [0, *BOX, 0]
     ],
 )
 def test_average_precision_by_hand(
-    found: Found, there: torch.Tensor, expected: tuple[float, ...], capsys: pytest.CaptureFixture
+    found: Detections,
+    there: torch.Tensor,
+    expected: tuple[float, ...],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     numbers = average_precision([found], there)
     assert tuple(numbers) == NUMBERS

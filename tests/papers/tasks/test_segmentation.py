@@ -24,11 +24,11 @@ from anybatch.tools.training import prepare, step, train
 from interrupted import train_stopped_after_each_epoch
 from papers.cli import app
 from papers.networks import PSPNETS
+from papers.paper_run import PaperRun
 from papers.reproduction import spec as reproduction
 from papers.reproduction.make import estimate, placed
 from papers.reproduction.spec import Task, chosen, read, reproductions, tasks
 from papers.reproduction.store import Store
-from papers.run import PaperRun
 from papers.tasks import segmentation
 
 pytest.importorskip("torchmetrics")

@@ -17,7 +17,7 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.files import write_json, write_text, write_whole
 from anybatch.tools.objective import objective
 from anybatch.tools.precision import forward
-from anybatch.tools.report import terminal_table
+from anybatch.tools.report_files import terminal_table
 from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, train_epoch
 
