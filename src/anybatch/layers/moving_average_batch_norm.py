@@ -1,10 +1,11 @@
 """Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.backends import scalar
 from anybatch.backends.kinds import AVERAGES, WINDOW
@@ -224,10 +225,76 @@ class _MovingAverageBatchNorm(NormLayer):
             psi_counter=memory.get("backward_step"),
         )
 
+    # --- the layer whose weights are centred ----------------------------------
+
+    _feeder: tuple[nn.Module, ...] = ()
+
+    def follow_centralized(self, module: nn.Module) -> None:
+        """Keep the layer before this one, whose weights are centred, for checkpoints.
+
+        A checkpoint tells whether it was trained with centred weights. Where it was not, the layer
+        uses its weights as they are from the load on, and the other way round.
+        """
+        self.__dict__["_feeder"] = (module,)  # a tuple: it is no part of this layer
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        own = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if own is not None and self._feeder:
+            own["centralized"] = is_centralized(self._feeder[0])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *rest: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        centred = local_metadata.get("centralized")
+        if centred is None and prefix + "step" not in state_dict:
+            count = state_dict.get(prefix + "num_batches_tracked")
+            mean = state_dict.get(prefix + "running_mean")
+            evidence = mean if count is None else count
+            if evidence is not None and bool(evidence.any()):  # of a trained batch norm
+                centred = False
+        if centred is not None and prefix + "running_mean" in state_dict:
+            self._match_feeder(prefix[:-1], centred)
+
+    def _match_feeder(self, name: str, centred: bool) -> None:
+        """Let the layer before this one use its weights as the checkpoint's network did."""
+        advice = "; to centre the weights of a trained network, use convert(..., centralize=True)"
+        if not self._feeder:
+            if centred:
+                warnings.warn(
+                    f"{name}: the checkpoint was trained with centred weights before this layer, "
+                    "which are not centred here, and its output differs: convert the network "
+                    'while it is untrained, or with anybatch.convert(model, "mabn", '
+                    "centralize=True)",
+                    stacklevel=2,
+                )
+        elif centred and not is_centralized(self._feeder[0]):
+            weight_centralization(self._feeder[0])
+            warnings.warn(
+                f"{name}: the checkpoint was trained with centred weights before this layer; its "
+                "weights are centred again",
+                stacklevel=2,
+            )
+        elif not centred and is_centralized(self._feeder[0]):
+            use_uncentred(self._feeder[0])
+            warnings.warn(
+                f"{name}: the checkpoint was trained with weights before this layer that are not "
+                f"centred; its weights are no longer centred, so that the output is the same"
+                f"{advice}",
+                stacklevel=2,
+            )
+
     # --- from a batch norm -------------------------------------------------
 
     def adopt_(self, norm: torch.nn.Module) -> "_MovingAverageBatchNorm":
         super().adopt_(norm)
+        if isinstance(norm, _MovingAverageBatchNorm):
+            self._feeder = norm._feeder
         obstacle = self._absorb_mean()
         if obstacle is not None:
             raise ValueError(obstacle)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from anybatch import backends
+from anybatch.backends.native_memory import address_of
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -44,7 +45,7 @@ def _minus_mean(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
         return weight - weight.mean(dims, keepdim=True)
     centred = torch.empty_like(weight)
     shape = weight.shape[0], weight.numel() // weight.shape[0]
-    places = weight.data_ptr(), centred.data_ptr()
+    places = address_of(weight, weight.dtype, weight.numel()), centred.data_ptr()
     loops.centre(loops.LIKE[weight.dtype], *places, shape, loops.parts(weight.numel()))
     return centred
 
@@ -196,6 +197,11 @@ def weight_centralization(module: _Module) -> _Module:
         )
     module.__class__ = kind  # type: ignore[assignment]
     return module
+
+
+def use_uncentred(module: nn.Module) -> None:
+    """Make a centralized layer a plain one that uses its weights as they are, in place."""
+    module.__class__ = _PLAIN.get(type(module), type(module))
 
 
 @torch.no_grad()

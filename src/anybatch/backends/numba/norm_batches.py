@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.layout import dense
+from anybatch.backends.native_memory import address_of
 from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.threads import is_small, parts
@@ -139,10 +140,12 @@ def forward(
     (one, _, like, small, steps), last = call.work[1], call.last
     y: Tensor = torch.empty_like(x) if small else empty_like(x)
     threads = 1 if small else parts(x.numel())
-    x_, y_, w, b, added = x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0
+    size, dtype = x.numel(), x.dtype
+    x_, y_, added = address_of(x, dtype, size), y.data_ptr(), 0
+    w, b = (address_of(row, dtype, x.shape[1]) for row in (weight, bias))
     if residual is not None:
         residual = dense(residual, last)
-        added = residual.data_ptr()
+        added = address_of(residual, dtype, size)
     kept = []
     for first, shape, starts, groups in steps:
         here = added and added + first
@@ -173,12 +176,13 @@ def backward(
     if saved:
         y = dense(saved[0], last)
         g = fresh(x) if needs[3] else None
-        y_, g_ = y.data_ptr(), 0 if g is None else g.data_ptr()
+        y_, g_ = address_of(y, x.dtype, x.numel()), 0 if g is None else g.data_ptr()
     if len(steps) == 1:
         dw, db = torch.empty_like(weight), torch.empty_like(weight)
     else:
         dw, db = weight.new_empty(2, len(steps), *weight.shape)
-    above, x_, dx_, w = dy.data_ptr(), x.data_ptr(), dx.data_ptr(), weight.data_ptr()
+    above, x_ = (address_of(t, x.dtype, x.numel()) for t in (dy, x))
+    dx_, w = dx.data_ptr(), address_of(weight, x.dtype, x.shape[1])
     dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
     wanted, relu = needs[0], y_ != 0
     for (first, shape, starts, _), batch in zip(steps, kept, strict=True):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.kinds import BATCH, EMA, MOMENTUM, PLAIN, RENORM, WINDOW
+from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import loops
 from anybatch.backends.numba.loops import without_threads as without_threads
 from anybatch.backends.numba.norm_batches import (
@@ -36,9 +37,9 @@ def forward_batch(
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call."""
     spec, columns = call.spec, call.columns
-    mean, var, tracked = state
-    running = mean_, var_, _ = mean.data_ptr(), var.data_ptr(), tracked.data_ptr()
     channels = data[3][2] if data[4] else data[3][1]
+    dtype = state[0].dtype
+    running = mean_, var_, _ = running_addresses(state, dtype, channels)
     constants = call.pace, call.eps, call.update
     kind = spec.kind
     if kind == PLAIN:
@@ -52,10 +53,12 @@ def forward_batch(
     if kind != RENORM:
         own = np.empty((2, groups, channels))
     if spec.mean is not None:
-        mean_, var_ = spec.mean.data_ptr(), spec.var.data_ptr()
+        mean_, var_ = (address_of(row, dtype, channels) for row in (spec.mean, spec.var))
     window = spec.window
-    kept = loops.NONE if window is None else (window.data_ptr(), len(window))
-    memory = (mean_, var_, *kept), spec.counter.data_ptr(), _settings(spec)
+    kept = loops.NONE
+    if window is not None:
+        kept = address_of(window, dtype, len(window) * channels), len(window)
+    memory = (mean_, var_, *kept), address_of(spec.counter, torch.int64, 1), _settings(spec)
     result = loops.forward(kind, *data, own, used, running, *memory, *constants)
     if kind == MOMENTUM:
         return SavedBatch(used, own[0], 1 - result)
@@ -87,8 +90,9 @@ def backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked
     pace, psi = call.pace, spec.psi
     if pace < 0 and spec.averages == EMA:
         pace = 1 / max(int(tracked), 1)
-    average = psi.data_ptr(), psi.numel() // used.shape[2]
-    count = spec.psi_counter.data_ptr()
+    length = psi.numel() // used.shape[2]
+    average = address_of(psi, psi.dtype, max(length, 1) * used.shape[2]), length
+    count = address_of(spec.psi_counter, torch.int64, 1)
     loops.backward(*data, *how, spec.averages, average, count, 1.0 - pace, own, call.update)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anybatch.backends.aten.samples import Box
 from anybatch.backends.layout import dense
+from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import sampled
 from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.huge_pages import empty_like
@@ -79,17 +80,17 @@ def forward(
         residual = dense(residual, call.last)
     kept = sampled.forward(
         LIKE[x.dtype],
-        x.data_ptr(),
+        address_of(x, x.dtype, x.numel()),
         y.data_ptr(),
         shape,
         planes,
         relu,
-        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else address_of(residual, x.dtype, x.numel()),
         sample,
         x.shape[1],
-        weight.data_ptr(),
-        bias.data_ptr(),
-        tuple(tensor.data_ptr() for tensor in state),
+        address_of(weight, x.dtype, x.shape[1]),
+        address_of(bias, x.dtype, x.shape[1]),
+        running_addresses(state, x.dtype, x.shape[1]),
         call.pace,
         call.eps,
         call.update,
@@ -114,9 +115,10 @@ def backward(
     if saved:
         y = dense(saved[0], last)
         g = empty_like(x) if needs[3] else None
-    dy_, x_, dx_, y_, g_ = (0 if t is None else t.data_ptr() for t in (dy, x, dx, y, g))
+    places = (0 if t is None else address_of(t, x.dtype, x.numel()) for t in (dy, x, dx, y, g))
+    dy_, x_, dx_, y_, g_ = places
     how = (planes, y is not None, y_, g_, sample[3])
-    rows = (weight.data_ptr(), dw.data_ptr(), db.data_ptr())
+    rows = (address_of(weight, x.dtype, x.shape[1]), dw.data_ptr(), db.data_ptr())
     sampled.backward(LIKE[x.dtype], dy_, x_, dx_, shape, *how, *rows, context, call.eps)
     dx_or_none = dx if needs[0] else None
     return dx_or_none, dw if needs[1] else None, db if needs[2] else None, g

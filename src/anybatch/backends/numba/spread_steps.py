@@ -4,6 +4,7 @@
 import numpy as np
 from torch import Tensor
 
+from anybatch.backends.native_memory import running_addresses
 from anybatch.backends.numba import spread
 from anybatch.backends.numba.norm_batches import (
     BackwardData,
@@ -31,8 +32,7 @@ def forward_batch(
     call: NormCall, data: ForwardData, groups: int, state: tuple[Tensor, ...]
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call."""
-    mean, var, tracked = state
-    running = mean.data_ptr(), var.data_ptr(), tracked.data_ptr()
+    running = running_addresses(state, state[0].dtype, call.columns)
     used = np.empty((2, 1, call.columns))
     ends = spread.ends(data[0], call.columns)
     given = data[:9]  # without what a ReLU asks for

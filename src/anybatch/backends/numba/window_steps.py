@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from anybatch.backends.aten import patches
+from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import cross_iteration, rule_steps
 from anybatch.backends.numba.backend import SERIAL
 from anybatch.backends.numba.norm_batches import (
@@ -71,7 +72,7 @@ def _window_batch(
         own,
         used[0, 0],
         used[1, 0],
-        (mean.data_ptr(), var.data_ptr(), tracked.data_ptr()),
+        running_addresses((mean, var, tracked), mean.dtype, channels),
         call.pace,
         call.eps,
         call.update,
@@ -140,6 +141,9 @@ def _conv_arrays(spec: CrossIterationSpec, conv: patches.ConvCall, y: Tensor) ->
     if views.key != key:
         views.key, views.tables = key, _tables(conv, y)
     taps, meetings, sizes, paces, missing, none = views.tables
+    for one in (conv.x, conv.rows, conv.bias):  # that there is memory to read
+        if one is not None:
+            address_of(one, one.dtype, one.numel())
     x = conv.x.numpy()
     x = x.reshape(*x.shape[:2], *missing, *x.shape[2:]) if missing else x
     bias = none if conv.bias is None else cross_iteration.read(conv.bias)

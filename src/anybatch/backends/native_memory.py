@@ -1,0 +1,78 @@
+"""Checked addresses of tensors: the only ones that compiled kernels are given.
+
+A kernel reads and writes at an address as many values as it was told. A tensor without memory of
+that size (on the meta device, empty, of another type, with a freed storage) would make it write
+elsewhere.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def address_of(tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """The address of a dense CPU tensor.
+
+    Args:
+        tensor: The tensor.
+        dtype: The type that the kernel reads or writes.
+        numel: How many values it reads or writes.
+
+    Returns:
+        Its address; 0 for no values.
+
+    Raises:
+        RuntimeError: If there is no such memory.
+
+    Example:
+        >>> address_of(torch.ones(2), torch.float32, 2) != 0
+        True
+    """
+    place = tensor.data_ptr()
+    storage = tensor.untyped_storage()
+    if (
+        tensor.dtype is not dtype
+        or not tensor.is_cpu
+        or tensor.numel() < numel
+        or (numel and not place)
+        or place + numel * tensor.itemsize > storage.data_ptr() + storage.nbytes()
+    ):
+        _refuse(tensor, dtype, numel, "CPU")
+    return place
+
+
+def running_addresses(
+    state: tuple[Tensor, ...], dtype: torch.dtype, channels: int
+) -> tuple[int, int, int]:
+    """Addresses of running mean, running variance and the number of batches, see `address_of`."""
+    mean, var, tracked = state
+    return (
+        address_of(mean, dtype, channels),
+        address_of(var, dtype, channels),
+        address_of(tracked, torch.int64, 1),
+    )
+
+
+def check_device_memory(device: torch.device, *tensors: Tensor | None) -> None:
+    """Raise unless tensors are dense memory of a device, as kernels that get tensors need it.
+
+    Raises:
+        RuntimeError: For the first that is not.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+        small = tensor.untyped_storage().nbytes() < needed
+        if tensor.device != device or not tensor.is_contiguous() or small:
+            _refuse(tensor, tensor.dtype, tensor.numel(), str(device))
+
+
+def _refuse(tensor: Tensor, dtype: torch.dtype, numel: int, device: str) -> NoReturn:
+    storage = 0 if tensor.is_meta else tensor.untyped_storage().nbytes()
+    raise RuntimeError(
+        f"a kernel needs {numel} values of {dtype} side by side in {device} memory, and was given "
+        f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype} on {tensor.device}, whose "
+        f"storage has {storage} bytes: load or move the layer's parameters and state there first"
+    )
