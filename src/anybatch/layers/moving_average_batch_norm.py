@@ -14,6 +14,11 @@ from anybatch.core.arguments import check_choice, check_count
 from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.layers.weight_centralization import (
+    is_centralized,
+    use_uncentred,
+    weight_centralization,
+)
 
 
 class _MovingAverageBatchNorm(NormLayer):

@@ -11,6 +11,7 @@ from torch import Tensor
 from anybatch.backends import choice
 from anybatch.backends.kinds import MOMENTUM, RENORM, WINDOW
 from anybatch.backends.layout import PLAIN_TYPES, dense, is_channels_last
+from anybatch.backends.native_memory import check_device_memory
 from anybatch.backends.protocol import NormCall, Rows, Statistics
 from anybatch.backends.tracing import is_traced
 
@@ -52,6 +53,9 @@ class TritonBackend:
         relu: bool,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
         kernels, block_counter = call.work
+        spec = call.spec
+        memory = (spec.mean, spec.var, spec.window, spec.counter, spec.psi, spec.psi_counter)
+        check_device_memory(x.device, weight, bias, *state, *memory)
         y, used = kernels.forward(x, weight, bias, state, call, block_counter)
         return y, (), (used, state[2])
 
