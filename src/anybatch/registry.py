@@ -85,7 +85,7 @@ class Method:
         maker = self.builder or self.layer(2).__init__
         parameters = inspect.signature(maker).parameters.items()
         own = {n: p for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        return {n: p for n, p in own.items() if n not in self.fixed}
+        return {n: p for n, p in own.items() if n not in (*self.fixed, "bias")}
 
     @property
     def accepted(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
         dims,
         eps=norm.eps,
         affine=norm.affine,
-        track_running_stats=norm.track_running_stats,
+        track_running_stats=norm.track_running_stats or norm.running_var is not None,
         **_place(norm),
         **_arguments(norm, method, options),
     )

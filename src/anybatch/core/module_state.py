@@ -74,10 +74,10 @@ class NormState(_NormBase):
             mean: Row ``(C,)``; None leaves the running mean alone.
             var: Row ``(C,)``.
         """
-        if self.running_mean is None or self.running_var is None:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         pace = self._pace()
         finite = backends.is_finite(var)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
@@ -88,7 +88,8 @@ class NormState(_NormBase):
         """Weight of the newest batch in the running statistics."""
         if self.momentum is not None:
             return self.momentum
-        assert self.num_batches_tracked is not None and self.running_mean is not None
+        if self.num_batches_tracked is None or self.running_mean is None:
+            return 0.0  # as torch's batch norm
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
     def _new_memory(self, *shape: int) -> Tensor:
@@ -286,9 +287,11 @@ class NormState(_NormBase):
         self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(norm, name)
-            if value is not None and self.track_running_stats:
+            if value is not None and name in self._buffers:
                 low = value.dtype in _LOW
                 self._buffers[name] = value.float() if low else value
+        if norm.running_var is not None:
+            self.track_running_stats = norm.track_running_stats
         self._apply_to_device(norm)
         self.training = norm.training
         self.reset_memory()

@@ -104,6 +104,7 @@ class NormLayer(NormState):
         momentum: Weight of the new value in the running statistics (default
             0.1); None for the average over all batches.
         affine: Learn a scale and a shift a channel (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics for inference (default True).
         device: Of parameters and state.
         dtype: Of parameters and state; float16 and bfloat16 give float32.
@@ -135,6 +136,7 @@ class NormLayer(NormState):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
         process_group: Any = None,
@@ -179,6 +181,8 @@ class NormLayer(NormState):
             device,
             dtype,
         )
+        if not bias:
+            self.register_parameter("bias", None)
         self.norm_batch_size = norm_batch_size
         self.example_weight = float(example_weight)
         self.process_group = process_group
@@ -324,7 +328,7 @@ class NormLayer(NormState):
             self._refuse(input)
         mask = self.mask if mask is None else mask
         training = self.training and not self.frozen
-        if not training and self.running_mean is not None:
+        if not training and self.running_mean is not None and self.running_var is not None:
             y = self._infer(input, mask)
             return y if then is None else then.of(y)
         source = None
@@ -416,6 +420,10 @@ class NormLayer(NormState):
             self._group is not None and several(self.process_group) is not None
         ):
             return "a mask or a process group decides which elements contribute"
+        if any(t is None for t in self._buffers.values()):
+            return "a running statistic was set to None"
+        if not self.track_running_stats:
+            return "track_running_stats=False: running statistics stay as they are"
         if self.outlier_limit is not None:
             return f"outlier_limit={self.outlier_limit}: channels are compared with the state"
         if self.step is not None:
@@ -600,11 +608,13 @@ class NormLayer(NormState):
 
     def _proportionate(self, mean: Tensor | None, var: Tensor, update: bool) -> Tensor:
         """Which channels of a batch may enter memory."""
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.outlier_limit is not None
+        if self.running_mean is None or self.running_var is None or self.outlier_limit is None:
+            return torch.ones_like(var, dtype=torch.bool)
+        count = self.num_batches_tracked
+        settled = True if count is None else count >= _SETTLED
         spread = var if mean is None else var + (mean - self.running_mean).square()
         limit = (self.running_var + self.eps) * self.outlier_limit
-        far = (spread > limit) & (self.num_batches_tracked >= _SETTLED)
+        far = (spread > limit) & settled
         seen = self.memory["outliers"]
         fits = ~far | (seen >= _PATIENCE)
         if update:

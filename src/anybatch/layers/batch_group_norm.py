@@ -35,6 +35,7 @@ class _BatchGroupNorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default
             0.1); None averages over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics (default True).
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -76,6 +77,7 @@ class _BatchGroupNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         num_groups: int = 32,
         examples_per_group: int = 2,
         norm_batch_size: int | None = None,
@@ -100,6 +102,7 @@ class _BatchGroupNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=1 / examples_per_group if example_weight is None else example_weight,
             process_group=process_group,

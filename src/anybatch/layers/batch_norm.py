@@ -26,6 +26,7 @@ class _BatchNorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default
             0.1); None averages over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics (default True).
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).

@@ -36,6 +36,7 @@ class _BatchRenorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default
             0.01, as in the paper; the correction is only as steady as they are).
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -81,6 +82,7 @@ class _BatchRenorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         max_r: float = 3.0,
         max_d: float = 5.0,
         warmup_steps: int = _WARMUP_STEPS,
@@ -104,6 +106,7 @@ class _BatchRenorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
@@ -132,7 +135,9 @@ class _BatchRenorm(NormLayer):
             self.memory["step"].fill_(self.warmup_steps)
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None and self.running_mean is not None and self.running_var is not None
+        assert mean is not None
+        if self.running_mean is None or self.running_var is None:  # there is nothing to move to
+            return Statistics(mean, var)
         opened = self._opened(self.memory["step"] + 1, var.dtype)
         sigma = (self.running_var.to(var.dtype) + scalar(self.eps)).sqrt_()
         max_r, max_d = opened * (self.max_r - 1) + 1, opened * self.max_d

@@ -87,6 +87,7 @@ class _CrossIterationBatchNorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default 0.1); None for the
             average over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics for inference (default True).
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -157,6 +158,7 @@ class _CrossIterationBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         window: int | None = None,
         burn_in_steps: int = 0,
         burn_in: float = 0.25,
@@ -192,6 +194,7 @@ class _CrossIterationBatchNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,

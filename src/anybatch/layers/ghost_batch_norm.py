@@ -32,6 +32,7 @@ class _GhostBatchNorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default
             0.1); None averages over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics (default True).
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -71,6 +72,7 @@ class _GhostBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         ghost_size: int = 32,
         norm_batch_size: int | None = None,
         example_weight: float = 0.0,
@@ -86,6 +88,7 @@ class _GhostBatchNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,

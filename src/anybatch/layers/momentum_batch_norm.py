@@ -38,6 +38,7 @@ class _MomentumBatchNorm(NormLayer):
             inference. "auto" (default) is ``1 - ideal_decay ** (batch_size /
             ideal_batch_size)`` (equation 12); None averages over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -84,6 +85,7 @@ class _MomentumBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         batch_size: int | None = None,
         ideal_batch_size: int = 32,
         ideal_decay: float = 0.85,
@@ -107,6 +109,7 @@ class _MomentumBatchNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,

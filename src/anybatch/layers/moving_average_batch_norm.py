@@ -49,6 +49,7 @@ class _MovingAverageBatchNorm(NormLayer):
         eps: Added to the second moment (default 1e-5).
         momentum: Weight of the newest step in ``x2_hat`` (default 0.02).
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
@@ -100,6 +101,7 @@ class _MovingAverageBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         window: int = 16,
         clip: float = 5.0,
         warmup_steps: int = 100,
@@ -128,6 +130,7 @@ class _MovingAverageBatchNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
@@ -153,6 +156,8 @@ class _MovingAverageBatchNorm(NormLayer):
     # --- forward -----------------------------------------------------------
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
+        if self.running_mean is None or self.running_var is None:
+            return Statistics(mean, var)  # removed, to normalize by the batch
         step = self.memory["step"] + 1
         warming = torch.lt(step, scalar(float(max(self.window + 1, self.warmup_steps))))
         new = var if mean is None else torch.cat([mean, var])
@@ -176,7 +181,7 @@ class _MovingAverageBatchNorm(NormLayer):
         self, mean: Tensor | None, var: Tensor, step: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """r, and d of the centred form (moving-average-bn, equations 14 and 19)."""
-        assert self.running_mean is not None and self.running_var is not None
+        assert self.running_mean is not None and self.running_var is not None  # see `rule`
         off = torch.le(step, scalar(float(max(self.renorm_warmup_steps, self.warmup_steps))))
         square = self.running_var.to(var.dtype) + scalar(self.eps)
         r = (var + scalar(self.eps)).div_(square).sqrt_().clamp_(1 / self.clip, self.clip)
@@ -321,13 +326,13 @@ class _MovingAverageBatchNorm(NormLayer):
             Why it cannot be done, or None. State is changed only if it can.
         """
         mean, var = self.running_mean, self.running_var
-        assert mean is not None and var is not None
-        if self.centered or mean.is_meta:
+        if mean is None or var is None or self.centered or mean.is_meta:
             return None
         if self.weight is None or self.bias is None:
             if bool(mean.any()):
+                lacking = "affine=False" if self.weight is None else "bias=False"
                 return (
-                    f"affine=False with a running mean that is not 0: {type(self).__name__} has "
+                    f"{lacking} with a running mean that is not 0: {type(self).__name__} has "
                     "no mean and no bias to move it to; use centered=True"
                 )
             return None

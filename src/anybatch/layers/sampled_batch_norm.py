@@ -60,6 +60,7 @@ class _SampledBatchNorm(NormLayer):
         momentum: Weight of the newest batch in the running statistics (default
             0.1); None averages over all batches.
         affine: Learn weight and bias (default True).
+        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics (default True). Without them
             inference takes the whole batch.
         device: Of parameters and state.
@@ -116,6 +117,7 @@ class _SampledBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
+        bias: bool = True,
         sample: str = "batch",
         ratio: float = 1 / 32,
         size: Size = None,
@@ -149,6 +151,7 @@ class _SampledBatchNorm(NormLayer):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
             process_group=process_group,
