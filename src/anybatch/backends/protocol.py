@@ -80,6 +80,10 @@ class Scope(Protocol):
     def mask(self) -> Tensor | None:
         """Valid positions ``(N, 1, ...)``; None for all."""
 
+    @property
+    def group(self) -> Any:
+        """Processes whose batches are one; None for this one alone."""
+
     def gradient(self, full: Tensor, plain: Tensor) -> Tensor:
         """The gradient through the statistics at valid positions, elsewhere the plain one."""
 
@@ -88,7 +92,16 @@ class Scope(Protocol):
 
 
 class Formula(Protocol):
-    """A gradient of a method's own, by torch's operators."""
+    """A gradient of a method's own, by torch's operators.
+
+    Attributes:
+        moments: Gives the batch's own mean and variance by operators that autograd records, as
+            ``moments(x, call)``; None where they are not a function of the batch.
+    """
+
+    @property
+    def moments(self) -> Any:
+        """See above."""
 
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor | None, call: Any, needs: Sequence[bool]

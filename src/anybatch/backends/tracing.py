@@ -1,6 +1,7 @@
 """Whether torch traces or transforms the current call."""
 
 import torch
+from torch.autograd import forward_ad
 
 
 def is_traced() -> bool:
@@ -14,4 +15,5 @@ def is_traced() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )

@@ -1,12 +1,13 @@
 """The one autograd function: every method, every backend."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from anybatch.backends import ATEN, is_plain, is_traced
+from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import Backend, BackwardMemory, Formula, NormCall, Scope, Statistics
 from anybatch.core.statistics import stack
 
@@ -66,22 +67,31 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, scale, shift and residual."""
-        if torch.is_grad_enabled():
-            refuse_second_derivative()
         x, weight, *saved = ctx.saved_tensors
         backend, call, layer, context, traced = ctx.how
         needs = ctx.needs_input_grad
         if dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
-        if call.statistics is None and not traced and (not is_plain(dy) or is_traced()):
-            for y in saved:  # of a ReLU
-                dy = dy.masked_fill(y <= 0, 0)
-            statistics = statistics_of(backend, call, context, x)
-            assert layer is not None
-            memory = layer.backward_memory(statistics, None, call.update)
-            call = call._replace(statistics=statistics, memory=memory)
+        again, eager = torch.is_grad_enabled(), not (traced or torch.compiler.is_compiling())
+        if again and not eager:
+            refuse_derivative("create_graph=True", "a compiler traces its gradient")
+        if eager and (again or not is_plain(dy) or is_traced()):
+            if call.statistics is None:
+                for y in saved:  # of a ReLU
+                    dy = dy.masked_fill(y <= 0, 0)
+                statistics = statistics_of(backend, call, context, x)
+                assert layer is not None
+                memory = layer.backward_memory(statistics, None, call.update)
+                call = call._replace(statistics=statistics, memory=memory)
+            residual = dy if needs[3] else None
+            if again or is_batched(dy):
+                reason = recorded.obstacle(call)
+                if reason is not None:
+                    how = "create_graph=True" if again else "a batch of gradients"
+                    refuse_derivative(how, reason)
+                return *recorded.gradients(dy, x, weight, call, needs), residual, None
             dx, dw, db, _ = ATEN.backward(call, None, dy, x, weight, (), needs)
-            return dx, dw, db, dy if needs[3] else None, None
+            return dx, dw, db, residual, None
         grads = backend.backward(call, context, dy, x, weight, saved, needs)
         return *grads, *(None,) * (1 + traced)
 
@@ -155,6 +165,11 @@ def normalize_by(
         memory=memory,
         scope=scope,
     )
+    if recorded.is_transformed():
+        reason = recorded.obstacle(call)
+        if reason is not None:
+            refuse_derivative("torch.func or forward-mode differentiation", reason)
+        return recorded.normalize(x, weight, bias, call)
     return normalize(x, weight, bias, Pass(ATEN, call))
 
 
@@ -164,9 +179,21 @@ def statistics_of(backend: Backend, call: NormCall, context: Any, like: Tensor) 
     return parts[0] if len(parts) == 1 else stack(parts)
 
 
-def refuse_second_derivative() -> None:
-    """Raise in a backward pass that is itself recorded."""
+def is_batched(dy: Tensor) -> bool:
+    """Whether a gradient is one of a batch of gradients (``is_grads_batched``, ``jacobian``)."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return bool(legacy or torch._C._functorch.is_batchedtensor(dy))
+
+
+def refuse_derivative(how: str, reason: str) -> NoReturn:
+    """Raise for a derivative that a method does not have.
+
+    Args:
+        how: What asks for it.
+        reason: Why the method has none.
+    """
     raise RuntimeError(
-        "create_graph=True: anybatch layers have no second derivative in training mode; "
-        "put them in evaluation mode, or use torch.nn.BatchNorm here"
+        f"{how}: this anybatch layer has no such derivative here, as {reason}; freeze its "
+        "statistics (anybatch.freeze, or evaluation mode with running statistics), or convert to "
+        '"bn", "ghost", "brn", "bgn" or "mbn"'
     )

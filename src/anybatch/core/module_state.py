@@ -312,4 +312,8 @@ class NormState(_NormBase):
 
 
 def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
-    running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), pace)
+    new = new if new.dtype == running.dtype else new.to(running.dtype)
+    if torch._C._are_functorch_transforms_active():  # where `lerp_` has no batching rule
+        running.copy_(torch.lerp(running, new, torch.as_tensor(pace, dtype=new.dtype)))
+    else:
+        running.lerp_(new, pace)

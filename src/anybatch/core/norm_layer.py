@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch import backends
+from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import BackwardMemory, Formula, NormCall, Rows, Spec, Statistics
 from anybatch.core.activation_checkpointing import Recent, in_backward, may_run_again, runs_once
 from anybatch.core.arguments import check_between, check_count
@@ -37,6 +38,7 @@ from anybatch.core.reduction_scope import (
 )
 from anybatch.core.statistics import stack
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
+from anybatch.core.transforms import check_state
 
 _LOW = (torch.float16, torch.bfloat16)
 _SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
@@ -390,6 +392,8 @@ class NormLayer(NormState):
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
         update = training and updates.enabled and not recomputed
+        if update and recorded.is_transformed():
+            check_state(self, x)
         if training and not recomputed:
             obstacle = self._obstacle(cut, values, source)
             if obstacle is None:
@@ -725,6 +729,10 @@ class NormLayer(NormState):
         return StepBackward(self, self.step, inner, count, update)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        if recorded.is_transformed():
+            mean, var = recorded.moments(x.to(backends.statistics_dtype(x)), sizes)
+            mean, var = (mean[0], var[0]) if len(sizes) == 1 else (mean, var)
+            return (mean, var) if self.centered else (None, var + mean.square())
         if self.centered:
             return backends.moments(x, sizes)
         return None, backends.second_moment(x, sizes)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anybatch import backends
-from anybatch.backends.aten import spread
+from anybatch.backends.aten import recorded, spread
 from anybatch.backends.protocol import Formula, Gradients, NormCall, Spec, SpreadSpec, Statistics
 from anybatch.core.activation_checkpointing import hooks_on_saved
 from anybatch.core.grouping import Partition
@@ -122,6 +122,15 @@ class _SpreadFormula(NamedTuple):
         self, dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
     ) -> Gradients:
         return _gradients(dy, x, weight, self, call, needs)
+
+    def moments(self, x: Tensor, call: NormCall) -> tuple[Tensor, Tensor]:
+        """Mean and squared spread, by operators that autograd records."""
+        sizes, source = call.cut[0], Source() if call.scope is None else call.scope
+        mean, _ = recorded.moments(x, sizes, source.mask)
+        mean = mean[0] if len(sizes) == 1 else mean
+        with torch.no_grad():
+            counts = _Values.of(x.detach(), sizes, source).counts
+        return mean, self.kind.spread(_Values(x, sizes, mean, counts, source)).square()
 
 
 def _pack(marks: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anybatch import backends
+from anybatch.backends.aten import recorded
 from anybatch.backends.aten.samples import Place
 from anybatch.backends.protocol import Formula, Gradients, NormCall, SampleSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
@@ -362,7 +363,7 @@ class _SampledBatchNorm(NormLayer):
             return None
         spatial, group = tuple(x.shape[2:]), source.group
         shared = [self._shared_parts(n, spatial, x.device, group) for n in cut.sizes]
-        return _SampleFormula(tuple(shared), self.mix)
+        return _SampleFormula(tuple(shared), self.mix, scoped=True)
 
     def _run_rule(
         self,
@@ -467,10 +468,34 @@ class _SampleFormula(NamedTuple):
     Attributes:
         parts: The parts of each normalization batch's sample; None where it has none here.
         mix: Weight of the virtual examples.
+        scoped: Whether a mask or other processes contribute.
     """
 
     parts: tuple[tuple[Part | None, ...], ...]
     mix: float
+    scoped: bool = False
+
+    @property
+    def moments(self) -> Callable[[Tensor, NormCall], tuple[Tensor, Tensor]] | None:
+        """The sample's mean and variance, by operators that autograd records."""
+        return None if self.scoped else self._moments
+
+    def _moments(self, x: Tensor, call: NormCall) -> tuple[Tensor, Tensor]:
+        found = []
+        for piece, parts in zip(x.split(call.cut[0]), self.parts, strict=True):
+            samples = [
+                backends.take_dense(piece, part.sample) for part in parts if part is not None
+            ]
+            table = [recorded.moments(values, (values.shape[0],)) for values in samples]
+            mean, var = (row[0] for row in table[0])
+            if len(parts) > 1 and parts[1] is not None:
+                share = parts[1].share
+                mean = torch.lerp(mean, table[1][0][0], share)
+                var = torch.lerp(var, table[1][1][0], share)
+            found.append((mean, var))
+        if len(found) == 1:
+            return found[0]
+        return torch.stack([mean for mean, _ in found]), torch.stack([var for _, var in found])
 
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
