@@ -39,7 +39,7 @@ class Method:
         summary: What it does, in a sentence.
         when: When to use it, in a sentence.
         exact_eval: A trained batch norm converted to it keeps its output at inference.
-        folds: Inference is an affine map a channel, which a convolution can absorb.
+        folds: Inference is an affine map per channel, which a convolution can absorb.
         scheduled: It needs `anybatch.NormScheduler`.
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the

@@ -1,4 +1,4 @@
-"""Telling the layers where training is, once an epoch."""
+"""A scheduler that tells the layers the epoch, and may switch the method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from anybatch.registry import get_method
 
 
 class NormScheduler:
-    """Moves what the layers change along training, and may switch the method at an epoch.
+    """Tells the layers of a network the epoch, and may switch the method at an epoch.
 
-    It is used like torch's learning rate schedulers: made before training, which starts epoch 1,
-    and stepped once after each epoch. Momentum batch norm takes its momentum from the epoch
-    (momentum-bn, equation 11), batch normalization sampling new places (bn-sampling, section 4.1),
-    cross-iteration batch norm its burn-in; the other methods do nothing with it.
+    It is used like torch's learning rate schedulers: make it before training, which starts epoch 1,
+    and step it once after each epoch. Momentum batch norm takes the weight of its averages from the
+    epoch (momentum-bn, equation 11), batch normalization sampling draws new positions (bn-sampling,
+    section 4.1), and cross-iteration batch norm ends its burn-in. Other methods ignore it.
 
     To resume a run, load the scheduler's state *before* the model's: loading repeats the method
     switches that were due, so that the model has the layers that its checkpoint was made with.
@@ -98,7 +98,7 @@ class NormScheduler:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training is, as plain data.
+        """The state of the schedule, as plain data.
 
         Returns:
             `last_epoch`, `total_epochs` and `switch`.

@@ -1,4 +1,4 @@
-"""How noisy the statistics of a batch are, in formulas.
+"""Formulas for the noise in the statistics of a batch.
 
 With ``mu, var`` the mean and variance of all data, ``mu_B, var_B`` those of a batch
 of m values (biased variance), and ``x~ = (x - mu) / sqrt(var)``, batch normalization
@@ -240,10 +240,6 @@ def average_weight_for(values: float, target: float, *, published: bool = False)
     Returns:
         Lambda; 0 where the batch is as large as the target.
 
-    Raises:
-        ValueError: For an argument out of range.
-        TypeError: For one that is no number.
-
     Source: momentum-bn, section 4.1; the inverse of `equivalent_batch_size`.
 
     Example:
@@ -276,8 +272,7 @@ def output_moments(x: float, source: Noise) -> tuple[float, float]:
         source: The noise; from `noise`.
 
     Returns:
-        Mean (nan up to 2 values in a batch, where there is none) and variance
-        (infinite up to 3 values).
+        Mean (nan for up to 2 values in a batch) and variance (infinite for up to 3).
 
     Source: momentum-bn, equations 2 to 4.
 
@@ -314,10 +309,6 @@ def output_bound(values: float) -> float:
     Returns:
         The bound; 0 for one value.
 
-    Raises:
-        ValueError: For fewer than one value.
-        TypeError: For something that is no number.
-
     Source: four-things, equation 2 and appendix A.
 
     Example:
@@ -331,7 +322,7 @@ def output_bound(values: float) -> float:
 def regularizer(
     loss: Callable[[Tensor], Tensor], x: Tensor, source: Noise
 ) -> tuple[Tensor, Tensor]:
-    """What the noise adds to the loss on average, to second order.
+    """The expected change of the loss by the noise, to second order.
 
     ::
 

@@ -277,7 +277,7 @@ def test_wrong_arguments_are_refused(model: nn.Module, options: dict, message: s
 def test_wrong_data_are_refused() -> None:
     with pytest.raises(ValueError, match="gave no batch"):
         recalibrate(nn.BatchNorm1d(3), [])
-    with pytest.raises(ValueError, match="one value a channel"):
+    with pytest.raises(ValueError, match="one value per channel"):
         recalibrate(nn.BatchNorm1d(3), [torch.randn(1, 3)])
     with pytest.raises(ValueError, match="can be read once, and mode=.layerwise."):
         recalibrate(small(), iter([torch.randn(4, 3, 8, 8)]))

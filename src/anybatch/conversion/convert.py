@@ -1,4 +1,4 @@
-"""Swapping every batch norm of a network for a method's layer."""
+"""Replacing the batch norms of a network by a method's layers."""
 
 from __future__ import annotations
 
@@ -40,53 +40,55 @@ def convert(
 ) -> nn.Module:
     """Swap the batch norms of a network for a method's layers, in place.
 
-    Parameters stay the same objects, so an optimizer made before stays valid; statistics,
-    train/eval flags, requires_grad, hooks, sharing, device and type are kept. The eval output of
-    a trained network stays the same but for `bgn gn ln in`, which cannot keep it.
-    Each layer that samples gets a seed of its own, which follows from the option `seed` (default 0)
-    and the layer's name; a network for `vdn`, `fs+vdn` or `bs+vdn` trains in a `VirtualDataset`.
-    For "cbn" each layer is bound to the convolution or linear layer that feeds it; a norm that is
-    fed by anything else stays as it is, and `plan` says why.
-    For "mabn" the weights of the convolutions that feed the norms are centralized where the
-    network is fresh, those of linear layers only with `centralize=True` (the paper centralizes
-    kernels, and networks of linear layers have done without). Trained weights are left alone
-    unless `centralize=True`, as centralizing them changes the output. The network is converted
-    whole or left as it was.
-    With `fuse=True` a norm whose output goes to a ReLU alone, or is added to another tensor and
-    then goes to a ReLU alone, does that in its own pass in training. The blocks that call such
-    norms are then of a subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same
-    parts, names and output; what is not certain to be the same stays as it is, and `plan` says why.
-    One line about what was done goes to the logger "anybatch", at level INFO.
+    Parameters stay the same objects, so an optimizer made before stays valid. Statistics, train and
+    eval flags, requires_grad, hooks, sharing, device and dtype are kept. The output of a trained
+    network in evaluation mode stays the same, except for `bgn gn ln in`, which cannot keep it. The
+    network is converted as a whole or left as it was. One line about what was done goes to the
+    logger "anybatch", at level INFO.
+
+    - Layers that sample: each gets its own seed, from the option `seed` (default 0) and its name. A
+      network for `vdn`, `fs+vdn` or `bs+vdn` trains in a `VirtualDataset`.
+    - "cbn": each layer is bound to the convolution or linear layer that feeds it; a norm fed by
+      anything else stays as it is, and `plan` says why.
+    - "mabn": in a fresh network, the weights of the convolutions that feed the norms are
+      centralized; those of linear layers only with `centralize=True` (the paper centralizes
+      kernels). Trained weights are centralized only with `centralize=True`, because that changes
+      the output.
+    - "brn": in a trained network it starts without a warm-up.
+    - `fuse=True`: a norm whose output goes only to a ReLU, or to an addition and then only to a
+      ReLU, computes these in its own pass in training. The blocks that call such norms then have a
+      subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same parts, names and
+      output. What is not certain to give the same output stays as it is, and `plan` says why.
 
     Args:
-        model: the network.
-        method: a method's short name, or a mapping of name patterns to short names, of which the
-            first that matches a norm counts.
-        batch_size: the examples in a training forward, for the methods that use it (default: they
+        model: The network.
+        method: A method's short name, or a mapping of name patterns to short names; the first
+            pattern that matches a norm decides.
+        batch_size: Examples in a training forward, for the methods that use it (default None: they
             read it from the first batch).
-        example_inputs: what the network takes (a tensor, a tuple of positional or a mapping of
+        example_inputs: What the network takes (a tensor, a tuple of positional or a mapping of
             keyword arguments), for networks that cannot be traced symbolically.
-        where: which norms: a name pattern such as `"encoder.*"` or a predicate `(name, module)`
-            (default: all).
-        centralize: whether to centralize the weights of the layers that feed the norms (default: of
-            the convolutions in a fresh network, for "mabn").
-        fuse: whether norms do the ReLU that follows them, or the addition and the ReLU, in their
-            own pass (default False: in a network that has been fused none does any more).
-        verbose: print the line that is logged (default False).
-        **options: the method's own arguments, such as `window=32`.
+        where: Which norms: a name pattern such as ``"encoder.*"`` or a predicate ``(name, module)``
+            (default None: all).
+        centralize: Whether to centralize the weights of the layers that feed the norms (default
+            None: of the convolutions in a fresh network, for "mabn").
+        fuse: Whether norms compute the ReLU that follows them, or the addition and the ReLU, in
+            their own pass (default False; it also undoes an earlier fusion).
+        verbose: Print the line that is logged (default False).
+        **options: The method's own arguments, such as ``window=32``.
 
     Returns:
         The model; its replacement where the model is itself a batch norm.
 
     Raises:
-        ValueError: an unknown method, a wrapped or compiled model, a norm that cannot be
+        ValueError: For an unknown method, a wrapped or compiled model, norms that cannot be
             converted (all of them are named, with the remedy), or "cbn" for a network in which
             no norm can be bound.
-        TypeError: an option that the method does not have.
+        TypeError: For an option that the method does not have.
 
     Warns:
-        NoEffectWarning: there was nothing to convert, or the weights of a fresh network could not
-            be centralized because it cannot be traced.
+        NoEffectWarning: If there was nothing to convert, or if weights of a fresh network were not
+            centralized because it cannot be traced.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -194,7 +196,7 @@ def _named(rows: Iterable[PlanRow]) -> str:
 
 @contextmanager
 def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
-    """Undo what taking over and centralizing did to tensors if anything within fails."""
+    """Undo what the conversion did to tensors, hooks and classes if anything inside fails."""
     decisions = list(decisions)
     feeding = [d.centralize for d in decisions if d.centralize is not None]
     classes = [(module, type(module)) for module in feeding]

@@ -30,7 +30,7 @@ from anybatch.registry import Method, fitting_groups
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one norm, with everything needed to carry it out.
+    """The decision for one norm, with everything needed to carry it out.
 
     Args:
         row: The row of the plan's table.
@@ -213,7 +213,7 @@ class NormDecider:
     def _centralization(
         self, method: Method, options: Mapping[str, Any], feeder: Feeder
     ) -> tuple[str | None, str | None]:
-        """Which layer's weights to centralize for a norm, and what to say about it."""
+        """The path of the layer to centralize for a norm, or None, and a note for the plan."""
         wanted = method.name == "mabn" and not options.get("centered", False)
         if self.centralize is False or not (wanted or self.centralize):
             return None, None
@@ -261,7 +261,7 @@ class NormDecider:
 
 
 def _effect(method: Method) -> str:
-    """What a conversion means for the output in evaluation mode."""
+    """The effect of a conversion on the output in evaluation mode."""
     if method.exact_eval:
         return "eval output unchanged"
     if issubclass(method.layer(2), NormLayer):

@@ -45,11 +45,11 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """Merge every norm into the convolution or linear layer before it, in place, for inference.
 
     With s = weight / sqrt(running_var + eps), the layer before gets weight s * w and bias
-    s * (b - running_mean) + bias, and the norm becomes torch.nn.Identity. A norm is merged only
-    where it alone uses its feeder's output, both are called once, and its inference is an affine
-    map a channel; the others stay, and a warning names them. Of a norm that ends in an activation
-    (timm's) its dropout and activation stay. A linear layer is taken to put out
-    (N, C); give `example_inputs` to have that and all else checked on the output.
+    s * (b - running_mean) + bias, and the norm becomes torch.nn.Identity. A norm is merged only if
+    it alone uses the output of the layer before it, on every path, both are called once, and its
+    inference is an affine map per channel. Other norms stay, and a warning names them. The dropout
+    and activation of a norm that ends in an activation (timm's) stay. The output of a linear layer
+    is taken to be (N, C); with `example_inputs` that and everything else is checked.
 
     Args:
         model: a network in eval mode.
@@ -114,7 +114,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
 
 class _State:
-    """What a layer was before a norm was merged into it."""
+    """A layer's state before a norm is merged into it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -153,7 +153,7 @@ def _obstacle(
     by_name: Mapping[str, nn.Module],
     places: Mapping[nn.Module, tuple[str, ...]],
 ) -> str | None:
-    """Why a norm cannot be merged into its feeder, or None."""
+    """The reason why a norm cannot be merged into its feeder, or None."""
     if (why := _norm_obstacle(norm)) is not None:
         return why
     if feeder.name is None:
@@ -221,7 +221,7 @@ def _merge(one: _Fold) -> None:
 
 
 def _per_output(scale: Tensor, layer: nn.Module) -> Tensor:
-    """A factor an output channel (C,), in the shape of the layer's weight."""
+    """A factor per output channel (C,), in the shape of the layer's weight."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     ones = (1,) * (weight.dim() - 2)
@@ -234,14 +234,14 @@ def _per_output(scale: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _identity(norm: nn.Module) -> nn.Module:
-    """What is left of a norm that was merged: nothing, or the activation that it ends in."""
+    """The module left in place of a merged norm: an identity, or the norm's activation."""
     if ends_in_activation(norm):
         return nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
     return nn.Identity().train(norm.training)
 
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """Copies of the floating-point tensors that a network puts out in eval mode."""
+    """Copies of the floating-point tensors of a network's output in evaluation mode."""
     output = observe(model, example_inputs)
     return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 

@@ -65,7 +65,7 @@ class GammaDecay:
         self._handle = optimizer.register_step_pre_hook(self._before)
 
     def remove(self) -> None:
-        """Take the hook off the optimizer."""
+        """Remove the hook from the optimizer."""
         self._handle.remove()
 
     def _before(
@@ -119,12 +119,12 @@ def _is_decoupled(optimizer: Optimizer) -> bool:
 
 
 def _scale(optimizer: Optimizer) -> float | Tensor:
-    """What a gradient scaler has multiplied gradients by, where the step itself takes it out."""
+    """The factor of a gradient scaler in the gradients, if the optimizer step removes it."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else scale
 
 
 def _taken(optimizer: Optimizer) -> float | Tensor:
-    """0 where a gradient scaler has the step skipped inside the optimizer."""
+    """0 if a gradient scaler makes the optimizer skip this step, else 1."""
     found = getattr(optimizer, "found_inf", None)
     return 1.0 if found is None else 1 - found

@@ -1,4 +1,4 @@
-"""Which methods and options a conversion asks for."""
+"""The methods and options of a conversion."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which norms have a path to the output that crosses no other norm.
+"""Finding the norms with a path to the output that crosses no other norm.
 
-What reaches a tensor is carried along a graph of the network, from operation to operation.
+The norms that reach a tensor are passed along the network's graph, from operation to operation.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _VIEWS = {
 
 @dataclass
 class Paths:
-    """What a trace or a forward showed of one norm.
+    """The paths from one norm.
 
     Args:
         open: the operations on the shortest path found to the output that passes no other norm;
@@ -122,7 +122,7 @@ def _is_any_norm(module: nn.Module) -> bool:
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    """A norm of someone's own: named so, without parts, with one scale a channel."""
+    """A norm of someone's own: named so, without parts, with one scale per channel."""
     weight = module._parameters.get("weight")
     if weight is None or "norm" not in type(module).__name__.lower() or is_norm(module):
         return False
@@ -140,14 +140,14 @@ def _undoes(module: nn.Module) -> bool:
 
 
 class _Carried:
-    """What reaches the tensors of one forward."""
+    """The norms that reach each tensor of one forward."""
 
     def __init__(self, norms: Mapping[nn.Module, str]) -> None:
         self.norms = norms
         self.found = {module: Paths() for module in norms}
 
     def through(self, reach: _Reach, module: nn.Module) -> _Reach:
-        """What reaches the output of a norm."""
+        """The norms that reach the output of a norm."""
         self.found[module].called = True
         own: _Reach = {module: ()}
         if not _undoes(module):
@@ -162,7 +162,7 @@ class _Carried:
                 met.append(name)
 
     def leave(self, reach: _Reach) -> None:
-        """Note what reaches an output of the network."""
+        """Note the norms that reach an output of the network."""
         for module, path in reach.items():
             known = self.found[module].open
             if known is None or len(path) < len(known):
@@ -213,7 +213,7 @@ def _read(
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """What a node changes: the first argument of ``x.relu_()``, and what that is a view of."""
+    """The nodes that a node changes in place: its first argument, and what that is a view of."""
     name = name_of(node)
     changed = node.op != "call_module" and name.endswith("_") and not name.endswith("__")
     while changed and (node := _looked_at(node)) is not None:  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Which modules are batch norms, which of them can be taken over, and why the others cannot.
+"""The kinds of normalization modules, and the reasons why some cannot be converted.
 
 Everything in ``conversion`` asks this file what a module is, so that `plan`, `convert`,
 `to_batchnorm` and `fold` never disagree.
@@ -42,7 +42,7 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class NormKind:
-    """What a normalization module is to the converter.
+    """A kind of normalization module.
 
     Args:
         family: "batch" (torch's or ours), "frozen" (constants by design) or "other".
@@ -103,7 +103,7 @@ def dims_of(norm: nn.Module) -> int | None:
 
 
 def wrapper_refusal(model: nn.Module) -> str | None:
-    """Why a model's modules may not be exchanged: it, or a part of it, is wrapped or compiled.
+    """The reason why modules of a model may not be exchanged: it, or a part, is wrapped.
 
     Example:
         >>> wrapper_refusal(nn.DataParallel(nn.Linear(2, 2)))
@@ -145,7 +145,8 @@ def recomputed_parameter(module: nn.Module) -> str | None:
     """Why a module's weight or bias is not a parameter of its own, with the remedy; None if it is.
 
     Example:
-        >>> norm = nn.utils.prune.identity(nn.BatchNorm1d(3), "weight")
+        >>> from torch.nn.utils import prune
+        >>> norm = prune.identity(nn.BatchNorm1d(3), "weight")
         >>> recomputed_parameter(norm)
         "its weight is pruned: ... torch.nn.utils.prune.remove(module, 'weight') first"
     """

@@ -1,4 +1,4 @@
-"""What `convert` would do, norm by norm, and why."""
+"""The plan of a conversion: what `convert` would do with each norm, and why."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def plan(
         norm  kind         fed by  decision  becomes                   why
         ----  -----------  ------  --------  ------------------------  ---...
         1     BatchNorm2d  0       convert   MovingAverageBatchNorm2d  eval output unchanged; ...
-        1 of 1 norms converted; the model is fresh (no batch seen); weights of 1 layer centralized.
+        1 of 1 norm converted; the model is fresh (no batch seen); weights of 1 layer centralized.
     """
     return decide(
         model,

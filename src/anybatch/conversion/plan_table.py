@@ -10,7 +10,7 @@ from anybatch.core.text_tables import text_table
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What becomes of one norm.
+    """The decision for one norm.
 
     Args:
         name: its path in the network (the first, where it has several).
@@ -43,11 +43,11 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of `convert`, one row a norm.
+    """The decisions of `convert`, one row per norm.
 
     Args:
         method: the method asked for, or the mapping of name patterns to methods.
-        rows: one `PlanRow` a norm, in the order of the network.
+        rows: one `PlanRow` per norm, in the order of the network.
         notes: what holds for the network as a whole.
 
     Example:

@@ -1,4 +1,4 @@
-"""Which convolution or linear layer feeds each norm, and what else uses that layer's output.
+"""The convolution or linear layer that feeds each norm, and the other users of its output.
 
 Read off a graph of the whole network, or, where there is none, off graphs of the parts of it that
 can be traced on their own.
@@ -37,7 +37,7 @@ _UNTRACED = "model does not trace; pass example_inputs"
 
 @dataclass(frozen=True)
 class Feeder:
-    """What feeds one norm.
+    """The layer that feeds one norm, or the reason why there is none.
 
     Args:
         name: the path of the convolution or linear layer whose output is the norm's input; None

@@ -166,7 +166,7 @@ def torch_norm(layer: NormLayer) -> nn.Module:
     """The plain torch batch norm of an anybatch layer, with its Parameters, buffers and hooks.
 
     Args:
-        layer: a layer whose inference is an affine map a channel.
+        layer: a layer whose inference is an affine map per channel.
 
     Returns:
         A torch.nn.BatchNorm of the layer's dimension; in eval mode where the layer is frozen.

@@ -20,8 +20,8 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
 
     Parameters and buffers stay the same objects, with their flags and hooks; centralized layers
     become plain ones with centred weights. Afterwards the model holds nothing of anybatch and
-    its checkpoint is a plain batch-norm one. Training goes on as with plain batch norm: a method's
-    memory is dropped, frozen layers are left in eval mode.
+    its checkpoint is a plain batch-norm one. Training continues as with plain batch norm: the state
+    of the method is dropped, frozen layers are left in evaluation mode.
 
     Args:
         model: a network with anybatch layers, changed in place.

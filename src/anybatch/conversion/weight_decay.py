@@ -1,8 +1,8 @@
-"""Weight decay of scales and shifts: where it does something, in an optimizer's groups.
+"""Weight decay of scales and shifts: the norms for which it has an effect, and optimizer groups.
 
-Decay of gamma and beta is undone by the next norm on the way: it rescales its input whatever their
-size. Only where a path leads to the output that passes no other norm is their size a property of
-the network (four-things, section 3.3).
+The next norm undoes a decay of gamma and beta, because it normalizes its input at any scale. Decay
+has an effect only if a path leads from the norm to the output without crossing another norm
+(four-things, section 3.3).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHOWN = 4  # operations of a path, and norms met, that a table names
 
 @dataclass(frozen=True)
 class DecayRow:
-    """Whether decay of one norm's scale and shift does something.
+    """Whether weight decay of one norm's scale and shift has an effect.
 
     Args:
         name: its path in the network (the first, where it has several).
@@ -46,10 +46,10 @@ class DecayRow:
 
 @dataclass(frozen=True)
 class DecayPlan:
-    """What `param_groups` with ``norm_decay="auto"`` decides, one row a norm with a scale.
+    """The decisions of `param_groups` with ``norm_decay="auto"``, one row per norm with a scale.
 
     Args:
-        rows: one `DecayRow` a norm, in the order of the network.
+        rows: one `DecayRow` per norm, in the order of the network.
 
     Example:
         >>> DecayPlan(()).to_dict()
@@ -161,12 +161,12 @@ def param_groups(
     bias_decay: float | bool = True,
     example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer, with weight decay of scales and shifts where it acts.
+    """Make groups for a torch optimizer, with weight decay of scales and shifts where it acts.
 
-    Every parameter is in one group, once, whoever shares it; so are frozen ones, which optimizers
-    pass over and which may be thawed later. A parameter that a norm shares is the norm's; one that
-    several norms share is decayed if one of them would have it so. The groups are named
-    ("weights", "biases", "norms", "gammas", "without decay"); empty ones are left out.
+    Every parameter is in exactly one group, also if modules share it or if it is frozen: optimizers
+    skip frozen parameters, and they may be thawed later. A parameter that a norm shares counts as
+    the norm's; one that several norms share is decayed if one of them would be. The groups are
+    named ("weights", "biases", "norms", "gammas", "without decay"); empty ones are left out.
 
     Args:
         model: the network, plain or in DistributedDataParallel.

@@ -1,4 +1,4 @@
-"""Reading any loader: what a batch is, where it goes, how a network takes it."""
+"""Reading batches from any loader, moving them to a device and passing them to a network."""
 
 import inspect
 import sys
@@ -206,7 +206,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def examples_in(batch: Any) -> int:
-    """How many examples a batch has: the length of the first tensor in it, 0 without one.
+    """The number of examples in a batch: the length of its first tensor, or 0 without tensors.
 
     Example:
         >>> examples_in({"mask": None, "x": torch.zeros(5, 2)})
@@ -217,7 +217,7 @@ def examples_in(batch: Any) -> int:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Where a network's first parameter or buffer is; None without any."""
+    """The device of a network's first parameter or buffer; None without any."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device
 

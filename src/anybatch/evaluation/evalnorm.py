@@ -22,7 +22,7 @@ from anybatch.evaluation.restore_model import borrowed
 
 @dataclass(frozen=True)
 class EvalNorm:
-    """What `eval_norm` found; printed, a table.
+    """The result of `eval_norm`; print it for a table.
 
     Attributes:
         alphas: Example weight by name of the layer.

@@ -35,7 +35,7 @@ CANDIDATES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.
 
 @dataclass(frozen=True)
 class ExampleWeightTuning:
-    """What `tune_example_weight` found; printed, a table.
+    """The result of `tune_example_weight`; print it for a table.
 
     Attributes:
         metric: What was tuned: "loss", "top1", "top5" or the function's name.
@@ -99,7 +99,7 @@ class ExampleWeightTuning:
         """Draw every curve, with the best alpha and the network as it is.
 
         Args:
-            path: Where to write the picture, its kind told by the ending (default
+            path: File of the figure; its ending tells the format (default
                 None: nowhere).
 
         Returns:
@@ -173,7 +173,7 @@ def tune_example_weight(
         max_batches: Use only so many batches (default None: all).
         where: Which layers: a name pattern or a predicate ``(name, module)``.
         in_one_pass: Read the data once and run all candidates on each batch (default),
-            which costs no memory; False reads them once a candidate.
+            which costs no memory; False reads them once per candidate.
         progress: Show a bar (default None: where standard error is a terminal), or a
             function that is called with the batches done and their number.
 

@@ -24,7 +24,7 @@ class Pool:
     so that each weighs by its values, and a large mean costs no precision.
 
     Attributes:
-        count: Values a channel.
+        count: Values per channel.
         mean: ``(C,)``.
         m2: ``(C,)``.
         calls: Batches.

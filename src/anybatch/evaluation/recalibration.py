@@ -36,13 +36,13 @@ _REUSED = 20  # passes more, for a layer whose input depends on its own output
 
 @dataclass(frozen=True)
 class RecalibratedLayer:
-    """What became of a layer.
+    """The outcome for one layer.
 
     Attributes:
         name: In the model.
         kind: Its class.
         status: "recalibrated", or why it was left alone.
-        values: Values a channel that its statistics come from.
+        values: Values per channel behind its statistics.
         mean_change: Distance of the old mean from the new, in new standard
             deviations, root mean square over the channels; None where there was none.
         var_change: Factor between the old and the new variance, geometric mean
@@ -59,7 +59,7 @@ class RecalibratedLayer:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What `recalibrate` did; printed, a table.
+    """The result of `recalibrate`; print it for a table.
 
     Attributes:
         layers: Every normalization layer with running statistics, in the order of the model.
@@ -127,7 +127,7 @@ def recalibrate(
 
     Frozen layers, layers without running statistics and those that no batch reaches
     are left alone. Where anything fails, model and random numbers are as they were;
-    ``num_batches_tracked``, and memory that training uses, are left alone anyway.
+    ``num_batches_tracked``, and the method's own state are always left alone.
 
     Args:
         model: The network; only running statistics are changed.
@@ -314,7 +314,7 @@ def _shape(module: nn.Module) -> tuple[int, torch.device | None]:
 
 
 def _statistics(module: nn.Module, pool: Pool) -> tuple[Tensor | None, Tensor]:
-    """What belongs into a layer's running mean (None: leave it) and variance."""
+    """The new running mean (None: leave it) and running variance of a layer."""
     if isinstance(module, NormLayer) and not module.centered:
         return None, pool.second_moment()
     return pool.mean, pool.var()
@@ -380,7 +380,7 @@ def _check(pools: dict[str, Pool], new: dict[str, tuple[Tensor | None, Tensor]])
             )
         if pools[name].count < 2 and mean is not None:
             raise ValueError(
-                f"loader gave {what} one value a channel, which has no variance: give more data"
+                f"loader gave {what} one value per channel, which has no variance: give more data"
             )
 
 

@@ -1,4 +1,4 @@
-"""Borrowing a network: whatever is done to it inside the context is undone at its end."""
+"""A context that restores a network to the state it had before."""
 
 import random
 import sys

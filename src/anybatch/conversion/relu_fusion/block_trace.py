@@ -37,7 +37,7 @@ _OF_FX = {"torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}
 
 
 class Unsound(Exception):
-    """A forward does what a trace of it does not show."""
+    """A forward does something that a trace of it does not show."""
 
 
 def is_list(module: nn.Module) -> bool:
@@ -152,7 +152,7 @@ class _BlockTracer(GraphTracer):
 
 
 def _modes() -> tuple[Any, ...]:
-    """What decides, beside its arguments, on what an operation does."""
+    """The modes that change what an operation computes from its arguments."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return (
         torch.is_grad_enabled(),
@@ -198,7 +198,7 @@ def trace_block(block: nn.Module) -> tuple[fx.Graph, int]:
 
 
 def _states(block: nn.Module) -> list[dict[str, Any]]:
-    """What the attributes of all parts are, and what the containers among them hold."""
+    """The attributes of all parts, by identity, with the contents of containers."""
     return [
         {name: (id(value), _held(value)) for name, value in module.__dict__.items()}
         for module in block.modules()

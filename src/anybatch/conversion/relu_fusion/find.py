@@ -1,4 +1,4 @@
-"""Which norms can compute the ReLU, or the addition and the ReLU, that follow them.
+"""Finding the norms that can compute the ReLU, or the addition and the ReLU, that follow them.
 
 Each block, a module whose own forward calls norms, is traced alone.
 """
@@ -25,7 +25,7 @@ from anybatch.conversion.relu_fusion.rewrite import LAST_IN_BLOCK, GraphWriter
 
 @dataclass
 class Found:
-    """What was found out about the fusion of a network's norms.
+    """The fusions of a network, and the reasons why norms are not fused.
 
     Args:
         blocks: the blocks to fuse, with what they are to run.
@@ -38,7 +38,7 @@ class Found:
     obstacles: dict[nn.Module, list[str]] = field(default_factory=dict)
 
     def of(self, norm: nn.Module) -> tuple[str | None, str]:
-        """What a norm does, or None; and a sentence about it."""
+        """A norm's fusion, or None, with a sentence about it."""
         done = list(dict.fromkeys(self.fused.get(norm, [])))
         if done:
             return " / ".join(done), f"fused with {' / '.join(done)}"
@@ -97,7 +97,7 @@ def _callers(block: nn.Module) -> Iterator[nn.Module]:
 def _fusion_of(
     block: nn.Module, wanted: set[nn.Module]
 ) -> tuple[Fusion | None, list[tuple[nn.Module, str]]]:
-    """What a block is to run, or None; and why norms that it calls stay as they are."""
+    """The fusion of a block, or None, with the reasons why norms in it stay as they are."""
     check_class(block)
     graph, inputs = trace_block(block)
     writer = GraphWriter(graph, dict(block.named_modules(remove_duplicate=False)), wanted)

@@ -1,4 +1,4 @@
-"""Blocks that run a rewritten forward, in which norms do the ReLU that follows them.
+"""Blocks that run a rewritten forward, in which norms compute the ReLU that follows them.
 
 A fused block is of a subclass of its class, made here; its parts, parameters and names are what
 they were. In training it runs code that a trace of its own forward gave, and its own forward
@@ -32,7 +32,7 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 @dataclass
 class Fusion:
-    """What a block runs in the place of its forward.
+    """The code that a block runs in place of its forward.
 
     Args:
         source: a function ``forward`` of the block and its inputs.
@@ -95,7 +95,7 @@ def _function(source: str, names: Mapping[str, Any]) -> Any:
 
 
 class _Fused:
-    """What fused blocks of all classes have in common."""
+    """Base of the classes of fused blocks."""
 
     _plain: type[nn.Module]
 

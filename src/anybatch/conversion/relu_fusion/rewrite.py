@@ -25,7 +25,7 @@ _ADDS_IN_PLACE: set[Any] = {operator.iadd, "add_"}
 
 
 class GraphWriter:
-    """Lets norms of a graph do what follows them."""
+    """Rewrites a graph so that norms compute what follows them."""
 
     def __init__(
         self, graph: fx.Graph, modules: Mapping[str, nn.Module], wanted: set[nn.Module]
@@ -116,7 +116,7 @@ class GraphWriter:
         return node.target in _RELUS and set(node.kwargs) <= {"inplace"}
 
     def residual(self, node: fx.Node, given: fx.Node) -> tuple[fx.Node, bool] | None:
-        """What a node adds to a value, and whether it writes it over."""
+        """The node that is added to a value, and whether the addition is in place."""
         if node.op == "call_module" or node.target not in _ADDS or node.kwargs:
             return None
         others = [arg for arg in node.args if arg is not given]
@@ -161,7 +161,7 @@ class GraphWriter:
         relu.replace_all_uses_with(made)
 
     def named(self, node: fx.Node) -> str:
-        """What a node is called."""
+        """The name of what a node calls, for a message."""
         module = self.module(node)
         if module is not None:
             return f"{type(module).__name__} {str(node.target)!r}"

@@ -1,1 +1,1 @@
-"""Which norms of a network suffer from their batch size."""
+"""Diagnosis of the batch norms of a network: which of them suffer from the batch size."""

@@ -39,7 +39,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often a quantity fell where, all channels together.
+    """A histogram of a quantity over all channels.
 
     Attributes:
         low: Lower end.
@@ -56,7 +56,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """What was measured of one norm.
+    """The measurements of one norm.
 
     Attributes:
         name: Its path in the network (the first, where it has several).
@@ -64,7 +64,7 @@ class LayerNoise:
         channels: Channels.
         dead: Channels that are constant, or not finite; they are left out of all that follows.
         examples: Examples that share statistics.
-        values: Values that a channel's statistics come from.
+        values: Values per channel behind its statistics.
         effective: Independent values that are as good, for the mean.
         mean: Noise of the mean (xi_mu); None for a norm that subtracts none.
         var: Noise of the variance (xi_sigma), or of the second moment where there is no mean.

@@ -1,12 +1,12 @@
-"""What one norm does to the batches it is given: the noise of four statistics, layer by layer.
+"""Measuring the noise of the statistics that one norm takes from batches.
 
-A batch gives a channel the mean and variance that normalize it, and two more statistics on the way
-back (moving-average-bn, equation 5), with Y the normalized input before scale and shift::
+A batch gives each channel a mean and a variance forward, and two more statistics in the backward
+pass (moving-average-bn, equation 5), with Y the normalized input before scale and shift::
 
     g   = mean(dL/dY)          Psi = mean(Y * dL/dY)
 
-Each is the estimate of a value that all data have. Its noise is its standard deviation from batch
-to batch, in units of what a single value scatters by.
+Each estimates a value of the whole data set. Its noise is its standard deviation from batch to
+batch, in units of the standard deviation of a single value.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class NormProbe:
     # --- the reading of what was noted -----------------------------------------
 
     def summary(self, fresh: bool) -> LayerNoise:
-        """What it comes to.
+        """Summarize what was collected.
 
         Args:
             fresh: Whether running statistics are as they started, and say nothing.
@@ -259,7 +259,7 @@ def _forward_of_any_batch(norm: _BatchNorm, input: Tensor) -> Tensor:
 
 
 class _GradientProbe(torch.autograd.Function):
-    """Hands a norm's output on, and shows the gradient that comes back."""
+    """Passes a norm's output on, and gives the gradient that comes back to a probe."""
 
     @staticmethod
     def forward(
@@ -293,7 +293,7 @@ def second_moment_noise(values: float) -> theory.Noise:
 
 
 def measurable_norms(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """The batch norms of a network that can be measured, and what cannot be, in words.
+    """The batch norms of a network that can be measured, and a note on each of the others.
 
     Raises:
         ValueError: For a norm whose number of channels is not known yet.

@@ -1,4 +1,4 @@
-"""How the measured noise is read: a word for each norm, a verdict, and a method to use."""
+"""The interpretation of the measured noise: a word per norm, a verdict, and a method to use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Word = Literal["noisy", "borderline", "quiet", "averaged", "dead"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the numbers say.
+    """The interpretation of a diagnosis.
 
     Attributes:
         problem: Whether batch normalization is the problem: "yes", "perhaps" or "no".
@@ -78,7 +78,7 @@ def _count(values: float) -> str:
 
 
 def word(layer: LayerNoise) -> Word:
-    """Read one norm: see `diagnose` for the rules."""
+    """The reading of one norm; see `diagnose` for the rules."""
     if layer.dead == layer.channels:
         return "dead"
     if any(layer.kind.startswith(METHODS[name].class_name) for name in _AVERAGING):
@@ -98,7 +98,7 @@ def _worst(layer: LayerNoise) -> float:
 
 
 def read(layers: tuple[LayerNoise, ...], batch_size: int, *, trained: bool) -> Reading:
-    """Say what the numbers of all norms come to: see `diagnose` for the rules.
+    """Interpret the measurements of all norms; see `diagnose` for the rules.
 
     Args:
         layers: what was measured.

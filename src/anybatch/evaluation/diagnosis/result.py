@@ -15,10 +15,10 @@ from anybatch.evaluation.diagnosis.reading import HEAD, Reading, Word, cells, wo
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; print it for a table.
+    """The result of `diagnose`; print it for a table.
 
     Attributes:
-        layers: One `LayerNoise` a norm, in the order of the network.
+        layers: One `LayerNoise` per norm, in the order of the network.
         batch_size: Examples in a batch.
         batches: Batches seen.
         train_loss: Mean loss with the batches' statistics; None without a loss.
@@ -90,7 +90,7 @@ class Diagnosis:
         return path
 
     def page(self) -> str:
-        """What `report` writes.
+        """The HTML page that `report` writes.
 
         Returns:
             The HTML.
