@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+import selection
+
 if not torch.cuda.is_available():
     # GPU kernels are tested in Triton's interpreter; Triton asks once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -22,6 +24,22 @@ def _empty_compiler(request: pytest.FixtureRequest) -> None:
     """A compiler counts how often it compiles a function anew: each test from the start."""
     if "compile" in request.node.name:
         torch._dynamo.reset()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test's many cases, those outside the fast set are marked exhaustive."""
+    groups: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            if item.get_closest_marker("every_case") is None:
+                groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for test, group in groups.items():
+        cases = [{k: selection.key(v) for k, v in i.callspec.params.items()} for i in group]
+        fast = selection.chosen(cases, test)
+        for number, item in enumerate(group):
+            if number not in fast:
+                item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

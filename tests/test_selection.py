@@ -1,0 +1,44 @@
+"""The fast set of a test's cases."""
+
+from itertools import product
+
+import selection
+
+
+def cases(**values: list[object]) -> list[dict[str, object]]:
+    keyed = [[selection.key(v) for v in options] for options in values.values()]
+    return [dict(zip(values, case, strict=True)) for case in product(*keyed)]
+
+
+def test_all_cases_of_one_parameter_are_fast() -> None:
+    assert selection.chosen(cases(x=[1, 2, 3]), "test") == {0, 1, 2}
+
+
+def test_every_value_of_two_parameters_is_fast() -> None:
+    both = cases(x=[*range(9)], y=["a", "b", "c", "d"])
+    fast = [both[i] for i in selection.chosen(both, "test")]
+    assert len(fast) == 9
+    assert {case["x"] for case in fast} == {case["x"] for case in both}
+    assert {case["y"] for case in fast} == {case["y"] for case in both}
+
+
+def test_every_pair_of_the_two_largest_of_three_parameters_is_fast() -> None:
+    all_of_them = cases(x=[*range(6)], y=["a", "b", "c"], z=[True, False])
+    fast = [all_of_them[i] for i in selection.chosen(all_of_them, "test")]
+    assert len(fast) == 18
+    assert len({case["z"] for case in fast}) == 2
+
+
+def test_one_method_of_each_family_is_fast_and_every_method_in_some_test() -> None:
+    methods = cases(name=sorted(selection.METHODS))
+    taken = set()
+    for number in range(40):
+        fast = selection.chosen(methods, f"test {number}")
+        assert len(fast) == len(selection.FAMILIES)
+        taken |= {methods[i]["name"][1] for i in fast}  # type: ignore[index]
+    assert taken == selection.METHODS
+
+
+def test_values_without_a_hash_are_told_apart() -> None:
+    first, second = {"a": 1}, {"a": 1}
+    assert selection.chosen(cases(x=[first, second], y=[1, 2]), "test") == {0, 3}
