@@ -32,11 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     groups: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            if item.get_closest_marker("every_case") is None:
-                groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for test, group in groups.items():
+        if group[0].get_closest_marker("every_case") is not None:
+            continue
         cases = [{k: selection.key(v) for k, v in i.callspec.params.items()} for i in group]
-        fast = selection.chosen(cases, test)
+        pairs = group[0].get_closest_marker("pairs")
+        fast = selection.chosen(cases, test, pairs.args if pairs else ())
         for number, item in enumerate(group):
             if number not in fast:
                 item.add_marker(pytest.mark.exhaustive)

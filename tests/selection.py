@@ -7,7 +7,8 @@ others do not. The fast set takes, for each test:
 - of the values of all other parameters, each at least once;
 - with three parameters or more, each pair of values of the two with the most, if these are few.
 
-`make test-all` runs all cases; a test marked `every_case` has all of them in the fast set.
+`make test-all` runs all cases. A test marked `every_case` has all of them in the fast set, one
+marked `pairs("x", "y")` each pair of values of these two parameters.
 """
 
 from collections import Counter
@@ -65,13 +66,15 @@ def of_families(cases: Sequence[Case], test: str) -> list[int]:
     return numbers
 
 
-def covering(cases: Sequence[Case]) -> list[int]:
-    """Numbers of the cases that have every value of every parameter, and few pairs."""
+def covering(cases: Sequence[Case], pairs: tuple[str, ...] = ()) -> list[int]:
+    """Numbers of the cases that have every value of every parameter, and few pairs or these."""
     names = axes(cases) if cases else []
     if len(names) < 2:
         return list(range(len(cases)))
     parts: list[tuple[str, ...]] = [(name,) for name in names]
-    if len(names) > 2:
+    if pairs:
+        parts.append(pairs)
+    elif len(names) > 2:
         sizes = {name: len({case[name] for case in cases}) for name in names}
         first, second = sorted(names, key=lambda name: -sizes[name])[:2]
         if sizes[first] * sizes[second] <= FEW:
@@ -90,9 +93,9 @@ def covering(cases: Sequence[Case]) -> list[int]:
     return sorted(found)
 
 
-def chosen(cases: Sequence[Case], test: str) -> set[int]:
+def chosen(cases: Sequence[Case], test: str, pairs: tuple[str, ...] = ()) -> set[int]:
     """Numbers of a test's cases in the fast set."""
     if len(cases) < 2:
         return set(range(len(cases)))
     numbers = of_families(cases, test)
-    return {numbers[i] for i in covering([cases[i] for i in numbers])}
+    return {numbers[i] for i in covering([cases[i] for i in numbers], pairs)}

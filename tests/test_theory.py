@@ -34,7 +34,7 @@ def close_std(sample: Tensor, expected: float) -> None:
 
 
 @pytest.mark.parametrize("values", [2, 3, 8, 64])
-def test_noise_of_a_batch(values: int) -> None:
+def test_the_noise_of_a_batch_is_as_simulated(values: int) -> None:
     mean, var = xi(batches(values))
     expected = theory.noise(values)
     close_mean(mean, 0.0)
@@ -58,7 +58,7 @@ def test_two_values_apart_by_two_always_have_variance_one() -> None:
 
 @pytest.mark.parametrize("values", [2, 8])
 @pytest.mark.parametrize("weight", [0.5, 0.9375])
-def test_noise_of_moving_averages(values: int, weight: float) -> None:
+def test_the_noise_of_moving_averages_is_as_simulated(values: int, weight: float) -> None:
     """Equation 8 run to its end, many times side by side."""
     runs, steps = 20_000, math.ceil(math.log(1e-8) / math.log(weight))
     mean, var = torch.zeros(runs, dtype=torch.float64), torch.ones(runs, dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_a_batch_of_one_value_has_no_variance_to_regularize_by() -> None:
         (lambda: theory.output_bound(True), TypeError, "values=True"),
     ],
 )
-def test_errors_name_the_argument_and_what_would_do(call, error, words: str) -> None:
+def test_errors_of_theory_name_the_argument_and_the_remedy(call, error, words: str) -> None:
     with pytest.raises(error) as raised:
         call()
     assert words in str(raised.value)

@@ -95,7 +95,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_is_one_well_formed_page(compared: Path) -> None:
+def test_the_report_of_compare_is_one_well_formed_page(compared: Path) -> None:
     text = (compared / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
@@ -169,7 +169,7 @@ def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
-def test_a_wrong_argument_is_one_line_and_code_2(
+def test_a_wrong_argument_of_a_command_is_one_line_and_code_2(
     arguments: list[str], words: str, tmp_path: Path
 ) -> None:
     quick = QUICK if arguments[0] == "compare" else QUICK[:4]

@@ -64,7 +64,7 @@ def test_the_plan_names_every_norm_and_is_what_convert_does(network: Network) ->
 
 @each_network
 @pytest.mark.parametrize("method", EXACT)
-def test_a_trained_network_keeps_its_eval_output(network: Network, method: str) -> None:
+def test_a_trained_real_network_keeps_its_eval_output(network: Network, method: str) -> None:
     model, inputs = trained(network), network.inputs(2)
     before = outputs(model, inputs)
     state = copy.deepcopy(model.state_dict())
@@ -105,7 +105,7 @@ def _spatial(model: nn.Module):  # type: ignore[no-untyped-def]
 
 @each_network
 @pytest.mark.parametrize("method", [None, "mabn", "mbn"])
-def test_folding_keeps_the_output(network: Network, method: str | None) -> None:
+def test_folding_a_real_network_keeps_its_output(network: Network, method: str | None) -> None:
     model, inputs = trained(network), network.inputs(2)
     if method is not None:
         convert(model, method, example_inputs=inputs, centralize=True)

@@ -39,7 +39,7 @@ def test_a_plan_is_data() -> None:
     ]
 
 
-def test_a_plan_changes_nothing() -> None:
+def test_a_plan_of_conversion_changes_nothing() -> None:
     model = randomize(convnet())
     before = copy.deepcopy(model.state_dict())
     types = [type(module) for module in model.modules()]
@@ -131,7 +131,7 @@ def test_norms_that_are_no_batch_norm_are_kept() -> None:
     assert made.rows[3].reason == "frozen by design: its statistics are constants"
 
 
-def test_where_leaves_norms_out() -> None:
+def test_where_leaves_norms_out_of_a_plan() -> None:
     by_name = plan(Tabular(), "bn", where="body.*")
     by_module = plan(Tabular(), "bn", where=lambda name, module: module.num_features > 6)
     for made in (by_name, by_module):

@@ -133,7 +133,7 @@ def test_larger_norm_batch_size_than_batch_is_none(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("examples", [6, 7])
-def test_norm_batch_size_is_successive_batches(name: str, examples: int) -> None:
+def test_norm_batch_size_gives_what_successive_batches_give(name: str, examples: int) -> None:
     torch.manual_seed(0)
     whole = make(name, norm_batch_size=2).double()
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def test_channels_last_is_kept(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_expanded_input(name: str) -> None:
+def test_an_expanded_input_gives_what_its_copy_gives(name: str) -> None:
     layer = make(name)
     y = layer(torch.randn(1, 6, 1, 3).expand(4, 6, 5, 3))
     assert y.isfinite().all()
@@ -110,7 +110,7 @@ def test_state_stays_float32_in_a_low_precision_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast(name: str) -> None:
+def test_layers_keep_float32_statistics_under_autocast(name: str) -> None:
     net = nn.Sequential(nn.Conv2d(6, 6, 3), make(name))
     with torch.autocast("cpu", torch.bfloat16):
         y = net(torch.randn(2, 6, 5, 5))

@@ -42,7 +42,7 @@ def masked_step(layer: nn.Module, x: Tensor, dy: Tensor, mask: Tensor) -> tuple[
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ONE_GROUP)
-def test_masked_is_packed(name: str, dims: int, last: bool) -> None:
+def test_a_masked_batch_gives_what_its_valid_values_give(name: str, dims: int, last: bool) -> None:
     """Output, gradients and state, over the method's warm-ups and windows."""
     if last and dims == 1:
         pytest.skip("channels last is of pictures")
@@ -99,7 +99,7 @@ def test_any_shape_and_mask(
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("groups", [None, 2])
-def test_the_gradient_is_exact(name: str, groups: int | None) -> None:
+def test_the_gradient_of_masked_statistics_is_exact(name: str, groups: int | None) -> None:
     """Padding that has a part in the loss included: its output depends on the statistics too."""
     layer = make(name, 4, dims=2, dtype=torch.float64, norm_batch_size=groups)
     x = batch(4, 4, dtype=torch.float64).requires_grad_()
@@ -321,7 +321,7 @@ def test_a_mask_fits_layers_of_other_sizes() -> None:
 @pytest.mark.parametrize(
     "shape", [(4,), (4, 1, 1, 1), (4, 4, 3), (4, 1, 4, 3)], ids=["N", "N111", "NHW", "N1HW"]
 )
-def test_forms_of_a_mask(shape: tuple[int, ...]) -> None:
+def test_all_forms_of_a_mask_give_the_same(shape: tuple[int, ...]) -> None:
     x = batch(4)
     mask = torch.ones(shape, dtype=torch.int64)
     mask[3] = 0
@@ -329,7 +329,7 @@ def test_forms_of_a_mask(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(masked(x, mask)[:3], plain(x[:3]))
 
 
-def test_tokens_in_rows() -> None:
+def test_masked_tokens_in_rows_give_what_packed_ones_give() -> None:
     x = torch.randn(2, 5, 6)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     layer, plain = anybatch.BatchNorm1d(6), anybatch.BatchNorm1d(6)

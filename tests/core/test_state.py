@@ -322,7 +322,7 @@ def test_a_second_derivative_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_counts_once(name: str, use_reentrant: bool) -> None:
+def test_a_checkpointed_step_counts_once(name: str, use_reentrant: bool) -> None:
     plain = make(name)
     saving = copy.deepcopy(plain)
     for _ in range(10):

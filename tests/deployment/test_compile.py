@@ -17,7 +17,8 @@ OPTIONS = {
     "brn": {"warmup_steps": 2},
     **{name: {"ratio": 1 / 2} for name in ("ns", "bs", "fs", "points")},
 }
-# A wrapper of virtual examples draws them outside the compiled network: tests/test_sampling.py.
+# A wrapper of virtual examples draws them outside the compiled network, see
+# tests/layers/test_sampled_batch_norm.py.
 WHOLE = [name for name, method in METHODS.items() if not method.wraps]
 
 
@@ -64,11 +65,11 @@ def compare(method: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("method", WHOLE)
-def test_one_graph_for_all_steps_and_epochs(method: str) -> None:
+def test_a_layer_needs_one_graph_for_all_steps_and_epochs(method: str) -> None:
     compare(method, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", WHOLE)
-def test_the_same_with_the_compiler_of_torch(method: str) -> None:
+def test_a_layer_under_inductor_gives_the_same(method: str) -> None:
     compare(method, "inductor")

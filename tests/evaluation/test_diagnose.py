@@ -348,7 +348,7 @@ def test_the_network_inside_a_wrapper_is_measured() -> None:
     assert [layer.name for layer in diagnose(wrapped, batches).layers] == ["0"]
 
 
-def test_few_batches_are_mentioned() -> None:
+def test_a_diagnosis_of_few_batches_says_so() -> None:
     assert "Only 3 batches" in str(diagnose(nn.BatchNorm1d(4), gaussian(8, 4, batches=3)))
     assert "Only" not in str(diagnose(nn.BatchNorm1d(4), gaussian(8, 4, batches=20)))
 
@@ -437,7 +437,7 @@ def raising(*_: Any) -> Any:
     raise Broken
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_diagnose_leaves_the_network_as_it_was() -> None:
     model = prepared()
     before = everything_of(model)
     found = diagnose(model, data())
@@ -450,7 +450,7 @@ def test_the_network_is_left_as_it_was() -> None:
     [{"loader": "broken"}, {"forward": raising}, {"loss": raising}, {"progress": raising}],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_also_after_an_error(arguments: dict[str, Any]) -> None:
+def test_diagnose_leaves_the_network_as_it_was_after_an_error(arguments: dict[str, Any]) -> None:
     model = prepared()
     before = everything_of(model)
     broken = arguments.pop("loader", None) is not None
@@ -482,7 +482,7 @@ def found() -> Diagnosis:
     return diagnose(model, batches)
 
 
-def test_as_data(found: Diagnosis) -> None:
+def test_a_diagnosis_is_available_as_data(found: Diagnosis) -> None:
     made = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert made["reading"]["problem"] == "yes"
     (layer,) = made["layers"]
@@ -492,20 +492,20 @@ def test_as_data(found: Diagnosis) -> None:
     assert sum(layer["mean_histogram"]["counts"]) <= layer["mean_histogram"]["total"] == 20 * 8
 
 
-def test_as_a_table(found: Diagnosis) -> None:
+def test_a_diagnosis_is_printed_as_a_table(found: Diagnosis) -> None:
     lines = str(found).splitlines()
     assert lines[0].split()[:4] == ["norm", "kind", "values", "acts"]
     assert lines[2].endswith("noisy")
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_as_a_picture(found: Diagnosis, tmp_path: Path, ending: str) -> None:
+def test_a_diagnosis_is_drawn_as_an_image(found: Diagnosis, tmp_path: Path, ending: str) -> None:
     path = found.plot(tmp_path / f"noise.{ending}")
     start = path.read_bytes()[:200]
     assert start.startswith(b"\x89PNG") if ending == "png" else b"<?xml" in start
 
 
-def test_as_a_page(found: Diagnosis, tmp_path: Path) -> None:
+def test_a_diagnosis_is_written_as_a_page(found: Diagnosis, tmp_path: Path) -> None:
     text = found.report(str(tmp_path / "page.html")).read_text(encoding="utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;norm$&lt;/script&gt;" in text
@@ -590,7 +590,7 @@ def test_dead_channels_are_counted_and_left_out() -> None:
         ),
     ],
 )
-def test_errors_name_the_argument_and_what_would_do(call, error, words: str) -> None:
+def test_errors_of_diagnose_name_the_argument_and_the_remedy(call, error, words: str) -> None:
     with pytest.raises(error) as raised:
         call()
     assert words in str(raised.value)

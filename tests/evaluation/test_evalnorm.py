@@ -74,7 +74,7 @@ def test_apply_sets_a_weight_a_layer() -> None:
 
 @pytest.mark.parametrize("method", [*METHODS, "mabn", "bgn", "gn"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_network_is_left_as_it_was(method: str, fails: bool) -> None:
+def test_eval_norm_leaves_the_network_as_it_was(method: str, fails: bool) -> None:
     model = network(method).float()
     before = copy.deepcopy(model.state_dict())
     attributes = [sorted(vars(m)) for m in model.modules()]
@@ -108,7 +108,7 @@ def test_the_network_is_left_as_it_was(method: str, fails: bool) -> None:
     ],
     ids=["0", "1", "8", "nan", "empty"],
 )
-def test_wrong_arguments_are_refused(loader: list, size: int, message: str) -> None:
+def test_eval_norm_refuses_wrong_arguments(loader: list, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         eval_norm(nn.BatchNorm1d(3), loader, size)
 

@@ -269,12 +269,12 @@ def test_frozen_layers_and_others_are_left_alone_and_said_so() -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_wrong_arguments_are_refused(model: nn.Module, options: dict, message: str) -> None:
+def test_recalibrate_refuses_wrong_arguments(model: nn.Module, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recalibrate(model, [torch.randn(4, 3)], **options)
 
 
-def test_wrong_data_are_refused() -> None:
+def test_recalibrate_refuses_wrong_data() -> None:
     with pytest.raises(ValueError, match="gave no batch"):
         recalibrate(nn.BatchNorm1d(3), [])
     with pytest.raises(ValueError, match="one value per channel"):
@@ -366,7 +366,7 @@ def _recalibrate_in_processes(rank: int, folder: str) -> None:
 
 
 @pytest.mark.dist
-def test_processes_pool_their_data(tmp_path) -> None:
+def test_recalibrate_pools_the_data_of_processes(tmp_path) -> None:
     spawn(_recalibrate_in_processes, str(tmp_path))
     torch.manual_seed(0)
     model = small().double()

@@ -7,7 +7,7 @@ import torch
 
 import anybatch
 from method_cases import NAMES, batch, make, step
-from test_steps import CASES, SHAPES, check, drifting, flat, pair
+from reference_cases import CASES, SHAPES, check, drifting, flat, pair
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,9 @@ pytestmark = [
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("shape", [(), (3, 2)], ids=["(N, C)", "(N, C, H, W)"])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_layer_is_the_papers_equations(case: str, shape: tuple[int, ...], last: bool) -> None:
+def test_a_layer_on_a_device_is_the_papers_equations(
+    case: str, shape: tuple[int, ...], last: bool
+) -> None:
     layer, truth = pair(case, max(len(shape), 1), torch.float64)
     layer = layer.cuda()
     for number in range(24):

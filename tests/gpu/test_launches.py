@@ -70,7 +70,9 @@ def test_a_layer_is_that_of_float64(
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [(2, 64, 56, 56), (32, 64, 56, 56)], ids=str)
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_kernels_take_it(name: str, shape: tuple[int, ...], last: bool) -> None:
+def test_the_kernels_take_batches_on_a_device(
+    name: str, shape: tuple[int, ...], last: bool
+) -> None:
     layer = make(name, shape[1], **({"num_groups": 8} if name == "bgn" else {})).cuda()
     x, _ = sized(shape, torch.bfloat16, last)
     assert layer(x.cuda()).grad_fn.how[0].name == "triton"
@@ -116,7 +118,7 @@ def test_a_cuda_graph_is_the_steps_it_replays(
 
 
 @pytest.mark.parametrize("name", ["bn", "mabn", "ghost"])
-def test_results_do_not_depend_on_runs(name: str) -> None:
+def test_results_of_launches_do_not_depend_on_runs(name: str) -> None:
     first = make(name, 64).cuda()
     second = copy.deepcopy(first)
     for shape in SHAPES[:1] + SHAPES[2:3]:

@@ -124,7 +124,9 @@ def test_losses_and_state_are_a_plain_loops(
 
 
 @pytest.mark.parametrize("method", ["mbn", "mabn", "cbn"])
-def test_a_resumed_run_is_the_whole_one(tmp_path: Path, method: str) -> None:
+def test_a_resumed_lightning_run_gives_the_numbers_of_the_whole_one(
+    tmp_path: Path, method: str
+) -> None:
     whole, first, rest = (Classifier(network()) for _ in range(3))
     options = {"burn_in": 0.0} if method == "cbn" else {}
     made = {"batch_size": 2, "total_epochs": 4, **options}
@@ -164,7 +166,7 @@ def test_a_training_by_steps_alone_has_to_be_told_its_epochs(tmp_path: Path) -> 
     assert len(module.losses) == 3
 
 
-def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+def test_the_lightning_callback_refuses_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'mabn'"):
         NormCallback("mabm")
     with pytest.raises(ValueError, match="options window are of a method"):
@@ -173,7 +175,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, NormCallback()).fit(Classifier(network()), batches())
 
 
-def test_no_warning_of_ours(tmp_path: Path) -> None:
+def test_the_lightning_callback_causes_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", anybatch.NoEffectWarning)
         trainer(tmp_path, NormCallback("mabn"), 1).fit(Classifier(network()), batches())

@@ -107,11 +107,11 @@ def _methods(rank: int, world: int, shares_name: str) -> None:
 
 
 @pytest.mark.parametrize("shares", list(SHARES))
-def test_two_processes_are_one(shares: str) -> None:
+def test_two_processes_give_what_one_gives(shares: str) -> None:
     spawn(_methods, 2, shares)
 
 
-def test_four_processes_are_one() -> None:
+def test_four_processes_give_what_one_gives() -> None:
     spawn(_methods, 4, "", world_size=4)
 
 
@@ -447,7 +447,7 @@ def test_one_process_needs_no_group() -> None:
     assert torch.equal(before, model[0].running_var)
 
 
-def test_what_it_refuses() -> None:
+def test_synchronized_statistics_refuse_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="process_group='all': give"):
         anybatch.BatchNorm1d(3, process_group="all")
     with pytest.raises(ValueError, match="norm_batch_size=2: it cuts"):

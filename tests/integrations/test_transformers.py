@@ -114,7 +114,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     assert layer.step is None
 
 
-def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
+def test_a_resumed_trainer_run_gives_the_numbers_of_the_whole_one(tmp_path: Path) -> None:
     whole = trainer(
         anybatch.convert(network(), "mbn", batch_size=2), tmp_path / "a", NormCallback()
     )

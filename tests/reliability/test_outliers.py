@@ -80,7 +80,7 @@ def test_the_first_batches_settle_what_is_in_proportion() -> None:
 
 @pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "cbn", "brn", "fs"])
 @pytest.mark.parametrize("how", ["norm_batch_size", "accumulated", "masked", "checkpointed"])
-def test_with_everything_else(name: str, how: str) -> None:
+def test_an_outlier_limit_works_with_all_other_options(name: str, how: str) -> None:
     options = {"norm_batch_size": 2} if how == "norm_batch_size" else {}
     layer = settled(name, **options)
     if how == "accumulated":
@@ -106,7 +106,7 @@ def test_with_everything_else(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("name", ["bn", "mabn", "mbn", "brn"])
 @pytest.mark.filterwarnings("ignore")
-def test_it_compiles_whole(name: str) -> None:
+def test_a_layer_with_an_outlier_limit_compiles_whole(name: str) -> None:
     layer = settled(name)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -117,7 +117,7 @@ def test_it_compiles_whole(name: str) -> None:
     torch.testing.assert_close(layer.running_var, twin.running_var)
 
 
-def test_checkpoints_with_and_without() -> None:
+def test_checkpoints_pass_with_and_without_an_outlier_limit() -> None:
     layer, plain = settled("mabn"), make("mabn")
     step(layer, 1e4 * batch(4))
     other = make("mabn", outlier_limit=LIMIT)
@@ -133,7 +133,7 @@ def test_checkpoints_with_and_without() -> None:
     assert (other.state_dict()["outliers"] == 0).all()
 
 
-def test_on_a_whole_network() -> None:
+def test_an_outlier_limit_holds_on_a_whole_network() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6))
     net = anybatch.convert(net, "mabn", outlier_limit=50)
     assert net[1].outlier_limit == 50
@@ -141,7 +141,7 @@ def test_on_a_whole_network() -> None:
 
 
 @pytest.mark.parametrize("limit", [1.0, 0, -3, float("nan")])
-def test_what_it_refuses(limit: float) -> None:
+def test_an_outlier_limit_refuses_wrong_arguments(limit: float) -> None:
     with pytest.raises(ValueError, match=f"outlier_limit={limit!r}: give a number above 1"):
         anybatch.BatchNorm2d(3, outlier_limit=limit)
     with pytest.raises(ValueError, match="leave track_running_stats True"):

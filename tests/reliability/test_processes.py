@@ -65,7 +65,7 @@ def _disagree(rank: int, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["method", "options"])
-def test_processes_that_disagree(case: str) -> None:
+def test_processes_that_disagree_are_told(case: str) -> None:
     spawn(_disagree, case, timeout=20)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import reference
 from anybatch.backends import use_fused
-from test_steps import CASES, CHANNELS, LAST, check, flat, pair
+from reference_cases import CASES, CHANNELS, LAST, check, flat, pair
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 THOUSANDS = settings(QUICK, max_examples=3000, derandomize=True)
@@ -134,7 +134,7 @@ def agree(found: list[Tensor], expected: list[Tensor], *, rows: Callable[[Tensor
 
 @given(histories(ALIKE))
 @QUICK
-def test_the_order_of_examples_does_not_matter(history: dict[str, Any]) -> None:
+def test_the_order_of_examples_does_not_matter_in_any_setting(history: dict[str, Any]) -> None:
     layer, x, dy = after(history)
     order = torch.randperm(len(x))
     expected = step(layer, x, dy)

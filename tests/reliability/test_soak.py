@@ -43,7 +43,7 @@ def test_a_few_seconds_of_it(soak: ModuleType) -> None:
     ("leak", "failed"),
     [({}, 0), ({"mebibytes": 0.4}, 1), ({"tensors": 0.5}, 1), ({"objects": 99}, 0)],
 )
-def test_what_grows_fails(
+def test_memory_that_grows_fails_the_soak(
     soak: ModuleType,
     leak: dict[str, float],
     failed: int,

@@ -380,7 +380,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_report_is_one_well_formed_page(measured: Path) -> None:
+def test_the_report_of_bench_is_one_well_formed_page(measured: Path) -> None:
     text = (measured / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
@@ -434,7 +434,7 @@ def test_bench_takes_a_file_of_options(mine: Path, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_argument_is_one_line_and_code_2(
+def test_a_wrong_argument_of_bench_is_one_line_and_code_2(
     arguments: list[str], words: str, tmp_path: Path
 ) -> None:
     result = run("bench", *arguments, "--output", str(tmp_path / "out"))

@@ -96,7 +96,7 @@ def test_options_are_read_as_json_or_text() -> None:
             parse_options([wrong])
 
 
-def test_configuration_files(tmp_path: Path) -> None:
+def test_configuration_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"epochs": 3}')
     assert read_config(tmp_path / "a.json") == {"epochs": 3}
     if sys.version_info >= (3, 11):
@@ -210,7 +210,7 @@ def test_cifar_folders_that_are_missing_half_there_or_pickled(tmp_path: Path) ->
         load(Run(data="cifar10", model="resnet8"))
 
 
-def test_folders_of_images(tmp_path: Path) -> None:
+def test_folders_of_images_are_read_as_data(tmp_path: Path) -> None:
     def read() -> object:
         return load(Run(data="imagefolder", model="resnet8", root=str(tmp_path)))
 
@@ -310,7 +310,7 @@ def test_a_part_of_the_training_examples_is_held_out() -> None:
         load(Run(test_size=501))
 
 
-def test_arrays(tmp_path: Path) -> None:
+def test_arrays_are_read_as_data(tmp_path: Path) -> None:
     path = tmp_path / "some.npz"
 
     def read(**arrays: object) -> object:
@@ -439,7 +439,7 @@ LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_
     ("method", "settings"),
     [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],
 )
-def test_a_stopped_run_ends_with_the_same_numbers(
+def test_a_stopped_training_ends_with_the_same_numbers(
     tmp_path: Path, method: str, settings: dict[str, object]
 ) -> None:
     run = Run(method=method, **SMALL, **settings)

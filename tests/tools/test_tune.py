@@ -151,7 +151,7 @@ def test_a_checkpoint_that_is_none_is_one_line_and_code_2(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_argument_is_one_line_and_code_2(
+def test_a_wrong_argument_of_tune_is_one_line_and_code_2(
     weights: Path, arguments: list[str], words: str, tmp_path: Path
 ) -> None:
     result = run("tune", str(weights), *arguments, "--output", str(tmp_path))

@@ -29,14 +29,16 @@ def all_of(take: Callable[[Mapping[str, Listed]], list[Any]]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("library", "network", "method"), all_of(cases))
-def test_converts_trains_and_goes_back(library: str, network: Listed, method: str) -> None:
+def test_a_network_of_another_library_converts_trains_and_goes_back(
+    library: str, network: Listed, method: str
+) -> None:
     pytest.importorskip(library)
     require(network, library)
     check_conversion(network, method)
 
 
 @pytest.mark.parametrize(("library", "network"), all_of(each))
-def test_trains_at_batch_1(library: str, network: Listed) -> None:
+def test_a_network_of_another_library_trains_at_batch_1(library: str, network: Listed) -> None:
     pytest.importorskip(library)
     require(network, library)
     check_batch_of_one(network, "mabn")

@@ -25,14 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
 
 
 @pytest.mark.parametrize(("network", "method"), cases(NETWORKS))
-def test_converts_trains_and_goes_back(network: Listed, method: str) -> None:
+def test_a_transformers_network_converts_trains_and_goes_back(network: Listed, method: str) -> None:
     require(network, "transformers", VERSION)
     check_conversion(network, method)
 
 
 @pytest.mark.parametrize("method", ["bn", "mabn"])
 @pytest.mark.parametrize("network", each(NETWORKS))
-def test_trains_at_batch_1(network: Listed, method: str) -> None:
+def test_a_transformers_network_trains_at_batch_1(network: Listed, method: str) -> None:
     require(network, "transformers", VERSION)
     check_batch_of_one(network, method)
 

@@ -533,7 +533,7 @@ def test_a_method_that_fails_is_told_and_the_others_are_there(tiny: Path) -> Non
         ),
     ],
 )
-def test_a_wrong_file_is_named(data: dict, words: str) -> None:
+def test_a_wrong_file_of_readings_is_named(data: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read("wrong", data)
 

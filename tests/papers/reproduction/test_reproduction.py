@@ -224,7 +224,7 @@ def test_every_setting_of_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> 
         ({"paper_numbers": {"BN, 4": {"digits": 1}}}, "no cell 'BN, 4', 'digits'"),
     ],
 )
-def test_a_wrong_file_is_named(changes: dict, words: str) -> None:
+def test_a_wrong_file_of_a_spec_is_named(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read("tiny", {**TINY, **changes})
 

@@ -119,7 +119,7 @@ def test_a_step_is_timed_and_a_wrong_kind_is_refused() -> None:
         Chain((1, 2, 2), 3, kind="three layers")
 
 
-def test_figures_are_drawn() -> None:
+def test_figures_of_the_cross_iteration_study_are_drawn() -> None:
     from anybatch.tools.figures import png
 
     table = {kind: [0.1, 0.2] for kind in KINDS}

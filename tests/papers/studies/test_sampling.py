@@ -116,7 +116,7 @@ def test_errors_reach_the_layers_above_only_where_norms_sample() -> None:
     assert not torch.allclose(found[0].mean[:, 1], found[1].mean[:, 1], rtol=1e-3)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_the_sampling_study_leaves_the_network_as_it_was() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     before = copy.deepcopy(net.state_dict())
     errors = estimation_errors(net, noise(2, 8, 3, 6, 6), "feature")
@@ -126,7 +126,7 @@ def test_the_network_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_the_sampling_study_refuses_wrong_arguments() -> None:
     norm, inputs = nn.BatchNorm2d(3), noise(2, 4, 3, 2, 2)
     with pytest.raises(ValueError, match="sample='rows'"):
         estimation_errors(norm, inputs, "rows")
@@ -223,7 +223,7 @@ def test_a_step_is_timed_by_phase() -> None:
         assert 0 < phases["backward"] < phases["step"]
 
 
-def test_figures_are_drawn() -> None:
+def test_figures_of_the_sampling_study_are_drawn() -> None:
     inputs = noise(3, 8, 3, 6, 6)
     net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     errors = [estimation_errors(net, inputs, sample) for sample in ("batch", "feature")]

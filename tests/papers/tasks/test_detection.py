@@ -282,7 +282,7 @@ def test_flips_move_images_boxes_and_masks_together(width: int, fill: int, seed:
     assert [width - right, width - left] == [expected[1], expected[3]]
 
 
-def test_batches_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
+def test_batches_of_detection_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
     run = PaperRun(root=str(scenes), **SETTINGS)
     first, again, other = (list(detection.batches(run, data, epoch)) for epoch in (1, 1, 2))
     assert len(first) == 3
@@ -458,7 +458,7 @@ def test_average_precision_of_masks() -> None:
     assert [numbers[f"mask_{name}"] for name in NUMBERS] == pytest.approx([0.4, 1, 0])
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_detection_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     with pytest.raises(ValueError, match=r"by pycocotools; pip install 'anybatch\[papers\]'"):
         average_precision([], truth(REAL))
@@ -547,7 +547,7 @@ def test_frozen_norms_stay_and_do_all_but_nothing(data: Dataset, scenes: Path) -
 
 @pytest.mark.parametrize("norms", ["all", "heads"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_of_the_tables_trains(
+def test_every_method_of_the_tables_trains_a_detector(
     method: str, norms: str, data: Dataset, scenes: Path
 ) -> None:
     size = 2 if method not in ("torch", "gn", "frozen") else None
@@ -564,7 +564,7 @@ def test_every_method_of_the_tables_trains(
 
 
 @pytest.mark.slow
-def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
+def test_detectors_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     run = PaperRun(
         root=str(scenes), method="mabn", norm_batch_size=2, epochs=40, lr=0.3, **SETTINGS
     )
@@ -575,7 +575,7 @@ def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["torch", "mabn", "cbn"])
-def test_a_stopped_run_ends_with_the_same_numbers(
+def test_a_stopped_detection_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
 ) -> None:
     groups = {} if method == "torch" else {"norm_batch_size": 2}
@@ -588,7 +588,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     assert whole["average_precision"] == whole["epochs"][-1]["average_precision"]
 
 
-def test_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
+def test_detectors_train_in_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
     run = PaperRun(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
     training = prepare(run, data)
     x, y = next(objective(run).batches(run, data, 1))
@@ -712,7 +712,7 @@ def in_this_process(
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
 
 
-def test_a_table_is_made_and_drawn(
+def test_a_table_of_detection_is_made_and_drawn(
     tiny: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)

@@ -190,7 +190,7 @@ def test_images_and_their_classes_are_moved_together() -> None:
     assert torch.equal(moved, again[0])
 
 
-def test_batches_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
+def test_batches_of_segmentation_follow_from_seed_and_epoch(data: Dataset, scenes: Path) -> None:
     run = PaperRun(root=str(scenes), **SETTINGS)
     made = objective(run).batches
     first, again, other, unmoved = (
@@ -269,7 +269,7 @@ def test_a_batch_without_labels_teaches_nothing() -> None:
     assert not scores.grad.any()
 
 
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_segmentation_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(ValueError, match=r"torchmetrics measures it.*anybatch\[papers\]"):
         segmentation.judges(11)
@@ -380,7 +380,9 @@ def test_networks_go_with_their_data(changes: dict[str, str], words: str) -> Non
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_of_the_tables_trains(method: str, data: Dataset, scenes: Path) -> None:
+def test_every_method_of_the_tables_trains_a_segmenter(
+    method: str, data: Dataset, scenes: Path
+) -> None:
     grouped = method not in ("torch", "gn")
     run = PaperRun(
         root=str(scenes), method=method, norm_batch_size=2 if grouped else None, **SETTINGS
@@ -394,7 +396,7 @@ def test_every_method_of_the_tables_trains(method: str, data: Dataset, scenes: P
     assert 0 <= numbers["mean_iou"] <= numbers["pixel_accuracy"] <= 1
 
 
-def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
+def test_segmenters_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     run = PaperRun(
         root=str(scenes), method="mabn", norm_batch_size=2, epochs=15, lr=0.8, **SETTINGS
     )
@@ -404,7 +406,7 @@ def test_scenes_are_learned(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["torch", "mabn", "cbn"])
-def test_a_stopped_run_ends_with_the_same_numbers(
+def test_a_stopped_segmentation_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
 ) -> None:
     groups = {} if method == "torch" else {"norm_batch_size": 2}
@@ -419,7 +421,7 @@ def test_a_stopped_run_ends_with_the_same_numbers(
     assert whole["mean_iou"] == whole["epochs"][-1]["mean_iou"]
 
 
-def test_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
+def test_segmenters_train_in_half_precision_and_micro_batches(scenes: Path, data: Dataset) -> None:
     run = PaperRun(root=str(scenes), method="mabn", precision="bfloat16", accumulate=2, **SETTINGS)
     training = prepare(run, data)
     x, y = next(objective(run).batches(run, data, 1))
@@ -471,7 +473,7 @@ def in_this_process(
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
 
 
-def test_a_table_is_made_and_drawn(
+def test_a_table_of_segmentation_is_made_and_drawn(
     tiny: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)

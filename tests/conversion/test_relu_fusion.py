@@ -174,7 +174,7 @@ def test_all_ways_to_write_it_are_found() -> None:
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("make", [two_blocks, Ways], ids=["residual", "ways"])
 @pytest.mark.parametrize("choice", ["auto", "never"])
-def test_training_is_the_same(
+def test_training_with_fused_relu_is_the_same(
     make: Callable[[], nn.Module], method: str, choice: str, calls: list[str | None]
 ) -> None:
     use_fused(choice)
@@ -193,7 +193,7 @@ def test_training_is_the_same(
 
 
 @pytest.mark.parametrize("name", ["resnet8", "resnet50", "vgg11", "mlp"])
-def test_networks_of_experiments(name: str) -> None:
+def test_networks_of_the_tools_are_fused(name: str) -> None:
     shape = {"mlp": (12,), "vgg11": (3, 32, 32)}.get(name, (3, 16, 16))
     model = build(name, 5, shape).double()
     rows = fused_rows(model)
@@ -207,7 +207,7 @@ def test_networks_of_experiments(name: str) -> None:
     "network",
     [pytest.param(n, id=k, marks=[pytest.mark.slow] * n.slow) for k, n in NETWORKS.items()],
 )
-def test_whole_real_networks(network: Network) -> None:
+def test_real_networks_train_alike_with_and_without_fusion(network: Network) -> None:
     torch.manual_seed(1)
     model = randomize(network.build())
     for module in model.modules():  # random numbers are drawn in the same order, but not dropped
@@ -363,7 +363,7 @@ STAY: dict[str, tuple[Callable[..., Tensor], str]] = {
 
 
 @pytest.mark.parametrize("case", STAY)
-def test_what_is_not_certain_stays(case: str) -> None:
+def test_a_norm_whose_use_is_not_certain_stays(case: str) -> None:
     does, reason = STAY[case]
     model = nn.Sequential(Odd(does))
     attributes, drawn = dict(model[0].__dict__), random.getstate()
@@ -435,7 +435,7 @@ def test_containers_are_no_blocks() -> None:
     assert "its output is the block's" in reasons(NETWORKS["wave"].build())["norms.up"]
 
 
-def test_where_and_methods_choose() -> None:
+def test_where_and_methods_choose_the_norms_that_are_fused() -> None:
     assert fused_rows(two_blocks(), where="3.*")["1"] is None
     assert fused_rows(two_blocks(), where="3.*")["3.bn1"] == "relu"
     model = convert(two_blocks(), {"1": "gn", "*": "bn"}, fuse=True)
@@ -602,7 +602,7 @@ def test_a_tracer_sees_the_own_forward(fused: nn.Module) -> None:
 # --- there and back --------------------------------------------------------------------
 
 
-def test_back_to_plain_torch(fused: nn.Module) -> None:
+def test_a_fused_network_goes_back_to_plain_torch(fused: nn.Module) -> None:
     course(fused, lambda: inputs_of(fused))
     fused.eval()
     x = inputs_of(fused)
@@ -626,7 +626,7 @@ def test_a_fold_that_fails_leaves_the_fusion(fused: nn.Module, calls: list[str |
     same_with_and_without(fused, calls, ALL)
 
 
-def test_converting_again(fused: nn.Module, calls: list[str | None]) -> None:
+def test_a_fused_network_is_converted_again(fused: nn.Module, calls: list[str | None]) -> None:
     convert(fused, "bn", fuse=True)  # all of it is so already
     same_with_and_without(fused, calls, ALL)
     convert(fused, "mbn", fuse=True)
@@ -648,7 +648,7 @@ def test_a_conversion_that_fails_leaves_the_fusion(
     same_with_and_without(fused, calls, ALL)
 
 
-def test_a_plan_changes_nothing() -> None:
+def test_a_plan_of_fusion_changes_nothing() -> None:
     model = two_blocks()
     types = [type(module) for module in model.modules()]
     plan(model, "bn", fuse=True)

@@ -131,7 +131,7 @@ def test_large_batches_on_several_threads(name: str, adds: bool, threads: int, f
     adds=st.booleans(),
     name=st.sampled_from(["bn", "ghost", "bgn", "brn", "mabn"]),
 )
-def test_any_shape(
+def test_relu_is_fused_for_any_shape(
     n: int, channels: int, length: int, cut: int | None, last: bool, adds: bool, name: str
 ) -> None:
     found = []
@@ -191,7 +191,7 @@ def kept(forward: Callable[[], Tensor]) -> int:
 @each_name
 @each_residual
 @pytest.mark.parametrize("form", FORMATS)
-def test_it_keeps_no_more_than_the_operators(name: str, adds: bool, form: str) -> None:
+def test_the_fused_relu_keeps_no_more_than_the_operators(name: str, adds: bool, form: str) -> None:
     one, two = layers(name, torch.float32)
     x, r = (torch.randn(4, 6, 8, 8).contiguous(memory_format=FORMATS[form]) for _ in "xr")
     x.requires_grad_(), r.requires_grad_()
@@ -367,7 +367,7 @@ def test_inference_exports_as_ordinary_operators() -> None:
     assert [name.split(".")[1] for name in called] == ["batch_norm", "add", "relu"]
 
 
-def test_gradients_in_a_batch() -> None:
+def test_batched_gradients_of_the_fused_relu() -> None:
     layer = anybatch.BatchNorm2d(4)
     x, r = (torch.randn(2, 4, 3, 3, requires_grad=True) for _ in "xr")
     y, dy = together(layer, x, r), torch.randn(3, 2, 4, 3, 3)

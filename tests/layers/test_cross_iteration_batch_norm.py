@@ -290,7 +290,7 @@ def test_a_window_of_one_is_batch_norm_to_the_bit(order: int) -> None:
 
 @pytest.mark.parametrize("feeder", list(FEEDERS))
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_with_weights_that_stand_still_it_is_batch_norm_of_the_joined_batches(
+def test_cbn_with_constant_weights_is_batch_norm_of_the_joined_batches(
     feeder: str, order: int
 ) -> None:
     module, norm, shape = pair(feeder, order=order, window=5)
@@ -344,7 +344,7 @@ def test_micro_batches_pool_with_their_gradients(feeder: str) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_norm_batch_size_is_successive_batches(order: int) -> None:
+def test_norm_batch_size_of_cbn_is_successive_batches(order: int) -> None:
     module, norm, shape = pair("two groups", norm_batch_size=2, order=order)
     other, split, _ = pair("two groups", order=order)
     other.load_state_dict(module.state_dict())
@@ -577,7 +577,7 @@ def test_averaged_weights_in_evaluation_leave_the_window_alone() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("inside", ["both", "norm", "convolution"])
-def test_activation_checkpointing_counts_once(use_reentrant: bool, inside: str) -> None:
+def test_a_checkpointed_step_of_cbn_counts_once(use_reentrant: bool, inside: str) -> None:
     torch.manual_seed(0)
     module, norm, shape = pair("conv2d", window=4)
     plain_module, plain, _ = pair("conv2d", window=4)
@@ -884,7 +884,7 @@ def test_what_the_layer_refuses(options: dict[str, Any], words: str) -> None:
     ],
     ids=str,
 )
-def test_the_compiled_path_is_the_other_one(feeder: str, options: dict[str, Any]) -> None:
+def test_numba_and_torch_operators_agree_for_cbn(feeder: str, options: dict[str, Any]) -> None:
     pytest.importorskip("numba")
     module, norm, shape = pair(feeder, **options)
     other, plain, _ = pair(feeder, **options)

@@ -160,7 +160,7 @@ def test_any_shape_is_the_reference(
 
 @pytest.mark.parametrize("sample", [*REAL, *MIXED])
 @pytest.mark.parametrize("fused", ["auto", "never"])
-def test_the_gradient_is_exact(sample: str, fused: str) -> None:
+def test_the_gradient_of_sampled_statistics_is_exact(sample: str, fused: str) -> None:
     use_fused(fused)
     layer = random_layer((6, 3, 4, 5), torch.float64, sample=sample, ratio=0.3, num_virtual=2)
     x = torch.randn(6, 3, 4, 5, dtype=torch.float64, requires_grad=True)

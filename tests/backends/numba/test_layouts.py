@@ -94,14 +94,16 @@ SHAPES = [
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn", "l1", "range"])
-def test_large_batches(name: str, shape: tuple[int, ...], last: bool, threads: int) -> None:
+def test_loops_over_channels_last_serve_large_batches(
+    name: str, shape: tuple[int, ...], last: bool, threads: int
+) -> None:
     torch.set_num_threads(threads)
     check(name, shape, last=last)
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn", "l1", "range"])
-def test_float32(name: str, last: bool) -> None:
+def test_loops_over_channels_last_are_exact_in_float32(name: str, last: bool) -> None:
     torch.set_num_threads(2)
     check(name, (17, 24, 41, 29), torch.float32, last, 3)
 
@@ -155,7 +157,9 @@ def test_outputs_past_the_caches(name: str, last: bool, dtype: torch.dtype) -> N
     ],
     ids=str,
 )
-def test_groups_and_successive_batches(name: str, options: dict[str, object], last: bool) -> None:
+def test_loops_over_channels_last_serve_groups_and_successive_batches(
+    name: str, options: dict[str, object], last: bool
+) -> None:
     torch.set_num_threads(2)
     for shape in ((17, 12, 5, 7), (23, 12, 2, 3)):
         check(name, shape, last=last, steps=6, **options)
@@ -170,13 +174,15 @@ def test_groups_and_successive_batches(name: str, options: dict[str, object], la
     last=st.booleans(),
     threads=st.integers(1, 2),
 )
-def test_any_shape(name: str, n: int, c: int, space: list[int], last: bool, threads: int) -> None:
+def test_loops_over_channels_last_serve_any_shape(
+    name: str, n: int, c: int, space: list[int], last: bool, threads: int
+) -> None:
     torch.set_num_threads(threads)
     if name != "cbn":  # its loops are for small contiguous batches
         check(name, (n, c, *space), last=last, steps=2)
 
 
-def test_sums_keep_the_difference_of_large_numbers() -> None:
+def test_sums_of_the_loops_keep_the_difference_of_large_numbers() -> None:
     x = torch.randn(64, 8, 40, 40) + 4096
     truth = x.double()
     expected = (truth - truth.mean((0, 2, 3), True)) / (
@@ -193,7 +199,9 @@ def test_sums_keep_the_difference_of_large_numbers() -> None:
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["bn", "mbn", "mabn", "brn", "ghost", "bgn"])
-def test_what_is_not_finite_is_not_remembered(name: str, value: float, last: bool) -> None:
+def test_loops_over_channels_last_keep_values_that_are_not_finite_out_of_the_state(
+    name: str, value: float, last: bool
+) -> None:
     torch.set_num_threads(2)
     layer = make(name, 8, **({"num_groups": 4} if name == "bgn" else {}))
     for bad in (False, True, False):
@@ -206,7 +214,7 @@ def test_what_is_not_finite_is_not_remembered(name: str, value: float, last: boo
         assert all(bool(tensor.isfinite().all()) for tensor in state(layer).values())
 
 
-def test_threads_of_python() -> None:
+def test_threads_of_python_may_share_the_loops() -> None:
     """Layers of their own in several threads, each with a team of threads of its own."""
     torch.set_num_threads(2)
 
@@ -251,7 +259,7 @@ def test_a_forked_process_does_not_wait_for_threads() -> None:
     assert done.stdout.strip() == "7", done.stderr
 
 
-def test_results_do_not_depend_on_runs() -> None:
+def test_results_of_the_loops_do_not_depend_on_runs() -> None:
     torch.set_num_threads(3)
     for last in (False, True):
         x = drift((13, 16, 11, 29), torch.float32, last, 0)

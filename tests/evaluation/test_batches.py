@@ -58,7 +58,7 @@ def test_no_progress_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_no_progress_without_rich(
+def test_no_progress_is_shown_without_rich(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
@@ -121,7 +121,7 @@ def test_what_a_network_cannot_take_is_refused() -> None:
         run(TakesNames(), {"image": X})
 
 
-def test_targets_are_found() -> None:
+def test_targets_of_a_batch_are_found() -> None:
     assert target_of((X, 5, 6)) == 5
     assert target_of({"x": X, "labels": 4}) == 4
     for without in (X, (X,), {"x": X}):
@@ -129,7 +129,7 @@ def test_targets_are_found() -> None:
             target_of(without)
 
 
-def test_scores_are_found() -> None:
+def test_scores_of_an_output_are_found() -> None:
     for output in (X, (X, 1), {"logits": X}, type("Output", (), {"logits": X})()):
         assert logits_of(output) is X
     with pytest.raises(TypeError, match="gave a mapping of loss"):

@@ -21,7 +21,7 @@ from anybatch.backends.triton.backend import memory_obstacle
 from anybatch.core.norm_layer import NormLayer
 from interpreter import cpu_batches_take_gpu_kernels
 from method_cases import make, state, step
-from test_steps import CASES, SHAPES, check, drifting, flat, pair
+from reference_cases import CASES, SHAPES, check, drifting, flat, pair
 
 triton = pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
@@ -130,7 +130,7 @@ def test_every_rule_is_the_papers_equations(case: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("case", ["bn", "mbn", "brn", "mabn", "ghost 4 norm 5", "bgn 2 of 3"])
-def test_every_way_through_memory(
+def test_triton_is_exact_by_tile_tiles_and_parts(
     case: str, kind: str, last: bool, source: Callable[[str], None]
 ) -> None:
     source(kind)
@@ -140,7 +140,7 @@ def test_every_way_through_memory(
 
 @pytest.mark.parametrize("shape", [SHAPES["(N, C)"], SHAPES["(N, C, D, H, W)"]], ids=str)
 @pytest.mark.parametrize("case", ["bn", "mabn", "bgn 3"])
-def test_other_dimensions(case: str, shape: tuple[int, ...]) -> None:
+def test_triton_is_exact_in_other_dimensions(case: str, shape: tuple[int, ...]) -> None:
     agrees(case, shape, torch.float32, len(shape) == 3, 2)
 
 
@@ -172,7 +172,7 @@ def both(
     kind=st.sampled_from(SOURCES),
     options=st.sampled_from([{}, {"norm_batch_size": 3}, {"momentum": None}]),
 )
-def test_any_shape(
+def test_triton_serves_any_shape(
     name: str,
     n: int,
     c: int,
@@ -201,7 +201,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_activations_of_16_bits(name: str, dtype: torch.dtype) -> None:
+def test_triton_serves_activations_of_16_bits(name: str, dtype: torch.dtype) -> None:
     """Statistics are float32: what differs is the rounding of the output and of the gradient."""
     unit = torch.finfo(dtype).eps
     x, dy = (torch.randn(4, 8, 3, 3).to(dtype) for _ in range(2))
@@ -214,7 +214,7 @@ def test_activations_of_16_bits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_sums_keep_the_difference_of_large_numbers(
+def test_sums_of_triton_keep_the_difference_of_large_numbers(
     kind: str, last: bool, source: Callable[[str], None]
 ) -> None:
     source(kind)
@@ -230,7 +230,7 @@ def test_sums_keep_the_difference_of_large_numbers(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_finite_is_not_remembered(name: str, value: float) -> None:
+def test_triton_keeps_values_that_are_not_finite_out_of_the_state(name: str, value: float) -> None:
     layer = make(name, 4, **({"num_groups": 2} if name == "bgn" else {})).to(DEVICE)
     for bad in (False, True, False, False):
         x = torch.randn(3, 4, 2, 2)
@@ -274,7 +274,7 @@ def test_a_recomputed_forward_does_not_count(name: str, reentrant: bool) -> None
         assert torch.allclose(value, state(twin)[key], atol=1e-6), key
 
 
-def test_results_do_not_depend_on_runs(source: Callable[[str], None]) -> None:
+def test_results_of_triton_do_not_depend_on_runs(source: Callable[[str], None]) -> None:
     for kind in SOURCES:
         source(kind)
         first = make("mabn", 4).to(DEVICE)
@@ -285,7 +285,7 @@ def test_results_do_not_depend_on_runs(source: Callable[[str], None]) -> None:
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_gradients_in_a_batch() -> None:
+def test_batched_gradients_of_triton_are_those_of_the_operators() -> None:
     layer = anybatch.BatchNorm1d(4).to(DEVICE)
     x = torch.randn(2, 4, 3, device=DEVICE, requires_grad=True)
     y, dy = layer(x), torch.randn(3, 2, 4, 3, device=DEVICE)

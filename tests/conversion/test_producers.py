@@ -250,7 +250,7 @@ def test_lazy_layers_stay_lazy() -> None:
     assert type(model.conv) is nn.LazyConv2d
 
 
-def test_the_norm_alone() -> None:
+def test_a_norm_alone_has_no_producer() -> None:
     assert find_feeders(norm()) == {"": Feeder(None, "the model is this norm alone")}
 
 
@@ -279,7 +279,7 @@ class Restless(nn.Module):
 
 
 @pytest.mark.parametrize("traceable", [True, False])
-def test_the_network_is_left_as_it_was(traceable: bool) -> None:
+def test_finding_producers_leaves_the_network_as_it_was(traceable: bool) -> None:
     model = Restless(traceable)
     model.drop.eval()
     heard: list[str] = []

@@ -60,7 +60,7 @@ def images(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("alpha", [0.0, 0.13, 0.5, 1.0])
-def test_output_is_the_papers(name: str, alpha: float) -> None:
+def test_the_weighed_output_is_that_of_the_equations(name: str, alpha: float) -> None:
     norm = norms()[name].double().eval()
     x = images(4, 6, 5)
     with example_weighing(norm, alpha) as weighed:
@@ -162,7 +162,7 @@ def test_gradients_pass_through_weighed_layers() -> None:
         assert torch.autograd.gradcheck(norm, x)
 
 
-def test_where_picks_layers() -> None:
+def test_where_picks_the_layers_that_weigh_examples() -> None:
     model = nn.Sequential(trained(nn.BatchNorm1d(6)), trained(nn.BatchNorm1d(6))).eval()
     x = torch.randn(4, 6, 5)
     half = model[0](x)
@@ -191,7 +191,9 @@ class Activated(nn.BatchNorm1d):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_wrong_arguments_are_refused(model: nn.Module, alpha: float, message: str) -> None:
+def test_example_weighing_refuses_wrong_arguments(
+    model: nn.Module, alpha: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message), example_weighing(model, alpha):
         pass
     with pytest.raises(ValueError, match=message):

@@ -92,13 +92,13 @@ def test_a_compiled_layer_is_the_layer(name: str, norm_batch_size: int | None, l
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_graph_for_all_steps_and_epochs(name: str) -> None:
+def test_operators_need_one_graph_for_all_steps_and_epochs(name: str) -> None:
     compare(name, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_with_the_compiler_of_torch(name: str) -> None:
+def test_operators_under_inductor_give_the_same(name: str) -> None:
     """Inductor lays convolutions out anew, channels last: strides are those that it finds."""
     compare(name, "inductor")
 
@@ -170,7 +170,7 @@ def test_schemas_and_shapes_without_data_are_true(name: str) -> None:
 
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1), (4, 6, 1, 1), (1, 6, 3, 2)])
-def test_any_rank_and_layout(shape: tuple[int, ...], gaps: bool) -> None:
+def test_operators_serve_any_rank_and_layout(shape: tuple[int, ...], gaps: bool) -> None:
     """A batch with gaps in memory is copied by the operator, and its gradient comes dense."""
     (_, weight, bias, *rest), (*_, wanted) = given("bn")
     x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if gaps else torch.randn(shape)

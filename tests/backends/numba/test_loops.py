@@ -69,7 +69,7 @@ def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
     ],
     ids=["bfloat16", "other type", "meta", "strided", "expanded", "neg", "subclass"],
 )
-def test_others_do_not(x: torch.Tensor) -> None:
+def test_other_batches_do_not_qualify(x: torch.Tensor) -> None:
     row = torch.zeros(4)
     assert obstacle(x, row, row)
     assert obstacle(torch.zeros(2, 4), None, row)
@@ -161,7 +161,7 @@ def test_it_can_be_switched_off() -> None:
     length=st.integers(1, 9),
     seed=st.integers(0, 9),
 )
-def test_both_paths_agree(name: str, n: int, c: int, length: int, seed: int) -> None:
+def test_loops_and_operators_agree(name: str, n: int, c: int, length: int, seed: int) -> None:
     results = []
     for choice in ("auto", "never"):
         use_fused(choice)
@@ -194,7 +194,7 @@ def test_what_overflows_the_state_is_not_remembered(name: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_finite_is_not_remembered_wherever_it_is(
+def test_loops_keep_values_that_are_not_finite_out_of_the_state(
     name: str, dtype: torch.dtype, value: float, example: int
 ) -> None:
     for shape in ((16, 4), (16, 4, 3), (3, 4, 70)):
@@ -231,7 +231,7 @@ def test_a_tracer_sees_operators(name: str) -> None:
         assert torch.allclose(traced(x), layer(x), atol=1e-5)
 
 
-def test_gradients_in_a_batch() -> None:
+def test_batched_gradients_of_the_loops_are_those_of_the_operators() -> None:
     layer, x = anybatch.BatchNorm1d(4), torch.randn(2, 4, 3, requires_grad=True)
     y, dy = layer(x), torch.randn(3, 2, 4, 3)
     (together,) = torch.autograd.grad(y, x, dy, retain_graph=True, is_grads_batched=True)

@@ -56,7 +56,7 @@ def picture(n: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_its_activation_stays(method: str) -> None:
+def test_the_activation_of_a_converted_norm_stays(method: str) -> None:
     model, x = randomize(network()).eval(), picture()
     before, keys, act = model(x), list(model.state_dict()), model[1].act
     convert(model, method, example_inputs=x)
@@ -75,7 +75,7 @@ def test_its_activation_stays(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["bn", "mabn", "brn", "cbn"])
-def test_back_to_the_norm_that_it_was(method: str) -> None:
+def test_a_norm_with_activation_goes_back_to_what_it_was(method: str) -> None:
     model, x = randomize(network()).eval(), picture()
     keys = list(model.state_dict())
     convert(model, method, example_inputs=x)
@@ -90,7 +90,7 @@ def test_back_to_the_norm_that_it_was(method: str) -> None:
     model.train()(picture(4))  # its own training still works
 
 
-def test_from_method_to_method_it_is_applied_once() -> None:
+def test_the_activation_is_applied_once_after_two_conversions() -> None:
     model, x = randomize(network()).eval(), picture()
     before = model(x)
     for method in ("mabn", "brn", "cbn", "bn"):
@@ -111,7 +111,7 @@ def test_folding_leaves_the_activation(method: str | None) -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_the_plan_says_so() -> None:
+def test_the_plan_names_the_activation() -> None:
     rows = plan(network(), "mabn").having("convert")
     assert [row.feeder for row in rows] == ["0", "2"]
     assert all("keeps its activation" in row.reason for row in rows)
@@ -125,7 +125,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert not (model.eval()[1](model[0](picture())) == 0).any()
 
 
-def test_it_compiles_without_a_break() -> None:
+def test_a_norm_with_activation_compiles_without_a_break() -> None:
     model, x = convert(randomize(network()).eval(), "brn"), picture()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))

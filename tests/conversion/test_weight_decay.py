@@ -182,7 +182,7 @@ def test_every_parameter_is_in_one_group(name: str) -> None:
 
 
 @pytest.mark.parametrize(("asked", "given"), [(True, 0.1), (False, 0.0), (0.02, 0.02), (0, 0.0)])
-def test_norm_decay_for_all(asked: float, given: float) -> None:
+def test_norm_decay_true_decays_all_norms(asked: float, given: float) -> None:
     model = vgg()
     decays = by_name(model, param_groups(model, 0.1, asked))
     norms = {f"{k}.{kind}" for k in (1, 4, 8) for kind in ("weight", "bias")}
@@ -190,14 +190,14 @@ def test_norm_decay_for_all(asked: float, given: float) -> None:
 
 
 @pytest.mark.parametrize(("asked", "given"), [(True, 0.1), (False, 0.0), (0.02, 0.02)])
-def test_bias_decay(asked: float, given: float) -> None:
+def test_biases_decay_where_asked_for(asked: float, given: float) -> None:
     model = convnet()
     decays = by_name(model, param_groups(model, 0.1, bias_decay=asked))
     assert decays["3.bias"] == decays["8.bias"] == given
     assert decays["4.bias"] == decays["3.weight"] == 0.1
 
 
-def test_shared_and_frozen_parameters() -> None:
+def test_shared_and_frozen_parameters_are_grouped_once() -> None:
     model = vgg()
     model[1].weight = model[8].weight = nn.Parameter(torch.ones(8))  # a tie of two norms
     model[8].bias = nn.Parameter(torch.zeros(8))
@@ -393,7 +393,7 @@ LAZY = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
         ),
     ],
 )
-def test_errors_name_the_argument_and_what_would_do(call, error, words: str) -> None:
+def test_errors_of_param_groups_name_the_argument_and_the_remedy(call, error, words: str) -> None:
     with pytest.raises(error) as raised:
         call()
     assert words in str(raised.value)

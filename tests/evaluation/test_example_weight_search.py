@@ -86,7 +86,7 @@ def test_the_plain_candidate_is_plain_inference_to_the_bit(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_apply_sets_the_best(method: str) -> None:
+def test_apply_sets_the_best_example_weight(method: str) -> None:
     model, (x, y) = network(method).eval(), data()
     result = tune_example_weight(model, [(x, y)], candidates=[0.3])
     model = result.apply(model)
@@ -194,7 +194,9 @@ def test_a_plot_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"loader": [(data()[0], torch.full((23,), -100))]}, ValueError, "no target that counts"),
     ],
 )
-def test_wrong_arguments_are_refused(options: dict, error: type, message: str) -> None:
+def test_tune_example_weight_refuses_wrong_arguments(
+    options: dict, error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         tune_example_weight(**{"model": network(), "loader": [data()], **options})
 
