@@ -189,7 +189,7 @@ def parts_out_of_order(package: Path, order: list[str]) -> set[str]:
 
 
 def unlisted_exports(package: Path) -> set[str]:
-    """Public names that an ``__init__`` imports and leaves out of ``__all__``, or the reverse."""
+    """Public names that an ``__init__`` only imports and does not list, or lists and has not."""
     found = set()
     for module, path in modules(package).items():
         tree = ast.parse(path.read_text())
@@ -199,9 +199,8 @@ def unlisted_exports(package: Path) -> set[str]:
         given = set(_top_level(tree))
         found |= {f"{module}: {name} is not there" for name in listed - given}
         if path.name == "__init__.py":
-            own = {name for name in given if not name.startswith("_")} & set(
-                _ours(package.name, tree)
-            )
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            own = {name for name in _ours(package.name, tree) if not name.startswith("_")} - used
             found |= {f"{module}: {name} is not in __all__" for name in own - listed}
     return found
 
