@@ -15,7 +15,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
+def test_the_papers_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
     for counted, classes, side in zip(PARAMETERS[name], (10, 1000), (32, 224), strict=True):
         if counted is not None:
             with torch.device("meta"):
@@ -34,7 +34,9 @@ def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
         ("inceptionv3", 299, 8),
     ],
 )
-def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) -> None:
+def test_maps_of_the_papers_networks_shrink_as_the_papers_have_them(
+    name: str, side: int, left: int
+) -> None:
     sizes = []
     with torch.device("meta"):
         net = networks.build(name, 10, (3, side, side))
@@ -45,7 +47,7 @@ def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) ->
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_networks_train_on_two_images(name: str) -> None:
+def test_the_papers_networks_train_on_two_images(name: str) -> None:
     net = networks.build(name, 7, (3, 32, 32))
     y = net(torch.randn(2, 3, 32, 32))
     assert y.shape == (2, 7)
