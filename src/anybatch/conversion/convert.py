@@ -22,7 +22,6 @@ from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice
-from anybatch.layers.moving_average_batch_norm import _MovingAverageBatchNorm
 from anybatch.layers.weight_centralization import decentralize, weight_centralization
 
 
@@ -115,9 +114,9 @@ def convert(
         for decision in chosen:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
-                new = replacements[decision.norm]
-                if isinstance(new, _MovingAverageBatchNorm):
-                    new.follow_centralized(decision.centralize)
+                follow = getattr(replacements[decision.norm], "follow_centralized", None)
+                if follow is not None:  # of a layer whose checkpoint tells whether they are
+                    follow(decision.centralize)
             if decision.bind is not None:
                 replacements[decision.norm].bind(decision.bind)  # type: ignore[operator]
     for norm, new in replacements.items():
