@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import layers
 import torch
 import training_step
 from harness import FORMATS, SHAPES, finish, reason
 from torch import nn
 
+import layers
 from anybatch.tools.measurements import Measurement, Setting, counted
 from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 

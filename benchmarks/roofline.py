@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 from harness import DTYPES, FORMATS, SHAPES, arguments, reason, start
-from layers import data, makers
 from torch import Tensor, nn
 
 from anybatch.tools.files import write_text
 from anybatch.tools.measurements import Measurement, as_csv
 from anybatch.tools.timing import quartiles
+from layers import data, makers
 
 NAMES = ("bn", "mbn", "mabn", "brn", "ghost", "bgn", "bs", "fs", "nn.GroupNorm")
 MUST = {"forward": 2.0, "backward": 3.0}  # units

@@ -65,7 +65,10 @@ class NormScheduler:
         self.total_epochs = total_epochs
         self.switch = _checked_switch(switch, total_epochs)
         norms = [module for module in model.modules() if is_batch_norm(module)]
-        if not any(isinstance(norm, NormLayer) for norm in norms) and not (self.switch and norms):
+        # A network converted to group norms ("gn", "ln", "in") needs no schedule.
+        grouped = not norms and any(isinstance(m, nn.GroupNorm) for m in model.modules())
+        ours = any(isinstance(norm, NormLayer) for norm in norms)
+        if not (ours or grouped or (self.switch and norms)):
             raise ValueError(
                 f"model: {type(model).__name__} has no anybatch layer, so nothing would be "
                 'scheduled: convert it first, for example with anybatch.convert(model, "mbn")'

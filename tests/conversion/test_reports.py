@@ -173,10 +173,16 @@ def test_momentum_batch_norm_with_a_scheduler_or_in_evaluation_does_not_warn() -
         model(x)
 
 
-@pytest.mark.parametrize("build", [convnet, lambda: convert(convnet(), "gn")])
+@pytest.mark.parametrize("build", [convnet, lambda: nn.Linear(2, 2)])
 def test_a_scheduler_refuses_a_network_without_layers_to_schedule(build: object) -> None:
     with pytest.raises(ValueError, match="no anybatch layer, so nothing would be scheduled"):
         NormScheduler(build(), 4)  # type: ignore[operator]
+
+
+def test_a_scheduler_has_nothing_to_do_for_group_norms() -> None:
+    scheduler = NormScheduler(convert(convnet(), "gn"), 4)
+    scheduler.step()
+    assert scheduler.last_epoch == 1
 
 
 def test_a_scheduler_takes_a_plain_network_that_it_switches() -> None:

@@ -157,7 +157,6 @@ def test_a_sample_is_of_valid_positions(name: str) -> None:
     twin(x)
     mask = valid_of(x)
     y = layer(x, mask=mask)
-    assert twin._last is not None
     part = twin._parts(x, (4,))[0][0]
     here = torch.zeros(4, 1, *SPATIAL[2], dtype=torch.bool)
     here[part.sample.index if isinstance(part.sample, Points) else box(part.sample)] = True

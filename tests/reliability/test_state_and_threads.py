@@ -8,6 +8,7 @@ import copy
 import multiprocessing
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -246,6 +247,13 @@ def test_moving_keeps_the_parameters_that_an_optimizer_has(method: str) -> None:
 # --- older checkpoints -------------------------------------------------------------------
 
 
+def without(state: Any, names: set[str]) -> Any:
+    """A copy of a checkpoint without some entries of its layers; it keeps the versions."""
+    found = OrderedDict((k, v.clone()) for k, v in state.items() if k.split(".")[-1] not in names)
+    found._metadata = state._metadata  # type: ignore[attr-defined]
+    return found
+
+
 @pytest.mark.parametrize("method", OURS)
 def test_memory_that_a_checkpoint_has_only_in_part_starts_fresh(method: str) -> None:
     """As from a version whose layers remembered something else."""
@@ -253,13 +261,13 @@ def test_memory_that_a_checkpoint_has_only_in_part_starts_fresh(method: str) -> 
     norm = next(m for m in model.modules() if isinstance(m, NormLayer))
     train(model, range(7))
     for name in norm.memory:
-        older = {k: v.clone() for k, v in model.state_dict().items() if k.split(".")[-1] != name}
+        older = without(model.state_dict(), {name})
         other, fresh = converted(method), converted(method)
         train(other, range(9))
         alone = len(norm.memory) == 1  # a checkpoint of torch's, for all that it knows
         with nullcontext() if alone else pytest.warns(UserWarning, match=f"lacks {name}"):
             other.load_state_dict(older)
-        bare = {k: v for k, v in older.items() if k.split(".")[-1] not in norm.memory}
+        bare = without(older, set(norm.memory))
         train(fresh, range(3))
         fresh.load_state_dict(bare)
         assert same(state(other), state(fresh)), name

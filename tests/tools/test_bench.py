@@ -427,7 +427,7 @@ def test_bench_takes_a_file_of_options(mine: Path, tmp_path: Path) -> None:
         (["--methods", "mabm"], "did you mean 'mabn'"),
         (["--methods", ","], "methods=',': give one or more"),
         (["--methods", "gn", "--option", "mabn.window=3"], "it is none of the methods gn"),
-        (["--methods", "bn", "--option", "bn.window=3"], "window=3: bn has the options"),
+        (["--methods", "bn", "--option", "bn.window=3"], "window=3: bn has no such option"),
         (["--precision", "float8"], "precision='float8'"),
         (["--device", "warp"], "device='warp'"),
         (["--rounds", "0"], "rounds=0: give a whole number"),

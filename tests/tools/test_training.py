@@ -40,7 +40,7 @@ SMALL = {"train_size": 24, "epochs": 3}
         ({"model": "alexnet"}, "model='alexnet': give one of mlp"),
         ({"model": "resnet8"}, "model='resnet8': digits are 8x8, give 'mlp'"),
         ({"method": "mabm"}, "did you mean 'mabn'"),
-        ({"method": "mabn", "options": (("windows", 3),)}, "windows=3: mabn has the options"),
+        ({"method": "mabn", "options": (("windows", 3),)}, "windows=3: mabn has no such option"),
         ({"options": (("window", 3),)}, "method 'torch' has none"),
         ({"batch_size": 0}, "batch_size=0: give a whole number from 1 on"),
         ({"epochs": 1.5}, "epochs=1.5"),

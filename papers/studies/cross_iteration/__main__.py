@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from anybatch.tools.data import load
 from anybatch.tools.figures import png
@@ -110,7 +111,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = output_folder(given.output)
     digits = load(Run())
-    x = torch.cat([digits.train_x, digits.test_x]).view(-1, 1, 8, 8)
+    images = [x for x in (digits.train_x, digits.test_x) if isinstance(x, Tensor)]
+    x = torch.cat(images).view(-1, 1, 8, 8)
     y = torch.cat([digits.train_y, digits.test_y])
     rows: dict[str, Any] = {"machine": machine(), "seeds": given.seeds}
 

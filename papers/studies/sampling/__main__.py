@@ -13,12 +13,14 @@ CSV and plots as PNG, and prints the tables.
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from anybatch.conversion import to_batchnorm
 from anybatch.evaluation.dataset_statistics import dataset_statistics
@@ -96,7 +98,9 @@ def own(run: Run, data: Dataset, draws: int, folder: Path) -> None:
             step(way, training, x, y)
             training.learning_rate.step()
         wrapped = isinstance(training.model, VirtualDataset)
-        model = to_batchnorm(training.model.model if wrapped else training.model)
+        inner = training.model.model if wrapped else training.model
+        assert isinstance(inner, nn.Module)
+        model = to_batchnorm(inner)
         some = [x for x, _ in _endless(run, data, 2, draws)]
         one = estimation_errors(model, some, sample, ratio=RATIO, moments=moments)
         rows.append(_error_row(one))
@@ -132,7 +136,7 @@ def _errors_by_layer(found: Sequence[SampleErrors], folder: Path) -> None:
     _write(folder / "errors-by-layer.csv", ("sample", "layer", "values", *quartiles), rows)
 
 
-def _endless(run: Run, data: Dataset, epoch: int, count: int):
+def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Any, Any]]:
     """So many batches, over the end of an epoch where it is short."""
     while count > 0:
         for batch in islice(batches(run, data, epoch), count):
@@ -227,7 +231,7 @@ def _print(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print(f"| {' | '.join(row)} |", flush=True)
 
 
-def _write_image(path: Path, figure) -> None:
+def _write_image(path: Path, figure: Any) -> None:
     data = png(figure, dpi=100)
     write_whole(path, lambda file: file.write_bytes(data))
 

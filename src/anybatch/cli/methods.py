@@ -22,9 +22,9 @@ def methods(as_json: AsJson = False) -> None:
         print(json.dumps(rows, indent=2))
         return
     columns = ("name", "method", "what it does", "when", "options")
-    rows = []
+    table: list[tuple[str, ...]] = []
     for method in METHODS.values():
         own = [n for n in method.options if n not in ("norm_batch_size", "example_weight")]
-        rows.append((method.name, method.title, method.summary, method.when, ", ".join(own)))
-    console.print(terminal_table(columns, rows, left=columns, wrapped=columns[1:], ruled=True))
+        table.append((method.name, method.title, method.summary, method.when, ", ".join(own)))
+    console.print(terminal_table(columns, table, left=columns, wrapped=columns[1:], ruled=True))
     console.print("every method of this library also takes norm_batch_size and example_weight")

@@ -466,7 +466,7 @@ class NormLayer(NormState):
         if plan is not None and plan.fits(x, rows):
             return plan
         plan = find_plan(call, x, rows)
-        if plan is not None and self.steady and self._group is None and not compiling:
+        if plan is not None and not compiling and self.steady and self._group is None:
             self._plans = with_plan(self._plans, x, plan)
         return plan
 

@@ -295,7 +295,9 @@ class _CrossIterationBatchNorm(NormLayer):
             )
         if self.geometry is not None:
             raise ValueError("a layer is bound already: unbind it first")
-        if geometry.inputs < 1 or isinstance(module.weight, nn.UninitializedParameter):
+        if geometry.inputs < 1 or isinstance(
+            module._parameters.get("weight"), nn.UninitializedParameter
+        ):
             raise ValueError(
                 f"module={module}: its number of inputs is not known yet; run one batch through "
                 "the network first"

@@ -221,7 +221,11 @@ class _MomentumBatchNorm(NormLayer):
         return self.batch_size is not None and settled
 
     def meet(self, examples: int) -> None:
-        if self.batch_size is None or self.progress is None:
+        if torch.compiler.is_compiling():  # a compiler would compile anew for each epoch
+            begins = self.batch_size is None
+        else:
+            begins = self.batch_size is None or self.progress is None
+        if begins:
             self._begin(examples)
 
     def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:

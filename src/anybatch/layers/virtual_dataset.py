@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_count
+from anybatch.core.tensor_subclasses import on_plain
 from anybatch.layers.sampled_batch_norm import _drawn_seed, _SampledBatchNorm
 
 Moments = float | Sequence[float] | Tensor
@@ -266,7 +267,7 @@ class _Strip:
             if value.dim() == 0 or len(value) != self.rows:
                 return value
             self.done = True
-            return value[self.virtual :]
+            return on_plain(lambda plain: plain[self.virtual :], value)
         if isinstance(value, Mapping):
             return self._mapping(value)
         if isinstance(value, (tuple, list)):

@@ -281,14 +281,14 @@ def test_a_training_that_was_stopped_records_as_if_it_had_not(tmp_path: Path) ->
         method="mabn", batch_size=32, norm_batch_size=2, epochs=2, train_size=128, norm=1,
         every=3, options=(("window", 4),),
     )  # fmt: skip
-    whole = train(run, tmp_path / "whole")
+    whole = train(run, tmp_path / "whole", observe=Recorder)
 
     def stop(epochs: int, row: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(run, tmp_path / "stopped", stop)
-    again = train(run, tmp_path / "stopped")
+        train(run, tmp_path / "stopped", stop, observe=Recorder)
+    again = train(run, tmp_path / "stopped", observe=Recorder)
     assert again["series"] == whole["series"]
     assert whole["series"]["step"] == [1.0, 4.0, 7.0]
     assert train(run, tmp_path / "stopped")["series"] == whole["series"]  # as it was stored
