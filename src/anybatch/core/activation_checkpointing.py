@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import is_channels_last, is_traced
+from anybatch.backends.layout import PLAIN_TYPES
 from anybatch.backends.protocol import Statistics
 
-_PLAIN = (Tensor, torch.nn.Parameter)  # not a fake tensor, which has no data
 _FINGERPRINT = 256  # values from all over the batch, beside the sum of all
 _ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
 _LOST = (
@@ -77,7 +77,8 @@ class Recent:
 
     def note(self, x: Tensor, chosen: Statistics) -> None:
         """Keep the statistics of a forward of ``x``, if other calls can use its tensors."""
-        if type(x) not in _PLAIN or torch._C._are_functorch_transforms_active():
+        # A fake tensor has no data.
+        if type(x) not in PLAIN_TYPES or torch._C._are_functorch_transforms_active():
             return
         self.kept.append((_fingerprint(x), chosen))
 

@@ -100,7 +100,6 @@ class Normalize(torch.autograd.Function):
 # as most of the loops: transforms, of which there is none where a batch is served, and tensors that
 # outlived one.
 apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, Normalize).apply
-outlived: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def normalize(

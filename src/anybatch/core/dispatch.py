@@ -11,8 +11,9 @@ from torch import Tensor
 from anybatch.backends import BACKENDS
 from anybatch.backends.protocol import Backend, NormCall, Rows
 from anybatch.backends.torch_library import state_of
-from anybatch.core.autograd import Pass, WithBackwardMemory, normalize, outlived
+from anybatch.core.autograd import Pass, WithBackwardMemory, normalize
 from anybatch.core.fused_activation import Activation
+from anybatch.core.transforms import is_wrapped
 
 MOST_PLANS = 16  # shapes of batches that a layer remembers
 
@@ -36,7 +37,7 @@ class ExecutionPlan(NamedTuple):
 
     def fits(self, x: Tensor, rows: Rows) -> bool:
         """Whether a batch of the same shape still is one of these."""
-        if x.dtype is not self.dtype or x.stride() != self.strides or outlived(x):
+        if x.dtype is not self.dtype or x.stride() != self.strides or is_wrapped(x):
             return False
         return self.backend.memory_obstacle(x, rows) is None
 

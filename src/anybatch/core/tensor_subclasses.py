@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.overrides import handle_torch_function, has_torch_function
 
-_PLAIN = (Tensor, nn.Parameter)
+from anybatch.backends.layout import PLAIN_TYPES
 
 
 def as_plain(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def as_plain(x: Tensor) -> Tensor:
     A subclass that implements the operators itself (``__torch_dispatch__``, as ``DTensor`` does)
     has no plain memory and is returned as it is.
     """
-    if type(x) in _PLAIN or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    if type(x) in PLAIN_TYPES or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return x
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor)
@@ -31,7 +31,7 @@ def is_overridden(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         disabled = torch._C._disabled_torch_function_impl
         return any(
-            type(t) not in _PLAIN and type(t).__torch_function__ is not disabled for t in given
+            type(t) not in PLAIN_TYPES and type(t).__torch_function__ is not disabled for t in given
         )
     return has_torch_function(given)
 

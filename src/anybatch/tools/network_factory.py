@@ -4,12 +4,12 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from anybatch.core.arguments import closest
 from anybatch.tools import networks
 
 _CLASSES = 10
@@ -49,8 +49,7 @@ def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
         return lambda: networks.build(name, _CLASSES, shape)
     module_name, colon, attribute = name.rpartition(":")
     if not (colon and module_name and attribute):
-        close = get_close_matches(name, networks.MODELS, 1, 0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = closest(name, networks.MODELS)
         raise ValueError(
             f"model={name!r}: {hint}give one of {', '.join(networks.MODELS)}, or "
             "module:factory, as in torchvision.models:resnet18 or mine.py:network"
@@ -106,8 +105,8 @@ def _find(name: str, module: Any, attribute: str) -> Callable[[], Any]:
     found = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            close = get_close_matches(part, dir(found), 1, 0.6)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = closest(part, dir(found)).rstrip()
+            hint = f"; {hint}" if hint else ""
             raise ValueError(f"model={name!r}: there is no {part!r} in it{hint}")
         found = getattr(found, part)
     if isinstance(found, nn.Module) or not callable(found):
