@@ -24,6 +24,7 @@ from anybatch.core.autograd import apply_plain, normalize_by, statistics_of
 from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
 from anybatch.core.fused_activation import Activation, read_activation
 from anybatch.core.gradient_accumulation import Seen, StepBackward, StepMemory
+from anybatch.core.graphs import as_leaf, refuse_script, refuse_trace
 from anybatch.core.grouping import Partition, partition
 from anybatch.core.module_state import NormState
 from anybatch.core.reduction_scope import (
@@ -312,6 +313,8 @@ class NormLayer(NormState):
             and metadata that it gives to results of torch's functions.
         """
         if type(input) is not Tensor or residual is not None:
+            if not isinstance(input, Tensor):
+                return as_leaf(self, input, mask=mask, residual=residual, activation=activation)
             plain = partial(self._forward_plain, mask, activation)
             if is_overridden(input, residual):
                 return on_plain(plain, input, residual)
@@ -388,6 +391,8 @@ class NormLayer(NormState):
         source: Source | None = None,
         then: Activation | None = None,
     ) -> Tensor:
+        if training and torch._C._get_tracing_state() is not None:
+            refuse_trace(self)
         cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
         values = x.shape[2:].numel()
         recomputed, again = in_backward(), may_run_again()
@@ -848,6 +853,9 @@ class NormLayer(NormState):
     @property
     def _ranks(self) -> tuple[int, ...]:
         return (2, 3) if self.dims == 1 else (self.dims + 2,)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         """The arguments, those of the method where they differ from the default, and frozen."""

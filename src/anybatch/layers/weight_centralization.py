@@ -6,7 +6,7 @@ normalization needs. The class of the layer is switched to one that centres in
 its forward; parameters, hooks and ``state_dict`` keys stay as they were.
 """
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from anybatch import backends
 from anybatch.backends.native_memory import address_of
+from anybatch.core.graphs import as_leaf, refuse_script
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def centralized_weight(module: nn.Module) -> Tensor:
 
 
 def _centre(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
+    tracing = torch._C._get_tracing_state() is not None  # which cannot save a Python function
+    if torch._C._are_functorch_transforms_active() or tracing:
         return weight - weight.mean(dims, keepdim=True)
     centred: Tensor = _Centre.apply(weight, dims)  # type: ignore[no-untyped-call]
     return centred
@@ -66,7 +68,20 @@ class _Centre(torch.autograd.Function):
         return centred, None
 
 
-class _CentralizedConv(_ConvNd):
+class _Centralized(nn.Module):
+    """A leaf of symbolic traces, as torch's own layers are."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(input, Tensor):
+            return as_leaf(self, input, *args, **kwargs)
+        y: Tensor = super().forward(input, *args, **kwargs)
+        return y
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+class _CentralizedConv(_Centralized, _ConvNd):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = super()._conv_forward(input, centralized_weight(self), bias)
         return y
@@ -84,7 +99,7 @@ class CentralizedConv3d(_CentralizedConv, nn.Conv3d):
     """A 3d convolution with centred weights; made by `weight_centralization`."""
 
 
-class _CentralizedConvTranspose(_ConvTransposeNd):
+class _ConvTranspose(_ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
         padding = self._output_padding(
@@ -109,25 +124,26 @@ class _CentralizedConvTranspose(_ConvTransposeNd):
         )
 
 
-class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
+class CentralizedConvTranspose1d(_Centralized, _ConvTranspose, nn.ConvTranspose1d):
     """A 1d transposed convolution with centred weights; made by `weight_centralization`."""
 
 
-class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
+class CentralizedConvTranspose2d(_Centralized, _ConvTranspose, nn.ConvTranspose2d):
     """A 2d transposed convolution with centred weights; made by `weight_centralization`."""
 
 
-class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
+class CentralizedConvTranspose3d(_Centralized, _ConvTranspose, nn.ConvTranspose3d):
     """A 3d transposed convolution with centred weights; made by `weight_centralization`."""
 
 
-class CentralizedLinear(nn.Linear):
-    """A linear layer with centred weights; made by `weight_centralization`."""
-
+class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``x (W - mean W)^T + b``."""
-        weight: Tensor = _Centre.apply(self.weight, (1,))  # type: ignore[no-untyped-call]
-        return F.linear(input, weight, self.bias)
+        return F.linear(input, centralized_weight(self), self.bias)
+
+
+class CentralizedLinear(_Centralized, _Linear):
+    """A linear layer with centred weights; made by `weight_centralization`."""
 
 
 _CENTRALIZED: dict[type[nn.Module], type[nn.Module]] = {
