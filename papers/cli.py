@@ -105,7 +105,7 @@ def reproduce(
     """
     from anybatch.tools.files import output_folder
     from papers.reproduction import pages
-    from papers.reproduction.make import ROWS, make, missing, placed
+    from papers.reproduction.make import ROWS, make, missing, placed, to_train
     from papers.reproduction.results import as_data
     from papers.reproduction.spec import chosen, reproductions, tasks
     from papers.reproduction.store import Store
@@ -131,7 +131,7 @@ def reproduce(
         here = [placed(task, None if root is None else Path(root), device) for task in asked]
         given = f" --size {size} --device {device}" + ("" if seeds is None else f" --seeds {seeds}")
         with progress_bars(as_json) as bars:
-            show = show_runs(bars, [task.run for task in missing(here, rows)])
+            show = show_runs(bars, [task.run for task in to_train(here, rows, folder)])
             made = make(here, folder, count, show, given)
         rows, elsewhere = made.rows, made.elsewhere
     page = pages.write_report(wanted, size, rows, folder, typed_command(PROGRAM))

@@ -1,11 +1,11 @@
 """The settings of a paper's training: those of the tools, and segmentation and detection."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
 from anybatch.registry import get_method
 from anybatch.tools.networks import LIBRARIES, MODELS
-from anybatch.tools.run import DATA, Run, check_choice
+from anybatch.tools.run import DATA, Option, Run, check_choice
 from papers.networks import (
     CLASSIFIERS,
     DETECTORS,
@@ -16,16 +16,18 @@ from papers.networks import (
 
 FROZEN = "frozen"
 PARTS = ("all", "heads", "body")
+_AnyPaperRun = TypeVar("_AnyPaperRun", bound="PaperRun")
 
 
 @dataclass(frozen=True)
 class PaperRun(Run):
     """A training of a paper, which may also segment images or detect objects.
 
-    ``data`` may also be "camvid", whose images are segmented and which `image_size` gives the
-    shorter side of, or "coco", images with boxes, which it gives the longer side of. ``model`` may
-    also be one of `CLASSIFIERS`, `SEGMENTERS` or `DETECTORS` of `papers.networks`. ``method`` may
-    also be "frozen", which keeps a detector's norms as they were loaded; fresh ones do nothing.
+    ``data`` may also be "cifar100-corrupted"; "camvid", whose images are segmented and which
+    `image_size` gives the shorter side of; or "coco", images with boxes, which it gives the longer
+    side of. ``model`` may also be one of `CLASSIFIERS`, `SEGMENTERS` or `DETECTORS` of
+    `papers.networks`. ``method`` may also be "frozen", which keeps statistics, scale and shift of a
+    detector's or a pretrained network's norms as they were loaded; fresh ones do nothing.
 
     Attributes:
         norms: Which norms of a detector the method converts: "all", those of its "heads" (the
@@ -33,14 +35,43 @@ class PaperRun(Run):
             (the heads have none).
         weights: File with the weights of a detector's ResNet, in the folder of its data; None: it
             learns from scratch.
+        start: Settings of the run whose trained network this run starts from, as pairs; none: it
+            starts from scratch. A last layer for other classes starts fresh.
     """
 
     unconverted: ClassVar = {**Run.unconverted, FROZEN: "BatchNorm (frozen)"}
-    augmented: ClassVar = (*Run.augmented, "camvid", "coco")
-    added_later: ClassVar = (*Run.added_later, "norms", "weights")
+    augmented: ClassVar = (*Run.augmented, "cifar100-corrupted", "camvid", "coco")
+    added_later: ClassVar = (*Run.added_later, "norms", "weights", "start")
 
     norms: str = "all"
     weights: str | None = None
+    start: tuple[Option, ...] = field(default=())
+
+    @property
+    def start_run(self) -> "PaperRun | None":
+        """The run whose trained network this run starts from, on the same device."""
+        if not self.start:
+            return None
+        return PaperRun.from_dict({**dict(self.start), "root": self.root, "device": self.device})
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the run starts from a trained network."""
+        return bool(self.start)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return {**super().as_dict(), "start": [list(setting) for setting in self.start]}
+
+    @classmethod
+    def from_dict(cls: type[_AnyPaperRun], data: dict[str, Any]) -> _AnyPaperRun:
+        """Build a run from plain data.
+
+        Raises:
+            ValueError: For a setting that a run does not have.
+        """
+        start = tuple((str(name), value) for name, value in data.get("start", ()))
+        return super().from_dict({**data, "start": start})
 
     @property
     def task(self) -> str:
@@ -65,7 +96,7 @@ class PaperRun(Run):
         Raises:
             ValueError: If they do not.
         """
-        check_choice("data", self.data, (*DATA, "camvid", "coco"))
+        check_choice("data", self.data, (*DATA, "cifar100-corrupted", "camvid", "coco"))
         library, _, name = self.model.partition(":")
         if self.detects:
             check_choice("model", self.model, DETECTORS)
@@ -98,8 +129,14 @@ class PaperRun(Run):
         Raises:
             ValueError: If it does not.
         """
-        if self.method == FROZEN and not self.detects:
-            raise ValueError("method='frozen': it is for detectors")
+        if self.method == FROZEN and not (
+            self.detects or (self.pretrained and self.model != "mlp")
+        ):
+            raise ValueError(
+                "method='frozen': it is for detectors, and for networks of images with a start"
+            )
+        if self.start_run is not None and self.start_run.method != "bn":
+            raise ValueError(f"start={self.start!r}: give a run of method 'bn', with plain weights")
         super().check_method()
         if self.converted and self.detects and get_method(self.method).wraps:
             raise ValueError(f"method={self.method!r}: a detector takes no virtual examples")

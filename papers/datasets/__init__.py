@@ -2,7 +2,7 @@
 
 from anybatch.tools.data import LOADERS, Dataset, data_root
 from anybatch.tools.run import Run
-from papers.datasets import camvid, coco
+from papers.datasets import camvid, coco, corrupted
 
 
 def _camvid(run: Run) -> Dataset:
@@ -16,4 +16,4 @@ def _coco(run: Run) -> Dataset:
     return Dataset(data_root(run).stem, train, train.part.targets, test, test.part.targets, classes)
 
 
-LOADERS.update(camvid=_camvid, coco=_coco)
+LOADERS.update({"camvid": _camvid, "coco": _coco, "cifar100-corrupted": corrupted.load})

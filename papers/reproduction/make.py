@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.machine import machine
@@ -15,9 +15,12 @@ from papers.paper_run import PaperRun
 from papers.reproduction.costs import measure_costs
 from papers.reproduction.recording import record
 from papers.reproduction.runs import CostRun, Job, job_of
-from papers.reproduction.spec import Task, reproductions
+from papers.reproduction.spec import Task, reproductions, start_of, starts
 from papers.reproduction.store import SCHEMA, Row, Store
 from papers.studies.example_weight import tuned_on_halves
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS = "results.jsonl"
 # Operations per second that networks of this kind reach in one process, and the time of a step
@@ -44,6 +47,27 @@ class Made(NamedTuple):
 def missing(tasks: list[Task], rows: Mapping[str, Row]) -> list[Task]:
     """Tasks that no row answers."""
     return [task for task in tasks if not _answers(rows.get(task.run.identity), task)]
+
+
+def to_train(tasks: list[Task], rows: Mapping[str, Row], folder: Path) -> list[Task]:
+    """Tasks that no row answers, and those that others start from and whose weights are gone.
+
+    Args:
+        tasks: Trainings, with root and device.
+        rows: Of the store.
+        folder: Of the store.
+
+    Returns:
+        The tasks.
+    """
+    waiting = missing(tasks, rows)
+    begun = {start.key for task in waiting if (start := start_of(task.run)) is not None}
+    again = [task for task in tasks if task.run.key in begun and task not in waiting]
+    return [task for task in again if not _weights_file(folder, task.run).is_file()] + waiting
+
+
+def _weights_file(folder: Path, run: Job) -> Path:
+    return folder / "runs" / f"{run.key}.pt"
 
 
 def _answers(row: Row | None, task: Task) -> bool:
@@ -131,12 +155,13 @@ def make(
         OSError: If the store cannot be written.
     """
     store = Store(folder / ROWS)
-    waiting = missing(tasks, store.rows())
+    waiting = to_train(tasks, store.rows(), folder)
     trained = [task.run for task in waiting if isinstance(task.run, PaperRun)]
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
     for run in {(run.data, run.root): run for run in trained}.values():
         load(run)  # wrong data are found before anything is trained
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
     by_key = {task.run.key: task for task in waiting}
+    begun = frozenset(run.key for run in trained if run.identity in starts())
     made_with = machine()
     counts = {"added": 0, "elsewhere": 0}
 
@@ -147,15 +172,18 @@ def make(
             task = by_key[key]
             row = as_row(task, result, f"python -m papers {task.name}{options}", made_with)
             counts["added"] += store.append(row)
-            (folder / "runs" / f"{key}.pt").unlink(missing_ok=True)
+            if key not in begun:
+                _weights_file(folder, task.run).unlink(missing_ok=True)
         on_progress(key, epochs, result)
 
     measured = [task.run for task in waiting if isinstance(task.run, CostRun)]
     if measured:
         in_processes(measured, folder, 1, keep, _measure)
-    if trained:
-        weighed = frozenset(key for key, task in by_key.items() if task.weighed)
-        in_processes(trained, folder, workers, keep, partial(_work, weighed))
+    weighed = frozenset(key for key, task in by_key.items() if task.weighed)
+    for first in (True, False):  # the others start from what these have trained
+        runs = [run for run in trained if (run.key in begun) is first]
+        if runs:
+            in_processes(runs, folder, workers, keep, partial(_work, weighed, begun))
     return Made(store.rows(), **counts)
 
 
@@ -220,19 +248,41 @@ def _data(run: PaperRun) -> Dataset:
     return _loaded[1]
 
 
-def _work(weighed: frozenset[str], run: PaperRun, folder: Path, on_epoch: OnEpoch) -> Row:
-    """Train a run in a process, and tune its example weight where that is asked for."""
+def _work(
+    weighed: frozenset[str], begun: frozenset[str], run: PaperRun, folder: Path, on_epoch: OnEpoch
+) -> Row:
+    """Train a run in a process, and tune its example weight where that is asked for.
+
+    Args:
+        weighed: Keys of the runs whose example weight is tuned.
+        begun: Keys of those that others start from, whose weights are kept.
+        run: The run.
+        folder: Of the store.
+        on_epoch: As `train` takes it.
+
+    Returns:
+        The result.
+    """
     try:
         with holding(folder / "runs" / f".{run.key}.lock"):
             data = _data(run)
             tunes = run.key in weighed
-            result = train(
-                run, folder, on_epoch, keep_weights=tunes, data=data, observe=record(run)
-            )
+            keeps = tunes or run.key in begun
+            initial = None if run.start_run is None else _weights(folder, run.start_run)
+            result = train(run, folder, on_epoch, keeps, data, record(run), initial)
             weighing = {"weighing": _weighing(run, folder, data)} if tunes else {}
             return {**result, **weighing, "device": _device(run.device)}
     except Busy as busy:
         return {"elsewhere": str(busy), "epochs": []}
+
+
+def _weights(folder: Path, run: PaperRun) -> "Mapping[str, Tensor]":
+    """Load the weights that a run has left."""
+    import torch
+
+    kept = torch.load(_weights_file(folder, run), map_location="cpu", weights_only=True)
+    weights: Mapping[str, Tensor] = kept["model"]
+    return weights
 
 
 def _measure(run: CostRun, folder: Path, on_question: OnEpoch) -> Row:
@@ -246,7 +296,7 @@ def _measure(run: CostRun, folder: Path, on_question: OnEpoch) -> Row:
 
 def _weighing(run: PaperRun, folder: Path, data: Dataset) -> Row:
     """Accuracy and loss over the example weight, on each half of the held-out examples."""
-    pair = tuned_on_halves(run, folder / "runs" / f"{run.key}.pt", data, "top1")
+    pair = tuned_on_halves(run, _weights_file(folder, run), data, "top1")
     halves = [
         {
             "examples": one.examples,

@@ -25,6 +25,7 @@ _KNOWN = {
     "digits": (1297, 500),
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
+    "cifar100-corrupted": (50_000, 10_000),
     "camvid": (367, 233),
 }
 # A pixel, from what torchvision states of such networks at 800x1333.
@@ -325,7 +326,8 @@ def _merged(settings: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 def _run(settings: Mapping[str, Any], kind: type[PaperRun]) -> PaperRun:
     """A run of settings; what makes no difference is said in one way, so that runs are shared."""
-    plain = {**settings, "options": sorted(settings.get("options", {}).items())}
+    pairs = {name: sorted(settings.get(name, {}).items()) for name in ("options", "start")}
+    plain = {**settings, **pairs}
     if plain.get("method") in _UNGROUPED or plain.get("norm_batch_size") == plain["batch_size"]:
         plain["norm_batch_size"] = None
     return kind.from_dict(plain)
@@ -379,7 +381,25 @@ def tasks(
                 weighed = cell.measure == "tuned" or (before is not None and before.weighed)
                 name = one.name if before is None else before.name
                 found[run.identity] = Task(run, weighed, name, flops, steps)
+    for task in list(found.values()):
+        start = start_of(task.run)
+        if start is not None and start.identity not in found:
+            costs = _cost(start, _KNOWN.get(start.data, (1, 0)))
+            found[start.identity] = Task(start, False, task.name, *costs)
     return sorted(found.values(), key=lambda task: (task.run.seed, -task.flops))
+
+
+def start_of(job: Job) -> PaperRun | None:
+    """The run whose trained network a job starts from; None if it starts from scratch."""
+    return job.start_run if isinstance(job, PaperRun) else None
+
+
+@cache
+def starts() -> frozenset[str]:
+    """Identities of the runs that a reproduction starts from; their weights are kept."""
+    sizes = (size for one in reproductions().values() for size in one.sizes.values())
+    found = (start_of(cell.run) for size in sizes for cell in size.cells)
+    return frozenset(start.identity for start in found if start is not None)
 
 
 def _cost(run: Job, examples: tuple[int, int]) -> tuple[float, int]:
@@ -400,7 +420,7 @@ def _shape(run: PaperRun) -> tuple[int, ...]:
     """Return the shape of an example."""
     if run.data == "digits":
         return (64,)
-    side = 32 if run.data in ("cifar10", "cifar100") else run.image_size
+    side = 32 if run.data.startswith("cifar") else run.image_size
     return (3, side, side * 4 // 3) if run.data == "camvid" else (3, side, side)
 
 

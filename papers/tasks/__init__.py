@@ -1,12 +1,14 @@
-"""The papers' tasks beside classification: segmentation and detection.
+"""The papers' tasks beside classification: segmentation and detection; frozen norms in all.
 
 Importing this package adds their objectives to `anybatch.tools.objective.OBJECTIVES`.
 """
 
+from dataclasses import replace
+
 from anybatch.tools.objective import OBJECTIVES, Objective
 from papers.tasks import detection, segmentation
 from papers.tasks.average_precision import NUMBERS
-from papers.tasks.detector_norms import prepare_norms
+from papers.tasks.detector_norms import freeze_pretrained, prepare_norms
 
 
 def _detection(*numbers: str) -> Objective:
@@ -23,6 +25,7 @@ def _detection(*numbers: str) -> Objective:
 
 OBJECTIVES.update(
     {
+        "classification": replace(OBJECTIVES["classification"], prepare_norms=freeze_pretrained),
         "segmentation": Objective(
             numbers=("mean_iou", "pixel_accuracy"),
             curve="mean_ious",
@@ -30,6 +33,7 @@ OBJECTIVES.update(
             batches=segmentation.batches,
             loss=segmentation.loss,
             evaluate=segmentation.evaluate,
+            prepare_norms=freeze_pretrained,
         ),
         "detection": _detection(*NUMBERS),
         "detection with masks": _detection(*NUMBERS, *(f"mask_{name}" for name in NUMBERS)),

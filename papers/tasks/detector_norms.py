@@ -40,6 +40,12 @@ def freeze(model: nn.Module, where: Where) -> None:
             module.train(False)
 
 
+def freeze_pretrained(run: Run, model: nn.Module) -> None:
+    """Freeze all norms of a pretrained network if the run's method says so."""
+    if run.method == FROZEN:
+        freeze(model, lambda name, module: True)
+
+
 def prepare_norms(run: Run, model: nn.Module) -> Where:
     """Load a detector's weights and settle the norms that are not its method's.
 

@@ -204,6 +204,11 @@ class Run:
         return self.method not in self.unconverted
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the run starts from a trained network."""
+        return False
+
+    @property
     def statistics_size(self) -> int:
         """Number of examples that share statistics."""
         return self.norm_batch_size or self.micro_batch_size

@@ -7,7 +7,7 @@ trainer's bookkeeping would double.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         Arguments of `anybatch.convert`.
     """
     usual: dict[str, Any] = {}
-    if run.method == "brn":  # its default warm-up is longer than a short run
+    if run.method == "brn" and not run.pretrained:  # its default warm-up is longer than a short run
         usual = {"warmup_steps": max(run.epochs * steps // 4, 1), "smooth": True}
     if run.method == "gn" and run.model != "mlp":
         usual = {"num_groups": 8}
@@ -98,12 +98,14 @@ def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) ->
     return VirtualDataset(model, mean, noisy, num_virtual, seed=run.seed)
 
 
-def prepare(run: Run, data: Dataset) -> Training:
+def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None) -> Training:
     """Build the network, convert it, and make its optimizer and schedules.
 
     Args:
         run: The run.
         data: Its data.
+        initial: State of the trained network that the run starts from, before conversion (default
+            None: fresh). A last layer for other classes stays fresh.
 
     Returns:
         Everything that a step needs.
@@ -111,6 +113,8 @@ def prepare(run: Run, data: Dataset) -> Training:
     steps = steps_per_epoch(run, data)
     torch.manual_seed(run.seed)
     model = networks.build(run.model, data.classes, data.shape)
+    if initial is not None:
+        _load_initial(model, initial)
     progress = None
     where = objective(run).prepare_norms(run, model)
     if run.converted:
@@ -128,6 +132,19 @@ def prepare(run: Run, data: Dataset) -> Training:
     learning_rate = _learning_rate(run, optimizer, steps)
     scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
     return Training(model, optimizer, learning_rate, progress, scaler)
+
+
+def _load_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
+    """Load a trained network's state, but for a last layer of another size."""
+    own = model.state_dict()
+    if own.keys() != initial.keys():
+        differ = ", ".join(sorted(own.keys() ^ initial.keys()))
+        raise ValueError(f"initial: it is not of this network, they differ in {differ}")
+    other = [name for name in own if own[name].shape != initial[name].shape]
+    if {name.rpartition(".")[0] for name in other} - {list(own)[-1].rpartition(".")[0]}:
+        raise ValueError(f"initial: other shapes than this network's in {', '.join(other)}")
+    kept = {name: value for name, value in initial.items() if name not in other}
+    model.load_state_dict(kept, strict=False)
 
 
 def _optimizer(run: Run, model: nn.Module, data: Dataset) -> torch.optim.Optimizer:
@@ -192,6 +209,7 @@ def train(
     keep_weights: bool = False,
     data: Dataset | None = None,
     observe: Observe | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> Row:
     """Train a run, or go on where it stopped, or give its result if it is finished.
 
@@ -204,6 +222,7 @@ def train(
         data: Its data, where they are loaded already.
         observe: Makes an observer of the training from the run, its network and the steps in an
             epoch.
+        initial: State that the network starts from, as `prepare` takes it.
 
     Returns:
         The result: the run, a row an epoch, final loss and numbers of the objective, seconds.
@@ -215,7 +234,7 @@ def train(
         return stored
     result.parent.mkdir(parents=True, exist_ok=True)
     data = load(run) if data is None else data
-    training = prepare(run, data)
+    training = prepare(run, data, initial)
     data = data.to(run.device)
     observer = None
     if observe is not None:

@@ -18,7 +18,8 @@ from filelock import FileLock
 from torch import nn
 from typer.testing import CliRunner
 
-from anybatch.tools.data import Dataset
+import anybatch
+from anybatch.tools.data import Dataset, load
 from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import prepare, step, train
 from papers.cli import app
@@ -26,7 +27,7 @@ from papers.paper_run import FROZEN, PaperRun
 from papers.reproduction import pages as reproduced_pages
 from papers.reproduction import results as reproduced
 from papers.reproduction import spec as reproduction
-from papers.reproduction.make import as_row, estimate, missing, placed
+from papers.reproduction.make import as_row, estimate, make, missing, placed, to_train
 from papers.reproduction.spec import Task, chosen, read, reproductions, tasks
 from papers.reproduction.store import Store
 
@@ -65,6 +66,24 @@ TINY = {
         },
     },
 }
+# Trained as long as such a network needs, or from the network of such a training.
+LONG = ("recovery-fine-tuning", "recovery-full", "recovery-late")
+START = {"method": "bn", "batch_size": 32, "epochs": 2, "train_size": 320}
+STARTED = {
+    **{k: v for k, v in TINY.items() if k not in ("share", "paper_numbers")},
+    "rows": [
+        {"label": "BN", "run": {"method": "bn"}},
+        {"label": "BRN, no learning", "run": {"method": "brn", "lr": 0.0}},
+    ],
+    "sizes": {
+        size: {
+            "run": {"batch_size": 2, "epochs": 1, "train_size": 64, "start": START},
+            "seeds": seeds,
+            "text": "From a trained network.",
+        }
+        for size, seeds in (("small", 1), ("paper", 2))
+    },
+}
 WEIGHED = {
     **{k: v for k, v in TINY.items() if k not in ("share", "paper_numbers")},
     "figure": "weights",
@@ -82,9 +101,14 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "tiny.json").write_text(json.dumps(TINY))
     (folder / "weighed.json").write_text(json.dumps(WEIGHED))
     monkeypatch.setattr(reproduction, "FOLDER", folder)
-    reproductions.cache_clear()
+    clear_caches()
     yield tmp_path
-    reproductions.cache_clear()
+    clear_caches()
+
+
+def clear_caches() -> None:
+    for read_once in (reproductions, reproduction.starts):
+        read_once.cache_clear()
 
 
 def run(*arguments: str) -> object:
@@ -105,7 +129,7 @@ def row_of(task: Task, accuracy: float = 0.5, **result: object) -> dict:
 def test_every_table_and_figure_is_there_in_both_sizes() -> None:
     names = set(reproductions())
     wanted = {
-        "recovery": ["", "-memory"],
+        "recovery": ["", "-fine-tuning", "-full", "-late", "-memory"],
         "bn-sampling": ["-figure-3", "-figure-4", "-table-2"],
         "cross-iteration-bn": [*(f"-table-{k}" for k in (2, 3, 4, 5, 6, 9)), "-figure-3"],
         "cross-iteration-bn-table": ["-8"],
@@ -128,7 +152,7 @@ def test_every_table_and_figure_is_there_in_both_sizes() -> None:
 def test_small_sizes_fit_half_an_hour_of_two_cores_as_estimated() -> None:
     for one in reproductions().values():
         seconds = sum(estimate(task, {}, "cpu") for task in tasks([one], "small"))
-        assert seconds / 2 < 30 * 60 or one.name == "recovery-full", one.name
+        assert seconds / 2 < 30 * 60 or one.name in LONG, one.name
 
 
 def test_the_papers_settings() -> None:
@@ -513,6 +537,66 @@ def stale(docs: Path) -> list[Path]:
     ]
 
 
+def test_runs_start_from_the_trained_network_of_another_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "reproductions" / "started.json").write_text(json.dumps(STARTED))
+    clear_caches()
+    monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
+    wanted = tasks(chosen(["started"]), "small")
+    runs = [task.run for task in wanted if isinstance(task.run, PaperRun)]
+    assert [run.pretrained for run in runs].count(False) == 1  # the start is trained as well
+    folder = tiny / "store"
+    made = make(wanted, folder, 1, lambda *_: None, "")
+    assert made.added == len(wanted) == 3
+    start = next(run for run in runs if not run.pretrained)
+    weights = torch.load(folder / "runs" / f"{start.key}.pt", weights_only=True)["model"]
+    still = next(run for run in runs if run.method == "brn")
+    training = prepare(still, load(still), weights)
+    for name, value in training.model.state_dict().items():
+        if name in weights:
+            assert torch.equal(value, weights[name]), name
+    brn = next(m for m in training.model.modules() if isinstance(m, anybatch.BatchRenorm1d))
+    assert brn.warmup_steps == 0  # a trained network is renormalized from the first step on
+
+    (folder / "runs" / f"{start.key}.pt").unlink()
+    rows = {key: row for key, row in made.rows.items() if key != still.identity}
+    assert {task.run.key for task in to_train(wanted, rows, folder)} == {start.key, still.key}
+
+
+def test_a_start_of_another_network_is_refused() -> None:
+    run = PaperRun(method="bn", start=tuple(START.items()), model="mlp")
+    state = prepare(run, load(run)).model.state_dict()
+    fewer = {name: value for name, value in state.items() if not name.startswith("1.")}
+    with pytest.raises(ValueError, match=r"differ in 1\.weight|differ in 1\.bias"):
+        prepare(run, load(run), fewer)
+    last = list(state)[-1].rpartition(".")[0]
+    other = {k: v[:3] if k.startswith(last) else v for k, v in state.items()}
+    model = prepare(run, load(run), other).model  # another number of classes
+    assert torch.equal(model.state_dict()["1.weight"], state["1.weight"])
+    wider = {k: v[:3] if k.startswith("1.") and v.dim() else v for k, v in state.items()}
+    with pytest.raises(ValueError, match="other shapes"):
+        prepare(run, load(run), wider)
+    with pytest.raises(ValueError, match="method 'bn'"):
+        PaperRun(method="bn", start=(("method", "mabn"),))
+    with pytest.raises(ValueError, match="with a start"):
+        PaperRun(method=FROZEN, model="resnet8", data="cifar100")
+
+
+def test_a_frozen_start_learns_around_its_norms() -> None:
+    run = PaperRun(method=FROZEN, model="resnet8", data="cifar100", start=(("method", "bn"),))
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4,))
+    data = Dataset("images", x, y, x, y, 3)
+    training = prepare(run, data)
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    training.model.train()
+    step(run, training, x[:2], y[:2])
+    norms = [n for n, m in training.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for name, value in training.model.state_dict().items():
+        of_norm = name.rpartition(".")[0] in norms
+        assert torch.equal(value, before[name]) is of_norm, name
+
+
 def test_what_another_process_makes_is_left_to_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -534,7 +618,7 @@ def test_what_another_process_makes_is_left_to_it(
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("reco", ["recovery", "recovery-full", "recovery-memory"]), ("--size p", ["paper"])],
+    [("reco", ["recovery", *LONG, "recovery-memory"]), ("--size p", ["paper"])],
 )
 def test_the_shell_completes_reproductions_and_sizes(typed: str, offered: list[str]) -> None:
     words = f"papers {typed}"
