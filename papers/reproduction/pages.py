@@ -250,7 +250,8 @@ def _described(one: Reproduction, rows: Mapping[str, Row]) -> str:
 
 def _sized(part: Section) -> list[str]:
     one = part.one
-    lines = [f"*{_SIZE_NAMES[part.size]}.* {one.sizes[part.size].text}", ""]
+    size = one.sizes[part.size]
+    lines = [f"*{_SIZE_NAMES[part.size]}.* {size.text} {size.learning_rate}".rstrip(), ""]
     lines += [f"Rows: {one.down}. Columns: {part.columns}.", ""]
     lines += [part.grid.markdown(), ""]
     if part.rows:

@@ -124,6 +124,17 @@ class Size:
         """Labels of the columns, in order."""
         return list(dict.fromkeys(cell.column for cell in self.cells))
 
+    @property
+    def learning_rate(self) -> str:
+        """The learning rates of the trainings, as a sentence; empty where nothing is trained."""
+        runs = [cell.run for cell in self.cells if isinstance(cell.run, PaperRun)]
+        rates = sorted({run.lr * run.batch_size / 64 for run in runs})
+        if not rates:
+            return ""
+        if len(rates) == 1:
+            return f"The learning rate is {rates[0]:.3g}."
+        return f"The learning rate is {rates[0]:.3g} to {rates[-1]:.3g}, by row or column."
+
     def cell(self, row: str, column: str) -> Cell | None:
         """The cell of a row and a column; None where the table has none."""
         return next((c for c in self.cells if (c.row, c.column) == (row, column)), None)
