@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from anybatch import layers
-from anybatch.core.arguments import check_count, closest, shown
+from anybatch.core.arguments import closest, shown
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.group_norm import group_norm, instance_norm, layer_norm
 
 IOFFE_2015 = "Ioffe and Szegedy, Batch Normalization, 2015"
 IOFFE_2017 = "Ioffe, Batch Renormalization, 2017"
@@ -173,34 +174,6 @@ def check_options(methods: Iterable[Method], options: Mapping[str, Any]) -> None
         takes = f"it takes {', '.join(sorted(known))}" if known else "it takes none"
         hint = closest(name, known)
         raise TypeError(f"{name}={shown(value)}: {titles} has no such option; {hint}{takes}")
-
-
-def fitting_groups(num_features: int, num_groups: int) -> int:
-    """The largest divisor of the channels up to ``num_groups`` that leaves two channels a group.
-
-    >>> fitting_groups(16, 32), fitting_groups(48, 32), fitting_groups(1, 32)
-    (8, 24, 1)
-    """
-    most = min(num_groups, max(num_features // 2, 1))
-    return next(k for k in range(most, 0, -1) if num_features % k == 0)
-
-
-def _group_norm(
-    num_features: int, eps: float, affine: bool, device: Any, dtype: Any, *, num_groups: int = 32
-) -> nn.Module:
-    check_count("num_groups", num_groups)
-    groups = fitting_groups(num_features, num_groups)
-    return nn.GroupNorm(groups, num_features, eps, affine, device, dtype)
-
-
-def _layer_norm(num_features: int, eps: float, affine: bool, device: Any, dtype: Any) -> nn.Module:
-    return nn.GroupNorm(1, num_features, eps, affine, device, dtype)
-
-
-def _instance_norm(
-    num_features: int, eps: float, affine: bool, device: Any, dtype: Any
-) -> nn.Module:
-    return nn.GroupNorm(num_features, num_features, eps, affine, device, dtype)
 
 
 _UNMIXED = {"num_virtual": None, "mix": 0.5}
@@ -376,7 +349,7 @@ _TABLE = (
         "Batches of 1, if inference may cost more than with batch norm.",
         exact_eval=False,
         folds=False,
-        builder=_group_norm,
+        builder=group_norm,
     ),
     Method(
         "ln",
@@ -387,7 +360,7 @@ _TABLE = (
         "Sequence models, or as a baseline.",
         exact_eval=False,
         folds=False,
-        builder=_layer_norm,
+        builder=layer_norm,
     ),
     Method(
         "in",
@@ -399,9 +372,19 @@ _TABLE = (
         "Style transfer, or as a baseline. Never on inputs without spatial extent.",
         exact_eval=False,
         folds=False,
-        builder=_instance_norm,
+        builder=instance_norm,
     ),
 )
+
+FROZEN = Method(
+    "frozen",
+    "Frozen batch normalization",
+    "FrozenBatchNorm",
+    IOFFE_2015,
+    "Running statistics, scale and shift as constants, in training too.",
+    "Fine-tuning on data like the pretraining data, and the last epochs of a training.",
+)
+"""What `anybatch.convert` takes besides the methods: it trains nothing, and needs trained norms."""
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 
@@ -410,7 +393,7 @@ def get_method(name: str) -> Method:
     """Look a method up by its short name.
 
     Args:
-        name: As in the table, "mabn" for example, in lower or upper case.
+        name: As in the table, "mabn" for example, in lower or upper case; or "frozen".
 
     Returns:
         The method.
@@ -423,13 +406,14 @@ def get_method(name: str) -> Method:
         >>> get_method("mabn").title
         'Moving average batch normalization'
     """
-    if isinstance(name, str) and name.lower() in METHODS:
-        return METHODS[name.lower()]
+    known = {**METHODS, FROZEN.name: FROZEN}
+    if isinstance(name, str) and name.lower() in known:
+        return known[name.lower()]
     given = name.__name__ if isinstance(name, type) else str(name)
     plain = re.sub(r"[^a-z0-9+]", "", re.sub(r"[123]d$", "", given).lower())
     meant = _SHORT_NAMES.get(plain)
-    hint = f"did you mean {meant!r}? " if meant else closest(given.lower(), METHODS, 0.5)
-    raise ValueError(f"method={shown(name)}: {hint}give one of {', '.join(METHODS)}")
+    hint = f"did you mean {meant!r}? " if meant else closest(given.lower(), known, 0.5)
+    raise ValueError(f"method={shown(name)}: {hint}give one of {', '.join(known)}")
 
 
 def _spelled_out() -> dict[str, str]:

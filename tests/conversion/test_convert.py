@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 import anybatch
 from anybatch.conversion import NoEffectWarning, convert, to_batchnorm
@@ -385,12 +384,6 @@ def test_norms_it_does_not_understand_are_refused_by_name(norm: nn.Module, reaso
 
 def test_subclasses_that_change_nothing_are_converted() -> None:
     assert type(convert(nn.Sequential(Renamed(4)), "bn")[0]) is anybatch.BatchNorm2d
-
-
-def test_frozen_batch_norms_are_left_alone() -> None:
-    model = nn.Sequential(DetrFrozenBatchNorm2d(4), nn.BatchNorm2d(4))
-    convert(model, "bn")
-    assert type(model[0]) is DetrFrozenBatchNorm2d
 
 
 def test_a_lazy_norm_is_converted_once_it_knows_its_channels() -> None:

@@ -5,18 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from anybatch.conversion import NoEffectWarning, convert, plan
 from zoo.checks import check_batch_of_one, check_conversion, require
 from zoo.listing import Listed, cases, each
 from zoo.transformers_networks import (
     BACKBONES,
     LEFT_OUT,
     NETWORKS,
-    RESNET_SIZES,
     VERSION,
-    config,
-    hf,
-    pixels,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -35,21 +30,6 @@ def test_a_transformers_network_converts_trains_and_goes_back(network: Listed, m
 def test_a_transformers_network_trains_at_batch_1(network: Listed, method: str) -> None:
     require(network, "transformers", VERSION)
     check_batch_of_one(network, method)
-
-
-def test_frozen_batch_norms_stay() -> None:
-    settings = config(
-        "DetrConfig", d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
-        decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4,
-        backbone_config=config("ResNetConfig", **RESNET_SIZES, out_features=["stage4"]),
-    )  # fmt: skip
-    network = hf("DetrModel", pixels(3, 32, 32), settings)
-    require(network, "transformers", VERSION)
-    model = network.build()
-    with pytest.warns(NoEffectWarning, match="frozen by design"):
-        convert(model, "mabn")
-    kept = plan(model, "mabn").having("keep")
-    assert sum("Frozen" in row.kind for row in kept) > 0
 
 
 def builders_of_batch_norm() -> set[str]:

@@ -131,6 +131,7 @@ DETECTOR = {
     "decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16, "decoder_attention_heads": 2,
     "decoder_layers": 2, "decoder_n_points": 2, "num_denoising": 0,
 }  # fmt: skip
+FROZEN_DETECTOR = {**DETECTOR, "freeze_backbone_batch_norms": True}  # their default
 OF_RESNET = {"backbone_config": RT_RESNET, "encoder_in_channels": [16, 16, 24]}
 OF_HGNET = {"backbone_config": HGNET, "encoder_in_channels": [16, 16, 16]}
 LCNET_BLOCKS = [
@@ -201,6 +202,9 @@ NETWORKS: dict[str, Listed] = {
     "d_fine": hf(
         "DFineModel", pixels(3, 64, 64), config("DFineConfig", **DETECTOR, **OF_HGNET)
     ),
+    "d_fine with frozen norms": hf(
+        "DFineModel", pixels(3, 64, 64), config("DFineConfig", **FROZEN_DETECTOR, **OF_HGNET)
+    ),
     "data2vec": hf(
         "Data2VecVisionForSemanticSegmentation", pixels(3, 32, 32),
         config("Data2VecVisionConfig", **{**VIT, "num_hidden_layers": 4},
@@ -218,6 +222,13 @@ NETWORKS: dict[str, Listed] = {
             scaled_images_feature_dims=[8, 8],
             **{part: config("Dinov2Config", **{**VIT, "image_size": 16, "patch_size": 4})
                for part in ("image_model_config", "patch_model_config", "fov_model_config")}),
+    ),
+    "detr with frozen norms": hf(
+        "DetrModel", pixels(3, 64, 64),
+        config("DetrConfig", d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+               decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+               num_queries=4, dropout=0.0,
+               backbone_config=config("ResNetConfig", **RESNET_SIZES, out_features=["stage4"])),
     ),
     "dpt": hf(
         "DPTForSemanticSegmentation", pixels(3, 32, 32),
@@ -471,6 +482,9 @@ NETWORKS: dict[str, Listed] = {
     "rt_detr": hf(
         "RTDetrModel", pixels(3, 64, 64), config("RTDetrConfig", **DETECTOR, **OF_RESNET)
     ),
+    "rt_detr with frozen norms": hf(
+        "RTDetrModel", pixels(3, 64, 64), config("RTDetrConfig", **FROZEN_DETECTOR, **OF_RESNET)
+    ),
     "rt_detr_v2": hf(
         "RTDetrV2Model", pixels(3, 64, 64), config("RTDetrV2Config", **DETECTOR, **OF_RESNET)
     ),
@@ -590,7 +604,6 @@ LEFT_OUT: dict[str, str] = {
     "conditional_detr": "its backbone's batch norms are frozen, or it needs timm",
     "dab_detr": "its backbone's batch norms are frozen, or it needs timm",
     "deformable_detr": "its backbone's batch norms are frozen, or it needs timm",
-    "detr": "its backbone's batch norms are frozen, which a test of its own tries",
     "grounding_dino": "its backbone's batch norms are frozen, or it has none",
     "layoutlmv2": "it needs detectron2",
     "mask2former": "its backbone as in maskformer",

@@ -54,6 +54,9 @@ def convert(
       kernels). Trained weights are centralized only with `centralize=True`, because that changes
       the output.
     - "brn": in a trained network it starts without a warm-up.
+    - Frozen norms (torchvision's, detectron2's, those of transformers' detectors) become layers of
+      the method whose scale and shift are trained; `where` leaves them out. "frozen" is a method
+      too: statistics, scale and shift become constants (`FrozenBatchNorm2d`).
     - `fuse=True`: a norm whose output goes only to a ReLU, or to an addition and then only to a
       ReLU, computes these in its own pass in training. The blocks that call such norms then have a
       subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same parts, names and
@@ -201,7 +204,7 @@ def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
     classes = [(module, type(module)) for module in feeding]
     hooks = [(d.bind, set(d.bind._forward_hooks)) for d in decisions if d.bind is not None]
     saved = [
-        (tensor, tensor.detach().clone())
+        (tensor, tensor.detach().clone(), tensor.requires_grad)
         for d in decisions
         for tensor in (*d.norm.parameters(), *d.norm.buffers())
     ]
@@ -209,8 +212,8 @@ def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
         yield
     except BaseException:
         with torch.no_grad():
-            for tensor, value in saved:
-                tensor.copy_(value)
+            for tensor, value, requires_grad in saved:
+                tensor.copy_(value).requires_grad_(requires_grad)
             for module, known in hooks:
                 for key in set(module._forward_hooks) - known:
                     del module._forward_hooks[key]

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from anybatch.backends.aten.patches import geometry_of
+from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
 from anybatch.conversion.method_options import is_already, kept_options, options_for
 from anybatch.conversion.norm_types import (
     TORCH_NORMS,
     NormKind,
+    channels_of,
     has_plain_forward,
     is_batch_norm,
 )
@@ -24,8 +26,9 @@ from anybatch.conversion.producers import Feeder
 from anybatch.conversion.replacement import replacement, trial
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.group_norm import fitting_groups
 from anybatch.layers.weight_centralization import is_centralized, weight_centralization
-from anybatch.registry import Method, fitting_groups
+from anybatch.registry import FROZEN, Method
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,6 @@ class NormDecider:
         method = next(
             (m for pattern, m in self.methods.items() if matches(pattern, names, norm)), None
         )
-        if kind.family == "frozen":
-            return self._keep(norm, "frozen by design: its statistics are constants")
         if kind.family == "other":
             return self._keep(norm, "no batch norm")
         if not matches(self.where, names, norm):
@@ -145,6 +146,13 @@ class NormDecider:
             return self._keep(norm, "matches no pattern of method")
         if kind.refusal is not None:
             return self._refuse(norm, kind.refusal)
+        if kind.family == "frozen":
+            if method is FROZEN:
+                return self._keep(norm, "already frozen")
+            try:
+                thawed(norm)
+            except ValueError as error:
+                return self._keep(norm, f"frozen, and stays so: {error}")
         options = options_for(method, self.options, self.batch_size)
         if is_already(norm, method, options):
             own = kept_options(norm, method, options)
@@ -162,6 +170,7 @@ class NormDecider:
         if method.name == "in" and isinstance(self._module(feeder), nn.Linear):
             erased = "after a linear layer instance norm has one value to normalize: output is 0"
             return self._refuse(norm, f"{erased}; use ln, or leave it out with where=")
+        is_frozen = is_frozen_norm(norm)
         binds = method.binds and options.get("order", 1) != 0 and options.get("window") != 1
         if binds and (obstacle := _binding_obstacle(norm, feeder, self._module(feeder))):
             return replace(self._keep(norm, f"stays as it is: {obstacle}"), unbound=True)
@@ -177,6 +186,7 @@ class NormDecider:
         uncentralized = target is None and why is not None and not why.endswith("already")
         notes = [
             _effect(method),
+            "frozen until now: its scale and shift train from now on" if is_frozen else None,
             "keeps its activation" if ends_in_activation(norm) else None,
             self._opens(method, options),
             _cut_groups(norm, method, options),
@@ -274,7 +284,7 @@ def _cut_groups(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
     asked = options.get("num_groups")
     if asked is None or "num_groups" not in method.options:
         return None
-    fitting = fitting_groups(int(norm.num_features), asked)  # type: ignore[arg-type]
+    fitting = fitting_groups(channels_of(norm), asked)
     return None if fitting == asked else f"num_groups={fitting} in place of {asked}"
 
 
@@ -305,7 +315,7 @@ def _binding_obstacle(norm: nn.Module, feeder: Feeder, module: nn.Module | None)
         return f"{feeder.name!r} computes its weight or output in its own way"
     if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
         return f"{feeder.name!r} does not know its number of inputs yet: run one batch first"
-    if geometry_of(module).outputs != getattr(norm, "num_features", None):
+    if geometry_of(module).outputs != channels_of(norm):
         return f"the channels of {feeder.name!r} are not those that it normalizes"
     return None
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
 from anybatch.conversion.module_swap import has_hooks, let_go, paths, swap
 from anybatch.conversion.norm_types import (
-    dims_of,
+    channels_of,
     has_plain_forward,
     is_batch_norm,
     norm_kind,
@@ -37,7 +38,7 @@ TOLERANCE = 1e-4
 class _Fold:
     """One norm and the layer that takes it in."""
 
-    norm: _NormBase
+    norm: nn.Module
     feeder: nn.Module
 
 
@@ -90,7 +91,7 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
             continue
         reason = _obstacle(norm, feeders[names[0]], by_name, places)
         if reason is None:
-            folds.append(_Fold(norm, by_name[str(feeders[names[0]].name)]))  # type: ignore[arg-type]
+            folds.append(_Fold(norm, by_name[str(feeders[names[0]].name)]))
         else:
             stay[names[0]] = reason
     before = None if example_inputs is None else _outputs(model, example_inputs)
@@ -139,7 +140,9 @@ class _State:
 def _check_eval(model: nn.Module) -> None:
     """Refuse training mode: what would be merged is not what the network computes there."""
     for name, module in model.named_modules():
-        if module.training and (module is model or is_batch_norm(module)):
+        kind = norm_kind(module)
+        uses_batch = kind is not None and kind.family == "batch"
+        if module.training and (module is model or uses_batch):
             what = f"its layer {name!r}" if name else "the model"
             raise ValueError(
                 f"{what} is in training mode, in which a norm uses the batch and cannot be "
@@ -179,6 +182,12 @@ def _obstacle(
 
 def _norm_obstacle(norm: nn.Module) -> str | None:
     """Why a norm's inference cannot be merged into anything, or None."""
+    if is_frozen_norm(norm):
+        try:
+            thawed(norm)
+        except ValueError as error:
+            return str(error)
+        return None
     if (why := recomputed_parameter(norm)) is not None:
         return why
     if isinstance(norm, NormLayer):
@@ -193,15 +202,17 @@ def _norm_obstacle(norm: nn.Module) -> str | None:
 
 def _same_channels(norm: nn.Module, layer: nn.Module) -> bool:
     """Whether the channels a norm counts are those that the layer before it puts out."""
+    channels, kind = channels_of(norm), norm_kind(norm)
     if isinstance(layer, nn.Linear):
-        return dims_of(norm) == 1 and layer.out_features == norm.num_features
-    return isinstance(layer, _ConvNd) and layer.out_channels == norm.num_features
+        return kind is not None and kind.dims == 1 and layer.out_features == channels
+    return isinstance(layer, _ConvNd) and layer.out_channels == channels
 
 
 @torch.no_grad()
 def _merge(one: _Fold) -> None:
     """Write a norm's scale and shift into the layer before it, by arithmetic in float64."""
-    norm, layer = one.norm, one.feeder
+    norm, layer = thawed(one.norm) if is_frozen_norm(one.norm) else one.norm, one.feeder
+    assert isinstance(norm, _NormBase)
     if is_centralized(layer):
         decentralize(layer)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]

@@ -9,7 +9,8 @@ from torch import nn
 
 from anybatch.core.arguments import check_count, shown
 from anybatch.core.norm_layer import NormLayer
-from anybatch.registry import Method, check_options, fitting_groups, get_method
+from anybatch.layers.group_norm import fitting_groups
+from anybatch.registry import Method, check_options, get_method
 
 
 def methods_by_pattern(method: str | Mapping[str, str]) -> dict[str, Method]:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from anybatch.conversion.frozen_norms import frozen_dims, is_frozen_norm
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.core.norm_layer import NormLayer
 
@@ -70,8 +71,8 @@ def norm_kind(module: nn.Module) -> NormKind | None:
         >>> norm_kind(nn.Linear(2, 2)) is None
         True
     """
-    if "FrozenBatchNorm" in type(module).__name__:
-        return NormKind("frozen")
+    if is_frozen_norm(module):
+        return NormKind("frozen", frozen_dims(module))
     if isinstance(module, (NormLayer, _BatchNorm)):
         return NormKind("batch", dims_of(module), _refusal(module))
     if isinstance(module, OTHER_NORMS):
@@ -85,9 +86,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm of torch's or of ours (frozen ones are not)."""
+    """Whether a module is a batch norm: torch's, ours or a frozen one of any library."""
     kind = norm_kind(module)
-    return kind is not None and kind.family == "batch"
+    return kind is not None and kind.family != "other"
 
 
 def dims_of(norm: nn.Module) -> int | None:
@@ -100,6 +101,18 @@ def dims_of(norm: nn.Module) -> int | None:
     if isinstance(norm, NormLayer):
         return norm.dims or None
     return next((dims for dims, cls in TORCH_NORMS.items() if isinstance(norm, cls)), None)
+
+
+def channels_of(norm: nn.Module) -> int:
+    """The number of channels of a batch norm, read from its statistics where its class has none.
+
+    Example:
+        >>> channels_of(nn.BatchNorm2d(4))
+        4
+    """
+    known = getattr(norm, "num_features", None)
+    mean = norm._buffers.get("running_mean") if known is None else None
+    return int(known or 0) if mean is None else mean.numel()
 
 
 def wrapper_refusal(model: nn.Module) -> str | None:

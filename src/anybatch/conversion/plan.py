@@ -159,7 +159,7 @@ def _with_fusion(decision: Decision, found: Found) -> Decision:
     if _can_fuse(decision):
         fuses, reason = found.of(decision.norm)
     elif decision.method is not None:
-        fuses, reason = None, f"not fused: {row.becomes} is torch's layer"
+        fuses, reason = None, f"not fused: {row.becomes} only normalizes"
     else:
         return decision
     return replace(decision, row=replace(row, fuses=fuses, reason=f"{row.reason}; {reason}"))

@@ -20,7 +20,7 @@ from anybatch.conversion.graph_trace import (
     trace_graph,
 )
 from anybatch.conversion.module_swap import paths
-from anybatch.conversion.norm_types import is_batch_norm, is_norm
+from anybatch.conversion.norm_types import channels_of, is_batch_norm, is_norm
 
 _ACTIVATIONS = {
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "leakyrelu",
@@ -183,7 +183,7 @@ def _norms_not_reached(
     for norm, name in names.items():
         if norm in calls.norms or not is_batch_norm(norm):
             continue
-        if getattr(norm, "num_features", None) != channels:
+        if channels_of(norm) != channels:
             continue
         inside = name
         while inside:

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
 from anybatch.conversion.module_swap import move_hooks
 from anybatch.conversion.norm_types import TORCH_NORMS, dims_of
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_layer import NormLayer
-from anybatch.registry import Method, fitting_groups
+from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
+from anybatch.layers.group_norm import fitting_groups
+from anybatch.registry import Method
 
 _TORCH_MOMENTUM = 0.1
 
@@ -24,7 +27,7 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
     """Build a norm's replacement and let it take over the norm.
 
     Args:
-        norm: a torch batch norm or an anybatch layer.
+        norm: a torch batch norm, an anybatch layer or a frozen norm.
         method: the method's row in the table.
         options: keyword arguments of the method's layer; `num_groups` is an upper bound, cut to
             a divisor of the channels.
@@ -42,6 +45,8 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
         >>> new.num_groups, new.weight is norm.weight
         (6, True)
     """
+    is_frozen = is_frozen_norm(norm)
+    norm = thawed(norm) if is_frozen else norm
     assert isinstance(norm, _NormBase)
     dims = dims_of(norm)
     assert dims is not None
@@ -58,6 +63,10 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
         built.adopt_(norm)
     else:
         _take_over(built, norm)
+        if isinstance(built, FrozenBatchNorm):
+            _freeze(built, norm)
+    if is_frozen:
+        built.requires_grad_()
     _keep_tags(norm, built)
     return built
 
@@ -66,7 +75,7 @@ def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
     """Replace a copy of a norm, to see whether it can be done and whether it changes parameters.
 
     Args:
-        norm: a torch batch norm or an anybatch layer; left untouched.
+        norm: a torch batch norm, an anybatch layer or a frozen norm; left untouched.
         method: the method's row in the table.
         options: keyword arguments of the method's layer.
 
@@ -82,7 +91,7 @@ def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
         False
     """
     new = replacement(_twin(norm), method, options)
-    pairs = [(norm._parameters[name], value) for name, value in new.named_parameters()]
+    pairs = [(norm._parameters.get(name), value) for name, value in new.named_parameters()]
     return any(o is not None and not o.is_meta and not torch.equal(o, n) for o, n in pairs)
 
 
@@ -137,6 +146,18 @@ def _take_over(new: nn.Module, norm: _NormBase) -> None:
     move_hooks(norm, new)
 
 
+def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
+    """Let a frozen norm take over a batch norm's statistics, scale and shift as constants."""
+    why = norm.inference_obstacle() if isinstance(norm, NormLayer) else None
+    if norm.running_mean is None or norm.running_var is None or why is not None:
+        why = why or "track_running_stats=False: it has no running statistics"
+        raise ValueError(f"{why}, so that no constants give its output in evaluation")
+    new.affine = norm.affine
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        new._buffers[name] = norm._buffers[name]
+    new.requires_grad_(False)
+
+
 def _keep_tags(norm: nn.Module, new: nn.Module) -> None:
     """Copy attributes that others hung on a torch norm, as libraries do to mark modules."""
     if isinstance(norm, NormLayer):
@@ -162,7 +183,7 @@ def _twin(norm: nn.Module) -> nn.Module:
     return twin
 
 
-def torch_norm(layer: NormLayer) -> nn.Module:
+def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     """The plain torch batch norm of an anybatch layer, with its Parameters, buffers and hooks.
 
     Args:
@@ -187,6 +208,7 @@ def torch_norm(layer: NormLayer) -> nn.Module:
     norm._parameters["weight"], norm._parameters["bias"] = layer.weight, layer.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         norm._buffers[name] = layer._buffers[name]
-    norm.training = layer.training and not layer.frozen
+    frozen = isinstance(layer, FrozenBatchNorm) or layer.frozen
+    norm.training = layer.training and not frozen
     move_hooks(layer, norm)
     return norm

@@ -12,6 +12,7 @@ from anybatch.conversion.replacement import torch_norm
 from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 from anybatch.layers.weight_centralization import CENTRALIZED, decentralize
 
 
@@ -43,7 +44,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     if (refusal := wrapper_refusal(model)) is not None:
         raise ValueError(refusal)
     places = paths(model)
-    layers = [module for module in places if isinstance(module, NormLayer)]
+    layers = [module for module in places if isinstance(module, (NormLayer, FrozenBatchNorm))]
     centralized = [module for module in places if isinstance(module, CENTRALIZED)]
     ours = (*layers, *centralized)
     obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]

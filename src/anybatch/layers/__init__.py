@@ -9,6 +9,11 @@ from anybatch.layers.cross_iteration_batch_norm import (
     CrossIterationBatchNorm2d,
     CrossIterationBatchNorm3d,
 )
+from anybatch.layers.frozen_batch_norm import (
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
+)
 from anybatch.layers.ghost_batch_norm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from anybatch.layers.l1_range_batch_norm import (
     L1BatchNorm1d,
@@ -52,6 +57,9 @@ __all__ = [
     "CrossIterationBatchNorm1d",
     "CrossIterationBatchNorm2d",
     "CrossIterationBatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
