@@ -16,6 +16,7 @@ from anybatch.conversion import (
     decay_plan,
     fold,
     param_groups,
+    plain_state_dict,
     plan,
     to_batchnorm,
 )
@@ -143,6 +144,7 @@ __all__ = [
     "masked",
     "no_update",
     "param_groups",
+    "plain_state_dict",
     "plan",
     "recalibrate",
     "set_example_weight",

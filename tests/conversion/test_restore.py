@@ -124,3 +124,25 @@ def test_layers_that_are_no_batch_norm_are_refused_by_name_and_nothing_is_done(
         anybatch.to_batchnorm(model)
     assert isinstance(model[1], NormLayer)
     assert is_centralized(model[0])
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize(
+    ("build", "shape"), [(convnet, (3, 12, 12)), (Tabular, (6,)), (Wave, (2, 20))]
+)
+def test_a_plain_state_dict_loads_strictly_and_leaves_the_model(
+    method: str, build: Any, shape: tuple[int, ...]
+) -> None:
+    model, x = trained(method, build), torch.randn(4, *shape)
+    anybatch.freeze(model, where=lambda name, norm: norm.num_features > 6)
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    state, plain = anybatch.plain_state_dict(model), build()
+    plain.load_state_dict(state)
+    torch.testing.assert_close(eval_output(plain, x), eval_output(model, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert kinds == [type(m) for m in model.modules()]
+
+
+def test_no_plain_state_dict_of_layers_that_have_no_plain_equal() -> None:
+    with pytest.raises(ValueError, match="example_weight=0.5"):
+        anybatch.plain_state_dict(trained("bgn"))

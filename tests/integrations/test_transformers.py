@@ -1,5 +1,6 @@
 """The Trainer of transformers with the callback gives the losses of a plain loop, to rounding."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import anybatch
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs it")
 transformers = pytest.importorskip("transformers")
 
-from anybatch.integrations.transformers import NormCallback  # noqa: E402
+from anybatch.integrations.transformers import NormCallback, from_pretrained  # noqa: E402
+from anybatch.registry import METHODS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -185,3 +187,94 @@ def test_a_smaller_batch_size_is_found_without_a_joined_model(tmp_path: Path) ->
     run.train()
     assert layer.step is None
     assert int(layer.num_batches_tracked) == 3 * 6  # 22 batches of one, by fours
+
+
+# save_pretrained
+
+
+EXACT = [name for name, method in METHODS.items() if method.exact_eval and not method.wraps]
+
+
+def trained(method: str, steps: int = 4) -> nn.Module:
+    model = anybatch.convert(network(), method)
+    train(model, steps)
+    return model
+
+
+def train(model: nn.Module, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    losses = []
+    for step in range(steps):
+        rows = slice(2 * step, 2 * step + 2)
+        loss = model.train()(pixel_values=X[rows], labels=Y[rows]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(pixel_values=X[:8]).logits
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_saved_network_loads_with_the_same_output_in_plain_transformers(
+    tmp_path: Path, method: str
+) -> None:
+    model = trained(method)
+    model.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert not any(type(module).__module__.startswith("anybatch") for module in plain.modules())
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-5)
+    assert not hasattr(model.config, "anybatch")
+
+
+@pytest.mark.parametrize("method", [*EXACT, "bgn"])
+def test_a_saved_network_trains_on_where_it_was(tmp_path: Path, method: str) -> None:
+    model = trained(method)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    again = from_pretrained(transformers.AutoModelForImageClassification, tmp_path)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert train(again, 3) == pytest.approx(train(model, 3), rel=1e-5)
+    again.save_pretrained(tmp_path / "again")
+
+
+def test_a_network_that_plain_code_cannot_load_is_saved_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"(?s)gives other outputs.*example_weight"):
+        trained("bgn").save_pretrained(tmp_path)
+
+
+def test_a_copy_saves_itself_and_a_plain_network_as_ever(tmp_path: Path) -> None:
+    model = trained("mabn")
+    twin = copy.deepcopy(model)
+    train(twin, 2)
+    twin.save_pretrained(tmp_path / "twin")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "twin")
+    weight = twin.resnet.embedder.embedder.convolution.weight
+    found = loaded.embedder.embedder.convolution.weight
+    torch.testing.assert_close(found, weight - weight.mean((1, 2, 3), keepdim=True))
+    anybatch.to_batchnorm(model)
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"not saved after anybatch\.convert"):
+        from_pretrained(transformers.AutoModel, tmp_path / "plain")
+
+
+def test_a_network_of_another_head_starts_fresh_with_a_warning(tmp_path: Path) -> None:
+    trained("ghost").save_pretrained(tmp_path)
+    body = from_pretrained(transformers.ResNetForImageClassification, tmp_path)
+    assert isinstance(body.resnet.embedder.embedder.normalization, anybatch.GhostBatchNorm2d)
+
+
+def test_a_resumed_trainer_run_of_centred_weights_is_the_whole_one(tmp_path: Path) -> None:
+    whole = trainer(anybatch.convert(network(), "mabn"), tmp_path / "a", NormCallback())
+    whole.train()
+    rest = trainer(anybatch.convert(network(), "mabn"), tmp_path / "a", NormCallback())
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-11"))
+    assert rest.losses == whole.losses[11:]
+    plain = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "a" / "checkpoint-33"
+    )
+    torch.testing.assert_close(logits(plain), logits(whole.model), rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from anybatch.conversion.gamma_decay import GammaDecay as GammaDecay
 from anybatch.conversion.plan import plan as plan
 from anybatch.conversion.plan_table import Plan as Plan
 from anybatch.conversion.plan_table import PlanRow as PlanRow
+from anybatch.conversion.restore import plain_state_dict as plain_state_dict
 from anybatch.conversion.restore import to_batchnorm as to_batchnorm
 from anybatch.conversion.weight_decay import DecayPlan as DecayPlan
 from anybatch.conversion.weight_decay import DecayRow as DecayRow

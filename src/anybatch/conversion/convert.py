@@ -17,6 +17,7 @@ from anybatch.conversion.plan import Decisions, decide
 from anybatch.conversion.plan_table import PlanRow
 from anybatch.conversion.relu_fusion.fused_block import fuse_block, unfuse
 from anybatch.conversion.replacement import replacement
+from anybatch.conversion.saving import save_for_plain_code
 from anybatch.conversion.summary import summary
 from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
@@ -57,6 +58,7 @@ def convert(
     - Frozen norms (torchvision's, detectron2's, those of transformers' detectors) become layers of
       the method whose scale and shift are trained; `where` leaves them out. "frozen" is a method
       too: statistics, scale and shift become constants (`FrozenBatchNorm2d`).
+    - A network of transformers saves itself with `save_pretrained` so that plain code loads it.
     - `fuse=True`: a norm whose output goes only to a ReLU, or to an addition and then only to a
       ReLU, computes these in its own pass in training. The blocks that call such norms then have a
       subclass of their class, `FusedBottleneck` for `Bottleneck`, with the same parts, names and
@@ -131,6 +133,7 @@ def convert(
     for block, fusion in decided.blocks.items():
         fuse_block(block, fusion.after(replacements))
     share_notice(replacements.values())
+    save_for_plain_code(converted)
     _report(decided, verbose)
     if not (chosen or unfused or decided.blocks):
         _warn_no_effect(decided)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 from anybatch.conversion.module_swap import let_go, paths, swap
 from anybatch.conversion.norm_types import recomputed_parameter, wrapper_refusal
@@ -13,7 +16,14 @@ from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
-from anybatch.layers.weight_centralization import CENTRALIZED, decentralize
+from anybatch.layers.weight_centralization import (
+    CENTRALIZED,
+    UNCENTRED,
+    centralized_weight,
+    decentralize,
+)
+
+_TORCHS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def to_batchnorm(model: nn.Module) -> nn.Module:
@@ -43,14 +53,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
     check_module("model", model)
     if (refusal := wrapper_refusal(model)) is not None:
         raise ValueError(refusal)
-    places = paths(model)
-    layers = [module for module in places if isinstance(module, (NormLayer, FrozenBatchNorm))]
-    centralized = [module for module in places if isinstance(module, CENTRALIZED)]
-    ours = (*layers, *centralized)
-    obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
-    if obstacles:
-        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
-        raise ValueError(f"nothing was changed, as no plain layer is the same as\n{named}")
+    layers, centralized = _check_plain(model)
     replacements: dict[nn.Module, nn.Module] = {layer: torch_norm(layer) for layer in layers}
     for module in centralized:
         decentralize(module)
@@ -59,7 +62,78 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
             give_back_activation(layer, norm)
     let_go(model, layers)
     unfuse(model)
+    model.__dict__.pop("save_pretrained", None)  # of `anybatch.conversion.saving`
     return swap(model, replacements)
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` of a converted network for plain torch, where there is no anybatch.
+
+    It is that of `to_batchnorm`, and leaves the model alone: torch's keys, centred weights, no
+    state of a method. The network as it was before `convert` loads it strictly, and gives the same
+    output in evaluation.
+
+    Args:
+        model: A network with anybatch layers.
+
+    Returns:
+        The tensors by key; all but centred weights share the model's memory.
+
+    Raises:
+        ValueError: For layers whose inference is no affine map per channel; all are named.
+
+    Example:
+        >>> import anybatch
+        >>> model = anybatch.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "brn")
+        >>> plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        >>> plain.load_state_dict(plain_state_dict(model))
+        <All keys matched successfully>
+    """
+    check_module("model", model)
+    _check_plain(model)
+    return for_plain_code(model, model.state_dict())
+
+
+@torch.no_grad()
+def for_plain_code(
+    model: nn.Module, state: Mapping[str, Tensor], complete: bool = False
+) -> dict[str, Tensor]:
+    """A ``state_dict`` of a converted network with the weights that plain code needs.
+
+    Args:
+        model: The network.
+        state: Its tensors by key.
+        complete: Keep the state of methods, and weights before they were centred, beside them, so
+            that the network itself loads all (default False).
+    """
+    plain = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, NormLayer) and not complete:
+            parts = (*_TORCHS, *(f"{child}." for child, _ in module.named_children()))
+            known = tuple(prefix + part for part in parts)
+            for key in state:
+                if key.startswith(prefix) and not key.startswith(known):
+                    del plain[key]
+        weight = state.get(f"{prefix}weight")
+        if isinstance(module, CENTRALIZED) and weight is not None:
+            plain[f"{prefix}weight"] = centralized_weight(module, weight).detach()
+            if complete:
+                plain[prefix + UNCENTRED] = weight
+    return plain
+
+
+def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], list[nn.Module]]:
+    """Layers and centralized modules of a network; ValueError if plain ones cannot be the same."""
+    places = paths(model)
+    layers = [module for module in places if isinstance(module, (NormLayer, FrozenBatchNorm))]
+    centralized = [module for module in places if isinstance(module, CENTRALIZED)]
+    ours = (*layers, *centralized)
+    obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
+    if obstacles:
+        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
+        raise ValueError(f"nothing was changed, as no plain layer is the same as\n{named}")
+    return layers, centralized
 
 
 def _obstacle(layer: nn.Module) -> str | None:

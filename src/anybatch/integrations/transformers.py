@@ -1,17 +1,30 @@
-"""A callback for the Trainer of Hugging Face's transformers."""
+"""A callback for the Trainer of Hugging Face's transformers, and loading of what was saved."""
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from anybatch.conversion.convert import convert
+from anybatch.conversion.saving import RECORD
 from anybatch.integrations.course import Course, caller_is_running
+from anybatch.layers.weight_centralization import UNCENTRED, weight_centralization
 
 try:
+    from safetensors.torch import load_file
     from transformers import TrainerCallback
+    from transformers.utils.hub import cached_file
 except ImportError as error:
     raise ImportError(
         "anybatch.integrations.transformers needs transformers: pip install transformers"
     ) from error
+
+_FILE = "model.safetensors"
 
 
 class NormCallback(TrainerCallback):
@@ -68,3 +81,65 @@ class NormCallback(TrainerCallback):
         """Leave the layers as a plain loop would have them."""
         assert self._course is not None
         self._course.end()
+
+
+def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **options: Any) -> Any:
+    """Load a network that was saved after `anybatch.convert`, with its methods and their state.
+
+    Args:
+        kind: The class to load with, such as ``AutoModelForImageClassification``.
+        folder: What its ``from_pretrained`` takes.
+        example_inputs: As `anybatch.convert` takes it, for networks that cannot be traced.
+        **options: To its ``from_pretrained``.
+
+    Returns:
+        The network, as it was saved.
+
+    Raises:
+        ValueError: If the network was not saved after a conversion.
+
+    Example:
+        >>> from transformers import AutoModelForImageClassification
+        >>> model = from_pretrained(AutoModelForImageClassification, "out")  # doctest: +SKIP
+    """
+    model = kind.from_pretrained(folder, **options)
+    record = getattr(model.config, RECORD, None)
+    if record is None:
+        raise ValueError(
+            f"folder={folder!r}: the network there was not saved after anybatch.convert; load it "
+            "with its own from_pretrained and convert it"
+        )
+    delattr(model.config, RECORD)
+    plain = set(model.state_dict())
+    for group in record["layers"]:
+        methods = dict.fromkeys(group["names"], group["method"])
+        convert(model, methods, centralize=False, example_inputs=example_inputs, **group["options"])
+    for name in record["centralized"]:
+        weight_centralization(model.get_submodule(name))
+    ours = set(model.state_dict()) - plain
+    ours |= {f"{name}.{UNCENTRED}" for name in record["centralized"]}
+    state = {key: value for key, value in _saved_tensors(folder, options).items() if key in ours}
+    if lacking := ours - set(state):
+        warnings.warn(
+            f"folder={folder!r}: what methods remember of training is not there under the names of "
+            f"{type(model).__name__}, such as {min(lacking)!r}, and starts fresh",
+            stacklevel=2,
+        )
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _saved_tensors(folder: Any, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in the files of a saved network, by key."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    hub = {name: options[name] for name in names if name in options}
+
+    def path(name: str, **more: Any) -> Any:
+        return cached_file(folder, name, **hub, **more)
+
+    whole = path(_FILE, _raise_exceptions_for_missing_entries=False)
+    if whole is not None:
+        return dict(load_file(whole))
+    index = json.loads(Path(path(f"{_FILE}.index.json")).read_text())
+    parts = sorted(set(index["weight_map"].values()))
+    return {key: value for part in parts for key, value in load_file(path(part)).items()}

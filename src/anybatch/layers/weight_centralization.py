@@ -20,9 +20,18 @@ from anybatch.core.graphs import as_leaf, refuse_script
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def centralized_weight(module: nn.Module) -> Tensor:
-    """The weights of a convolution or linear layer, minus each output channel's mean."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+UNCENTRED = "uncentred_weight"  # the weight as it is, where a checkpoint's "weight" is the centred
+
+
+def centralized_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weights of a convolution or linear layer, minus each output channel's mean.
+
+    Args:
+        module: The layer.
+        weight: Its weights (default None: those that it has).
+    """
+    weight = module.weight if weight is None else weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
     if not isinstance(module, _ConvTransposeNd):  # (out, in / groups, ...)
         dims = tuple(range(1, weight.dim()))
         return _centre(weight, dims)
@@ -76,6 +85,14 @@ class _Centralized(nn.Module):
             return as_leaf(self, input, *args, **kwargs)
         y: Tensor = super().forward(input, *args, **kwargs)
         return y
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load; a checkpoint for plain code holds the weights as they were beside centred ones."""
+        weight = state_dict.get(prefix + UNCENTRED)
+        if weight is not None:
+            state_dict = {**state_dict, prefix + "weight": weight}
+            del state_dict[prefix + UNCENTRED]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)

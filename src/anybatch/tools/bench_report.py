@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.registry import METHODS
+from anybatch.registry import get_method
 from anybatch.tools import measurement_figures
 from anybatch.tools.bench import Bench, Costs
 from anybatch.tools.figures import png
@@ -42,7 +42,7 @@ class FinishedBench(NamedTuple):
 
 def row_name(method: str) -> str:
     """Return the name of a row of the table."""
-    return "as it is" if method == BASELINE else f"{METHODS[method].title} ({method})"
+    return "as it is" if method == BASELINE else f"{get_method(method).title} ({method})"
 
 
 def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:

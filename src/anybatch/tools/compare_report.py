@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anybatch.registry import METHODS
+from anybatch.registry import get_method
 from anybatch.tools import compare_figures as figures
 from anybatch.tools.compare import Comparison, Line
 from anybatch.tools.figures import png
@@ -50,7 +50,9 @@ def row_name(line: Line) -> str:
     if line.row == "baseline":
         return "BatchNorm (torch)" if line.run.method == BASELINE else "BatchNorm (baseline)"
     names = {"bn": "BatchNorm (anybatch)", "gn": "GroupNorm", "ln": "LayerNorm"}
-    return names.get(line.row, METHODS[line.row].class_name) if line.row != "in" else "InstanceNorm"
+    return (
+        names.get(line.row, get_method(line.row).class_name) if line.row != "in" else "InstanceNorm"
+    )
 
 
 def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-from anybatch.registry import METHODS, get_method
+from anybatch.registry import get_method
 from anybatch.tools.networks import LIBRARIES, MODELS, SEGMENTERS_OF_TORCHVISION
 
 DATA = ("digits", "cifar10", "cifar100", "imagefolder", "imagenet", "npz")
@@ -221,7 +221,7 @@ class Run:
     @property
     def label(self) -> str:
         """The method's title and its batch size."""
-        title = self.unconverted.get(self.method) or METHODS[self.method].title
+        title = self.unconverted.get(self.method) or get_method(self.method).title
         steps = f" x {self.accumulate}" if self.accumulate > 1 else ""
         return f"{title}, {self.statistics_size}{steps}"
 

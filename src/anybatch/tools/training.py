@@ -20,7 +20,7 @@ from anybatch.conversion import GammaDecay, convert, param_groups
 from anybatch.core.norm_layer import NormLayer
 from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.layers import VirtualDataset, accumulate
-from anybatch.registry import METHODS
+from anybatch.registry import get_method
 from anybatch.schedule import NormScheduler
 from anybatch.tools import networks
 from anybatch.tools.data import Dataset, load, steps_per_epoch
@@ -80,7 +80,7 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual["norm_batch_size"] = run.norm_batch_size
     if run.centralize:
         usual["centralize"] = True
-    if run.converted and "seed" in METHODS[run.method].options:
+    if run.converted and "seed" in get_method(run.method).options:
         usual["seed"] = run.seed
     return usual | dict(run.options)
 
@@ -119,7 +119,7 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     where = objective(run).prepare_norms(run, model)
     if run.converted:
         options = method_options(run, steps)
-        wraps = METHODS[run.method].wraps
+        wraps = get_method(run.method).wraps
         num_virtual = options.pop("num_virtual", None) if wraps else None
         model = convert(model, run.method, batch_size=run.statistics_size, where=where, **options)
         model = _wrap(run, model, data, num_virtual) if wraps else model
