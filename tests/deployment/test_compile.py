@@ -73,3 +73,30 @@ def test_a_layer_needs_one_graph_for_all_steps_and_epochs(method: str) -> None:
 @pytest.mark.parametrize("method", WHOLE)
 def test_a_layer_under_inductor_gives_the_same(method: str) -> None:
     compare(method, "inductor")
+
+
+GROUPED = {"ghost": {"ghost_size": 2}, "bgn": {"num_groups": 2, "examples_per_group": 2}}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_network_compiled_for_dynamic_shapes_gives_the_same(method: str, training: bool) -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    options = {**OPTIONS.get(method, {}), **GROUPED.get(method, {})}
+    plain = anybatch.convert(nn.Sequential(*layers, nn.BatchNorm2d(4)), method, **options)
+    plain(torch.randn(4, 3, 9, 9))
+    plain.train(training)
+    compiled = copy.deepcopy(plain)
+    run = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
+    for examples, side in ((4, 9), (7, 9), (5, 8)):
+        x = torch.randn(examples, 3, side, side)
+        found, expected = run(x), plain(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        dy = torch.randn_like(expected)
+        found.backward(dy)
+        expected.backward(dy)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **close)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, **close)

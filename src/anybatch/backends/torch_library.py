@@ -230,3 +230,15 @@ torch.library.register_fake("anybatch::normalize_backward", _fake_backward, lib=
 for _device in ("CPU", "CUDA"):
     _library.impl("normalize", _normalize, _device)
     _library.impl("normalize_backward", _normalize_backward, _device)
+
+
+def _fake_moments(x: Tensor, mean: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows = x.new_empty(x.shape[1]) if mean is None else torch.empty_like(mean)
+    return rows, torch.empty_like(rows)
+
+
+# torch has none, without which a graph of symbolic shapes cannot have its operator.
+_moments = "aten::batch_norm_update_stats"
+_torch_library = torch.library.Library("aten", "IMPL", "Meta")
+if not torch._C._dispatch_has_kernel_for_dispatch_key(_moments, "Meta"):
+    _torch_library.impl(_moments, _fake_moments)

@@ -1,6 +1,7 @@
 """How a batch is cut: into steps along which memory runs, and groups within a step."""
 
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 from anybatch.backends import is_traced
@@ -54,6 +55,8 @@ def partition(
     Returns:
         The cut.
     """
+    if norm_batch_size is not None or group_size is not None:
+        examples = index(examples)  # not a compiler's symbol, which has no number of groups
     cut = _cut if is_traced() else _kept_cut
     return cut(examples, norm_batch_size, group_size)
 

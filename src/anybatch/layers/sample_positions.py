@@ -1,6 +1,7 @@
 """Where the samples of batch normalization sampling are: from a draw and a shape to positions."""
 
 import random
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,8 @@ def draw_ranks(seed: int, number: int, world: int, count: int) -> frozenset[int]
 
 
 def nearest(wanted: float, least: int, most: int) -> int:
-    """The nearest whole number within limits."""
-    return min(max(int(wanted + 0.5), least), most)
+    """The nearest whole number within limits; never a compiler's symbol."""
+    return index(min(max(int(wanted + 0.5), least), most))
 
 
 def patch_sides(sides: tuple[int, ...], ratio: float) -> tuple[int, ...]:
@@ -62,6 +63,7 @@ def patch_sides(sides: tuple[int, ...], ratio: float) -> tuple[int, ...]:
     >>> patch_sides((56, 56), 1 / 32), patch_sides((8, 8), 1 / 32), patch_sides((1, 100), 1 / 32)
     ((10, 10), (1, 2), (1, 3))
     """
+    sides = tuple(index(side) for side in sides)  # which a compiler may know as symbols
     chosen = list(sides)
     order = sorted(range(len(sides)), key=lambda dim: sides[dim])
     for done, dim in enumerate(order):
