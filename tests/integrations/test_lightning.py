@@ -314,3 +314,48 @@ def test_callbacks_in_an_order_that_cannot_work_are_refused(tmp_path: Path) -> N
     run.callbacks.append(framework.callbacks.BackboneFinetuning(1))
     with pytest.raises(ValueError, match="list BackboneFinetuning before NormCallback"):
         run.fit(Finetuned(network()), batches())
+
+
+class Small(Classifier):
+    def __init__(self) -> None:
+        super().__init__(network())
+
+
+class Data(framework.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return batches()
+
+
+CONFIG = """
+trainer:
+  max_epochs: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  accumulate_grad_batches: 2
+  callbacks:
+    - class_path: anybatch.integrations.lightning.NormCallback
+      init_args:
+        method: mabn
+        recalibrate_batches: 3
+      dict_kwargs:
+        window: 8
+"""
+
+
+def test_the_command_line_of_lightning_takes_the_callback_from_yaml(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI  # of the package that `framework` is
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    cli = LightningCLI(
+        Small,
+        Data,
+        args=["fit", "--config", str(tmp_path / "config.yaml")],
+        save_config_callback=None,
+    )
+    layers = [m for m in cli.model.modules() if isinstance(m, anybatch.MovingAverageBatchNorm2d)]
+    assert layers
+    assert {layer.window for layer in layers} == {8}

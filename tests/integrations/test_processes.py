@@ -137,3 +137,45 @@ def _sharded_apart(rank: int) -> None:
 
 def test_a_weight_that_was_given_back_is_named() -> None:
     spawn(_sharded_apart)
+
+
+def _mixed_precision(rank: int) -> None:
+    """FSDP2 gathers bfloat16 weights: statistics and state are float32, and training is close."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for method in METHODS:
+        torch.manual_seed(0)
+        sharded = anybatch.convert(Network(), method, **METHODS[method])
+        exact = copy.deepcopy(sharded)
+        for block in (sharded.stem, sharded.body, sharded.head, sharded):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        optimizers = [torch.optim.SGD(model.parameters(), 0.05) for model in (sharded, exact)]
+        for step in range(6):
+            x, y = data(rank, step)
+            losses = []
+            for model, optimizer in zip((sharded, exact), optimizers, strict=True):
+                loss = F.cross_entropy(model(x.float()).float(), y)
+                optimizer.zero_grad()
+                loss.backward()
+                if model is exact:
+                    for parameter in model.parameters():
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= 2
+                optimizer.step()
+                losses.append(loss.item())
+            assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.02), (method, step)
+        ours = [m for m in sharded.modules() if isinstance(m, NormLayer)]
+        theirs = [m for m in exact.modules() if isinstance(m, NormLayer)]
+        for mine, other in zip(ours, theirs, strict=True):
+            floats = [t for t in (*mine.buffers(), *mine.memory.values()) if t.is_floating_point()]
+            assert {t.dtype for t in floats} == {torch.float32}
+            assert all(p.dtype == torch.float32 for p in mine.parameters())
+            close = {"rtol": 0.1, "atol": 0.05}
+            torch.testing.assert_close(mine.running_var, other.running_var, **close)
+
+
+def test_shards_in_bfloat16_keep_their_statistics_in_float32() -> None:
+    spawn(_mixed_precision)

@@ -278,3 +278,31 @@ def test_a_resumed_trainer_run_of_centred_weights_is_the_whole_one(tmp_path: Pat
         tmp_path / "a" / "checkpoint-33"
     )
     torch.testing.assert_close(logits(plain), logits(whole.model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mbn", "mabn"])
+def test_the_trainer_converts_by_name_and_resumes(tmp_path: Path, method: str) -> None:
+    options = {"batch_size": 2} if method == "mbn" else {"window": 4}
+    whole = trainer(network(), tmp_path / "a", NormCallback(method, **options))
+    whole.train()
+    by_hand = trainer(anybatch.convert(network(), method, **options), tmp_path, NormCallback())
+    by_hand.train()
+    assert whole.losses == by_hand.losses
+    rest = trainer(network(), tmp_path / "a", NormCallback(method, **options))
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-22"))
+    assert rest.losses == whole.losses[22:]
+
+
+def test_a_callback_that_is_added_late_converts_when_training_begins(tmp_path: Path) -> None:
+    run = trainer(network(), tmp_path, transformers.TrainerCallback())
+    run.add_callback(NormCallback("bn"))
+    run.train()
+    assert isinstance(run.model.resnet.embedder.embedder.normalization, anybatch.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(("mabm",), "did you mean 'mabn'"), ((), "give method=")]
+)
+def test_wrong_names_and_options_are_refused(arguments: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        NormCallback(*arguments, window=3)

@@ -5,6 +5,7 @@ into the layers before them; `param_groups` gives an optimizer the groups that s
 """
 
 from anybatch.conversion.convert import convert as convert
+from anybatch.conversion.factory import norm_layer as norm_layer
 from anybatch.conversion.fold import fold as fold
 from anybatch.conversion.gamma_decay import GammaDecay as GammaDecay
 from anybatch.conversion.plan import plan as plan

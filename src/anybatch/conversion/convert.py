@@ -114,12 +114,14 @@ def convert(
     )
     _refuse(decided)
     chosen = [decision for decision in decided.rows if decision.method is not None]
-    with _all_or_nothing(chosen):
+    centralized = [decision for decision in decided.rows if decision.centralize is not None]
+    with _all_or_nothing([*chosen, *centralized]):
         replacements = {d.norm: replacement(d.norm, *_how(d)) for d in chosen}
-        for decision in chosen:
+        for decision in decided.rows:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
-                follow = getattr(replacements[decision.norm], "follow_centralized", None)
+                layer = replacements.get(decision.norm, decision.norm)
+                follow = getattr(layer, "follow_centralized", None)
                 if follow is not None:  # of a layer whose checkpoint tells whether they are
                     follow(decision.centralize)
             if decision.bind is not None:

@@ -156,7 +156,13 @@ class NormDecider:
         options = options_for(method, self.options, self.batch_size)
         if is_already(norm, method, options):
             own = kept_options(norm, method, options)
-            return self._keep(norm, f"already {method.name}" + (f", keeps {own}" if own else ""))
+            note = f"already {method.name}" + (f", keeps {own}" if own else "")
+            if self.centralize:
+                target, why = self._centralization(method, options, self.feeders[names[0]])
+                if target is not None:
+                    row = self._row(norm, "keep", type(norm).__name__, f"{note}; {why}", target)
+                    return Decision(row, norm, centralize=self.by_name[target])
+            return self._keep(norm, note)
         if not self.fresh:
             options = {**method.when_trained, **options}
         if "seed" in method.options and options.get("generator") is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.control import Accumulation, check_joinable, join_forwards
-from anybatch.registry import METHODS
+from anybatch.registry import METHODS, get_method
 from anybatch.schedule import NormScheduler
 
 
@@ -164,6 +164,14 @@ def _do_nothing(*_: Any) -> None:
 
 def _nothing() -> Callable[..., None]:
     return _do_nothing
+
+
+def check_method(method: str | None, options: Mapping[str, Any]) -> None:
+    """Raise for an unknown method, and for options without one."""
+    if method is not None:
+        get_method(method)
+    elif options:
+        raise ValueError(f"options {', '.join(options)} are of a method: give method=, too")
 
 
 def caller_is_running(package: str) -> Callable[[], bool]:

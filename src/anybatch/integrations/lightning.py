@@ -8,8 +8,7 @@ from typing import Any
 from anybatch.conversion.convert import convert
 from anybatch.core.norm_layer import NormLayer
 from anybatch.evaluation.recalibration import recalibrate
-from anybatch.integrations.course import Course
-from anybatch.registry import get_method
+from anybatch.integrations.course import Course, check_method
 
 try:
     import lightning.pytorch as framework
@@ -80,10 +79,7 @@ class NormCallback(framework.Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        if method is not None:
-            get_method(method)
-        elif options:
-            raise ValueError(f"options {', '.join(options)} are of a method: give method=, too")
+        check_method(method, options)
         self.method = method
         self.total_epochs = total_epochs
         self.accumulate = accumulate

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from anybatch.conversion.convert import convert
 from anybatch.conversion.saving import RECORD
-from anybatch.integrations.course import Course, caller_is_running
+from anybatch.core.norm_layer import NormLayer
+from anybatch.integrations.course import Course, caller_is_running, check_method
 from anybatch.layers.weight_centralization import UNCENTRED, weight_centralization
 
 try:
@@ -30,34 +31,55 @@ _FILE = "model.safetensors"
 class NormCallback(TrainerCallback):
     """Take a converted model's norms through a transformers training.
 
-    Convert the model before the Trainer is made: ``anybatch.convert(model, "mabn")``. Each epoch,
-    the layers are told where training is (`anybatch.NormScheduler`). With
-    ``gradient_accumulation_steps``, the forwards of an optimizer step are joined
-    (`anybatch.accumulate`), however many they are. After a training that an exception or Ctrl-C
-    cut off, the model's next forward or ``state_dict()`` ends what was joined. The layers' state is
-    in the model's ``state_dict``, and so in the Trainer's checkpoints.
+    With a method, the Trainer's model is converted when the Trainer is made (`anybatch.convert`);
+    without one, convert it before. Each epoch, the layers are told where training is
+    (`anybatch.NormScheduler`). With ``gradient_accumulation_steps``, the forwards of an optimizer
+    step are joined (`anybatch.accumulate`), however many they are. After a training that an
+    exception or Ctrl-C cut off, the model's next forward or ``state_dict()`` ends what was joined.
+    The layers' state is in the model's ``state_dict``, and so in the Trainer's checkpoints.
 
     Args:
+        method: Short name of a method (default None: the model is converted already).
         total_epochs: Epochs of the whole training (default None: the Trainer's, rounded up).
         accumulate: Whether the batches of an optimizer step are joined (default True).
+        **options: To `anybatch.convert`: ``batch_size``, ``where``, ``example_inputs`` and the
+            method's own.
 
     Raises:
-        ValueError: At the start of training, where the model has no layer of this library.
+        ValueError: For an unknown method, or options without one; at the start of training, where
+            the model has no layer of this library.
         ImportError: Without transformers.
 
     Example:
-        >>> callbacks = [NormCallback()]  # Trainer(model, arguments, callbacks=callbacks, ...)
+        >>> callbacks = [NormCallback("mabn")]  # Trainer(model, arguments, callbacks=callbacks)
     """
 
-    def __init__(self, *, total_epochs: int | None = None, accumulate: bool = True) -> None:
+    def __init__(
+        self,
+        method: str | None = None,
+        *,
+        total_epochs: int | None = None,
+        accumulate: bool = True,
+        **options: Any,
+    ) -> None:
+        check_method(method, options)
+        self.method = method
+        self.options = options
         self.total_epochs = total_epochs
         self.accumulate = accumulate
         self._course: Course | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Convert the model, before a checkpoint is read."""
+        if self.method is not None and model is not None:
+            convert(model, self.method, **self.options)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Begin, or go on, where the Trainer is."""
+        if not any(isinstance(module, NormLayer) for module in model.modules()):
+            self.on_init_end(args, state, control, model)  # of a model_init, or added late
         self._course = Course(
             model,
             self.total_epochs or state.num_train_epochs,

@@ -18,7 +18,13 @@ def fitting_groups(num_features: int, num_groups: int) -> int:
 
 
 def group_norm(
-    num_features: int, eps: float, affine: bool, device: Any, dtype: Any, *, num_groups: int = 32
+    num_features: int,
+    eps: float = 1e-5,
+    affine: bool = True,
+    device: Any = None,
+    dtype: Any = None,
+    *,
+    num_groups: int = 32,
 ) -> nn.Module:
     """Torch's group norm, its groups cut to fit the channels."""
     check_count("num_groups", num_groups)
@@ -26,13 +32,15 @@ def group_norm(
     return nn.GroupNorm(groups, num_features, eps, affine, device, dtype)
 
 
-def layer_norm(num_features: int, eps: float, affine: bool, device: Any, dtype: Any) -> nn.Module:
+def layer_norm(
+    num_features: int, eps: float = 1e-5, affine: bool = True, device: Any = None, dtype: Any = None
+) -> nn.Module:
     """Torch's group norm with one group."""
     return nn.GroupNorm(1, num_features, eps, affine, device, dtype)
 
 
 def instance_norm(
-    num_features: int, eps: float, affine: bool, device: Any, dtype: Any
+    num_features: int, eps: float = 1e-5, affine: bool = True, device: Any = None, dtype: Any = None
 ) -> nn.Module:
     """Torch's group norm with one group per channel."""
     return nn.GroupNorm(num_features, num_features, eps, affine, device, dtype)
