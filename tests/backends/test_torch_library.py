@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch.backends import use_fused
-from anybatch.backends.torch_library import TorchLibraryBackend
+from anybatch.backends.torch_library import TorchLibraryBackend, method_arguments, state_of
 from anybatch.core.grouping import partition
 from deployment.test_compile import compare
 from method_cases import make
@@ -148,14 +148,12 @@ def given(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     how = (*cut, layer.columns, 0.1, 1e-5, True)
     x, dy = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
     spec = layer.method_spec(x, partition(4))
-    running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    memory = (spec.mean, spec.var, spec.window, spec.counter, spec.keep)
-    told = (spec.kind, spec.numbers, spec.steps, spec.smooth)
+    state = (layer.running_mean, layer.running_var, layer.num_batches_tracked, *state_of(spec))
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    forward = (x, weight, bias, *running, *memory, *told, *how)
+    forward = (x, weight, bias, *state[:-3], *method_arguments(spec, spec.kept), *how)
     _, used = NORMALIZE(*forward)
-    psi = (spec.psi, spec.psi_counter, spec.kind, spec.averages)
-    return forward, (dy, x, weight, used, running[2], *psi, *how, True)
+    averages = (*state[-3:], *method_arguments(spec, spec.averages))
+    return forward, (dy, x, weight, used, state[2], *averages, *how, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,7 +175,7 @@ def test_operators_serve_any_rank_and_layout(shape: tuple[int, ...], gaps: bool)
     x, dy, how = x.requires_grad_(), torch.randn(shape), (*rest[-4:],)
     cut = ([shape[0]], [1], [shape[0]])
     y, used = NORMALIZE(x.detach(), weight, bias, *rest[:-7], *cut, *how)
-    none = (None, None, 0, 0)
+    none = (None, None, None, "", True, [], [])
     dx, (db, dw) = BACKWARD(dy, x.detach(), weight, used, rest[2], *none, *cut, *how, wanted)
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     truth = nn.functional.batch_norm(x, None, None, weight, bias, True)

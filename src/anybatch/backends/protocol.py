@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from anybatch.backends.kinds import BATCH, PLAIN
+from anybatch.backends.rule import RuleSet
 
 # How a batch is cut: examples of each group, groups and examples of each normalization batch.
 Cut = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -109,39 +109,40 @@ class Formula(Protocol):
         """Gradients of input, weight and bias, None where not needed."""
 
 
-class MethodSpec(NamedTuple):
-    """How a method chooses its statistics, and where it keeps its state.
-
-    Statistics that a forward used are rows of one table: mean, variance, then RENORM's r and d,
-    MOMENTUM's own mean and own share, or WINDOW's r and whether Psi is the batch's own.
+class RuleState(NamedTuple):
+    """State and options of a layer that a rule reads, as `anybatch.backends.rule.Part` has them.
 
     Attributes:
-        kind: The rule.
-        numbers: RENORM's largest r and d; WINDOW's largest r, or 0 for no renormalization.
-        steps: RENORM's warm-up steps; WINDOW's length, warm-up steps and renorm warm-up steps.
-        smooth: Whether RENORM's limits open evenly.
-        mean: MOMENTUM's average of means.
-        var: MOMENTUM's average of variances.
-        window: WINDOW's recent second moments, ``(length, C)``; None for none.
-        counter: Steps of the state.
-        keep: MOMENTUM's weight of the old averages.
-        averages: BATCH, SMA or EMA.
-        psi: A window of Psi, ``(length, C)``, or its exponential average.
-        psi_counter: Steps in it.
+        rows: Rows ``(C,)``.
+        windows: Windows ``(length, C)``.
+        counters: Numbers of steps.
+        numbers: Numbers on the layer's device.
+        options: Attributes of the layer.
     """
 
-    kind: int = PLAIN
-    numbers: tuple[float, float] = (0.0, 0.0)
-    steps: tuple[int, int, int] = (0, 0, 0)
-    smooth: bool = False
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    window: Tensor | None = None
-    counter: Tensor | None = None
-    keep: Tensor | None = None
-    averages: int = BATCH
-    psi: Tensor | None = None
-    psi_counter: Tensor | None = None
+    rows: tuple[Tensor, ...] = ()
+    windows: tuple[Tensor, ...] = ()
+    counters: tuple[Tensor, ...] = ()
+    numbers: tuple[Tensor, ...] = ()
+    options: tuple[float, ...] = ()
+
+
+class MethodSpec(NamedTuple):
+    """A method of one layer, as kernels take it.
+
+    Statistics that a forward used are rows of one table: mean, variance, and what the rule gives.
+
+    Attributes:
+        method: Its rules.
+        kept: The layer's state and options for the forward rule.
+        averages: Those for the backward rule.
+        centered: Whether there is a mean.
+    """
+
+    method: RuleSet = RuleSet()
+    kept: RuleState = RuleState()
+    averages: RuleState = RuleState()
+    centered: bool = True
 
     @property
     def family(self) -> str:
@@ -151,7 +152,20 @@ class MethodSpec(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of the table of statistics."""
-        return 2 if self.kind == PLAIN else 4
+        return 2 + len(self.method.forward.uses)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The layer's state."""
+        kept, averages = self.kept, self.averages
+        state = (*kept.rows, *kept.windows, *kept.counters, *kept.numbers)
+        return (*state, *averages.rows, *averages.windows, *averages.counters)
+
+    def statistics(self, table: Tensor) -> Statistics:
+        """The statistics of a table ``(rows, G, K)`` or ``(rows, K)``."""
+        rest = dict(zip(self.method.forward.uses, table[2:], strict=True))
+        own = rest["own"][..., :1] > 0 if "own" in rest else None
+        given = rest.get("r"), rest.get("d"), rest.get("center"), rest.get("share", 1.0), own
+        return Statistics(table[0] if self.centered else None, table[1], *given)
 
 
 class SpreadSpec(NamedTuple):
@@ -227,16 +241,6 @@ class CrossIterationSpec(NamedTuple):
     def family(self) -> str:
         """The kernels that it is for."""
         return "window"
-
-    @property
-    def kind(self) -> int:
-        """The rule of the batch normalization that it is where not windowed."""
-        return PLAIN
-
-    @property
-    def averages(self) -> int:
-        """The averages of that."""
-        return BATCH
 
 
 class Spec(Protocol):

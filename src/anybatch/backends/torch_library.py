@@ -15,20 +15,28 @@ from torch import Tensor
 from anybatch.backends import choice
 from anybatch.backends.layout import dense, is_channels_last
 from anybatch.backends.numba import backend as numba
-from anybatch.backends.protocol import MethodSpec, NormCall, Rows, Statistics
+from anybatch.backends.protocol import MethodSpec, NormCall, Rows, RuleState, Statistics
+from anybatch.backends.rule import COUNTERS, NUMBERS, ROWS, RULE_SETS, WINDOWS
 from anybatch.backends.triton import backend as triton
 from anybatch.backends.triton.backend import spec_obstacle
 
 _CUT = "int[] sizes, int[] groups, int[] batches, int columns, float pace, float eps, bool update"
+# The name of a method's rules, whether there is a mean, options of the layer, and which of these
+# are no numbers.
+_METHOD = "str method, bool centered, float[] options, int[] flags"
+_KEPT = [f"row{i}" for i in range(ROWS)] + [f"window{i}" for i in range(WINDOWS)]
+_KEPT += [f"counter{i}" for i in range(COUNTERS)]
+_WRITTEN = ", ".join(f"Tensor({chr(ord('d') + i)}!)? {name}" for i, name in enumerate(_KEPT))
+_NUMBERS = ", ".join(f"Tensor? number{i}" for i in range(NUMBERS))
 _SCHEMAS = (
     "normalize(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, "
-    "Tensor(b!) running_var, Tensor(c!) num_batches_tracked, Tensor(d!)? mean, Tensor(e!)? var, "
-    "Tensor(f!)? window, Tensor(g!)? counter, Tensor? keep, int kind, float[] numbers, "
-    f"int[] steps, bool smooth, {_CUT}) -> (Tensor, Tensor)",
-    "normalize_backward(Tensor dy, Tensor x, Tensor weight, Tensor used, "
-    "Tensor num_batches_tracked, Tensor(a!)? psi, Tensor(b!)? psi_counter, int kind, int averages, "
-    f"{_CUT}, bool wanted) -> (Tensor, Tensor)",
+    f"Tensor(b!) running_var, Tensor(c!) num_batches_tracked, {_WRITTEN}, {_NUMBERS}, "
+    f"{_METHOD}, {_CUT}) -> (Tensor, Tensor)",
+    "normalize_backward(Tensor dy, Tensor x, Tensor weight, Tensor used, Tensor "
+    "num_batches_tracked, Tensor(a!)? row, Tensor(b!)? window, Tensor(c!)? counter, "
+    f"{_METHOD}, {_CUT}, bool wanted) -> (Tensor, Tensor)",
 )
+_FORWARD = len(_KEPT) + NUMBERS  # tensors of a rule's state, forward
 _library = torch.library.Library("anybatch", "DEF")
 for _schema in _SCHEMAS:
     tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
@@ -75,12 +83,10 @@ class TorchLibraryBackend:
         state: tuple[Any, ...],
         relu: bool,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
-        mean, var, tracked, old_mean, old_var, window, counter, keep, psi, psi_counter = state
-        spec = call.spec
-        running = (mean, var, tracked, old_mean, old_var, window, counter, keep)
-        method = (spec.kind, list(spec.numbers), list(spec.steps), spec.smooth)
-        y, used = torch.ops.anybatch.normalize(x, weight, bias, *running, *method, *_how(call))
-        return y, (used, tracked, psi, psi_counter), None
+        ahead, behind = state[: 3 + _FORWARD], state[3 + _FORWARD :]
+        method = method_arguments(call.spec, call.spec.kept)
+        y, used = torch.ops.anybatch.normalize(x, weight, bias, *ahead, *method, *_how(call))
+        return y, (used, state[2], *behind), None
 
     def backward(
         self,
@@ -92,7 +98,7 @@ class TorchLibraryBackend:
         saved: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        method = (call.spec.kind, call.spec.averages)
+        method = method_arguments(call.spec, call.spec.averages)
         dx, slopes = torch.ops.anybatch.normalize_backward(
             dy, x, weight, *saved, *method, *_how(call), needs[0]
         )
@@ -106,8 +112,39 @@ class TorchLibraryBackend:
 
 def state_of(spec: MethodSpec) -> tuple[Tensor | None, ...]:
     """A method's state, which a compiler has to see as arguments of the function."""
-    state = spec.mean, spec.var, spec.window, spec.counter, spec.keep
-    return (*state, spec.psi, spec.psi_counter)
+    rows, windows, counters, numbers, _ = spec.kept
+    kept = (*_filled(rows, ROWS), *_filled(windows, WINDOWS), *_filled(counters, COUNTERS))
+    averages = (_filled(some, 1)[0] for some in spec.averages[:3])
+    return (*kept, *_filled(numbers, NUMBERS), *averages)
+
+
+def _filled(tensors: tuple[Tensor, ...], number: int) -> tuple[Tensor | None, ...]:
+    return (*tensors, *(None,) * (number - len(tensors)))
+
+
+def method_arguments(spec: MethodSpec, kept: RuleState) -> tuple[Any, ...]:
+    """A method as arguments of an operator."""
+    flags = [i for i, option in enumerate(kept.options) if isinstance(option, bool)]
+    return spec.method.name, spec.centered, [float(option) for option in kept.options], flags
+
+
+def _spec(method: str, centered: bool, forward: RuleState, backward: RuleState) -> MethodSpec:
+    """The reverse of `_method`."""
+    found = RULE_SETS.get(method)
+    if found is None:
+        raise RuntimeError(
+            f"method {method!r}: this graph was made with a layer's rules that this process does "
+            "not have; import the module of the layer, in its version then, before running it"
+        )
+    return MethodSpec(found, forward, backward, centered)
+
+
+def _options(options: list[float], flags: list[int]) -> tuple[float, ...]:
+    return tuple(bool(one) if i in flags else one for i, one in enumerate(options))
+
+
+def _given(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(one for one in tensors if one is not None)
 
 
 def _how(call: NormCall) -> tuple[Any, ...]:
@@ -134,21 +171,17 @@ def _normalize(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    window: Tensor | None,
-    counter: Tensor | None,
-    keep: Tensor | None,
-    kind: int,
-    numbers: list[float],
-    steps: list[int],
-    smooth: bool,
-    *how: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    (first, second), (length, warmup, renorm_warmup) = numbers, steps
-    told = (kind, (first, second), (length, warmup, renorm_warmup), smooth)
+    state, (method, centered, options, flags, *how) = rest[:_FORWARD], rest[_FORWARD:]
+    rows, windows = state[:ROWS], state[ROWS : ROWS + WINDOWS]
+    counters, numbers = state[ROWS + WINDOWS : -NUMBERS], state[-NUMBERS:]
+    kept = RuleState(
+        _given(rows), _given(windows), _given(counters), _given(numbers), _options(options, flags)
+    )
+    spec = _spec(method, centered, kept, RuleState())
     x, last = _dense(x)
-    call = _call(MethodSpec(*told, mean, var, window, counter, keep), how, last)
+    call = _call(spec, how, last)
     running = running_mean, running_var, num_batches_tracked
     if _is_launched(x):
         from anybatch.backends.triton import steps as kernels
@@ -158,8 +191,8 @@ def _normalize(
     from anybatch.backends.numba import rule_steps
 
     call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
-    y, _, (kept, _) = rule_steps.forward(call, x, weight, bias, None, running, False)
-    return y, rule_steps.to_table(kind, kept)
+    y, _, (batches, _) = rule_steps.forward(call, x, weight, bias, None, running, False)
+    return y, rule_steps.to_table(batches)
 
 
 def _normalize_backward(
@@ -168,16 +201,21 @@ def _normalize_backward(
     weight: Tensor,
     used: Tensor,
     num_batches_tracked: Tensor,
-    psi: Tensor | None,
-    psi_counter: Tensor | None,
-    kind: int,
-    averages: int,
+    row: Tensor | None,
+    window: Tensor | None,
+    counter: Tensor | None,
+    method: str,
+    centered: bool,
+    options: list[float],
+    flags: list[int],
     *how: Any,
 ) -> tuple[Tensor, Tensor]:
     *cut, wanted = how
     x, last = _dense(x)
     dy = dense(dy, last, x.dtype)
-    spec = MethodSpec(kind, averages=averages, psi=psi, psi_counter=psi_counter)
+    kept = _given((row,)), _given((window,)), _given((counter,))
+    averages = RuleState(*kept, options=_options(options, flags))
+    spec = _spec(method, centered, RuleState(), averages)
     call = _call(spec, cut, last)
     if _is_launched(x):
         from anybatch.backends.triton import steps as kernels
@@ -188,9 +226,9 @@ def _normalize_backward(
     from anybatch.backends.numba import rule_steps
 
     call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
-    kept = rule_steps.from_table(kind, used, call.cut[1])
+    batches = rule_steps.from_table(spec, used, call.cut[1])
     needs = (wanted, True, True, False)
-    context = (kept, num_batches_tracked)
+    context = (batches, num_batches_tracked)
     dx, dw, db, _ = rule_steps.backward(call, context, dy, x, weight, (), needs)
     assert dw is not None and db is not None
     return x.new_empty(0) if dx is None else dx, torch.stack([db, dw])
@@ -214,9 +252,9 @@ def _is_launched(x: Tensor) -> bool:
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    (kind, *_), (sizes, *_), columns = rest[9:], rest[13:], rest[16]
+    method, _, _, _, sizes, _, _, columns, *_ = rest[4 + _FORWARD :]
     dtype = weight.dtype if _is_launched(x) else torch.float64
-    rows = MethodSpec(kind).rows
+    rows = MethodSpec(RULE_SETS[method]).rows
     return torch.empty_like(_dense(x)[0]), x.new_empty(rows, len(sizes), columns, dtype=dtype)
 
 

@@ -60,8 +60,8 @@ class NormState(_NormBase):
 
     def reset_memory(self) -> None:
         """Forget everything that is not torch's own state."""
-        if _OUTLIERS in self.memory:
-            self.memory[_OUTLIERS].zero_()
+        for tensor in self.memory.values():
+            tensor.zero_()
 
     # --- running statistics ---------------------------------------------------
 

@@ -21,6 +21,7 @@ from anybatch.backends.protocol import BackwardMemory, Formula, NormCall, Rows, 
 from anybatch.core.activation_checkpointing import Recent, in_backward, may_run_again, runs_once
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.autograd import apply_plain, normalize_by, statistics_of
+from anybatch.core.backward_statistics import BackwardAverage
 from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
 from anybatch.core.fused_activation import Activation, read_activation
 from anybatch.core.gradient_accumulation import Seen, StepBackward, StepMemory
@@ -36,6 +37,15 @@ from anybatch.core.reduction_scope import (
     fit_mask,
     several,
     sum_processes,
+)
+from anybatch.core.rule import (
+    Method,
+    Rule,
+    State,
+    method_of,
+    run_average,
+    run_rule,
+    spec_of,
 )
 from anybatch.core.statistics import stack
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
@@ -210,20 +220,44 @@ class NormLayer(NormState):
 
     # --- what a method adds ------------------------------------------------
 
+    choose: ClassVar[Rule | None] = None  # None: the batch's own statistics
+    average: ClassVar[Rule | None] = None  # None: those of the backward pass
+    state: ClassVar[State] = State()
+    method: Method = method_of(None, None, State())
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if {"choose", "average", "state"} & set(vars(cls)):
+            cls.method = method_of(cls.choose, cls.average, cls.state)
+
+    def declare_state(self) -> None:
+        """Create the state of the method, once the layer has its options."""
+        for name, kept in self.method.state.kept:
+            value = self._new_memory(*kept.shape(self))
+            self.memory[name] = value.long() if getattr(kept, "whole", False) else value
+        self.reset_memory()
+
+    def track_batch(self, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
+        """Move the running statistics towards those of a batch."""
+        self.track(mean, batch.unbiased(var))
+
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        """Decide how one normalization batch is normalized, and remember it.
+        """Choose the statistics of one normalization batch, and move the state.
 
-        Args:
-            mean: Row ``(C,)``, or table ``(g, C)`` where a batch has more groups
-                than one; None in the uncentred form.
-            var: Biased variances, or second moments in the uncentred form.
-            batch: The examples behind them.
-            update: Whether state may change.
-
-        Returns:
-            The statistics to normalize by.
+        Mean and variance are rows ``(C,)``, or tables ``(g, C)`` of several groups; the variance is
+        biased, in the uncentered form the second moment.
         """
-        raise NotImplementedError
+        if update:
+            self.meet(batch.examples())
+        used = mean, var
+        if self.columns != self.num_features and mean is not None:
+            used = backends.pool_channels(mean, var, self.columns)
+        chosen = run_rule(self, self.method, *used, update)
+        if update and self.method.state.running == "used":
+            self.track(chosen.mean, chosen.var)
+        elif update:
+            self.track_batch(mean, var, batch)
+        return chosen
 
     def backward_memory(
         self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
@@ -238,7 +272,16 @@ class NormLayer(NormState):
         Returns:
             The memory, or None for the batch's own statistics.
         """
-        return None
+        forward, backward, *_ = self.method.rules
+        chosen = "own" not in forward.uses or statistics.own is not None
+        remembered = isinstance(statistics.share, float) and statistics.share == 0
+        if backward.rule is None or remembered or not chosen:
+            return None
+        return BackwardAverage(self, statistics.own, live, update)
+
+    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+        """Take the backward statistics of a step, give their average."""
+        return run_average(self, self.method, new, self._pace(), update)
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
@@ -267,7 +310,9 @@ class NormLayer(NormState):
             x: A batch.
             cut: Its normalization batches.
         """
-        return f"{type(self).__name__} does not describe its rule to kernels"
+        if type(self).rule is not NormLayer.rule:
+            return f"{type(self).__name__} has a rule of torch's operators"
+        return spec_of(self, self.method)
 
     def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
         """The method's own gradient by torch's operators; None for that of all.

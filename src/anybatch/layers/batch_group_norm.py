@@ -5,10 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anybatch.backends import pool_channels
-from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
 
@@ -118,17 +115,11 @@ class _BatchGroupNorm(NormLayer):
     def columns(self) -> int:
         return self.num_groups
 
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None
-        if update:
-            track_groups(self, mean, var, batch)
-        return Statistics(*pool_channels(mean, var, self.num_groups))
+    def track_batch(self, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
+        track_groups(self, mean, var, batch)
 
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
-
-    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        return MethodSpec()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}

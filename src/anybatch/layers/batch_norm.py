@@ -1,10 +1,6 @@
 """Batch normalization (Ioffe and Szegedy 2015): torch's arithmetic on this library's passes."""
 
-from torch import Tensor
-
-from anybatch.backends.protocol import MethodSpec, Spec, Statistics
-from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_layer import NormLayer
 
 
 class _BatchNorm(NormLayer):
@@ -53,15 +49,6 @@ class _BatchNorm(NormLayer):
         >>> norm(torch.randn(1, 8, 1, 1)).shape  # torch's layer raises here
         torch.Size([1, 8, 1, 1])
     """
-
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None
-        if update:
-            self.track(mean, batch.unbiased(var))
-        return Statistics(mean, var)
-
-    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        return MethodSpec()
 
 
 class BatchNorm1d(_BatchNorm):

@@ -1,18 +1,15 @@
+# mypy: disable-error-code="no-untyped-def"
 """Batch renormalization (Ioffe 2017), the baseline of three of the papers."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from anybatch.backends import scalar
-from anybatch.backends.kinds import RENORM
-from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.grouping import Partition
 from anybatch.core.module_state import NormState
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_layer import NormLayer
+from anybatch.core.rule import Counter, State, chosen, clamp, minimum, rule, sqrt, where
 
 _WARMUP_STEPS = 10000
 
@@ -71,6 +68,7 @@ class _BatchRenorm(NormLayer):
     """
 
     needs_running_stats = True
+    state = State(step=Counter())
 
     def __init__(
         self,
@@ -114,11 +112,7 @@ class _BatchRenorm(NormLayer):
         )
         self.max_r, self.max_d = float(max_r), float(max_d)
         self.warmup_steps, self.smooth = warmup_steps, smooth
-        self.memory["step"] = self._new_counter()
-
-    def reset_memory(self) -> None:
-        for tensor in self.memory.values():
-            tensor.zero_()
+        self.declare_state()
 
     def adopt_(self, norm: nn.Module) -> "NormState":
         super().adopt_(norm)
@@ -134,34 +128,17 @@ class _BatchRenorm(NormLayer):
         if tracked is not None and not tracked.is_meta and tracked > 0:
             self.memory["step"].fill_(self.warmup_steps)
 
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None
-        if self.running_mean is None or self.running_var is None:  # there is nothing to move to
-            return Statistics(mean, var)
-        opened = self._opened(self.memory["step"] + 1, var.dtype)
-        sigma = (self.running_var.to(var.dtype) + scalar(self.eps)).sqrt_()
-        max_r, max_d = opened * (self.max_r - 1) + 1, opened * self.max_d
-        r = (var + scalar(self.eps)).sqrt_().div_(sigma).clamp_(max_r.reciprocal(), max_r)
-        d = (mean - self.running_mean).div_(sigma).clamp_(-max_d, max_d)
-        if update:
-            self.memory["step"].add_(1)
-            self.track(mean, batch.unbiased(var))
-        return Statistics(mean, var, r, d)
-
-    def _opened(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """How far the limits are open, from 0 to 1; a number on the layer's device."""
-        if self.smooth and self.warmup_steps:
-            return (step.to(dtype) / self.warmup_steps).clamp_(max=1.0)
-        return (step > self.warmup_steps).to(dtype)
-
-    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        return MethodSpec(
-            RENORM,
-            (self.max_r, self.max_d),
-            (0, self.warmup_steps, 0),
-            smooth=self.smooth and self.warmup_steps > 0,
-            counter=self.memory["step"],
-        )
+    @rule
+    def choose(mean, var, running_mean, running_var, step, eps, max_r, max_d, warmup_steps, smooth):
+        if smooth:
+            opened = minimum(step / warmup_steps, 1.0)
+        else:
+            opened = where(step > warmup_steps, 1.0, 0.0)
+        most_r, most_d = opened * (max_r - 1) + 1, opened * max_d
+        sigma = sqrt(running_var + eps)
+        r = clamp(sqrt(var + eps) / sigma, 1 / most_r, most_r)
+        d = clamp((mean - running_mean) / sigma, -most_d, most_d)
+        return chosen(mean, var, r=r, d=d)
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("max_r", "max_d", "warmup_steps", "smooth")

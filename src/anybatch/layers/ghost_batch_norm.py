@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import statistics_dtype
-from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_count
-from anybatch.core.grouping import Partition
 from anybatch.core.norm_layer import Batch, NormLayer
 from anybatch.core.reduction_scope import several, sum_processes
 
@@ -100,27 +98,22 @@ class _GhostBatchNorm(NormLayer):
     def group_size(self) -> int:
         return self.ghost_size
 
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None
-        if update:
-            track_groups(self, mean, var, batch)
-        return Statistics(mean, var)
+    def track_batch(self, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
+        track_groups(self, mean, var, batch)
 
     def track_none(self, x: Tensor) -> None:
         track_no_groups(self, x)
-
-    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        return MethodSpec()
 
     def own_arguments(self) -> Mapping[str, Any]:
         return {"ghost_size": self.ghost_size}
 
 
-def track_groups(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
+def track_groups(layer: NormLayer, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
     """Track groups' statistics ``(g, C)``, each weighing by its share of the examples.
 
     Groups with one value a channel have no variance to track and are left out.
     """
+    assert mean is not None
     if batch.counts is not None or several(layer.process_group) is not None:
         return _track_counted(layer, mean, var, batch)
     sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last

@@ -1,18 +1,16 @@
+# mypy: disable-error-code="no-untyped-def"
 """Momentum batch normalization (Yong et al. 2020, momentum-bn)."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from anybatch.backends import is_finite
-from anybatch.backends.kinds import MOMENTUM
-from anybatch.backends.protocol import MethodSpec, Spec, Statistics
 from anybatch.core.arguments import check_between, check_count
-from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import Notice
+from anybatch.core.rule import Counter, Number, Row, State, chosen, lerp, rule, where
 
 
 class _MomentumBatchNorm(NormLayer):
@@ -73,6 +71,13 @@ class _MomentumBatchNorm(NormLayer):
     """
 
     needs_running_stats = True
+    state = State(
+        mean=Row(("used_mean",)),
+        var=Row(("used_var",)),
+        count=Counter(complete=True),  # every channel has something to start from
+        batch_size=Number(whole=True),
+        average_weight=Number(),
+    )
     rings: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
 
     def __init__(
@@ -119,12 +124,7 @@ class _MomentumBatchNorm(NormLayer):
         self.progress: tuple[int, int] | None = None  # until a scheduler has set it
         self.unscheduled = Notice()
         self.given_batch_size, self.batch_size = batch_size, batch_size
-        self.memory["mean"] = self._new_memory(num_features)
-        self.memory["var"] = self._new_memory(num_features)
-        self.memory["count"] = self._new_counter()
-        self.memory["batch_size"] = self._new_counter()
-        self.memory["average_weight"] = self._new_memory()
-        self.reset_memory()
+        self.declare_state()
 
     @property
     def average_weight(self) -> float:
@@ -132,8 +132,7 @@ class _MomentumBatchNorm(NormLayer):
         return float(self.memory["average_weight"])
 
     def reset_memory(self) -> None:
-        for tensor in self.memory.values():
-            tensor.zero_()
+        super().reset_memory()
         if self.memory:
             self._set_batch_size(self.given_batch_size)
 
@@ -187,24 +186,10 @@ class _MomentumBatchNorm(NormLayer):
                 "and call scheduler.step() after each epoch."
             )
 
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        assert mean is not None
-        if update and (self.batch_size is None or self.progress is None):
-            self._begin(batch.examples())
-        old_mean, old_var = self.memory["mean"], self.memory["var"]
-        count, keep = self.memory["count"], self.memory["average_weight"]
-        if keep.dtype != var.dtype:
-            old_mean, old_var, keep = (t.to(var.dtype) for t in (old_mean, old_var, keep))
-        keep = keep * (count > 0)
-        new_mean = torch.lerp(mean, old_mean, keep)  # eq. 8
-        new_var = torch.lerp(var, old_var, keep)
-        if update:
-            finite = is_finite(new_var)
-            self.memory["mean"].copy_(torch.where(finite, new_mean, old_mean))
-            self.memory["var"].copy_(torch.where(finite, new_var, old_var))
-            count.add_(finite.all())  # every channel has something to start from
-            self.track(mean, batch.unbiased(var))
-        return Statistics(new_mean, new_var, center=mean, share=1 - keep)
+    @rule
+    def choose(mean, var, old_mean, old_var, count, average_weight):  # eq. 8
+        keep = where(count > 1, average_weight, 0.0)
+        return chosen(lerp(mean, old_mean, keep), lerp(var, old_var, keep), share=1 - keep)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -227,15 +212,6 @@ class _MomentumBatchNorm(NormLayer):
             begins = self.batch_size is None or self.progress is None
         if begins:
             self._begin(examples)
-
-    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        return MethodSpec(
-            MOMENTUM,
-            mean=self.memory["mean"],
-            var=self.memory["var"],
-            counter=self.memory["count"],
-            keep=self.memory["average_weight"],
-        )
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("batch_size", "ideal_batch_size", "ideal_decay")

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
 
 import warnings
@@ -7,18 +8,164 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.backends import scalar
-from anybatch.backends.kinds import AVERAGES, WINDOW
-from anybatch.backends.protocol import BackwardMemory, MethodSpec, Spec, Statistics
+from anybatch.backends.protocol import Spec
 from anybatch.core.arguments import check_choice, check_count
-from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_layer import NormLayer
+from anybatch.core.rule import (
+    Counter,
+    Method,
+    Row,
+    Rule,
+    State,
+    Window,
+    chosen,
+    clamp,
+    lerp,
+    maximum,
+    method_of,
+    rule,
+    sqrt,
+    where,
+)
 from anybatch.layers.weight_centralization import (
     is_centralized,
     use_uncentred,
     weight_centralization,
 )
+
+# --- forward ----------------------------------------------------------------------
+
+
+@rule
+def is_warming(step, window, warmup_steps):
+    """Whether it is too early for averages."""
+    return step < maximum(window + 1, warmup_steps)
+
+
+@rule
+def average_of(new, average, full, warming):
+    """The average of a window; the batch's own value as long as there is none."""
+    return where(warming, new, where(full, average, new))
+
+
+@rule
+def batch_statistics(mean, var, step, window, warmup_steps):
+    """The batch's own statistics."""
+    return chosen(mean, var, own=is_warming(step, window, warmup_steps))
+
+
+@rule
+def simple_average(mean, var, window_var, window_full, step, window, warmup_steps):
+    """The average of the last second moments."""
+    own = is_warming(step, window, warmup_steps)
+    return chosen(mean, average_of(var, window_var, window_full, own), own=own)
+
+
+@rule
+def simple_average_centered(
+    mean, var, window_mean, window_var, window_full, step, window, warmup_steps
+):
+    """The averages of the last means and variances."""
+    own = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, own)
+    return chosen(used_mean, average_of(var, window_var, window_full, own), own=own)
+
+
+@rule
+def renormalized(
+    mean,
+    var,
+    running_var,
+    window_var,
+    window_full,
+    step,
+    eps,
+    window,
+    clip,
+    warmup_steps,
+    renorm_warmup_steps,
+):
+    """The average of the last second moments, corrected towards the running one (eq. 19)."""
+    own = is_warming(step, window, warmup_steps)
+    used = average_of(var, window_var, window_full, own)
+    r = clamp(sqrt((used + eps) / (running_var + eps)), 1 / clip, clip)
+    late = step > maximum(renorm_warmup_steps, warmup_steps)
+    return chosen(mean, used, r=where(late, r, 1.0), own=own)
+
+
+@rule
+def renormalized_centered(
+    mean,
+    var,
+    running_mean,
+    running_var,
+    window_mean,
+    window_var,
+    window_full,
+    step,
+    eps,
+    window,
+    clip,
+    warmup_steps,
+    renorm_warmup_steps,
+):
+    """`renormalized` with means, corrected as in batch renormalization (eq. 14)."""
+    own = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, own)
+    used = average_of(var, window_var, window_full, own)
+    square = running_var + eps
+    r = clamp(sqrt((used + eps) / square), 1 / clip, clip)
+    d = clamp((used_mean - running_mean) / sqrt(square), -clip, clip)
+    late = step > maximum(renorm_warmup_steps, warmup_steps)
+    return chosen(used_mean, used, r=where(late, r, 1.0), d=where(late, d, 0.0), own=own)
+
+
+# --- backward ---------------------------------------------------------------------
+
+
+@rule
+def simple_psi(backward_average_psi):
+    """The average of the last Psi (eq. 13)."""
+    return backward_average_psi
+
+
+@rule
+def exponential_psi(psi, old_backward_average, backward_step, update_weight):
+    """The exponential average of Psi, which starts with the first."""
+    return lerp(psi, old_backward_average, where(backward_step > 1, 1 - update_weight, 0.0))
+
+
+def _form(centered: bool, forward_stats: str, backward_stats: str) -> Method:
+    """The rules and state of a form."""
+    choose: Rule = {
+        ("batch", False): batch_statistics,
+        ("batch", True): batch_statistics,
+        ("sma", False): simple_average,
+        ("sma", True): simple_average_centered,
+        ("ema", False): renormalized,
+        ("ema", True): renormalized_centered,
+    }[forward_stats, centered]
+    kept: dict[str, Any] = {"step": Counter()}
+    if forward_stats != "batch":
+        kept["window"] = Window(("mean", "var") if centered else ("var",), "window")
+    if backward_stats != "batch":
+        psi = ("psi",)
+        kept["backward_average"] = Row(psi) if backward_stats == "ema" else Window(psi, "window")
+        kept["backward_step"] = Counter()
+    average: Rule | None = {"batch": None, "sma": simple_psi, "ema": exponential_psi}[
+        backward_stats
+    ]
+    return method_of(choose, average, State("used", **kept))
+
+
+_STATS = ("ema", "sma", "batch")
+_FORMS = {
+    (centered, ahead, behind): _form(centered, ahead, behind)
+    for centered in (False, True)
+    for ahead in _STATS
+    for behind in _STATS
+}
 
 
 class _MovingAverageBatchNorm(NormLayer):
@@ -139,101 +286,17 @@ class _MovingAverageBatchNorm(NormLayer):
         self.window, self.clip, self.centered = window, float(clip), bool(centered)
         self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps
         self.forward_stats, self.backward_stats = forward_stats, backward_stats
-        # x2 and Psi, or mean beside variance and g beside Psi in the centred form.
-        width = 2 * num_features if centered else num_features
-        self.memory["step"] = self._new_counter()
-        if forward_stats != "batch":
-            self.memory["window"] = self._new_memory(window, width)
-        if backward_stats != "batch":
-            length = () if backward_stats == "ema" else (window,)
-            self.memory["backward_average"] = self._new_memory(*length, width)
-            self.memory["backward_step"] = self._new_counter()
+        self.declare_state()
 
-    def reset_memory(self) -> None:
-        for tensor in self.memory.values():
-            tensor.zero_()
-
-    # --- forward -----------------------------------------------------------
-
-    def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
-        if self.running_mean is None or self.running_var is None:
-            return Statistics(mean, var)  # removed, to normalize by the batch
-        step = self.memory["step"] + 1
-        warming = torch.lt(step, scalar(float(max(self.window + 1, self.warmup_steps))))
-        new = var if mean is None else torch.cat([mean, var])
-        used = new
-        if self.forward_stats != "batch":
-            moved = slide(self.memory["window"], new, self._finite(new), update)
-            # A window that steps which were not finite have left with empty places is no average.
-            empty = torch.eq(moved[0, -self.num_features :], 0)
-            empty = empty if mean is None else empty.repeat(2)
-            used = torch.where(empty.logical_or_(warming), new, moved.mean(0))
-        used_mean, used_var = (None, used) if mean is None else used.chunk(2)
-        r = d = None
-        if self.forward_stats == "ema":
-            r, d = self._renormalize(used_mean, used_var, step)
-        if update:
-            self.memory["step"].copy_(step)
-            self.track(used_mean, used_var)
-        return Statistics(used_mean, used_var, r, d, own=warming)
-
-    def _renormalize(
-        self, mean: Tensor | None, var: Tensor, step: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """r, and d of the centred form (moving-average-bn, equations 14 and 19)."""
-        assert self.running_mean is not None and self.running_var is not None  # see `rule`
-        off = torch.le(step, scalar(float(max(self.renorm_warmup_steps, self.warmup_steps))))
-        square = self.running_var.to(var.dtype) + scalar(self.eps)
-        r = (var + scalar(self.eps)).div_(square).sqrt_().clamp_(1 / self.clip, self.clip)
-        r.masked_fill_(off, 1.0)
-        if mean is None:
-            return r, None
-        d = (mean - self.running_mean).div_(square.sqrt_()).clamp_(-self.clip, self.clip)
-        return r, d.masked_fill_(off, 0.0)
-
-    def _finite(self, new: Tensor) -> Tensor:
-        return all_finite(new, self.num_features)
-
-    # --- backward ----------------------------------------------------------
-
-    def backward_memory(
-        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
-    ) -> BackwardMemory | None:
-        if self.backward_stats == "batch" or statistics.own is None:
-            return None
-        return BackwardAverage(self, statistics.own, live, update)
-
-    def average_backward(self, new: Tensor, update: bool) -> Tensor:
-        """Take the backward statistics of a step, give their average."""
-        count = self.memory["backward_step"]
-        if self.backward_stats == "sma":
-            window = self.memory["backward_average"]
-            average = slide_mean(window, count, new, self._finite(new), update)
-        else:
-            stored = self.memory["backward_average"]
-            old = stored.to(new.dtype)
-            started = (count > 0).to(new.dtype)
-            average = torch.lerp(new, old, started * (1 - self._pace()))
-            if update:
-                stored.copy_(torch.where(self._finite(new), average, old))
-        if update:
-            count.add_(1)
-        return average
+    @property
+    def method(self) -> Method:  # type: ignore[override]
+        """The form that `centered`, `forward_stats` and `backward_stats` ask for."""
+        return _FORMS[self.centered, self.forward_stats, self.backward_stats]
 
     def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
         if self.centered:
             return "centered=True: the kernels take the uncentred form"
-        memory = self.memory
-        return MethodSpec(
-            WINDOW,
-            (self.clip if self.forward_stats == "ema" else 0.0, 0.0),
-            (self.window, self.warmup_steps, self.renorm_warmup_steps),
-            window=memory.get("window"),
-            counter=memory["step"],
-            averages=AVERAGES[self.backward_stats],
-            psi=memory.get("backward_average"),
-            psi_counter=memory.get("backward_step"),
-        )
+        return super().method_spec(x, cut)
 
     # --- the layer whose weights are centred ----------------------------------
 

@@ -53,7 +53,7 @@ def test_what_is_kept_has_a_number_of_all_sources(tmp_path: Path) -> None:
     for module in ("loops", "sampled", "cross_iteration"):
         for value in vars(importlib.import_module(f"anybatch.backends.numba.{module}")).values():
             if hasattr(value, "py_func") and not value.targetoptions.get("forceinline"):
-                assert options._SOURCES in value._cache._impl.filename_base
+                assert options.SOURCES in value._cache._impl.filename_base
     (tmp_path / "a.py").write_text("from numba import njit\n1")
     (tmp_path / "b.py").write_text("from numba import njit\n2")
     first = options.fingerprint(tmp_path)

@@ -11,26 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anybatch.backends import kinds
-from anybatch.backends.triton import backward, forward, launch
+import anybatch
+from anybatch.backends.triton import backward, forward, launch, method_kernels
 from anybatch.backends.triton import constants as sources
+from anybatch.core.grouping import partition
 
 DATA = {"x", "y", "dy", "dx"}
-COUNTERS = {"tracked", "counter", "arrivals", "psi_counter"}
-NUMBERS = ("eps", "pace", "first", "second")
+COUNTERS = {"tracked", "counter0", "counter1", "arrivals"}
+NUMBERS = ("eps", "pace", "option")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def build(kernel: Any, values: str, table: str, constants: dict[str, Any], warps: int) -> str:
     """Compile a kernel; its machine code's use of registers and memory."""
     signature = {}
-    pointers = {"weight", "bias", "used", "own", "partial", "on", "window", "keep", "slopes", "psi"}
-    pointers |= {"running_mean", "running_var", "old_mean", "old_var"}
+    pointers = {"weight", "bias", "used", "own", "partial", "on", "slopes"}
+    pointers |= {"running_mean", "running_var"}
+    pointers |= {f"{kind}{i}" for kind in ("row", "window", "number") for i in range(4)}
     for parameter in kernel.params:
         name = parameter.name
         tables = constants.get("SOURCE") == sources.PARTS and name in ("x", "y", "dx")
@@ -64,17 +67,30 @@ def build(kernel: Any, values: str, table: str, constants: dict[str, Any], warps
     return found.group()
 
 
-def rules() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Constants of every rule forward, and of what goes with it backward."""
-    for kind in (kinds.PLAIN, kinds.RENORM, kinds.MOMENTUM, kinds.WINDOW):
-        window = 16 if kind == kinds.WINDOW else 0
-        averages = kinds.SMA if window else kinds.BATCH
-        for free in (False, True):  # running statistics and limits in their other form
-            first = {"KIND": kind, "SMOOTH": free, "CUMULATIVE": free, "BLOCK_W": window}
-            if window and free:
-                averages = kinds.EMA
-            second = {"KIND": kind, "AVERAGES": averages, "CUMULATIVE": free and window > 0}
-            yield first, {**second, "BLOCK_W": window or 1}
+def methods() -> Iterator[tuple[Any, dict[str, Any], Any, dict[str, Any]]]:
+    """The kernels of every rule forward and backward, with their constants."""
+    window = anybatch.MovingAverageBatchNorm2d
+    layers = [
+        anybatch.BatchNorm2d(8),
+        anybatch.MomentumBatchNorm2d(8, batch_size=2),
+        anybatch.BatchRenorm2d(8),
+        anybatch.BatchRenorm2d(8, smooth=True),
+        window(8),
+        window(8, forward_stats="sma", backward_stats="ema"),
+        window(8, forward_stats="batch", backward_stats="batch"),
+    ]
+    for layer in layers:
+        spec = layer.method_spec(torch.ones(2, 8, 2, 2), partition(2))
+        kernels = method_kernels.kernels_for(spec)
+        both = {"CENTERED": spec.centered, "USES": kernels.uses}
+        first = {"RULED": spec.method.forward.rule is not None, "MOVES": kernels.moves, **both}
+        averaged = spec.method.backward.rule is not None
+        second = {"AVERAGED": averaged, "MOVES": kernels.averages, **both}
+        for free in (False, True):  # running statistics in their other form
+            first |= {"CUMULATIVE": free, "BLOCK_W": 16 if spec.kept.windows else 0}
+            second |= {"CUMULATIVE": free and averaged}
+            second |= {"BLOCK_W": 16 if spec.averages.windows else 1}
+            yield kernels.forward, first, kernels.backward, second
 
 
 def every(layout: launch.Layout) -> Iterator[tuple[Any, dict[str, Any], int]]:
@@ -82,19 +98,21 @@ def every(layout: launch.Layout) -> Iterator[tuple[Any, dict[str, Any], int]]:
     plan = launch.plan_for(layout, 132)
     shape = launch._shape(plan, layout)
     warps = shape.pop("num_warps")
-    for first, second in rules():
-        if layout.width == 1 or first["KIND"] == kinds.PLAIN:
-            yield forward.forward_columns, {**shape, **first, "UPDATE": True}, warps
+    for ahead, first, behind, second in methods():
+        if layout.width == 1 or not first["RULED"]:
+            yield ahead, {**shape, **first, "UPDATE": True}, warps
             more = {"UPDATE": True, "WANTED": True}
-            yield backward.backward_columns, {**shape, **second, **more}, warps
+            yield behind, {**shape, **second, **more}, warps
     if plan.source == sources.PARTS:
         names = {"BLOCK_M": plan.part_block[0], "BLOCK_C": plan.part_block[1]}
         part = {"LAST": layout.last, "LONG": layout.long, "ALIGN": plan.align, **names}
         warps = launch._warps(plan.part_block[0] * plan.part_block[1])
         accurate = tl.float64 if layout.itemsize == 8 else tl.float32
-        for kind in (kinds.PLAIN, kinds.MOMENTUM, kinds.WINDOW):
-            yield forward.forward_parts, {**part, "KIND": kind, "ACC": accurate}, warps
-            yield backward.backward_parts, {**part, "KIND": kind, "WIDTH": layout.width}, warps
+        for center in (0, 2):
+            constants = {**part, "CENTERED": center == 0, "ACC": accurate}
+            yield forward.forward_parts, constants, warps
+            constants = {**part, "AT_CENTER": center, "WIDTH": layout.width}
+            yield backward.backward_parts, constants, warps
         yield forward.forward_write, part, warps
         yield backward.backward_write, part, warps
     if layout.itemsize > 2:

@@ -221,6 +221,8 @@ def _sums(dy: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     _, second, first = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, center, torch.ones_like(center), None, None, False, 0.0, [False, True, True]
     )
+    if first.dtype != center.dtype:  # a compiler's tensors without data believe it is that of dy
+        first, second = first.to(center.dtype), second.to(center.dtype)
     return first, second
 
 

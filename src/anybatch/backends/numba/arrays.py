@@ -46,6 +46,12 @@ def array_at(address, shape, like):
 
 
 @inlined
+def numbers_at(address, length):
+    """So many whole numbers at an address."""
+    return carray(_pointer(address), length, np.int64)
+
+
+@inlined
 def counter_at(address):
     """The whole number at an address."""
     return carray(_pointer(address), (), np.int64)

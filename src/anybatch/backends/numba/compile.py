@@ -7,11 +7,11 @@ from typing import Any
 
 from numba import njit
 
-from anybatch.backends import kinds
+from anybatch.backends import rule
 
 # Arrays are taken out of tuples before the loops: doing so counts references.
 # Sums may be reordered, so that they run in vector registers; nan and inf keep their meaning.
-_OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 _COMPILES = b"import njit", b"numba.extending import", b"numba.compile import"
@@ -27,7 +27,7 @@ def fingerprint(folder: Path, *others: Path) -> str:
     return found.hexdigest()[:12]
 
 
-_SOURCES = fingerprint(Path(__file__).parent, Path(kinds.__file__))
+SOURCES = fingerprint(Path(__file__).parent, Path(rule.__file__))
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -36,11 +36,11 @@ def jit(function: Callable[..., Any]) -> Any:
     Numba looks at the file of a function to see whether what is kept is still its own, not at the
     files of what it calls. So the name under which it is kept has a number of all of them.
     """
-    function.__qualname__ += f"_{_SOURCES}"
-    return njit(cache=True, **_OPTIONS)(function)
+    function.__qualname__ += f"_{SOURCES}"
+    return njit(cache=True, **OPTIONS)(function)
 
 
 # What compiled code calls is inlined, always. A copy of it on disk would be a weak symbol: the
 # process that compiles would run the callee that it made first, all later ones the copy in the
 # file, whose sums are rounded in another order.
-inlined = njit(forceinline=True, **_OPTIONS)
+inlined = njit(forceinline=True, **OPTIONS)

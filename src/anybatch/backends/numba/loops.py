@@ -8,8 +8,22 @@ begin at ``starts``. One function serves all methods, so that one is compiled.
 
 import numpy as np
 
-from anybatch.backends.kinds import BATCH, EMA, MOMENTUM, PLAIN, RENORM, SMA, WINDOW
-from anybatch.backends.numba.arrays import LIKE, activation_at, array_at, counter_at, running_at
+from anybatch.backends.numba.arrays import (
+    LIKE,
+    activation_at,
+    array_at,
+    counter_at,
+    numbers_at,
+)
+from anybatch.backends.numba.bound_rules import (
+    CENTER,
+    CENTERED,
+    LENGTH,
+    RESULTS,
+    RULE,
+    TRACKS_USED,
+    D,
+)
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.passes import (
@@ -38,26 +52,22 @@ from anybatch.backends.numba.passes_relu import (
 from anybatch.backends.numba.rules import (
     choose,
     count_batch,
+    count_steps,
     factors,
     fits,
     flow,
-    keep,
+    given,
+    move_average,
+    move_state,
     track,
     track_groups,
     unbiased,
 )
 from anybatch.backends.numba.threads import fork, is_small, parts, without_threads
+from anybatch.backends.rule import EPS, NUMBER, PLACES, UPDATE_WEIGHT
 
 __all__ = [
-    "BATCH",
     "LIKE",
-    "MOMENTUM",
-    "NONE",
-    "NO_COUNT",
-    "NO_SETTINGS",
-    "PLAIN",
-    "RENORM",
-    "WINDOW",
     "backward",
     "empty_like",
     "forward",
@@ -68,10 +78,6 @@ __all__ = [
 ]
 
 table = np.empty  # room for statistics, of a shape
-_ZERO = np.zeros((), np.int64)
-NO_COUNT = _ZERO.ctypes.data  # of a method that counts nothing
-NONE = (0, 0)  # a window without rows
-NO_SETTINGS = (0.0, 0.0, 0.0, 0.0)
 
 
 # --- forward ----------------------------------------------------------------
@@ -90,23 +96,24 @@ def _forward_planes(
     relu,
     own,
     used,
-    rule,
-    old_mean,
-    old_var,
-    window,
+    eps,
+    method,
+    memory,
+    numbers,
 ):
     """Statistics and output of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
-    width, eps, centered = x.shape[1] // columns, rule[1], rule[0] != WINDOW
+    width, centered = x.shape[1] // columns, method[CENTERED] != 0
+    values, found = numbers.copy(), np.empty(RESULTS)
     begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
         for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
             for c in range(k * width, (k + 1) * width):
                 own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
-            choose(rule, old_mean, old_var, window, own, used, g, k, width)
+            choose(method, memory, weight, values, found, own, used, g, k, width)
             for c in range(k * width, (k + 1) * width):
-                mean, scale, shift = factors(used, g, k, c, weight, bias, eps)
+                mean, scale, shift = factors(method, used, g, k, c, weight, bias, eps)
                 if relu:
                     plane_activate(x, added, y, c, first, last, mean, scale, shift)
                 else:
@@ -127,15 +134,15 @@ def _forward_group(
     relu,
     own,
     used,
-    rule,
-    old_mean,
-    old_var,
-    window,
+    eps,
+    method,
+    memory,
+    numbers,
 ):
     """Statistics and output of a group of examples."""
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
-    channels, eps, centered = own.shape[2], rule[1], rule[0] != WINDOW
+    channels, centered = own.shape[2], method[CENTERED] != 0
     repeats = period // (channels * inner)
     shift = np.zeros((repeats, channels, inner), x.dtype)
     if centered:
@@ -148,10 +155,11 @@ def _forward_group(
         away = np.float64(shift[0, c, 0])
         own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
     on, width = np.empty((3, *shift.shape), x.dtype), channels // used.shape[2]
+    values, found = numbers.copy(), np.empty(RESULTS)
     for k in range(used.shape[2]):
-        choose(rule, old_mean, old_var, window, own, used, g, k, width)
+        choose(method, memory, weight, values, found, own, used, g, k, width)
         for c in range(k * width, (k + 1) * width):
-            mean, scale, constant = factors(used, g, k, c, weight, bias, eps)
+            mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
             on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
     if relu:
         fork(row_activate, parts, (x, added, y, first, last, on.reshape(3, -1)))
@@ -173,20 +181,31 @@ def _forward_groups(
     relu,
     own,
     used,
-    rule,
-    old_mean,
-    old_var,
-    window,
+    eps,
+    method,
+    memory,
+    numbers,
 ):
     """Some groups of examples, each by one thread."""
-    groups, rest = starts.shape[0] - 1, (own, used, rule, old_mean, old_var, window)
+    groups, rest = starts.shape[0] - 1, (own, used, eps, method, memory, numbers)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
         _forward_group(g, 1, x, y, added, starts, layout, weight, bias, relu, *rest)
 
 
+@inlined
+def _arguments(method, memory, settings, pace, eps):
+    """What a rule reads of its layer, each number in its place."""
+    values = np.zeros(PLACES)
+    count_steps(method, memory, values)
+    values[EPS], values[UPDATE_WEIGHT] = eps, pace
+    for i in range(len(settings)):
+        values[NUMBER + i] = settings[i]
+    return values
+
+
 @jit
 def forward(
-    kind,
+    method,
     like,
     x,
     y,
@@ -200,9 +219,8 @@ def forward(
     added,
     own,
     used,
-    running,
+    tracked,
     memory,
-    counter,
     settings,
     pace,
     eps,
@@ -211,7 +229,7 @@ def forward(
     """Normalize a batch, and remember it if it is to `update`.
 
     Args:
-        kind: How statistics are chosen.
+        method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         like: An empty array of the type of all tensors.
         x: Input.
         y: Output, to be written.
@@ -223,20 +241,14 @@ def forward(
         parts: Threads.
         relu: Whether a ReLU follows.
         added: What is added before it, like `x`; 0 for nothing.
-        own: Takes the groups' own statistics, ``(2, G, C)``; it may be `used`.
-        used: Takes those to normalize by, ``(2 or 4, G, K)``.
-        running: Running mean, running variance, batches tracked.
-        memory: Mean and variance of the method, its window and how many rows that has.
-        counter: Steps of the method's memory.
-        settings: RENORM's (max_r, max_d, warm-up steps, smooth), MOMENTUM's weight of the old
-            averages, WINDOW's (length, warm-up steps, renorm warm-up steps, clip or 0).
+        own: Takes the groups' own statistics, ``(2, G, C)``; without a rule it may be `used`.
+        used: Takes those to normalize by, ``(rows, G, K)``.
+        tracked: Batches that running statistics have seen.
+        memory: The state of the method, see `anybatch.backends.numba.rules`.
+        settings: Its numbers.
         pace: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the variance.
         update: Whether state may change.
-
-    Returns:
-        MOMENTUM's weight of the old averages in what was used; for WINDOW, 1 where the statistics
-        are the batch's own; else 0.
     """
     channels = shape[2] if last else shape[1]
     x, y, added = (
@@ -244,28 +256,11 @@ def forward(
         array_at(y, shape, like),
         activation_at(added, shape, like),
     )
+    method = numbers_at(method, LENGTH)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
-    running_mean, running_var, tracked = running_at(running, channels, like)
-    old_mean, old_var = array_at(memory[0], channels, like), array_at(memory[1], channels, like)
-    window, counter = array_at(memory[2], (memory[3], channels), like), counter_at(counter)
-    now = counter[()] + 1
-    first = second = result = 0.0
-    if kind == RENORM:
-        if settings[3] > 0 and settings[2] > 0:
-            opened = min(now / settings[2], 1.0)
-        else:
-            opened = 1.0 if now > settings[2] else 0.0
-        first, second = 1 + opened * (settings[0] - 1), opened * settings[1]
-    elif kind == MOMENTUM:
-        first = result = settings[0] if counter[()] > 0 else 0.0
-    elif kind == WINDOW:
-        warming = now < max(settings[0] + 1, settings[1])
-        first = 0.0 if warming or window.shape[0] == 0 else settings[0]
-        second = settings[3] if now > max(settings[2], settings[1]) else 0.0
-        result = 1.0 if warming else 0.0
-    rule = (kind, eps, first, second)
+    numbers = _arguments(method, memory, settings, pace, eps)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
-    rest = (weight, bias, relu, own, used, rule, old_mean, old_var, window)
+    rest = (weight, bias, relu, own, used, eps, method, memory, numbers)
     if not in_rows(x, last):
         fork(_forward_planes, parts, (x, y, added, starts, *rest))
     else:
@@ -277,27 +272,25 @@ def forward(
             for g in range(groups):
                 _forward_group(g, parts, *some)
     if not update:
-        return result
-    if kind == PLAIN:
+        return
+    running_mean, running_var = (
+        array_at(memory[0], channels, like),
+        array_at(memory[1], channels, like),
+    )
+    tracked = counter_at(tracked)
+    if method[RULE] == 0:
         track_groups(own, starts, values, pace, running_mean, running_var, tracked)
-        return result
-    pace, count, whole = count_batch(tracked, pace), (starts[1] - starts[0]) * values, 1
-    for c in range(running_mean.shape[0]):
-        if kind == WINDOW:
-            if fits(used[1, 0, c], running_var):  # the uncentred form has no mean
-                running_var[c] += pace * (used[1, 0, c] - running_var[c])
-        else:
+        return
+    pace, count = count_batch(tracked, pace), (starts[1] - starts[0]) * values
+    for c in range(channels):
+        if method[TRACKS_USED] == 0:
             var = unbiased(own[1, 0, c], count)
             track(c, own[0, 0, c], var, pace, running_mean, running_var)
-        if kind == MOMENTUM:
-            if fits(used[1, 0, c], old_var):
-                old_mean[c], old_var[c] = used[0, 0, c], used[1, 0, c]
-            else:
-                whole = 0
-    if kind == WINDOW and window.shape[0] > 0:
-        keep(window, own[1, 0])
-    counter[()] += whole
-    return result
+        elif method[CENTERED] != 0:
+            track(c, used[0, 0, c], used[1, 0, c], pace, running_mean, running_var)
+        elif fits(used[1, 0, c], running_var):  # the uncentred form has no mean
+            running_var[c] += pace * (used[1, 0, c] - running_var[c])
+    move_state(method, memory, weight, numbers, own, used)
 
 
 # --- backward ---------------------------------------------------------------
@@ -319,13 +312,15 @@ def _backward_planes(
     centers,
     sums,
     on,
-    rule,
+    eps,
+    method,
     memory,
+    numbers,
     wanted,
 ):
     """Sums and gradient of some columns, each while it is in cache."""
     groups, columns = used.shape[1], used.shape[2]
-    width = x.shape[1] // columns
+    width, values, found = x.shape[1] // columns, numbers.copy(), np.empty(RESULTS)
     begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
@@ -338,7 +333,8 @@ def _backward_planes(
                 else:
                     total, product = plane_sums(dy, x, c, first, last, center)
                 sums[0, g, c], sums[1, g, c] = total, product
-            flow(rule, memory, sums, used, centers, weight, on, g, k, width, count)
+            state = (method, memory, weight, values, found)
+            flow(*state, sums, used, weight, on, eps, g, k, width, count)
             if wanted:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
@@ -368,8 +364,10 @@ def _backward_group(
     centers,
     sums,
     on,
-    rule,
+    eps,
+    method,
     memory,
+    numbers,
     wanted,
 ):
     """Sums and gradient of a group of examples."""
@@ -392,8 +390,10 @@ def _backward_group(
     for c in range(channels):
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
         sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
+    values, found, count = numbers.copy(), np.empty(RESULTS), (last - first) // columns
     for k in range(columns):
-        flow(rule, memory, sums, used, centers, weight, on, g, k, width, (last - first) // columns)
+        state = (method, memory, weight, values, found)
+        flow(*state, sums, used, weight, on, eps, g, k, width, count)
     if wanted:
         table = np.empty((3, *center.shape), x.dtype)
         for kind in range(3):
@@ -424,18 +424,22 @@ def _backward_groups(
     centers,
     sums,
     on,
-    rule,
+    eps,
+    method,
     memory,
+    numbers,
     wanted,
 ):
     """Some groups of examples, each by one thread."""
-    groups, rest = starts.shape[0] - 1, (used, centers, sums, on, rule, memory, wanted)
+    groups = starts.shape[0] - 1
+    rest = (used, centers, sums, on, eps, method, memory, numbers, wanted)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
         _backward_group(g, 1, dy, x, dx, y, g_added, starts, layout, weight, relu, *rest)
 
 
 @jit
 def backward(
+    method,
     like,
     dy,
     x,
@@ -452,20 +456,16 @@ def backward(
     y,
     g_added,
     used,
-    centers,
-    share,
-    centered,
-    eps,
-    kind,
     memory,
-    counter,
-    old,
-    own,
+    settings,
+    pace,
+    eps,
     update,
 ):
     """Gradients of `forward`.
 
     Args:
+        method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         like: An empty array of the type of all tensors.
         dy: Gradient of the output.
         x: Input.
@@ -482,15 +482,10 @@ def backward(
         y: Its output; 0 without one.
         g_added: Takes the gradient of what was added before it; 0 where none is wanted.
         used: Statistics that it was normalized by.
-        centers: Centres of the groups' own variances, ``(G, K)``.
-        share: Part of the groups' own statistics in `used`.
-        centered: Whether a mean was subtracted.
+        memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
+        settings: Its numbers.
+        pace: Weight of the newest in exponential averages.
         eps: Added to the variance.
-        kind: Which averages of Psi, BATCH for none.
-        memory: A window of them, or an exponential average as a window of one, and its rows.
-        counter: Steps in them.
-        old: Weight of the old exponential average.
-        own: Whether the batch's own Psi is used whatever is remembered.
         update: Whether averages may change.
     """
     groups, channels = used.shape[1], shape[2] if last else shape[1]
@@ -498,12 +493,11 @@ def backward(
     y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
     weight = array_at(weight, channels, like)
     dw, db = array_at(dw, channels, like), array_at(db, channels, like)
-    memory, counter = array_at(memory[0], (memory[1], channels), like), counter_at(counter)
+    method = numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
-    steps = min(counter[()] + 1, memory.shape[0]) if kind == SMA and not own else 0
-    old_weight = old if kind == EMA and not own and counter[()] > 0 else 0.0
-    rule = (eps, share, centered, steps, old_weight)
-    rest = (weight, relu, used, centers, sums, on, rule, memory, wanted)
+    numbers = _arguments(method, memory, settings, pace, eps)
+    centers = used[max(method[CENTER], 0)]  # of the groups' own variances
+    rest = (weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted)
     if not in_rows(x, last):
         fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, *rest))
     else:
@@ -520,16 +514,9 @@ def backward(
             first += sums[0, g, c]
             second += sums[1, g, c]
         db[c], dw[c] = first, second
-    if update and kind != BATCH:
-        values = x.size // channels
-        psi = np.empty(channels)
+    if update and method[RULE] != 0:
+        values, psi = x.size // channels, np.empty(channels)
         for c in range(channels):
-            psi[c] = weight[c] * sums[1, 0, c] / values
-        if kind == SMA:
-            keep(memory, psi)
-        else:
-            weight_of_old = old if counter[()] > 0 else 0.0
-            for c in range(channels):
-                if fits(psi[c], memory):
-                    memory[0, c] = psi[c] + weight_of_old * (memory[0, c] - psi[c])
-        counter[()] += 1
+            d = given(used, method[D], 0, c, 0.0)
+            psi[c] = weight[c] * (sums[1, 0, c] - d * sums[0, 0, c]) / values
+        move_average(method, memory, weight, numbers, np.empty(RESULTS), psi)

@@ -14,7 +14,7 @@ from anybatch.backends.native_memory import address_of
 from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.threads import is_small, parts
-from anybatch.backends.protocol import NormCall, Statistics, iter_norm_batches
+from anybatch.backends.protocol import MethodSpec, NormCall, Statistics, iter_norm_batches
 
 Array = Any
 
@@ -53,33 +53,27 @@ class SavedBatch(NamedTuple):
     """Statistics of one normalization batch as arrays, see `Statistics`.
 
     Attributes:
-        used: Rows of mean and variance, ``(2, G, K)``, or of r and d as well, ``(4, G, K)``.
-        centers: Centres ``(G, K)`` of the groups' own variances, where they are not the means.
-        share: Part of the groups' own statistics in those used.
-        own: Whether the backward statistics are the batch's own.
-        centered: Whether there is a mean.
+        used: Rows of mean and variance, and of what a rule gives, ``(rows, G, K)``.
+        spec: The method of a rule; None for another.
+        share: Part of the groups' own statistics in those used, without a rule.
+        own: Whether the backward statistics are the batch's own, without a rule.
         ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
             with a value.
     """
 
     used: Array
-    centers: Array | None = None
+    spec: MethodSpec | None = None
     share: float = 1.0
     own: bool = True
-    centered: bool = True
     ends: Array | None = None
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, one row per group."""
-        tables = torch.from_numpy(self.used).to(like.dtype)
-        mean, var, r, d = (*tables, None, None)[:4]
-        center = None if self.centers is None else torch.from_numpy(self.centers).to(like.dtype)
-        row = [mean if self.centered else None, var, r, d if self.centered else None, center]
-        if var.shape[0] == 1:
-            row = [None if table is None else table[0] for table in row]
-        mean, var, r, d, center = row
-        assert var is not None
-        return Statistics(mean, var, r, d, center, self.share, torch.tensor(self.own))
+        table = torch.from_numpy(self.used).to(like.dtype)
+        table = table[:, 0] if table.shape[1] == 1 else table
+        if self.spec is not None:
+            return self.spec.statistics(table)
+        return Statistics(table[0], table[1], share=self.share, own=torch.tensor(self.own))
 
 
 Forward = Callable[[NormCall, ForwardData, int, tuple[Any, ...]], SavedBatch]

@@ -2,30 +2,91 @@
 """The rules of the methods, a column of statistics at a time, and what they remember.
 
 ``own`` ``(2, G, C)`` holds the mean and variance of each group of examples and channel; ``used``
-``(2 or 4, G, K)`` mean and variance to normalize by and, where there are four rows, r and d. A
-column is a channel, or a group of ``C / K`` channels. While columns are decided on, side by side in
-threads, state is only read; it moves afterwards.
+``(rows, G, K)`` mean and variance to normalize by, and what else a rule gives. A column is a
+channel, or a group of ``C / K`` channels. While columns are decided on, side by side in threads,
+state is only read; it moves afterwards.
+
+A `method` is described by `anybatch.backends.numba.bound_rules.described`. Its `memory` is
+addresses: the running statistics, rows, windows, counters, and between these the windows' lengths.
 """
 
 import math
 
 import numpy as np
 
-from anybatch.backends.kinds import MOMENTUM, RENORM, WINDOW
+from anybatch.backends.numba.arrays import array_at, counter_at
+from anybatch.backends.numba.bound_rules import (
+    CENTER,
+    CENTERED,
+    COMPLETE,
+    HAS_COUNTERS,
+    HAS_ROWS,
+    HAS_WINDOWS,
+    OWN,
+    RULE,
+    SHARE,
+    TAKES,
+    WEIGHTS,
+    WINDOW_TAKES,
+    D,
+    R,
+    run_rule,
+)
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.rule import (
+    BATCH_MEAN,
+    BATCH_VAR,
+    COUNTER,
+    FULL,
+    ROW,
+    ROWS,
+    USED_MEAN,
+    WINDOW,
+    WINDOWS,
+)
 
-# --- forward ----------------------------------------------------------------
+IN_WINDOWS = 2 + ROWS  # places in a memory
+IN_LENGTHS = IN_WINDOWS + WINDOWS
+IN_COUNTERS = IN_LENGTHS + WINDOWS
+
+# --- a rule -----------------------------------------------------------------
 
 
 @inlined
-def choose(rule, old_mean, old_var, window, own, used, g, k, width):
+def row_at(address, k, like):
+    """A number of a row of state."""
+    return np.float64(array_at(address, k + 1, like)[k])
+
+
+@inlined
+def read_state(method, memory, like, values, k, channels):
+    """Write what a rule reads of the state of a column beside its first two arguments."""
+    for i in range(method[HAS_ROWS]):
+        values[ROW + i] = row_at(memory[2 + i], k, like)
+    for i in range(method[HAS_WINDOWS]):
+        length = memory[IN_LENGTHS + i]
+        window = array_at(memory[IN_WINDOWS + i], (length, channels), like)
+        total = values[0] if method[WINDOW_TAKES + i] == BATCH_MEAN else values[1]
+        for step in range(1, length):
+            total += window[step, k]
+        values[WINDOW + i] = total / min(values[COUNTER], length)
+        # The oldest place is empty where a step was not finite: no average yet.
+        values[FULL + i] = 1.0 if length < 2 or window[1, k] != 0 else 0.0
+
+
+@inlined
+def count_steps(method, memory, values):
+    """Write the number of this step beside a rule's arguments, as each counter has it."""
+    for i in range(method[HAS_COUNTERS]):
+        values[COUNTER + i] = counter_at(memory[IN_COUNTERS + i])[()] + 1
+
+
+@inlined
+def choose(method, memory, like, values, found, own, used, g, k, width):
     """Decide how a column, of so many channels, is normalized.
 
-    `rule` is (kind, eps, first, second), with two numbers of the method: RENORM's limits of r and
-    d, MOMENTUM's weight of the old averages, WINDOW's length (0 for none) and limit of r (0 for
-    none). Rows and window are the method's memory.
+    `values` holds the rule's arguments, those of the layer already; `found` takes its results.
     """
-    kind, eps, first, second = rule
     mean, var = own[0, g, k], own[1, g, k]
     if width > 1:
         mean = var = 0.0
@@ -34,34 +95,36 @@ def choose(rule, old_mean, old_var, window, own, used, g, k, width):
         for c in range(k * width, (k + 1) * width):
             apart = own[0, g, c] - mean
             var += (own[1, g, c] + apart * apart) / width
-    r, d = 1.0, 0.0
-    if kind == RENORM:
-        sigma = math.sqrt(old_var[k] + eps)
-        r = min(max(math.sqrt(var + eps) / sigma, 1 / first), first)
-        d = min(max((mean - old_mean[k]) / sigma, -second), second)
-    elif kind == MOMENTUM and first > 0:  # momentum-bn eq. 8
-        mean += first * (old_mean[k] - mean)
-        var += first * (old_var[k] - var)
-    elif kind == WINDOW:
-        # The oldest place is empty where a step was not finite: no average yet.
-        if first > 0 and (window.shape[0] < 2 or window[1, k] != 0):
-            for step in range(1, window.shape[0]):
-                var += window[step, k]
-            var /= first
-        if second > 0:  # moving-average-bn eq. 19
-            r = min(max(math.sqrt((var + eps) / (old_var[k] + eps)), 1 / second), second)
     used[0, g, k], used[1, g, k] = mean, var
-    if used.shape[0] > 2:
-        used[2, g, k], used[3, g, k] = r, d
+    if method[RULE] == 0:
+        return
+    values[0], values[1] = mean, var
+    values[2], values[3] = row_at(memory[0], k, like), row_at(memory[1], k, like)
+    read_state(method, memory, like, values, k, own.shape[2])
+    run_rule(method[RULE], values, found)
+    used[0, g, k], used[1, g, k] = found[0], found[1]
+    if method[R] > 0:
+        used[method[R], g, k] = found[2]
+    if method[D] > 0:
+        used[method[D], g, k] = found[3]
+    if method[SHARE] > 0:
+        used[method[CENTER], g, k], used[method[SHARE], g, k] = mean, found[4]
+    if method[OWN] > 0:
+        used[method[OWN], g, k] = found[5]
 
 
 @inlined
-def factors(used, g, k, c, weight, bias, eps):
+def given(used, row, g, k, otherwise):
+    """What a rule gave for a column in a row of the table; below 0 for nothing."""
+    return used[row, g, k] if row > 0 else otherwise
+
+
+@inlined
+def factors(method, used, g, k, c, weight, bias, eps):
     """Mean, scale and shift of a channel of a column."""
     scale, shift = np.float64(weight[c]), np.float64(bias[c])
-    if used.shape[0] > 2:
-        shift += scale * used[3, g, k]
-        scale *= used[2, g, k]
+    shift += scale * given(used, method[D], g, k, 0.0)
+    scale *= given(used, method[R], g, k, 1.0)
     return used[0, g, k], scale / math.sqrt(used[1, g, k] + eps), shift
 
 
@@ -69,17 +132,16 @@ def factors(used, g, k, c, weight, bias, eps):
 
 
 @inlined
-def flow(rule, memory, sums, used, centers, weight, on, g, k, width, count):
+def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k, width, count):
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
-    factors of dy and x, and the constant. `memory` holds averages of Psi; `rule` is (eps, share,
-    whether centred, steps in the memory or 0, weight of its old average).
+    factors of dy and x, and the constant.
     """
-    eps, share, centered, steps, old = rule
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
-    r, d = (used[2, g, k], used[3, g, k]) if used.shape[0] > 2 else (1.0, 0.0)
-    apart = centers[g, k] - used[0, g, k]
+    r, d = given(used, method[R], g, k, 1.0), given(used, method[D], g, k, 0.0)
+    share = given(used, method[SHARE], g, k, 1.0)
+    apart = given(used, method[CENTER], g, k, used[0, g, k]) - used[0, g, k]
     mean_g = psi = 0.0
     for c in range(k * width, (k + 1) * width):
         sum_dy = sums[0, g, c]
@@ -90,15 +152,86 @@ def flow(rule, memory, sums, used, centers, weight, on, g, k, width, count):
         on[0, g, c] = weight[c] * r * inverse
     mean_g /= count
     psi /= count
-    if steps > 0:  # moving-average-bn eq. 13
-        for step in range(1, memory.shape[0]):
-            psi += memory[step, k]
-        psi /= steps
-    elif old > 0:
-        psi += old * (memory[0, k] - psi)
+    if method[RULE] != 0 and given(used, method[OWN], g, k, 0.0) == 0:
+        psi = averaged(method, memory, like, values, found, psi, k, weight.shape[0])
+    centered = method[CENTERED] != 0
     for c in range(k * width, (k + 1) * width):
         on[1, g, c] = -share * psi * inverse * inverse
         on[2, g, c] = -share * mean_g * inverse if centered else 0.0
+
+
+@inlined
+def averaged(method, memory, like, values, found, psi, k, channels):
+    """What the backward rule makes of mean(g z) of a column."""
+    values[1] = psi
+    read_state(method, memory, like, values, k, channels)
+    run_rule(method[RULE], values, found)
+    return found[0]
+
+
+# --- how a method's state moves ---------------------------------------------
+
+
+@inlined
+def move_state(method, memory, like, values, own, used):
+    """Take in a step, where its variance is finite: one group, a column a channel."""
+    channels, complete = own.shape[2], True
+    for i in range(method[HAS_ROWS]):
+        take, weight = method[TAKES + i], method[WEIGHTS + i]
+        table = own if take <= BATCH_VAR else used
+        source = 0 if take in (BATCH_MEAN, USED_MEAN) else 1
+        row = array_at(memory[2 + i], channels, like)
+        speed = 1.0 if weight < 0 or values[COUNTER] == 1 else values[weight]
+        for c in range(channels):
+            if fits(table[1, 0, c], row):
+                if speed == 1:
+                    row[c] = table[source, 0, c]
+                else:
+                    row[c] += speed * (table[source, 0, c] - row[c])
+            else:
+                complete = False
+    for i in range(method[HAS_WINDOWS]):
+        window = array_at(memory[IN_WINDOWS + i], (memory[IN_LENGTHS + i], channels), like)
+        take = method[WINDOW_TAKES + i]
+        table = own if take <= BATCH_VAR else used
+        source = 0 if take in (BATCH_MEAN, USED_MEAN) else 1
+        push(window, table[source, 0], table[1, 0])
+    count_whole(method, memory, complete)
+
+
+@inlined
+def count_whole(method, memory, complete):
+    """Count a step, where a counter counts it."""
+    for i in range(method[HAS_COUNTERS]):
+        if complete or method[COMPLETE + i] == 0:
+            counter_at(memory[IN_COUNTERS + i])[()] += 1
+
+
+@inlined
+def move_average(method, memory, like, values, found, psi):
+    """Take in mean(g z) of a step, where it is finite."""
+    channels = psi.shape[0]
+    for i in range(method[HAS_ROWS]):
+        row = array_at(memory[2 + i], channels, like)
+        for c in range(channels):
+            if fits(psi[c], row):
+                row[c] = averaged(method, memory, like, values, found, psi[c], c, channels)
+    for i in range(method[HAS_WINDOWS]):
+        window = array_at(memory[IN_WINDOWS + i], (memory[IN_LENGTHS + i], channels), like)
+        push(window, psi, psi)
+    count_whole(method, memory, True)
+
+
+@inlined
+def push(window, new, gate):
+    """Push a step into a window where its gate is finite."""
+    for k in range(window.shape[0] - 1):
+        for c in range(new.shape[0]):
+            if fits(gate[c], window):
+                window[k, c] = window[k + 1, c]
+    for c in range(new.shape[0]):
+        if fits(gate[c], window):
+            window[window.shape[0] - 1, c] = new[c]
 
 
 # --- what is remembered -----------------------------------------------------
@@ -171,10 +304,4 @@ def slide(window, new, sums):
 @inlined
 def keep(window, new):
     """Push a step into a window where it is finite."""
-    for k in range(window.shape[0] - 1):
-        for c in range(new.shape[0]):
-            if fits(new[c], window):
-                window[k, c] = window[k + 1, c]
-    for c in range(new.shape[0]):
-        if fits(new[c], window):
-            window[window.shape[0] - 1, c] = new[c]
+    push(window, new, new)

@@ -21,7 +21,7 @@ from anybatch.backends.numba.norm_batches import (
 from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
-from anybatch.backends.protocol import CrossIterationSpec, NormCall
+from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall
 
 
 def obstacle(call: NormCall, x: Tensor) -> str | None:
@@ -41,13 +41,16 @@ def prepare(call: NormCall, x: Tensor) -> Work:
     return work_for(call, x, _window_batch if windowed else _plain_batch, _backward_batch)
 
 
+_BATCH_NORM = rule_steps.batches_of(MethodSpec())
+
+
 def _plain_batch(
     call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
 ) -> SavedBatch:
     """Batch normalization, which counts the step."""
     if call.update:
         call.spec.memory["step"].add_(1)
-    return rule_steps.forward_batch(call, data, groups, state[:3])
+    return _BATCH_NORM[0](call, data, groups, state[:3])
 
 
 def _window_batch(
@@ -173,7 +176,7 @@ def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracke
     """The backward of one normalization batch, in one compiled call."""
     spec = call.spec
     if kept.own or kept.share == 0 or spec.backward_window is None:
-        rule_steps.backward_batch(call, data, kept, tracked)
+        _BATCH_NORM[1](call, data, kept, tracked)
         return
     like, dy, x, dx, shape, _, _, weight, dw, db, *_ = data
     cross_iteration.windowed_backward(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import choice
-from anybatch.backends.kinds import MOMENTUM, RENORM, WINDOW
 from anybatch.backends.layout import PLAIN_TYPES, dense, is_channels_last
 from anybatch.backends.native_memory import check_device_memory
 from anybatch.backends.protocol import NormCall, Rows, Statistics
@@ -53,9 +52,7 @@ class TritonBackend:
         relu: bool,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
         kernels, block_counter = call.work
-        spec = call.spec
-        memory = (spec.mean, spec.var, spec.window, spec.counter, spec.psi, spec.psi_counter)
-        check_device_memory(x.device, weight, bias, *state, *memory)
+        check_device_memory(x.device, weight, bias, *state, *call.spec.tensors())
         y, used = kernels.forward(x, weight, bias, state, call, block_counter)
         return y, (), (used, state[2])
 
@@ -77,16 +74,8 @@ class TritonBackend:
         return dx_or_none, dw if needs[1] else None, db if needs[2] else None, None
 
     def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
-        used, kind = context[0], call.spec.kind
-        table = used if used.shape[1] > 1 else used[:, 0]
-        mean, var = table[0], table[1]
-        if kind == RENORM:
-            return [Statistics(mean, var, table[2], table[3])]
-        if kind == MOMENTUM:
-            return [Statistics(mean, var, center=table[2], share=table[3])]
-        if kind == WINDOW:
-            return [Statistics(None, var, table[2], own=table[3, ..., :1] > 0)]
-        return [Statistics(mean, var)]
+        used = context[0]
+        return [call.spec.statistics(used if used.shape[1] > 1 else used[:, 0])]
 
 
 def memory_obstacle(x: Tensor, rows: Rows) -> str | None:

@@ -9,24 +9,31 @@ scale; `on` ``(4, groups, C)`` centre, factors of dy and x, and constant; `parti
 import triton
 import triton.language as tl
 
-from anybatch.backends import kinds
 from anybatch.backends.triton import constants as sources
-from anybatch.backends.triton.forward import get, put
-from anybatch.backends.triton.rules import arrive, earlier, finite, flow, number, push
+from anybatch.backends.triton.rules import (
+    arrive,
+    average,
+    finite,
+    number,
+    on_input,
+    products,
+    push,
+    read_counter,
+    read_row,
+    read_window,
+)
 from anybatch.backends.triton.tiles import (
+    get,
     group_rows,
     part_channels,
     part_rows,
     places,
+    pool,
+    put,
     row_sums,
     sides,
 )
 
-_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
-_MOMENTUM: tl.constexpr = tl.constexpr(kinds.MOMENTUM)
-_BATCH: tl.constexpr = tl.constexpr(kinds.BATCH)
-_SMA: tl.constexpr = tl.constexpr(kinds.SMA)
-_EMA: tl.constexpr = tl.constexpr(kinds.EMA)
 _TILE: tl.constexpr = tl.constexpr(sources.TILE)
 _PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
 
@@ -39,8 +46,9 @@ def backward_columns(
     weight,
     used,
     slopes,
-    psi,
-    psi_counter,
+    row0,
+    window0,
+    counter0,
     tracked,
     arrivals,
     inner,
@@ -52,13 +60,19 @@ def backward_columns(
     group,
     all_groups,
     parts,
-    psi_rows,
+    length0,
     eps,
     eps_rest,
     pace,
     pace_rest,
-    KIND: tl.constexpr,
-    AVERAGES: tl.constexpr,
+    option0,
+    option0_rest,
+    option1,
+    option1_rest,
+    CENTERED: tl.constexpr,
+    USES: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    MOVES: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     UPDATE: tl.constexpr,
     WANTED: tl.constexpr,
@@ -91,32 +105,35 @@ def backward_columns(
     k = c // WIDTH
     mean = get(used, 0, group + g, all_groups, k, columns, inside)
     var = get(used, 1, group + g, all_groups, k, columns, inside)
-    third = mean
-    fourth = mean
+    AT_D: tl.constexpr = 2 + (USES & 1)
+    AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
+    AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
+    r = mean
+    d = mean
+    share = mean
+    own_alone = mean
     center = mean
-    if KIND != _PLAIN:
-        third = get(used, 2, group + g, all_groups, k, columns, inside)
-        fourth = get(used, 3, group + g, all_groups, k, columns, inside)
-    if KIND == _MOMENTUM:
-        center = third
+    if USES & 1:
+        r = get(used, 2, group + g, all_groups, k, columns, inside)
+    if USES & 2:
+        d = get(used, AT_D, group + g, all_groups, k, columns, inside)
+    if USES & 4:
+        center = get(used, AT_CENTER, group + g, all_groups, k, columns, inside)
+        share = get(used, AT_CENTER + 1, group + g, all_groups, k, columns, inside)
+    if USES & 8:
+        own_alone = get(used, AT_OWN, group + g, all_groups, k, columns, inside)
     w = tl.load(weight + c, mask=inside, other=0.0)
-    table = mean
-    sums = mean
-    old_psi = mean
-    steps = tl.zeros((1,), ACC)
-    old = tl.zeros((1,), ACC)
-    count = tl.zeros((1,), tl.int64)
-    if AVERAGES != _BATCH:
-        count += tl.load(psi_counter)
-    if AVERAGES == _SMA:
-        table, sums, _ = earlier(psi, c, inside, channels, psi_rows, BLOCK_W)
-        steps += tl.minimum(count + 1, psi_rows)
-    elif AVERAGES == _EMA:
-        old_psi = tl.load(psi + c, mask=inside, other=0.0)
-        newest = number(pace, pace_rest, ACC)
-        if CUMULATIVE:
-            newest = 1 / (old + tl.maximum(tl.load(tracked), 1))
-        old = tl.where(count > 0, 1 - newest, 0.0)
+    ROWS: tl.constexpr = MOVES & 7
+    WINDOWS: tl.constexpr = (MOVES >> 15) & 3
+    COUNTERS: tl.constexpr = (MOVES >> 23) & 3
+    old0 = read_row(row0, c, inside, ROWS > 0, ACC)
+    table0, sum0, full0 = read_window(
+        window0, c, inside, channels, length0, WINDOWS > 0, BLOCK_W, ACC
+    )
+    now0 = read_counter(counter0, COUNTERS > 0)
+    newest = number(pace, pace_rest, ACC)
+    if CUMULATIVE:
+        newest = 1 / (newest * 0 + tl.maximum(tl.load(tracked), 1))
 
     if SOURCE == _TILE:
         valid = (row < rows) & inside[None, :]
@@ -149,28 +166,50 @@ def backward_columns(
             BLOCK_C,
             ACC,
         )
-    slope, own_psi, on_dy, on_x, constant = flow(
-        sum_dy,
-        sum_dyx,
-        lane,
-        w,
-        mean,
-        var,
-        third,
-        fourth,
-        rows.to(ACC) * WIDTH,
-        number(eps, eps_rest, ACC),
-        sums,
-        steps,
-        old_psi,
-        old,
-        KIND,
-        AVERAGES,
-        WIDTH,
-        SPAN,
+    eps_ = number(eps, eps_rest, ACC)
+    dw, slope, product, inverse = products(sum_dy, sum_dyx, w, mean, var, r, d, center, eps_, USES)
+    values = rows.to(ACC) * WIDTH
+    psi = pool(product, lane, WIDTH, SPAN) / values
+    used_psi = psi
+    if AVERAGED:
+        if WINDOWS > 0:
+            sum0 = (psi + sum0) / tl.minimum(now0, length0)
+        zero = tl.zeros((1,), ACC)
+        averaged = average(
+            psi,
+            psi,
+            psi,
+            psi,
+            old0,
+            old0,
+            old0,
+            old0,
+            sum0,
+            sum0,
+            full0,
+            full0,
+            now0,
+            now0,
+            zero,
+            zero,
+            number(option0, option0_rest, ACC),
+            number(option1, option1_rest, ACC),
+            zero,
+            zero,
+            zero,
+            zero,
+            eps_,
+            newest,
+        )
+        used_psi = averaged
+        if USES & 8:
+            used_psi = tl.where(own_alone > 0, psi, averaged)
+    on_dy = slope * inverse
+    on_x, constant = on_input(
+        sum_dy, slope, used_psi, share, inverse, lane, values, USES, CENTERED, WIDTH, SPAN
     )
     put(slopes, 0, group + g, all_groups, c, channels, sum_dy, inside)
-    put(slopes, 1, group + g, all_groups, c, channels, slope, inside)
+    put(slopes, 1, group + g, all_groups, c, channels, dw, inside)
     if SOURCE == _PARTS:
         put(dx, 0, g, groups, c, channels, center, inside)
         put(dx, 1, g, groups, c, channels, on_dy, inside)
@@ -190,15 +229,16 @@ def backward_columns(
                 away = value.to(ACC) - center[None, :]
                 out = on_dy[None, :] * above.to(ACC) + (on_x[None, :] * away + constant[None, :])
                 tl.store(dx + at, out.to(dx.dtype.element_ty), mask=valid)
-    if UPDATE and AVERAGES != _BATCH:
+    if UPDATE and AVERAGED:
         tl.debug_barrier()  # all threads have read what changes now
-        kept = inside & finite(own_psi)
-        if AVERAGES == _SMA:
-            push(psi, table, own_psi, c, kept, channels, psi_rows, BLOCK_W)
-        else:
-            tl.store(psi + c, own_psi + old * (old_psi - own_psi), mask=kept)
-        last, _ = arrive(arrivals, tl.program_id(0) * 0)
-        tl.store(psi_counter, tl.sum(count, 0) + 1, mask=last)
+        kept = inside & finite(psi)
+        if ROWS > 0:
+            tl.store(row0 + c, averaged, mask=kept)
+        if WINDOWS > 0:
+            push(window0, table0, psi, c, kept, channels, length0, BLOCK_W)
+        if COUNTERS > 0:
+            last, _ = arrive(arrivals, tl.program_id(0) * 0)
+            tl.store(counter0, tl.sum(now0, 0), mask=last)
 
 
 @triton.jit(do_not_specialize=sources.LOOSE)
@@ -217,7 +257,7 @@ def backward_parts(
     all_groups,
     tiles,
     parts,
-    KIND: tl.constexpr,
+    AT_CENTER: tl.constexpr,
     LAST: tl.constexpr,
     LONG: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -232,8 +272,7 @@ def backward_parts(
     g, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
-    where = 2 if KIND == _MOMENTUM else 0
-    center = get(used, where, group + g, all_groups, c // WIDTH, channels // WIDTH, inside)
+    center = get(used, AT_CENTER, group + g, all_groups, c // WIDTH, channels // WIDTH, inside)
     total, product = row_sums(
         dy,
         x,

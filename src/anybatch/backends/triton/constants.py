@@ -15,10 +15,8 @@ LOOSE = [
     "tiles",
     "held",
     "parts",
-    "window_rows",
-    "psi_rows",
-    "warmup",
-    "renorm_warmup",
+    "length0",
+    "length1",
     "weighing",
     "total",
 ]

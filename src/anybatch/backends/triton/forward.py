@@ -13,78 +13,38 @@ groups' own; `on` ``(3, groups, C)`` mean, scale and shift; `partial` ``(2, grou
 import triton
 import triton.language as tl
 
-from anybatch.backends import kinds
 from anybatch.backends.triton import constants as sources
-from anybatch.backends.triton.rules import arrive, choose, factors, number, recall, remember, track
+from anybatch.backends.triton.rules import (
+    arrive,
+    choose,
+    factors,
+    finite,
+    move_row,
+    number,
+    push,
+    read_counter,
+    read_number,
+    read_row,
+    read_window,
+    taken,
+    track,
+)
 from anybatch.backends.triton.tiles import (
-    combine,
+    get,
     group_rows,
     part_channels,
+    part_moments,
     part_rows,
     places,
-    pool,
+    pooled,
+    put,
     row_moments,
     sides,
     tile_moments,
 )
 
-_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
-_WINDOW: tl.constexpr = tl.constexpr(kinds.WINDOW)
 _TILE: tl.constexpr = tl.constexpr(sources.TILE)
 _PARTS: tl.constexpr = tl.constexpr(sources.PARTS)
-
-
-@triton.jit
-def pooled(mean, var, lane, WIDTH: tl.constexpr, SPAN: tl.constexpr):
-    """Mean and variance of the columns that channels belong to."""
-    if WIDTH > 1:
-        middle = pool(mean, lane, WIDTH, SPAN) / WIDTH
-        var = pool(var + (mean - middle) * (mean - middle), lane, WIDTH, SPAN) / WIDTH
-        mean = middle
-    return mean, var
-
-
-@triton.jit
-def put(table, row, group, all_groups, k, columns, value, mask):
-    """Write into a table ``(rows, all_groups, columns)``."""
-    tl.store(table + (row * all_groups + group) * columns + k, value, mask=mask)
-
-
-@triton.jit
-def get(table, row, group, all_groups, k, columns, mask):
-    """Read from a table ``(rows, all_groups, columns)``, 0 where there is nothing."""
-    return tl.load(table + (row * all_groups + group) * columns + k, mask=mask, other=0.0)
-
-
-@triton.jit
-def part_moments(
-    partial,
-    g,
-    groups,
-    parts,
-    held,
-    rows,
-    c,
-    inside,
-    channels,
-    CENTERED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Mean and squared deviations of a group from those of its parts."""
-    part = tl.arange(0, BLOCK_M)[:, None]
-    number = tl.minimum(rows - part.to(tl.int64) * held, held)
-    number = tl.where(part < parts, tl.maximum(number, 0), 0)
-    there = (number > 0) & inside[None, :]
-    at = partial + (g * parts + part) * channels + c[None, :]
-    square = tl.load(at + groups * parts * channels, mask=there, other=0.0)
-    if CENTERED:
-        mean = tl.load(at, mask=there, other=0.0)
-        mean, square = combine(number.to(ACC), mean, square, rows.to(ACC))
-    else:
-        square = tl.sum(square, 0)
-        mean = tl.zeros_like(square)
-    return mean, square
 
 
 @triton.jit(do_not_specialize=sources.LOOSE)
@@ -98,11 +58,16 @@ def forward_columns(
     running_mean,
     running_var,
     tracked,
-    old_mean,
-    old_var,
-    window,
-    counter,
-    keep,
+    row0,
+    row1,
+    row2,
+    row3,
+    window0,
+    window1,
+    counter0,
+    counter1,
+    number0,
+    number1,
     arrivals,
     inner,
     outer,
@@ -114,19 +79,28 @@ def forward_columns(
     all_groups,
     held,
     parts,
-    window_rows,
-    warmup,
-    renorm_warmup,
+    length0,
+    length1,
     eps,
     eps_rest,
     pace,
     pace_rest,
-    first,
-    first_rest,
-    second,
-    second_rest,
-    KIND: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    option0,
+    option0_rest,
+    option1,
+    option1_rest,
+    option2,
+    option2_rest,
+    option3,
+    option3_rest,
+    option4,
+    option4_rest,
+    option5,
+    option5_rest,
+    RULED: tl.constexpr,
+    CENTERED: tl.constexpr,
+    USES: tl.constexpr,
+    MOVES: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     UPDATE: tl.constexpr,
     LAST: tl.constexpr,
@@ -145,6 +119,10 @@ def forward_columns(
     each: then `x` is the table of them and `y` takes mean, scale and shift.
     """
     ACC: tl.constexpr = weight.dtype.element_ty
+    ROWS: tl.constexpr = MOVES & 7
+    WINDOWS: tl.constexpr = (MOVES >> 15) & 3
+    COUNTERS: tl.constexpr = (MOVES >> 23) & 3
+    NUMBERS: tl.constexpr = (MOVES >> 27) & 3
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
     block = tl.program_id(0) // groups
     g = tl.program_id(0) % groups
@@ -155,32 +133,32 @@ def forward_columns(
     row = tl.arange(0, BLOCK_M)[:, None]
     eps_ = number(eps, eps_rest, ACC)
 
-    old_m, old_v, table, sums, filled, now, share = recall(
-        c,
-        inside,
-        channels,
-        running_mean,
-        running_var,
-        old_mean,
-        old_var,
-        window,
-        counter,
-        keep,
-        window_rows,
-        KIND,
-        BLOCK_W,
-        ACC,
+    old_mean = read_row(running_mean, c, inside, RULED, ACC)
+    old_var = read_row(running_var, c, inside, RULED, ACC)
+    old0 = read_row(row0, c, inside, ROWS > 0, ACC)
+    old1 = read_row(row1, c, inside, ROWS > 1, ACC)
+    old2 = read_row(row2, c, inside, ROWS > 2, ACC)
+    old3 = read_row(row3, c, inside, ROWS > 3, ACC)
+    table0, sum0, full0 = read_window(
+        window0, c, inside, channels, length0, WINDOWS > 0, BLOCK_W, ACC
     )
+    table1, sum1, full1 = read_window(
+        window1, c, inside, channels, length1, WINDOWS > 1, BLOCK_W, ACC
+    )
+    now0 = read_counter(counter0, COUNTERS > 0)
+    now1 = read_counter(counter1, COUNTERS > 1)
+    first = read_number(number0, NUMBERS > 0, ACC)
+    second = read_number(number1, NUMBERS > 1, ACC)
     w = tl.load(weight + c, mask=inside, other=0.0)
     b = tl.load(bias + c, mask=inside, other=0.0)
     if SOURCE == _TILE:
         valid = (row < rows) & inside[None, :]
         at = places(begin + row, c[None, :], channels, length, LAST)
         value = tl.load(x + at, mask=valid, other=0.0).to(ACC)
-        mean, square = tile_moments(value, valid, rows.to(ACC), KIND != _WINDOW)
+        mean, square = tile_moments(value, valid, rows.to(ACC), CENTERED)
     elif SOURCE == _PARTS:
         mean, square = part_moments(
-            x, g, groups, parts, held, rows, c, inside, channels, KIND != _WINDOW, BLOCK_M, ACC
+            x, g, groups, parts, held, rows, c, inside, channels, CENTERED, BLOCK_M, ACC
         )
     else:
         tiles = (rows + BLOCK_M - 1) // BLOCK_M
@@ -194,7 +172,7 @@ def forward_columns(
             channels,
             length,
             LAST,
-            KIND != _WINDOW,
+            CENTERED,
             BLOCK_M,
             BLOCK_C,
             ACC,
@@ -204,31 +182,44 @@ def forward_columns(
         put(own, 0, group + g, all_groups, c, channels, mean, inside)
         put(own, 1, group + g, all_groups, c, channels, var, inside)
     middle, spread = pooled(mean, var, lane, WIDTH, SPAN)
-    middle, spread, third, fourth = choose(
+    if WINDOWS > 0:
+        new0, _ = taken(mean, var, mean, var, (MOVES >> 17) & 7)
+        sum0 = (new0 + sum0) / tl.minimum(now0, length0)
+    if WINDOWS > 1:
+        new1, _ = taken(mean, var, mean, var, (MOVES >> 20) & 7)
+        sum1 = (new1 + sum1) / tl.minimum(now0, length1)
+    used_mean, used_var, r, d, share, own_alone, weight0, weight1, weight2, weight3 = choose(
         middle,
         spread,
-        old_m,
-        old_v,
-        sums,
-        filled,
-        now,
-        share,
+        old_mean,
+        old_var,
+        old0,
+        old1,
+        old2,
+        old3,
+        sum0,
+        sum1,
+        full0,
+        full1,
+        now0,
+        now1,
+        first,
+        second,
+        number(option0, option0_rest, ACC),
+        number(option1, option1_rest, ACC),
+        number(option2, option2_rest, ACC),
+        number(option3, option3_rest, ACC),
+        number(option4, option4_rest, ACC),
+        number(option5, option5_rest, ACC),
         eps_,
-        number(first, first_rest, ACC),
-        number(second, second_rest, ACC),
-        window_rows,
-        warmup,
-        renorm_warmup,
-        KIND,
-        SMOOTH,
-        BLOCK_W,
+        number(pace, pace_rest, ACC),
     )
-    scale, shift = factors(middle, spread, third, fourth, w, b, eps_, KIND)
+    scale, shift = factors(used_mean, used_var, r, d, w, b, eps_, USES)
     if SOURCE == _TILE:
-        out = (value - middle[None, :]) * scale[None, :] + shift[None, :]
+        out = (value - used_mean[None, :]) * scale[None, :] + shift[None, :]
         tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
     elif SOURCE == _PARTS:
-        put(y, 0, g, groups, c, channels, middle, inside)
+        put(y, 0, g, groups, c, channels, used_mean, inside)
         put(y, 1, g, groups, c, channels, scale, inside)
         put(y, 2, g, groups, c, channels, shift, inside)
     else:
@@ -237,41 +228,70 @@ def forward_columns(
             valid = (m < begin + rows) & inside[None, :]
             at = places(m, c[None, :], channels, length, LAST)
             value = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
-            out = (value - middle[None, :]) * scale[None, :] + shift[None, :]
+            out = (value - used_mean[None, :]) * scale[None, :] + shift[None, :]
             tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
     columns = channels // WIDTH
     heads = inside & (lane % WIDTH == 0)
-    put(used, 0, group + g, all_groups, c // WIDTH, columns, middle, heads)
-    put(used, 1, group + g, all_groups, c // WIDTH, columns, spread, heads)
-    if KIND != _PLAIN:
-        put(used, 2, group + g, all_groups, c // WIDTH, columns, third, heads)
-        put(used, 3, group + g, all_groups, c // WIDTH, columns, fourth, heads)
+    k = c // WIDTH
+    put(used, 0, group + g, all_groups, k, columns, used_mean, heads)
+    put(used, 1, group + g, all_groups, k, columns, used_var, heads)
+    zero = tl.zeros_like(spread)
+    AT_D: tl.constexpr = 2 + (USES & 1)
+    AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
+    AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
+    if USES & 1:
+        put(used, 2, group + g, all_groups, k, columns, zero + r, heads)
+    if USES & 2:
+        put(used, AT_D, group + g, all_groups, k, columns, zero + d, heads)
+    if USES & 4:
+        put(used, AT_CENTER, group + g, all_groups, k, columns, middle, heads)
+        put(used, AT_CENTER + 1, group + g, all_groups, k, columns, zero + share, heads)
+    if USES & 8:
+        put(used, AT_OWN, group + g, all_groups, k, columns, zero + own_alone, heads)
     if UPDATE:
-        remember(
-            c,
-            inside,
-            channels,
-            mean,
-            var,
-            rows,
-            middle,
-            spread,
-            table,
-            now,
-            number(pace, pace_rest, ACC),
-            running_mean,
-            running_var,
-            tracked,
-            old_mean,
-            old_var,
-            window,
-            counter,
-            arrivals,
-            window_rows,
-            KIND,
-            CUMULATIVE,
-            BLOCK_W,
-        )
+        tl.debug_barrier()  # all threads have read what changes now
+        batches = tl.load(tracked) + 1
+        newest = number(pace, pace_rest, ACC)
+        if CUMULATIVE:
+            newest = 1 / (newest * 0 + batches)
+        if (MOVES >> 29) & 1:
+            track(c, inside, used_mean, used_var, newest, running_mean, running_var, CENTERED)
+        else:
+            bessel = tl.full((1,), 1.0, ACC) * rows / tl.maximum(rows - 1, 1)
+            track(c, inside, mean, var * bessel, newest, running_mean, running_var, True)
+        whole = zero == 0
+        if ROWS > 0:
+            take0: tl.constexpr = (MOVES >> 3) & 7
+            new, gate = taken(mean, var, used_mean, used_var, take0)
+            whole = move_row(row0, old0, weight0, now0, c, inside, whole, new, gate)
+        if ROWS > 1:
+            take1: tl.constexpr = (MOVES >> 6) & 7
+            new, gate = taken(mean, var, used_mean, used_var, take1)
+            whole = move_row(row1, old1, weight1, now0, c, inside, whole, new, gate)
+        if ROWS > 2:
+            take2: tl.constexpr = (MOVES >> 9) & 7
+            new, gate = taken(mean, var, used_mean, used_var, take2)
+            whole = move_row(row2, old2, weight2, now0, c, inside, whole, new, gate)
+        if ROWS > 3:
+            take3: tl.constexpr = (MOVES >> 12) & 7
+            new, gate = taken(mean, var, used_mean, used_var, take3)
+            whole = move_row(row3, old3, weight3, now0, c, inside, whole, new, gate)
+        if WINDOWS > 0:
+            new, gate = taken(mean, var, used_mean, used_var, (MOVES >> 17) & 7)
+            push(window0, table0, new, c, inside & finite(gate), channels, length0, BLOCK_W)
+        if WINDOWS > 1:
+            new, gate = taken(mean, var, used_mean, used_var, (MOVES >> 20) & 7)
+            push(window1, table1, new, c, inside & finite(gate), channels, length1, BLOCK_W)
+        if COUNTERS > 0 or CUMULATIVE:
+            last, bad = arrive(arrivals, tl.sum((inside & (whole == 0)).to(tl.int32), 0))
+            missed = (bad > 0).to(tl.int64)
+            if COUNTERS > 0:
+                tl.store(counter0, tl.sum(now0, 0) - missed * ((MOVES >> 25) & 1), mask=last)
+            if COUNTERS > 1:
+                tl.store(counter1, tl.sum(now1, 0) - missed * ((MOVES >> 26) & 1), mask=last)
+        else:
+            last = tl.program_id(0) == 0
+        tl.store(tracked, batches, mask=last)
 
 
 @triton.jit(do_not_specialize=sources.LOOSE)
@@ -286,7 +306,7 @@ def forward_parts(
     groups,
     tiles,
     parts,
-    KIND: tl.constexpr,
+    CENTERED: tl.constexpr,
     ACC: tl.constexpr,
     LAST: tl.constexpr,
     LONG: tl.constexpr,
@@ -310,7 +330,7 @@ def forward_parts(
         channels,
         length,
         LAST,
-        KIND != _WINDOW,
+        CENTERED,
         BLOCK_M,
         BLOCK_C,
         ACC,

@@ -7,16 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends.kinds import EMA, PLAIN, SMA
 from anybatch.backends.protocol import MethodSpec
-from anybatch.backends.triton.backward import backward_columns, backward_parts, backward_write
+from anybatch.backends.rule import (
+    BACKWARD_OPTIONS,
+    COUNTERS,
+    NUMBERS,
+    OPTIONS,
+    ROWS,
+    WINDOWS,
+)
+from anybatch.backends.triton.backward import backward_parts, backward_write
 from anybatch.backends.triton.constants import PARTS, TILE, TILES
 from anybatch.backends.triton.forward import (
-    forward_columns,
     forward_parts,
     forward_track,
     forward_write,
 )
+from anybatch.backends.triton.method_kernels import kernels_for, padded
 
 # Chosen by reckoning for an H200: 132 processors of 2,048 threads, 4.8 TB/s, 50 MB of cache.
 _SECTOR = 32  # bytes that memory gives at a time: channels of a program, channels last
@@ -121,18 +128,24 @@ def forward(
         update: Whether state may change.
     """
     plan, groups = plan_for(layout, processors(x.device)), len(layout.sizes)
-    kind, blank, columns = spec.kind, weight, plan.source != PARTS
-    numbers = halves((eps, pace, *spec.numbers))
+    columns, method, kept = plan.source != PARTS, kernels_for(spec), spec.kept
     source, target, partial = x, y, x
     if not columns:
         partial = weight.new_empty(2, groups * plan.parts, layout.channels)
         source, target = partial, weight.new_empty(3, groups, layout.channels)
         _over_parts(
-            forward_parts, plan, layout, (x, partial), start, KIND=kind, ACC=_type_of(weight)
+            forward_parts,
+            plan,
+            layout,
+            (x, partial),
+            start,
+            CENTERED=spec.centered,
+            ACC=_type_of(weight),
         )
-    alone = groups == 1 and not (kind == PLAIN and layout.sizes[0] * layout.length == 1)
-    window = spec.window
-    forward_columns[(plan.programs * groups,)](
+    ruled = spec.method.forward.rule is not None
+    alone = groups == 1 and (ruled or layout.sizes[0] * layout.length > 1)
+    lengths = [len(window) for window in kept.windows]
+    method.forward[(plan.programs * groups,)](
         source,
         target,
         weight,
@@ -140,11 +153,10 @@ def forward(
         used,
         own,
         *running,
-        blank if spec.mean is None else spec.mean,
-        blank if spec.var is None else spec.var,
-        blank if window is None else window,
-        blank if spec.counter is None else spec.counter,
-        blank if spec.keep is None else spec.keep,
+        *padded(kept.rows, ROWS, weight),
+        *padded(kept.windows, WINDOWS, weight),
+        *padded(kept.counters, COUNTERS, arrivals),
+        *padded(kept.numbers, NUMBERS, weight),
         arrivals,
         *plan.sides,
         start,
@@ -154,13 +166,15 @@ def forward(
         used.shape[1],
         plan.tiles * plan.part_block[0],
         plan.parts,
-        *spec.steps,
-        *numbers,
-        KIND=kind,
-        SMOOTH=spec.smooth,
+        *padded(tuple(lengths), WINDOWS, 1),
+        *halves((eps, pace, *padded(kept.options, OPTIONS, 0.0))),
+        RULED=ruled,
+        CENTERED=spec.centered,
+        USES=method.uses,
+        MOVES=method.moves,
         CUMULATIVE=pace < 0,
         UPDATE=update and alone,
-        BLOCK_W=0 if window is None else power(window.shape[0]),
+        BLOCK_W=power(max(lengths)) if lengths else 0,
         **_shape(plan, layout),
     )
     if not columns:
@@ -253,20 +267,21 @@ def backward(
             (dy, x, used, source),
             start,
             (group, used.shape[1]),
-            KIND=spec.kind,
+            AT_CENTER=max(spec.method.forward.row("center"), 0),
             WIDTH=layout.width,
         )
-    psi = spec.psi
-    length = psi.shape[0] if psi is not None and spec.averages == SMA else 1
-    backward_columns[(plan.programs * groups,)](
+    method, kept = kernels_for(spec), spec.averages
+    length = len(kept.windows[0]) if kept.windows else 1
+    method.backward[(plan.programs * groups,)](
         above,
         source,
         target,
         weight,
         used,
         slopes,
-        weight if psi is None else psi,
-        tracked if spec.psi_counter is None else spec.psi_counter,
+        *padded(kept.rows, 1, weight),
+        *padded(kept.windows, 1, weight),
+        *padded(kept.counters, 1, tracked),
         tracked,
         arrivals,
         *plan.sides,
@@ -277,10 +292,12 @@ def backward(
         used.shape[1],
         plan.parts,
         length,
-        *halves((eps, pace)),
-        KIND=spec.kind,
-        AVERAGES=spec.averages,
-        CUMULATIVE=spec.averages == EMA and pace < 0,
+        *halves((eps, pace, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),
+        CENTERED=spec.centered,
+        USES=method.uses,
+        AVERAGED=spec.method.backward.rule is not None,
+        MOVES=method.averages,
+        CUMULATIVE=pace < 0 and spec.method.backward.rule is not None,
         UPDATE=update,
         WANTED=wanted,
         BLOCK_W=power(length),

@@ -4,21 +4,41 @@
 Programs run side by side and in any order. Each owns the memory of its channels: it reads all of it
 first, and writes after a barrier. A counter is read by every program, so the last one to arrive
 writes it: `arrivals` is a number on the device that is zero between launches.
+
+What state takes in is told by one number, MOVES, see `moves_of`.
 """
 
 import triton
 import triton.language as tl
 
-from anybatch.backends import kinds
+from anybatch.backends import rule as places
 from anybatch.backends.triton.tiles import pool
 
-_PLAIN: tl.constexpr = tl.constexpr(kinds.PLAIN)
-_RENORM: tl.constexpr = tl.constexpr(kinds.RENORM)
-_MOMENTUM: tl.constexpr = tl.constexpr(kinds.MOMENTUM)
-_WINDOW: tl.constexpr = tl.constexpr(kinds.WINDOW)
-_SMA: tl.constexpr = tl.constexpr(kinds.SMA)
-_EMA: tl.constexpr = tl.constexpr(kinds.EMA)
 _BAD: tl.constexpr = tl.constexpr(2**32)  # what a channel that may not be kept adds to arrivals
+_BATCH_VAR: tl.constexpr = tl.constexpr(places.BATCH_VAR)
+_BATCH_MEAN: tl.constexpr = tl.constexpr(places.BATCH_MEAN)
+_USED_MEAN: tl.constexpr = tl.constexpr(places.USED_MEAN)
+
+
+def moves_of(part: places.Part, numbers: int, tracks_used: bool) -> int:
+    """What the state of a method takes in, as one number.
+
+    From the lowest bit on: rows (3 bits) and what each of four takes in (3 each), windows (2) and
+    what each of two takes in (3 each), counters (2) and which of two count complete steps alone (1
+    each), numbers (2), and whether running statistics take in what was used (1).
+    """
+    fields = [(len(part.rows), 3)]
+    takes = [take for take, _ in part.rows]
+    fields += [(take, 3) for take in (takes + [0] * places.ROWS)[: places.ROWS]]
+    fields += [(len(part.windows), 2)]
+    fields += [(take, 3) for take in (*part.windows, 0, 0)[: places.WINDOWS]]
+    fields += [(len(part.counters), 2)]
+    fields += [(int(one), 1) for one in (*part.counters, False, False)[: places.COUNTERS]]
+    fields += [(numbers, 2), (int(tracks_used), 1)]
+    moves = at = 0
+    for value, bits in fields:
+        moves, at = moves | value << at, at + bits
+    return moves
 
 
 @triton.jit
@@ -69,107 +89,100 @@ def arrive(arrivals, bad):
 
 
 @triton.jit
-def recall(
-    c,
-    inside,
-    channels,
-    running_mean,
-    running_var,
-    old_mean,
-    old_var,
-    window,
-    counter,
-    keep,
-    window_rows,
-    KIND: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """What a rule reads: two rows, the window, the step, and the weight of old averages."""
-    mean = (c * 0).to(ACC)
-    var = mean
-    table = mean
-    sums = mean
-    filled = inside
-    now = tl.zeros((1,), tl.int64)
-    weight = tl.zeros((1,), ACC)
-    if KIND == _RENORM:
-        mean = tl.load(running_mean + c, mask=inside, other=0.0)
-        var = tl.load(running_var + c, mask=inside, other=1.0)
-    elif KIND == _MOMENTUM:
-        mean = tl.load(old_mean + c, mask=inside, other=0.0)
-        var = tl.load(old_var + c, mask=inside, other=0.0)
-        weight += tl.where(tl.load(counter) > 0, tl.load(keep), 0.0)
-    elif KIND == _WINDOW:
-        var = tl.load(running_var + c, mask=inside, other=1.0)
-        if BLOCK_W > 0:
-            table, sums, filled = earlier(window, c, inside, channels, window_rows, BLOCK_W)
-    if KIND != _PLAIN:
-        now += tl.load(counter) + 1
-    return mean, var, table, sums, filled, now, weight
-
-
-@triton.jit
 def choose(
-    mean,
-    var,
-    old_mean,
-    old_var,
-    sums,
-    filled,
-    now,
-    weight,
-    eps,
-    first,
-    second,
-    window_rows,
-    warmup,
-    renorm_warmup,
-    KIND: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Decide how a column is normalized: mean, variance, and the two rows of a method."""
-    third = tl.zeros_like(mean)
-    fourth = third
-    if KIND == _RENORM:
-        if SMOOTH:
-            opened = tl.minimum(now.to(mean.dtype) / warmup, 1.0)
-        else:
-            opened = (now > warmup).to(mean.dtype)
-        max_r = 1 + opened * (first - 1)
-        max_d = opened * second
-        sigma = tl.sqrt(old_var + eps)
-        third = tl.minimum(tl.maximum(tl.sqrt(var + eps) / sigma, 1 / max_r), max_r)
-        fourth = tl.minimum(tl.maximum((mean - old_mean) / sigma, -max_d), max_d)
-    elif KIND == _MOMENTUM:  # momentum-bn eq. 8
-        third = mean
-        fourth += 1 - weight
-        mean += weight * (old_mean - mean)
-        var += weight * (old_var - var)
-    elif KIND == _WINDOW:
-        warming = now < tl.maximum(window_rows + 1, warmup)
-        if BLOCK_W > 0:  # without its oldest step a window is no average yet
-            var = tl.where(warming | (filled == 0), var, (var + sums) / window_rows)
-        limited = (now > tl.maximum(renorm_warmup, warmup)) & (first > 0)
-        ratio = tl.sqrt((var + eps) / (old_var + eps))  # moving-average-bn eq. 19
-        most = tl.maximum(first, 1.0)
-        ratio = tl.minimum(tl.maximum(ratio, 1 / most), most)
-        third = tl.where(limited, ratio, 1.0)
-        fourth += warming.to(mean.dtype)
-    return mean, var, third, fourth
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, v16, v17, v18, v19, v20,
+    v21, v22, v23,
+):  # fmt: skip
+    """The batch's own statistics, where a method has no rule of its own."""
+    return v0, v1, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0
 
 
 @triton.jit
-def factors(mean, var, third, fourth, weight, bias, eps, KIND: tl.constexpr):
+def average(
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, v16, v17, v18, v19, v20,
+    v21, v22, v23,
+):  # fmt: skip
+    """The batch's own backward statistics, where a method does not average them."""
+    return v1
+
+
+@triton.jit
+def read_row(row, c, inside, READ: tl.constexpr, ACC: tl.constexpr):
+    """A row of state; zeros if it is not to be read."""
+    value = (c * 0).to(ACC)
+    if READ:
+        value = tl.load(row + c, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def read_window(
+    window, c, inside, channels, rows, READ: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr
+):
+    """A window's rows, the sum of those that stay, and whether the oldest is filled."""
+    table = (c * 0).to(ACC)
+    total = table
+    full = inside
+    if READ:
+        table, total, full = earlier(window, c, inside, channels, rows, BLOCK_W)
+    return table, total, full
+
+
+@triton.jit
+def read_counter(counter, READ: tl.constexpr):
+    """The number of this step; 0 if it is not to be read."""
+    now = tl.zeros((1,), tl.int64)
+    if READ:
+        now += tl.load(counter) + 1
+    return now
+
+
+@triton.jit
+def read_number(place, READ: tl.constexpr, ACC: tl.constexpr):
+    """A number on the device; 0 if it is not to be read."""
+    value = tl.zeros((1,), ACC)
+    if READ:
+        value += tl.load(place)
+    return value
+
+
+@triton.jit
+def taken(mean, var, used_mean, used_var, TAKE: tl.constexpr):
+    """What state takes in, and the variance that must be finite for it."""
+    if TAKE <= _BATCH_VAR:
+        gate = var
+        if TAKE == _BATCH_MEAN:
+            value = mean
+        else:
+            value = var
+    else:
+        gate = used_var
+        if TAKE == _USED_MEAN:
+            value = used_mean
+        else:
+            value = used_var
+    return value, gate
+
+
+@triton.jit
+def move_row(row, old, weight, now, c, inside, whole, value, gate):
+    """Let a row take in a value where its gate is finite; where all rows did."""
+    fits = finite(gate)
+    speed = tl.where(now == 1, 1.0, weight)
+    value = tl.where(speed == 1, value, old + speed * (value - old))
+    tl.store(row + c, value, mask=inside & fits)
+    return whole & fits
+
+
+@triton.jit
+def factors(mean, var, r, d, weight, bias, eps, USES: tl.constexpr):
     """Scale and shift of ``(x - mean) * scale + shift``."""
     scale = weight / tl.sqrt(var + eps)
     shift = bias
-    if KIND == _RENORM:
-        scale *= third
-        shift += weight * fourth
-    elif KIND == _WINDOW:
-        scale *= third
+    if USES & 1:
+        scale *= r
+    if USES & 2:
+        shift += weight * d
     return scale, shift
 
 
@@ -184,107 +197,46 @@ def track(c, inside, mean, var, pace, running_mean, running_var, MEAN: tl.conste
         tl.store(running_mean + c, old + pace * (mean - old), mask=kept)
 
 
-@triton.jit
-def remember(
-    c,
-    inside,
-    channels,
-    mean,
-    var,
-    rows,
-    used_mean,
-    used_var,
-    table,
-    now,
-    pace,
-    running_mean,
-    running_var,
-    tracked,
-    old_mean,
-    old_var,
-    window,
-    counter,
-    arrivals,
-    window_rows,
-    KIND: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Keep a batch's statistics: its own mean and variance, of so many rows, and those used."""
-    tl.debug_barrier()  # all threads have read what changes now
-    batches = tl.load(tracked) + 1
-    if CUMULATIVE:
-        pace = 1 / (pace * 0 + batches)
-    whole = tl.zeros_like(mean) == 0
-    if KIND == _WINDOW:
-        track(c, inside, used_mean, used_var, pace, running_mean, running_var, False)
-        if BLOCK_W > 0:
-            kept = inside & finite(var)
-            push(window, table, var, c, kept, channels, window_rows, BLOCK_W)
-    else:
-        bessel = tl.full((1,), 1.0, mean.dtype) * rows / tl.maximum(rows - 1, 1)
-        track(c, inside, mean, var * bessel, pace, running_mean, running_var, True)
-        if KIND == _MOMENTUM:
-            whole = finite(used_var)
-            tl.store(old_mean + c, used_mean, mask=inside & whole)
-            tl.store(old_var + c, used_var, mask=inside & whole)
-    if KIND != _PLAIN or CUMULATIVE:
-        last, bad = arrive(arrivals, tl.sum((inside & (whole == 0)).to(tl.int32), 0))
-        if KIND != _PLAIN:
-            tl.store(counter, tl.sum(now, 0) - (bad > 0).to(tl.int64), mask=last)
-    else:
-        last = tl.program_id(0) == 0
-    tl.store(tracked, batches, mask=last)
-
-
 # --- backward ---------------------------------------------------------------
 
 
 @triton.jit
-def flow(
-    sum_dy,
-    sum_dyx,
-    lane,
-    weight,
-    mean,
-    var,
-    third,
-    fourth,
-    count,
-    eps,
-    sums,
-    steps,
-    old_psi,
-    old,
-    KIND: tl.constexpr,
-    AVERAGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """From the two sums: the scale's gradient, Psi of the batch, and the factors of dx."""
+def products(sum_dy, sum_dyx, weight, mean, var, r, d, center, eps, USES: tl.constexpr):
+    """From the two sums: the scale's gradient, the factor of dy, mean(g z) of a channel times n."""
     inverse = 1 / tl.sqrt(var + eps)
-    if KIND == _MOMENTUM:  # sums are about the batch's own mean
-        sum_dyx += (third - mean) * sum_dy
+    if USES & 4:  # sums are about the batch's own mean
+        sum_dyx += (center - mean) * sum_dy
     product = sum_dyx * inverse
     slope = weight
     dw = product
-    if KIND == _RENORM:
-        dw = third * product + fourth * sum_dy
-        slope = weight * third
-    elif KIND == _WINDOW:
-        dw = third * product
-        slope = weight * third
-    psi = pool(slope * product, lane, WIDTH, SPAN) / count
-    used = psi
-    if AVERAGES == _SMA:  # moving-average-bn eq. 13
-        used = tl.where(fourth > 0, psi, (psi + sums) / steps)
-    elif AVERAGES == _EMA:
-        used = tl.where(fourth > 0, psi, psi + old * (old_psi - psi))
-    share = tl.full((1,), 1.0, psi.dtype)
-    if KIND == _MOMENTUM:
-        share = fourth
-    on_x = -share * used * inverse * inverse
+    if USES & 1:
+        dw = r * product
+        slope = weight * r
+    if USES & 2:
+        dw = dw + d * sum_dy
+    return dw, slope, slope * product, inverse
+
+
+@triton.jit
+def on_input(
+    sum_dy,
+    slope,
+    psi,
+    share,
+    inverse,
+    lane,
+    count,
+    USES: tl.constexpr,
+    CENTERED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """The factor of x and the constant of dx."""
+    part = tl.full((1,), 1.0, psi.dtype)
+    if USES & 4:
+        part = share
+    on_x = -part * psi * inverse * inverse
     constant = tl.zeros_like(on_x)
-    if KIND != _WINDOW:
-        constant = -share * inverse * pool(slope * sum_dy, lane, WIDTH, SPAN) / count
-    return dw, psi, slope * inverse, on_x, constant
+    if CENTERED:
+        constant = -part * inverse * pool(slope * sum_dy, lane, WIDTH, SPAN) / count
+    return on_x, constant

@@ -192,3 +192,56 @@ def pool(value, lane, WIDTH: tl.constexpr, SPAN: tl.constexpr):
             same = (lane[:, None] // WIDTH) == (lane[None, :] // WIDTH)
             value = tl.sum(tl.where(same, value[None, :], 0.0), 1)
     return value
+
+
+@triton.jit
+def pooled(mean, var, lane, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    """Mean and variance of the columns that channels belong to."""
+    if WIDTH > 1:
+        middle = pool(mean, lane, WIDTH, SPAN) / WIDTH
+        var = pool(var + (mean - middle) * (mean - middle), lane, WIDTH, SPAN) / WIDTH
+        mean = middle
+    return mean, var
+
+
+@triton.jit
+def put(table, row, group, all_groups, k, columns, value, mask):
+    """Write into a table ``(rows, all_groups, columns)``."""
+    tl.store(table + (row * all_groups + group) * columns + k, value, mask=mask)
+
+
+@triton.jit
+def get(table, row, group, all_groups, k, columns, mask):
+    """Read from a table ``(rows, all_groups, columns)``, 0 where there is nothing."""
+    return tl.load(table + (row * all_groups + group) * columns + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def part_moments(
+    partial,
+    g,
+    groups,
+    parts,
+    held,
+    rows,
+    c,
+    inside,
+    channels,
+    CENTERED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Mean and squared deviations of a group from those of its parts."""
+    part = tl.arange(0, BLOCK_M)[:, None]
+    number = tl.minimum(rows - part.to(tl.int64) * held, held)
+    number = tl.where(part < parts, tl.maximum(number, 0), 0)
+    there = (number > 0) & inside[None, :]
+    at = partial + (g * parts + part) * channels + c[None, :]
+    square = tl.load(at + groups * parts * channels, mask=there, other=0.0)
+    if CENTERED:
+        mean = tl.load(at, mask=there, other=0.0)
+        mean, square = combine(number.to(ACC), mean, square, rows.to(ACC))
+    else:
+        square = tl.sum(square, 0)
+        mean = tl.zeros_like(square)
+    return mean, square
