@@ -22,6 +22,7 @@ from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
 from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall
+from anybatch.backends.rule import Part, RuleSet
 
 
 def obstacle(call: NormCall, x: Tensor) -> str | None:
@@ -42,6 +43,8 @@ def prepare(call: NormCall, x: Tensor) -> Work:
 
 
 _BATCH_NORM = rule_steps.batches_of(MethodSpec())
+# The same backward pass with a weight of the batch's own statistics, a row of the table.
+_WEIGHTED_BACKWARD = rule_steps.batches_of(MethodSpec(RuleSet(Part(uses=("share",)))))[1]
 
 
 def _plain_batch(
@@ -69,7 +72,7 @@ def _window_batch(
     order = 0 if conv is None else 1
     values, count = examples * length, spec.gradient_sample
     whole = call.update and order > 0 and (count is None or count >= values)
-    own, used = cross_iteration.table(channels), np.empty((2, 1, channels))
+    own, used = cross_iteration.table(channels), np.empty((3, 1, channels))
     share = cross_iteration.cross_iteration_norm(
         *(like, x, y, shape, weight, bias),
         own,
@@ -92,6 +95,7 @@ def _window_batch(
         cross_iteration.record(own, values, order, fed, rings, counters, spec.burn_in_steps)
     if spec.backward_window is not None and share > 0:
         share = 1.0
+    used[2] = share
     return SavedBatch(used, share=share, own=False)
 
 
@@ -175,13 +179,16 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
 def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Any) -> None:
     """The backward of one normalization batch, in one compiled call."""
     spec = call.spec
-    if kept.own or kept.share == 0 or spec.backward_window is None:
+    if kept.own:
         _BATCH_NORM[1](call, data, kept, tracked)
+        return
+    if kept.share == 0 or spec.backward_window is None:
+        _WEIGHTED_BACKWARD(call, data, kept, tracked)
         return
     like, dy, x, dx, shape, _, _, weight, dw, db, *_ = data
     cross_iteration.windowed_backward(
         *(like, dy, x, dx, shape, weight, dw, db),
-        *kept.used[:, 0],
+        *kept.used[:2, 0],
         call.eps,
         call.update,
         spec.backward_window.numpy(),
