@@ -78,7 +78,7 @@ class PaperRun(Run):
         """Key of the run's objective."""
         if self.data == "coco":
             return "detection with masks" if self.finds_masks else "detection"
-        return "segmentation" if self.data == "camvid" else "classification"
+        return "segmentation" if self.data == "camvid" else super().task
 
     @property
     def detects(self) -> bool:

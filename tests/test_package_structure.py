@@ -22,6 +22,7 @@ PACKAGE = ROOT / "src" / "anybatch"
 
 # Each part may import itself and what stands before it; "" is the package's own `__init__`.
 ORDER = [
+    "version",
     "backends",
     "core",
     "layers",
@@ -30,8 +31,9 @@ ORDER = [
     "conversion",
     "schedule",
     "evaluation",
-    "",
     "tools",
+    "comparison",
+    "",
     "integrations",
     "cli",
     "__main__",

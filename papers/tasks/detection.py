@@ -78,11 +78,12 @@ def flipped(
     return x, boxes, masks
 
 
-def loss(run: Run, model: nn.Module, x: Tensor, y: Targets) -> Tensor:
+def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Targets) -> Tensor:
     """A detector's loss.
 
     Args:
         run: The run.
+        data: Its data.
         model: The detector.
         x: Images.
         y: What is in them.

@@ -53,11 +53,12 @@ def augment(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, T
     return smooth, nearest[:, 0].to(y.dtype)
 
 
-def loss(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy over the pixels that are labelled; 0 where none is.
 
     Args:
         run: The run.
+        data: Its data.
         model: The network.
         x: Images.
         y: Classes of their pixels.

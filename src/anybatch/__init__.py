@@ -5,6 +5,7 @@ network, `to_batchnorm` undoes it for deployment.
 """
 
 from anybatch import theory
+from anybatch.comparison import compare
 from anybatch.conversion import (
     DecayPlan,
     DecayRow,
@@ -76,6 +77,7 @@ from anybatch.layers import (
 )
 from anybatch.registry import METHODS, Method, get_method
 from anybatch.schedule import NormScheduler
+from anybatch.version import __version__
 
 __all__ = [
     "METHODS",
@@ -130,8 +132,10 @@ __all__ = [
     "SampledBatchNorm2d",
     "SampledBatchNorm3d",
     "VirtualDataset",
+    "__version__",
     "accumulate",
     "average_running_stats",
+    "compare",
     "convert",
     "dataset_statistics",
     "decay_plan",
@@ -156,5 +160,3 @@ __all__ = [
     "tune_example_weight",
     "weight_centralization",
 ]
-
-__version__ = "0.1.0"

@@ -218,8 +218,8 @@ def test_images_have_a_panel_a_question_and_a_line_a_name() -> None:
     ("name", "words"),
     [
         ("resnet9", "did you mean 'resnet8'"),
-        ("nothing", "or module:factory"),
-        (":network", "or module:factory"),
+        ("nothing", "or module:function"),
+        (":network", "or module:function"),
         ("no_such_module:network", "'no_such_module' cannot be imported"),
         ("missing.py:network", "cannot be imported"),
         ("MINE:netwrk", "there is no 'netwrk' in it; did you mean 'network'"),

@@ -34,7 +34,7 @@ def show_version(
     if version:
         import torch
 
-        from anybatch import __version__
+        from anybatch.version import __version__
 
         print(f"anybatch {__version__}, torch {torch.__version__}")
         raise typer.Exit

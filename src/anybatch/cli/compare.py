@@ -17,6 +17,7 @@ from anybatch.cli.options import (
     Data,
     Device,
     Epochs,
+    LearningRate,
     Methods,
     Model,
     NormBatchSize,
@@ -55,6 +56,7 @@ def compare(
         int, typer.Option(help="Batch size of the batch norm that shows what can be reached.")
     ] = 32,
     epochs: Epochs = 12,
+    lr: LearningRate = 0.1,
     seeds: Annotated[
         str, typer.Option(help="How many, or which with commas, as in 3 or 0,1,2.")
     ] = "3",
@@ -80,6 +82,11 @@ def compare(
 
         anybatch compare --data cifar10 --root data/cifar10 --methods mabn,mbn --seeds 1
 
+    On a network and data of your own: functions in a Python file, of which the second returns
+    training and held-out datasets:
+
+        anybatch compare --model mine.py:network --data mine.py:data
+
     Stopped, it goes on where it was when started again with the same command.
     """
     import torch
@@ -94,7 +101,7 @@ def compare(
     start = time.perf_counter()
     given = read_settings(context, config)
     comparison = _comparison(given)
-    folder = output_folder(Path(given["output"] or f"runs/compare-{comparison.base.data}"))
+    folder = output_folder(Path(given["output"] or f"runs/compare-{comparison.base.data_name}"))
     loaded = load(comparison.base)  # wrong data are found before anything is trained
     for run in comparison.runs():
         steps_per_epoch(run, loaded)
@@ -124,6 +131,8 @@ def compare(
         print((folder / "results.json").read_text(encoding="utf-8"), end="")
         return
     console.print(report.comparison_table(outcome))
+    for line in filter(None, report.advice(outcome)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
 
 

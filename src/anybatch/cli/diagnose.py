@@ -71,6 +71,10 @@ def diagnose(
 
         anybatch diagnose --data imagefolder --root images --model resnet18
         --checkpoint weights.pt --batch-size 8
+
+    A network and data of your own, from functions in a Python file:
+
+        anybatch diagnose --model mine.py:network --data mine.py:data
     """
     from anybatch.tools import diagnose_run as diagnosis
     from anybatch.tools.files import output_folder
@@ -80,7 +84,7 @@ def diagnose(
     if epochs < 0:
         raise ValueError(f"epochs={epochs}: give a number from 0 on")
     run = build_method_run({**given, "epochs": max(epochs, 1)}, "diagnosed")
-    folder = output_folder(Path(given["output"] or f"runs/diagnose-{run.data}"))
+    folder = output_folder(Path(given["output"] or f"runs/diagnose-{run.data_name}"))
     limit_threads(run.device)
     weights = None if given["checkpoint"] is None else Path(given["checkpoint"])
     with progress_bars(given["as_json"]) as bars:
@@ -90,7 +94,7 @@ def diagnose(
     if given["as_json"]:
         print((folder / "diagnosis.json").read_text(encoding="utf-8"), end="")
         return
-    console.print(diagnosis.diagnosis_table(found, f"{run.data}, {run.model}, {run.label}"))
+    console.print(diagnosis.diagnosis_table(found, f"{run.data_name}, {run.model}, {run.label}"))
     for sentence in (*found.reading.sentences, *found.notes):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)

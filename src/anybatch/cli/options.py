@@ -71,14 +71,16 @@ def complete_option(incomplete: str) -> list[str]:
 Data = Annotated[
     str,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder, imagenet or npz.",
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz; or your own: "
+        "file.py:function, which returns (train, test).",
         autocompletion=complete_data,
     ),
 ]
 TunedData = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder, imagenet or npz. "
+        help="digits, cifar10, cifar100, imagefolder, imagenet or npz; or your own: "
+        "file.py:function, which returns (train, test). "
         "[dim]Default: the checkpoint's, or digits.[/]",
         autocompletion=complete_data,
     ),
@@ -88,7 +90,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="mlp, resnet8, resnet20, resnet56, resnet18, resnet34, resnet50, vgg11, vgg16, "
-        "torchvision:NAME or timm:NAME. "
+        "torchvision:NAME or timm:NAME; or your own: file.py:function. "
         "[dim]Default: mlp for digits, else resnet8.[/]",
         autocompletion=complete_model,
     ),
@@ -103,6 +105,9 @@ Accumulate = Annotated[
 Centralize = Annotated[
     bool,
     typer.Option("--centralize", help="Centralize weights before norms, whatever the method."),
+]
+LearningRate = Annotated[
+    float, typer.Option(help="Learning rate for 64 examples; it is scaled with the batch size.")
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the training set.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]

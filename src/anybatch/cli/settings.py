@@ -38,8 +38,10 @@ def build_run(given: dict[str, Any]) -> "Run":
 
     model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
     names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
-    more = ("device", "precision", "train_size")
+    more: tuple[str, ...] = ("device", "precision", "train_size")
     check_device(given["device"])
+    if "lr" in given:
+        more += ("lr",)
     return Run(model=model, **{name: given[name] for name in (*names, *more)})
 
 

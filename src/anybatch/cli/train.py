@@ -16,6 +16,7 @@ from anybatch.cli.options import (
     Data,
     Device,
     Epochs,
+    LearningRate,
     Model,
     NormBatchSize,
     Options,
@@ -50,6 +51,7 @@ def train(
     accumulate: Accumulate = 1,
     centralize: Centralize = False,
     epochs: Epochs = 12,
+    lr: LearningRate = 0.1,
     seed: Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")] = 0,
     device: Device = "cpu",
     precision: Precision = "float32",
@@ -71,7 +73,7 @@ def train(
 
     given = read_settings(context, config)
     run = build_method_run(given, "trained")
-    folder = output_folder(Path(given["output"] or f"runs/train-{run.data}"))
+    folder = output_folder(Path(given["output"] or f"runs/train-{run.data_name}"))
     limit_threads(run.device)
 
     def show(done: int, row: "Row") -> None:

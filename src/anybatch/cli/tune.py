@@ -87,7 +87,7 @@ def tune(
         if wrong:
             raise ValueError(f"option={wrong}: the network's method is {run.method!r}")
         run = run.but(options=options[run.method])
-    folder = output_folder(Path(given["output"] or f"runs/tune-{run.data}"))
+    folder = output_folder(Path(given["output"] or f"runs/tune-{run.data_name}"))
     shown = False if given["as_json"] else None
     weights = None if given["candidates"] is None else _parse_weights(str(given["candidates"]))
     outcome = tuning.tune(

@@ -53,7 +53,7 @@ def reading(
     if max_batches is not None:
         check_count("max_batches", max_batches)
     check_loader(loader)
-    with _bar(_length(loader, max_batches), progress, title) as advance:
+    with progress_bar(_length(loader, max_batches), progress, title) as advance:
         yield _batches(loader, device, max_batches, advance)
 
 
@@ -341,7 +341,18 @@ def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
 
 
 @contextmanager
-def _bar(total: int | None, progress: Shown, title: str) -> Iterator[Callable[[], None]]:
+def progress_bar(total: int | None, progress: Shown, title: str) -> Iterator[Callable[[], None]]:
+    """A context with a progress bar, or what a caller counts with.
+
+    Args:
+        total: How much there is to do; None if that is not known.
+        progress: Whether a bar is shown (None: where standard error is a terminal), or a function
+            called with how much is done and `total`.
+        title: Of the bar.
+
+    Yields:
+        What to call each time one more is done.
+    """
     if callable(progress):
         done, tell = count(1), progress
         yield lambda: tell(next(done), total)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.tools.data import Dataset, augment, noisy, shuffled
-from anybatch.tools.images import ImageFiles
+from anybatch.tools.images import ImageFiles, as_tensor
 from anybatch.tools.precision import forward
 from anybatch.tools.run import Run
 
@@ -18,16 +18,17 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
         x, y = data.train_x[index], data.train_y[index]
         if isinstance(x, ImageFiles):
             x = x.augmented(generator) if run.augments else x.centred()
-        elif run.augments and x.dim() == 4:
+        elif isinstance(x, Tensor) and run.augments and x.dim() == 4:
             x = augment(x, generator)
-        yield noisy(run, x, generator).to(run.device), y.to(run.device)
+        yield noisy(run, as_tensor(x), generator).to(run.device), y.to(run.device)
 
 
-def loss(run: Run, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of a network's scores.
 
     Args:
         run: The run.
+        data: Its data.
         model: The network.
         x: Examples.
         y: Their classes.

@@ -98,7 +98,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
         results: Results by key.
 
     Returns:
-        A line for the target, one for the baseline, then one per method.
+        A line for the target, one for the baseline, then one per method, the best first.
     """
     groups = comparison.groups()
     accuracies = {
@@ -107,7 +107,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     }
     means = {row: statistics.fmean(values) for row, values in accuracies.items()}
     lost = means["target"] - means["baseline"]
-    return [
+    lines = [
         Line(
             row,
             groups[row][0],
@@ -118,6 +118,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
         )
         for row, values in accuracies.items()
     ]
+    return lines[:2] + sorted(lines[2:], key=lambda line: -line.mean)
 
 
 def run_all(

@@ -2,9 +2,9 @@
 
 import csv
 import io
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from anybatch.registry import get_method
 from anybatch.tools import compare_figures as figures
@@ -12,7 +12,6 @@ from anybatch.tools.compare import Comparison, Line
 from anybatch.tools.figures import png
 from anybatch.tools.machine import machine
 from anybatch.tools.report_files import terminal_table, write_report
-from anybatch.tools.run import BASELINE
 from anybatch.tools.timing import StepTime
 from anybatch.tools.training import Row
 
@@ -23,8 +22,9 @@ SCHEMA = 1
 COLUMNS = ("method", "batch", "accuracy", "spread", "recovered", "step time")
 
 
-class FinishedComparison(NamedTuple):
-    """A finished comparison.
+@dataclass(frozen=True)
+class FinishedComparison:
+    """A finished comparison; printed, it is its table.
 
     Attributes:
         comparison: What was compared.
@@ -42,17 +42,64 @@ class FinishedComparison(NamedTuple):
     command: str
     seconds: float
 
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=80, color_system=None)
+        with console.capture() as captured:
+            console.print(comparison_table(self))
+            for line in advice(self):
+                console.print(line, markup=False, highlight=False)
+        return captured.get().rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return table, settings and runs as plain data."""
+        return as_data(self)
+
+    def report(self, folder: str | Path) -> Path:
+        """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``.
+
+        Args:
+            folder: Where; it is made if it is not there.
+
+        Returns:
+            The path of the page.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        return write(self, path)
+
 
 def row_name(line: Line) -> str:
-    """Return the name of a row of the table."""
+    """Return the name of a row of the table: a method's short name."""
     if line.row == "target":
-        return "BatchNorm (target)"
-    if line.row == "baseline":
-        return "BatchNorm (torch)" if line.run.method == BASELINE else "BatchNorm (baseline)"
-    names = {"bn": "BatchNorm (anybatch)", "gn": "GroupNorm", "ln": "LayerNorm"}
-    return (
-        names.get(line.row, get_method(line.row).class_name) if line.row != "in" else "InstanceNorm"
-    )
+        return "batch norm (target)"
+    return "batch norm" if line.row == "baseline" else line.row
+
+
+def advice(outcome: FinishedComparison) -> tuple[str, str]:
+    """What the comparison says to do: a sentence, and the call to make, if there is one."""
+    target, baseline, *others = outcome.lines
+    best = others[0]
+    size, seeds = baseline.run.statistics_size, len(outcome.comparison.seeds)
+    if seeds == 1:
+        return "One seed per method is no evidence: give three or more.", ""
+    if best.mean - baseline.mean <= max(best.spread, baseline.spread):
+        return (
+            f"No method is ahead of batch norm at {size} by more than the spread of the seeds: "
+            "keep it.",
+            "",
+        )
+    if target.mean - baseline.mean <= max(target.spread, baseline.spread):
+        sentence = f"Batch norm loses nothing at {size}, and {best.row} is ahead of it."
+    else:
+        sentence = f"Best at {size}: {best.row}."
+    method = get_method(best.row)
+    if method.scheduled:
+        sentence += " It also needs an anybatch.NormScheduler, stepped once an epoch."
+    sizes = (("batch_size", size),) if "batch_size" in method.options else ()
+    options = "".join(f", {name}={value!r}" for name, value in (*sizes, *best.run.options))
+    return sentence, f'model = anybatch.convert(model, "{best.row}"{options})'
 
 
 def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
@@ -76,7 +123,7 @@ def comparison_table(outcome: FinishedComparison) -> "Table":
     return terminal_table(
         COLUMNS,
         [cells(line, outcome.times) for line in outcome.lines],
-        title=f"{base.data}, {base.model}, {base.epochs} epochs",
+        title=f"{base.data_name}, {base.model}, {base.epochs} epochs",
         caption=f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1",
         styles=["dim" if line.row in ("target", "baseline") else None for line in outcome.lines],
     )
@@ -179,7 +226,6 @@ def write(outcome: FinishedComparison, folder: Path) -> Path:
     }
     if outcome.times:
         images["cost"] = png(figures.cost_bars(lines, outcome.times, names))
-    best = max((line for line in lines if line.row != "target"), key=lambda line: line.mean)
     by_row = {line.row: line for line in lines}
     return write_report(
         folder,
@@ -190,8 +236,7 @@ def write(outcome: FinishedComparison, folder: Path) -> Path:
         base=base,
         columns=COLUMNS,
         rows=[(line.row, cells(line, outcome.times)) for line in lines],
-        best=row_name(best),
-        best_accuracy=100 * best.mean,
+        advice=advice(outcome),
         target=100 * by_row["target"].mean,
         target_size=by_row["target"].run.statistics_size,
         baseline=100 * by_row["baseline"].mean,

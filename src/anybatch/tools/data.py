@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from anybatch.tools.examples import Examples
 from anybatch.tools.images import ImageFiles, files_by_class, read_image
 from anybatch.tools.run import Run
 
@@ -45,14 +46,16 @@ class Dataset:
         test_x: Held-out examples.
         test_y: Their targets.
         classes: Number of classes.
+        network: Builds the network; None: as the run says.
     """
 
     name: str
-    train_x: Tensor | ImageFiles
+    train_x: Tensor | ImageFiles | Examples
     train_y: Tensor
-    test_x: Tensor | ImageFiles
+    test_x: Tensor | ImageFiles | Examples
     test_y: Tensor
     classes: int
+    network: Callable[[], nn.Module] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,9 +63,9 @@ class Dataset:
         return tuple(self.train_x.shape[1:])
 
     def to(self, device: str) -> "Dataset":
-        """The data on a device; images in files stay where they are until they are read."""
+        """The data on a device; what is read when it is needed stays where it is until then."""
 
-        def moved(x: Tensor | ImageFiles) -> Tensor | ImageFiles:
+        def moved(x: Tensor | ImageFiles | Examples) -> Tensor | ImageFiles | Examples:
             return x.to(device) if isinstance(x, Tensor) else x
 
         return replace(
@@ -86,7 +89,7 @@ def load(run: Run) -> Dataset:
     Raises:
         ValueError: If files are missing, incomplete or of another form.
     """
-    data = LOADERS[run.data](run)
+    data = LOADERS["own" if run.has_own_data else run.data](run)
     if run.validation_size is not None:
         data = _validation(data, run.validation_size)
     for name, wanted in (("train", run.train_size), ("test", run.test_size)):

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anybatch.tools.examples import Examples
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -185,8 +187,10 @@ def standardized(x: Tensor) -> Tensor:
     return (x.float() / 255 - mean) / std
 
 
-def as_tensor(x: Tensor | ImageFiles) -> Tensor:
-    """Examples themselves: images in files are read, and their middle taken."""
+def as_tensor(x: Tensor | ImageFiles | Examples) -> Tensor:
+    """Examples themselves: what is not read yet is, of images in files their middle."""
+    if isinstance(x, Examples):
+        return x.batch()[0]
     return x.centred() if isinstance(x, ImageFiles) else x
 
 

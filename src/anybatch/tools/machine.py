@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-import anybatch
+from anybatch.version import __version__
 
 
 def machine() -> dict[str, Any]:
     """Return the machine and the versions that numbers are made with."""
     return {
-        "anybatch": anybatch.__version__,
+        "anybatch": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from anybatch.core.arguments import closest
 from anybatch.tools import networks
+from anybatch.tools.data import Dataset
+from anybatch.tools.run import is_own
 
 _CLASSES = 10
 _EXAMPLE = {"mlp": (64,)}  # what a network here takes where nothing is said
@@ -47,14 +49,12 @@ def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
         shape = example or example_shape(name)
         assert shape is not None
         return lambda: networks.build(name, _CLASSES, shape)
-    module_name, colon, attribute = name.rpartition(":")
-    if not (colon and module_name and attribute):
-        hint = closest(name, networks.MODELS)
+    make = find("model", name, networks.MODELS)
+    if isinstance(make, nn.Module):
         raise ValueError(
-            f"model={name!r}: {hint}give one of {', '.join(networks.MODELS)}, or "
-            "module:factory, as in torchvision.models:resnet18 or mine.py:network"
+            f"model={name!r}: it is {type(make).__name__}; give a function or class that makes "
+            "a torch.nn.Module without arguments, as each method needs a fresh one"
         )
-    make = _find(name, _module(name, module_name), attribute)
 
     def checked() -> nn.Module:
         try:
@@ -72,7 +72,63 @@ def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
     return checked
 
 
-def _module(name: str, module_name: str) -> Any:
+def build(name: str, data: Dataset) -> nn.Module:
+    """Build the network of a run.
+
+    Args:
+        name: As `Run.model` has it.
+        data: The data that it is built for.
+
+    Returns:
+        The network, freshly initialized.
+
+    Raises:
+        ValueError: If the network does not take such examples, or cannot be built.
+    """
+    if data.network is not None:
+        return data.network()
+    if is_own(name):
+        return factory(name)()
+    return networks.build(name, data.classes, data.shape)
+
+
+def find(argument: str, name: str, known: Sequence[str] = ()) -> Callable[[], Any]:
+    """Import a user's function or class.
+
+    Args:
+        argument: What it is given as, for errors.
+        name: ``module:function``: a module that can be imported from here, or the path of a Python
+            file, and a name in it.
+        known: Other names that the argument takes, for errors.
+
+    Raises:
+        ValueError: If there is no such module or function, or it cannot be called.
+    """
+    module_name, colon, attribute = name.rpartition(":")
+    if not (colon and module_name and attribute):
+        hint = closest(name, known)
+        others = f"one of {', '.join(known)}, or " if known else ""
+        raise ValueError(
+            f"{argument}={name!r}: {hint}give {others}module:function, as in "
+            "torchvision.models:resnet18 or mine.py:network"
+        )
+    found = _module(f"{argument}={name!r}", module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            hint = closest(part, dir(found)).rstrip()
+            hint = f"; {hint}" if hint else ""
+            raise ValueError(f"{argument}={name!r}: there is no {part!r} in it{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(
+            f"{argument}={name!r}: it is {type(found).__name__}; give a function or class that "
+            "is called without arguments"
+        )
+    make: Callable[[], Any] = found
+    return make
+
+
+def _module(given: str, module_name: str) -> Any:
     path = Path(module_name)
     try:
         if path.suffix == ".py":
@@ -83,9 +139,7 @@ def _module(name: str, module_name: str) -> Any:
         return importlib.import_module(module_name)
     except Exception as error:  # a module may raise anything as it is loaded
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"model={name!r}: {module_name!r} cannot be imported ({reason})"
-        ) from error
+        raise ValueError(f"{given}: {module_name!r} cannot be imported ({reason})") from error
 
 
 def _file(path: Path) -> Any:
@@ -99,20 +153,3 @@ def _file(path: Path) -> Any:
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
-
-
-def _find(name: str, module: Any, attribute: str) -> Callable[[], Any]:
-    found = module
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            hint = closest(part, dir(found)).rstrip()
-            hint = f"; {hint}" if hint else ""
-            raise ValueError(f"model={name!r}: there is no {part!r} in it{hint}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module) or not callable(found):
-        raise ValueError(
-            f"model={name!r}: it is {type(found).__name__}; give a function or class that makes "
-            "a torch.nn.Module without arguments, as each method needs a fresh one"
-        )
-    make: Callable[[], Any] = found
-    return make

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from anybatch.tools import classification
+from anybatch.tools import classification, own_data
 from anybatch.tools.data import Dataset
 from anybatch.tools.run import Run
 
 # Targets are a tensor, or anything else that `split(size)` cuts into parts.
 Batches = Callable[[Run, Dataset, int], Iterator[tuple[Tensor, Any]]]
-Loss = Callable[[Run, nn.Module, Tensor, Any], Tensor]
+Loss = Callable[[Run, Dataset, nn.Module, Tensor, Any], Tensor]
 Evaluate = Callable[[Run, nn.Module, Dataset], tuple[float | None, dict[str, float]]]
 Where = Callable[[str, nn.Module], bool]
 PrepareNorms = Callable[[Run, nn.Module], Where | None]
@@ -30,7 +30,8 @@ class Objective:
         batches: Makes the batches of an epoch from the run, its data and the epoch, from 1 on:
             examples and their targets, on the run's device. Order, noise and augmentation follow
             from seed and epoch alone.
-        loss: Computes the mean loss of a network on examples and their targets, with a gradient.
+        loss: Computes the mean loss of a network on examples of the data and their targets, with a
+            gradient.
         evaluate: Takes the run, its network, which is left in evaluation mode, and the data;
             returns the mean loss on the held-out examples, None if there is none, and the numbers.
         prepare_norms: Prepares a fresh network's norms for conversion; returns which norms the
@@ -75,5 +76,13 @@ OBJECTIVES = {
         batches=classification.batches,
         loss=classification.loss,
         evaluate=_evaluate,
+    ),
+    "own": Objective(
+        numbers=("accuracy",),
+        curve="accuracies",
+        units=("accuracy", "error"),
+        batches=own_data.batches,
+        loss=own_data.loss,
+        evaluate=own_data.evaluate,
     ),
 }

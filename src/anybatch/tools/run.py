@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from anybatch.registry import get_method
@@ -22,9 +23,11 @@ class Run:
     """One training run.
 
     Attributes:
-        data: Name of the data set, one of `DATA`.
+        data: Name of the data set, one of `DATA`, or a user's ``module:function`` or
+            ``file.py:function``, as `anybatch.tools.own_data.load_own` takes it.
         root: Folder or file of the data; None for data that need none.
-        model: Name of the network, one of `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``.
+        model: Name of the network, one of `MODELS`, or ``torchvision:NAME`` or ``timm:NAME``, or a
+            user's ``module:function`` or ``file.py:function``.
         method: Short name of the method; "torch" keeps the network's ``torch.nn.BatchNorm`` layers.
         batch_size: Examples in a step.
         accumulate: Micro-batches per step (gradient accumulation).
@@ -141,8 +144,16 @@ class Run:
         Raises:
             ValueError: If they do not.
         """
-        check_choice("data", self.data, DATA)
+        if not self.has_own_data:
+            check_choice("data", self.data, DATA)
         library, _, name = self.model.partition(":")
+        if self.has_own_data and not is_own(self.model):
+            raise ValueError(
+                f"model={self.model!r}: data={self.data!r} needs a network of yours, as in "
+                "mine.py:network"
+            )
+        if is_own(self.model):
+            return
         if not (name and library in LIBRARIES):
             check_choice("model", self.model, MODELS)
         elif library == "torchvision" and name.startswith(SEGMENTERS_OF_TORCHVISION):
@@ -190,13 +201,23 @@ class Run:
             for name, value in self.as_dict().items()
             if name not in without and not (name in added and getattr(self, name) == added[name])
         }
-        text = json.dumps(kept, sort_keys=True)
+        text = json.dumps(kept, sort_keys=True) + _contents(self.data) + _contents(self.model)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def task(self) -> str:
         """Key of the run's objective in `anybatch.tools.objective.OBJECTIVES`."""
-        return "classification"
+        return "own" if self.has_own_data else "classification"
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether the data are given by a user's function."""
+        return is_own(self.data)
+
+    @property
+    def data_name(self) -> str:
+        """A short name of the data, for folders and titles."""
+        return Path(self.data.rpartition(":")[0]).stem if self.has_own_data else self.data
 
     @property
     def converted(self) -> bool:
@@ -261,6 +282,19 @@ class Run:
     def but(self: _AnyRun, **changes: Any) -> _AnyRun:
         """Return the same run with other values."""
         return replace(self, **changes)
+
+
+def is_own(name: str) -> bool:
+    """Whether a name of data or of a network is a user's ``module:function``."""
+    return ":" in name and name.partition(":")[0] not in LIBRARIES
+
+
+def _contents(name: str) -> str:
+    """A hash of the file that a user's function is in; empty for a module."""
+    path = Path(name.rpartition(":")[0])
+    if not (is_own(name) and path.suffix == ".py" and path.is_file()):
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

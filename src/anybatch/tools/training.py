@@ -22,14 +22,16 @@ from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.layers import VirtualDataset, accumulate
 from anybatch.registry import get_method
 from anybatch.schedule import NormScheduler
-from anybatch.tools import networks
 from anybatch.tools.data import Dataset, load, steps_per_epoch
+from anybatch.tools.examples import Examples
 from anybatch.tools.files import write_json, write_whole
 from anybatch.tools.images import ImageFiles, read_ahead
+from anybatch.tools.network_factory import build
 from anybatch.tools.objective import objective
 from anybatch.tools.run import Run
 
 Row = dict[str, Any]
+_READ = 500  # examples at a time
 OnEpoch = Callable[[int, Row], None]
 
 
@@ -50,13 +52,14 @@ Observe = Callable[[Run, nn.Module, int], Observer]
 
 
 class Training(NamedTuple):
-    """The network, optimizer and schedules of a run."""
+    """The network, optimizer, schedules and loss of a run."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     learning_rate: torch.optim.lr_scheduler.LRScheduler
     progress: NormScheduler | None
     scaler: torch.amp.GradScaler
+    loss: Callable[[Tensor, Any], Tensor]
 
 
 def method_options(run: Run, steps: int) -> dict[str, Any]:
@@ -88,7 +91,9 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
 def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
     # Images in files or of bytes are standardized by what is known of such images.
-    if isinstance(data.train_x, ImageFiles) or data.train_x.dtype == torch.uint8:
+    if isinstance(data.train_x, Examples):
+        mean, std = dataset_statistics(data.train_x.split(_READ), progress=False)
+    elif isinstance(data.train_x, ImageFiles) or data.train_x.dtype == torch.uint8:
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
@@ -112,7 +117,7 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     """
     steps = steps_per_epoch(run, data)
     torch.manual_seed(run.seed)
-    model = networks.build(run.model, data.classes, data.shape)
+    model = build(run.model, data)
     if initial is not None:
         _load_initial(model, initial)
     progress = None
@@ -131,7 +136,8 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     optimizer = _optimizer(run, model, data)
     learning_rate = _learning_rate(run, optimizer, steps)
     scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
-    return Training(model, optimizer, learning_rate, progress, scaler)
+    loss = partial(objective(run).loss, run, data, model)
+    return Training(model, optimizer, learning_rate, progress, scaler, loss)
 
 
 def _load_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
@@ -191,10 +197,9 @@ def step(run: Run, training: Training, x: Tensor, y: Any) -> Tensor:
     """
     training.optimizer.zero_grad()
     losses = []
-    loss_of = objective(run).loss
     pairs = zip(x.split(run.micro_batch_size), y.split(run.micro_batch_size), strict=True)
     for some, targets in pairs:
-        loss = loss_of(run, training.model, some, targets) / run.accumulate
+        loss = training.loss(some, targets) / run.accumulate
         training.scaler.scale(loss).backward()
         losses.append(loss.detach())
     training.scaler.step(training.optimizer)
@@ -234,6 +239,8 @@ def train(
         return stored
     result.parent.mkdir(parents=True, exist_ok=True)
     data = load(run) if data is None else data
+    if not len(data.test_y):
+        raise ValueError(f"data={run.data!r}: there are no held-out examples; give some as well")
     training = prepare(run, data, initial)
     data = data.to(run.device)
     observer = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.tools.data import Dataset, load
+from anybatch.tools.examples import Examples
 from anybatch.tools.figures import png
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
@@ -122,13 +123,14 @@ def halves(data: Dataset, device: str = "cpu") -> tuple[Batches, Batches]:
     middle = len(order) // 2
     if not middle:
         raise ValueError("data: there is one held-out example, and two halves of them are needed")
-    found = [
-        [
-            (as_tensor(data.test_x[i]).to(device), data.test_y[i].to(device))
-            for i in part.split(_BATCH)
-        ]
-        for part in (order[:middle], order[middle:])
-    ]
+
+    def batch(index: Tensor) -> tuple[Tensor, Tensor]:
+        x = data.test_x[index]
+        pair = x.batch() if isinstance(x, Examples) else (as_tensor(x), data.test_y[index])
+        return pair[0].to(device), pair[1].to(device)
+
+    parts = (order[:middle], order[middle:])
+    found = [[batch(index) for index in part.split(_BATCH)] for part in parts]
     return found[0], found[1]
 
 

@@ -255,14 +255,16 @@ def test_numbers_are_those_of_a_count_by_hand() -> None:
     assert numbers["pixel_accuracy"] == pytest.approx(right, rel=1e-5)
     expected = -np.mean([log for *_, log in pairs])
     assert loss == pytest.approx(expected, rel=1e-5)
-    own = segmentation.loss(run, Preset(scores), x.float(), y.long())
+    own = segmentation.loss(run, data, Preset(scores), x.float(), y.long())
     assert float(own) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_without_labels_teaches_nothing() -> None:
     scores = torch.randn(2, 11, 4, 4, requires_grad=True)
     y = torch.full((2, 4, 4), 255)
-    loss = segmentation.loss(PaperRun(**SETTINGS), Preset(scores), torch.zeros(2, 3, 4, 4), y)
+    x = torch.zeros(2, 3, 4, 4)
+    data = Dataset("camvid", x, y, x, y, 11)
+    loss = segmentation.loss(PaperRun(**SETTINGS), data, Preset(scores), x, y)
     loss.backward()
     assert float(loss.detach()) == 0
     assert scores.grad is not None

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from anybatch import __version__, theory
+from anybatch import theory
 from anybatch.evaluation.diagnosis.layer_noise import Histogram, LayerNoise, Spread
 from anybatch.evaluation.diagnosis.probe import second_moment_noise
 from anybatch.evaluation.html_pages import render
+from anybatch.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,112 @@
+"""Comparing methods from Python."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import anybatch
+from anybatch.tools.compare import Comparison, Line
+from anybatch.tools.compare_report import FinishedComparison, advice
+from anybatch.tools.run import Run
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def examples(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (count,), generator=generator)
+    return TensorDataset(torch.randn(count, 6, generator=generator) + y[:, None], y)
+
+
+def test_methods_are_compared_on_a_users_network_and_data(tmp_path: Path) -> None:
+    told = []
+    state = torch.get_rng_state()
+    found = anybatch.compare(
+        network,
+        examples(64, 0),
+        examples(32, 1),
+        ["gn", "mabn"],
+        options={"mabn": {"window": 4}},
+        epochs=2,
+        seeds=2,
+        timing=False,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert told == [(k, 16) for k in range(1, 17)]
+    assert {line.row for line in found.lines[2:]} == {"gn", "mabn"}
+    assert found.lines[2].mean >= found.lines[3].mean  # the best first
+    assert dict(next(line for line in found.lines if line.row == "mabn").run.options) == {
+        "window": 4
+    }
+    assert found.to_dict()["seeds"] == [0, 1]
+    assert "mabn" in str(found)
+    assert max(map(len, str(found).splitlines())) <= 100
+    assert found.report(tmp_path / "new" / "folder").is_file()
+
+    again = anybatch.compare(
+        network(), examples(64, 0), examples(32, 1), ["mabn"], epochs=1, seeds=[5], progress=False
+    )
+    assert again.times["mabn"].ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": 3}, "model=3: give a function"),
+        ({"model": lambda: 3}, "model: it gave int"),
+        ({"methods": ["mabm"]}, "did you mean 'mabn'"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"options": {"mabn": {"windou": 3}}}, "windou"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"target_batch_size": 4096}, "batch_size=4096"),
+    ],
+)
+def test_a_wrong_argument_of_compare_is_named(settings: dict, words: str) -> None:
+    given = {"model": network, "methods": ["mabn"], "epochs": 1, "seeds": 1, "timing": False}
+    with pytest.raises((ValueError, TypeError), match=words):
+        anybatch.compare(train=examples(64, 0), test=examples(8, 1), **{**given, **settings})
+
+
+def finished(**accuracies: tuple[float, ...]) -> FinishedComparison:
+    seeds = tuple(range(len(accuracies["baseline"])))
+    comparison = Comparison(
+        Run(), tuple(accuracies)[2:], seeds, options=(("mbn", (("ideal_decay", 0.9),)),)
+    )
+    from anybatch.tools.compare import table
+
+    results = {
+        one.key: {"accuracy": accuracies[row][k]}
+        for row, runs in comparison.groups().items()
+        for k, one in enumerate(runs)
+    }
+    return FinishedComparison(comparison, table(comparison, results), results, {}, "", 0.0)
+
+
+def test_the_advice_of_a_comparison_is_what_its_numbers_say() -> None:
+    target, base = (0.97, 0.98), (0.40, 0.44)
+    sentence, call = advice(finished(target=target, baseline=base, mabn=(0.9, 0.92), gn=(0.8, 0.8)))
+    assert sentence == "Best at 2: mabn."
+    assert call == 'model = anybatch.convert(model, "mabn")'
+    sentence, call = advice(finished(target=target, baseline=base, mbn=(0.9, 0.92)))
+    assert "NormScheduler" in sentence
+    assert call == 'model = anybatch.convert(model, "mbn", batch_size=2, ideal_decay=0.9)'
+    sentence, call = advice(finished(target=target, baseline=base, mabn=(0.40, 0.46)))
+    assert (sentence.split(":")[1], call) == (" keep it.", "")
+    sentence, _ = advice(finished(target=(0.41, 0.42), baseline=base, gn=(0.9, 0.9)))
+    assert sentence.startswith("Batch norm loses nothing at 2")
+    sentence, call = advice(finished(target=(0.9,), baseline=(0.4,), mabn=(0.9,)))
+    assert (sentence.split(":")[0], call) == ("One seed per method is no evidence", "")
+
+
+def test_rows_are_named_as_they_are_typed() -> None:
+    from anybatch.tools.compare_report import row_name
+
+    run = Run()
+    names = [row_name(Line(row, run, (1.0,), 1.0, 0.0, None)) for row in ("target", "in", "mabn")]
+    assert names == ["batch norm (target)", "in", "mabn"]
