@@ -177,12 +177,11 @@ class BatchRenorm(BatchNorm):
     step: int = 0
 
     def limits(self) -> tuple[float, float]:
-        """Largest r and d at the coming step, counted from 1."""
-        step = self.step + 1
+        """Largest r and d at the coming step."""
         if self.smooth:
-            opened = min(step / self.warmup_steps, 1.0)
+            opened = min(self.step / self.warmup_steps, 1.0)
         else:
-            opened = 0.0 if step <= self.warmup_steps else 1.0
+            opened = 0.0 if self.step < self.warmup_steps else 1.0
         return 1 + (self.max_r - 1) * opened, self.max_d * opened
 
     def channel(self, c: int, x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Callable]:

@@ -8,6 +8,8 @@ from anybatch.conversion.convert import convert as convert
 from anybatch.conversion.factory import norm_layer as norm_layer
 from anybatch.conversion.fold import fold as fold
 from anybatch.conversion.gamma_decay import GammaDecay as GammaDecay
+from anybatch.conversion.norm_copies import keep_copy as keep_copy
+from anybatch.conversion.norm_copies import norm_keys as norm_keys
 from anybatch.conversion.plan import plan as plan
 from anybatch.conversion.plan_table import Plan as Plan
 from anybatch.conversion.plan_table import PlanRow as PlanRow

@@ -12,6 +12,7 @@ from torch import nn
 
 from anybatch.conversion.decisions import Decision
 from anybatch.conversion.module_swap import let_go, swap
+from anybatch.conversion.norm_copies import copied
 from anybatch.conversion.norm_with_activation import ends_in_activation, keep_activation
 from anybatch.conversion.plan import Decisions, decide
 from anybatch.conversion.plan_table import PlanRow
@@ -35,6 +36,8 @@ def convert(
     where: Where | None = None,
     centralize: bool | None = None,
     fuse: bool = False,
+    copies: int = 1,
+    share_affine: bool = True,
     verbose: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -78,6 +81,9 @@ def convert(
             None: of the convolutions in a fresh network, for "mabn").
         fuse: Whether norms compute the ReLU that follows them, or the addition and the ReLU, in
             their own pass (default False; it also undoes an earlier fusion).
+        copies: How many sets of statistics each norm gets, for domains, levels or kinds of batches
+            (default 1); `use_copy` chooses one.
+        share_affine: Whether they share scale and shift (default True).
         verbose: Print the line that is logged (default False).
         **options: The method's own arguments, such as ``window=32``.
 
@@ -110,6 +116,8 @@ def convert(
         where=where,
         centralize=centralize,
         fuse=fuse,
+        copies=copies,
+        share_affine=share_affine,
         **options,
     )
     _refuse(decided)
@@ -129,12 +137,13 @@ def convert(
     for norm, new in replacements.items():
         if ends_in_activation(norm):
             keep_activation(norm, new)
+    replacements = {n: copied(new, copies, share_affine) for n, new in replacements.items()}
     let_go(model, replacements)
     unfused = unfuse(model)
     converted = swap(model, replacements)
     for block, fusion in decided.blocks.items():
         fuse_block(block, fusion.after(replacements))
-    share_notice(replacements.values())
+    share_notice(module for new in replacements.values() for module in new.modules())
     save_for_plain_code(converted)
     _report(decided, verbose)
     if not (chosen or unfused or decided.blocks):

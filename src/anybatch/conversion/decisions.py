@@ -27,6 +27,7 @@ from anybatch.conversion.replacement import replacement, trial
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.group_norm import fitting_groups
+from anybatch.layers.norm_copies import NormCopies
 from anybatch.layers.weight_centralization import is_centralized, weight_centralization
 from anybatch.registry import FROZEN, Method
 
@@ -126,6 +127,7 @@ class NormDecider:
         self.fresh = fresh
         self.by_name = {name: module for module, names in places.items() for name in names}
         self.owners = _owners(places)
+        self.copies = 1  # of each norm that is to be made
         self.checked: set[tuple[str, int]] = set()  # methods whose options were tried, with dims
 
     def decide(self, norm: nn.Module, kind: NormKind) -> Decision:
@@ -154,7 +156,9 @@ class NormDecider:
             except ValueError as error:
                 return self._keep(norm, f"frozen, and stays so: {error}")
         options = options_for(method, self.options, self.batch_size)
-        if is_already(norm, method, options):
+        if self.copies > 1 and any(map(self._is_copy, names)):
+            return self._keep(norm, "already one of several copies")
+        if self.copies == 1 and is_already(norm, method, options):
             own = kept_options(norm, method, options)
             note = f"already {method.name}" + (f", keeps {own}" if own else "")
             if self.centralize:
@@ -212,6 +216,9 @@ class NormDecider:
             uncentralized,
             uncentralized and feeder.untraced and (self.fresh or self.centralize is True),
         )
+
+    def _is_copy(self, name: str) -> bool:
+        return isinstance(self.by_name[name.rpartition(".copies.")[0]], NormCopies)
 
     def _check_values(self, method: Method, dims: int, options: Mapping[str, Any]) -> None:
         """Refuse a value of an option once, and not again for each norm."""

@@ -11,6 +11,7 @@ from torch import nn
 from anybatch.conversion.decisions import Decision, NormDecider, is_fresh
 from anybatch.conversion.method_options import check_arguments, methods_by_pattern
 from anybatch.conversion.module_swap import paths
+from anybatch.conversion.norm_copies import check_copies
 from anybatch.conversion.norm_types import norm_kind, wrapper_refusal
 from anybatch.conversion.plan_table import Plan
 from anybatch.conversion.producers import find_feeders
@@ -31,6 +32,8 @@ def plan(
     where: Where | None = None,
     centralize: bool | None = None,
     fuse: bool = False,
+    copies: int = 1,
+    share_affine: bool = True,
     **options: Any,
 ) -> Plan:
     """Report what `convert` with the same arguments would do, and change nothing.
@@ -49,6 +52,8 @@ def plan(
             None: of the convolutions in a fresh network, for "mabn").
         fuse: Whether norms compute the ReLU that follows them, or the addition and the ReLU
             (default False).
+        copies: How many sets of statistics each norm gets (default 1).
+        share_affine: Whether they share scale and shift (default True).
         **options: The method's own arguments, such as ``window=32``.
 
     Returns:
@@ -75,6 +80,8 @@ def plan(
         where=where,
         centralize=centralize,
         fuse=fuse,
+        copies=copies,
+        share_affine=share_affine,
         **options,
     ).plan
 
@@ -107,6 +114,8 @@ def decide(
     where: Where | None,
     centralize: bool | None,
     fuse: bool,
+    copies: int = 1,
+    share_affine: bool = True,
     **options: Any,
 ) -> Decisions:
     """Decide norm by norm: `plan` shows the result and `convert` carries it out.
@@ -119,6 +128,8 @@ def decide(
         where: As in `plan`.
         centralize: As in `plan`.
         fuse: As in `plan`.
+        copies: As in `plan`.
+        share_affine: As in `plan`.
         **options: As in `plan`.
 
     Returns:
@@ -129,10 +140,12 @@ def decide(
         raise ValueError(refusal)
     methods = methods_by_pattern(method)
     check_arguments(methods, options, batch_size)
+    check_copies(copies, methods.values())
     places = paths(model)
     feeders = find_feeders(model, example_inputs)
     fresh = is_fresh(model)
     decider = NormDecider(places, feeders, methods, options, batch_size, where, centralize, fresh)
+    decider.copies = copies
     kinds = [(module, kind) for module in places if (kind := norm_kind(module)) is not None]
     rows = [decider.decide(module, kind) for module, kind in kinds]
     found = Found()
@@ -142,6 +155,9 @@ def decide(
     names = {pattern: one.name for pattern, one in methods.items()}
     asked = dict(names) if isinstance(method, Mapping) else names["*"]
     notes = _notes(rows, fresh, methods.values(), batch_size)
+    if copies > 1:
+        affine = "one scale and shift" if share_affine else "a scale and shift of its own each"
+        notes += (f"Converted norms get {copies} sets of statistics, with {affine}.",)
     made = Plan(asked, tuple(row.row for row in rows), notes)
     return Decisions(made, tuple(rows), found.blocks, methods, fresh)
 

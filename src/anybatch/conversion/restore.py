@@ -16,6 +16,7 @@ from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
+from anybatch.layers.norm_copies import NormCopies
 from anybatch.layers.weight_centralization import (
     CENTRALIZED,
     UNCENTRED,
@@ -128,7 +129,7 @@ def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], l
     places = paths(model)
     layers = [module for module in places if isinstance(module, (NormLayer, FrozenBatchNorm))]
     centralized = [module for module in places if isinstance(module, CENTRALIZED)]
-    ours = (*layers, *centralized)
+    ours = (*layers, *centralized, *(m for m in places if isinstance(m, NormCopies)))
     obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
     if obstacles:
         named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
@@ -138,6 +139,8 @@ def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], l
 
 def _obstacle(layer: nn.Module) -> str | None:
     """Why no plain layer computes the same in evaluation, or None."""
+    if isinstance(layer, NormCopies):
+        return "several copies of a norm: choose one with anybatch.keep_copy(model, number)"
     if (why := recomputed_parameter(layer)) is not None or not isinstance(layer, NormLayer):
         return why
     plain = isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))

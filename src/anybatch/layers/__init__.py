@@ -4,6 +4,7 @@ from anybatch.layers.batch_group_norm import BatchGroupNorm1d, BatchGroupNorm2d,
 from anybatch.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from anybatch.layers.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from anybatch.layers.control import Accumulation, accumulate, freeze, masked, no_update, thaw
+from anybatch.layers.critics import joint_forward, update_target
 from anybatch.layers.cross_iteration_batch_norm import (
     CrossIterationBatchNorm1d,
     CrossIterationBatchNorm2d,
@@ -33,6 +34,7 @@ from anybatch.layers.moving_average_batch_norm import (
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
 )
+from anybatch.layers.norm_copies import NormCopies, use_copy
 from anybatch.layers.running_group_norm import RunningGroupNorm
 from anybatch.layers.running_stats import average_running_stats
 from anybatch.layers.sampled_batch_norm import (
@@ -72,6 +74,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "NormCopies",
     "RangeBatchNorm1d",
     "RangeBatchNorm2d",
     "RangeBatchNorm3d",
@@ -83,8 +86,11 @@ __all__ = [
     "accumulate",
     "average_running_stats",
     "freeze",
+    "joint_forward",
     "masked",
     "no_update",
     "thaw",
+    "update_target",
+    "use_copy",
     "weight_centralization",
 ]

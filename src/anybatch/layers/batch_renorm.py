@@ -9,7 +9,7 @@ from torch import nn
 from anybatch.core.arguments import check_count
 from anybatch.core.module_state import NormState
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.rule import Counter, State, chosen, clamp, minimum, rule, sqrt, where
+from anybatch.core.rule import Counter, State, chosen, clamp, maximum, rule, sqrt, where
 
 _WARMUP_STEPS = 10000
 
@@ -41,7 +41,8 @@ class _BatchRenorm(NormLayer):
         max_d: Limit of d, from 0 on (default 5.0).
         warmup_steps: Training forwards before the limits are reached (default 10000).
         smooth: Let the limits grow evenly over the warm-up instead of jumping
-            from 1 and 0 at its end (default False).
+            from 1 and 0 at its end: the first forward is batch normalization, and
+            after `warmup_steps` forwards they are open (default False).
         norm_batch_size: Normalize in successive batches of so many examples.
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
@@ -114,6 +115,23 @@ class _BatchRenorm(NormLayer):
         self.warmup_steps, self.smooth = warmup_steps, smooth
         self.declare_state()
 
+    @classmethod
+    def crossq(cls, num_features: int, **options: Any) -> "_BatchRenorm":
+        """A layer with the constants of CrossQ (Bhatt et al. 2024), for critics.
+
+        Args:
+            num_features: Channels C.
+            **options: Arguments of the class, in place of CrossQ's ``eps=1e-3``, ``momentum=0.01``,
+                ``max_r=3.0``, ``max_d=5.0`` and ``warmup_steps=100_000``.
+
+        Example:
+            >>> import anybatch
+            >>> anybatch.BatchRenorm1d.crossq(4).warmup_steps
+            100000
+        """
+        constants = {"eps": 1e-3, "momentum": 0.01, "warmup_steps": 100_000}
+        return cls(num_features, **{**constants, **options})
+
     def adopt_(self, norm: nn.Module) -> "NormState":
         super().adopt_(norm)
         if self.warmup_steps == 0:
@@ -130,10 +148,8 @@ class _BatchRenorm(NormLayer):
 
     @rule
     def choose(mean, var, running_mean, running_var, step, eps, max_r, max_d, warmup_steps, smooth):
-        if smooth:
-            opened = minimum(step / warmup_steps, 1.0)
-        else:
-            opened = where(step > warmup_steps, 1.0, 0.0)
+        opening = (step - 1) / maximum(warmup_steps, 1) if smooth else 0.0
+        opened = where(step > warmup_steps, 1.0, opening)
         most_r, most_d = opened * (max_r - 1) + 1, opened * max_d
         sigma = sqrt(running_var + eps)
         r = clamp(sqrt(var + eps) / sigma, 1 / most_r, most_r)

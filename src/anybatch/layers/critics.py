@@ -1,0 +1,103 @@
+"""What critics of reinforcement learning need: joint forwards and target networks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.core.arguments import check_between, check_module
+from anybatch.core.norm_layer import NormLayer
+
+
+def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
+    """Run several batches as one, so that their statistics are those of all together.
+
+    A critic sees the pairs of the replay buffer and those of the policy in one forward (CrossQ,
+    Bhatt et al. 2024), and needs no target network. It counts as one step.
+
+    Args:
+        module: The network.
+        *batches: What it takes: a tensor, or a tuple of tensors, with examples along dimension 0.
+
+    Returns:
+        The output for each batch; tuples, lists and mappings of tensors are split as well.
+
+    Raises:
+        ValueError: If there is no batch, or the batches have different numbers of tensors.
+
+    Example:
+        >>> import anybatch
+        >>> norm = anybatch.BatchNorm1d(3)
+        >>> now, later = joint_forward(norm, torch.randn(4, 3), torch.randn(2, 3))
+        >>> len(now), len(later), norm.num_batches_tracked.item()
+        (4, 2, 1)
+    """
+    given = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    counts = [len(batch) for batch in given]
+    if not counts or len(set(counts)) > 1 or not counts[0]:
+        raise ValueError(
+            f"batches of {counts} tensors: give one batch or more, each with the same number"
+        )
+    sizes = [len(batch[0]) for batch in given]
+    output = module(*(torch.cat(parts) for parts in zip(*given, strict=True)))
+    return tuple(_part(output, sizes, number) for number in range(len(sizes)))
+
+
+def _part(value: Any, sizes: Sequence[int], number: int) -> Any:
+    """One batch's part of a joint output."""
+    if isinstance(value, Tensor):
+        return value.split(list(sizes))[number]
+    if isinstance(value, dict):
+        return {name: _part(item, sizes, number) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_part(item, sizes, number) for item in value)
+    return value
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -> nn.Module:
+    """Move a target network towards the network that is trained, running statistics included.
+
+    ::
+
+        target <- (1 - weight) * target + weight * source
+
+    for parameters and running statistics. Counters and the state of methods are copied.
+
+    Args:
+        target: The target network, a copy of the other one.
+        source: The network that is trained.
+        weight: Of the new values, from 0 to 1 (default 0.005).
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: If the networks differ, or the weight is out of range.
+
+    Example:
+        >>> import copy, anybatch
+        >>> critic = anybatch.BatchRenorm1d(3)
+        >>> target = copy.deepcopy(critic)
+        >>> _ = critic(torch.randn(8, 3) + 1)
+        >>> _ = update_target(target, critic, weight=1.0)
+        >>> torch.equal(target.running_mean, critic.running_mean)
+        True
+    """
+    check_module("target", target)
+    check_module("source", source)
+    check_between("weight", weight, 0.0, 1.0)
+    new, old = source.state_dict(), target.state_dict()
+    if {name: value.shape for name, value in new.items()} != {n: v.shape for n, v in old.items()}:
+        raise ValueError(
+            "target: its state_dict differs from that of source; make it with copy.deepcopy(source)"
+        )
+    layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
+    kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.memory}
+    for name, value in old.items():
+        if value.is_floating_point() and name not in kept:
+            value.lerp_(new[name].to(value), weight)
+        else:
+            value.copy_(new[name])
+    return target
