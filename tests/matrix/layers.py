@@ -37,9 +37,10 @@ PLAIN = {
     "CentralizedConvTranspose3d": lambda: nn.ConvTranspose3d(CHANNELS, 4, 2),
     "CentralizedLinear": lambda: nn.Linear(CHANNELS, 4),
 }
-NORMS = [f"{family}{dims}d" for family in CASES for dims in (1, 2, 3)]
+FROZEN = "FrozenBatchNorm"
+NORMS = [f"{family}{dims}d" for family in (*CASES, FROZEN) for dims in (1, 2, 3)]
 NAMES = [*NORMS, "RunningGroupNorm", *PLAIN]
-FAMILIES = [*CASES, "RunningGroupNorm", CENTRALIZED]
+FAMILIES = [*CASES, "RunningGroupNorm", FROZEN, CENTRALIZED]
 
 
 class Made(NamedTuple):
@@ -64,6 +65,8 @@ def make(name: str) -> Made:
     if name in PLAIN:
         return _centralized(name)
     dims = int(name[-2]) if name[-1] == "d" else 2
+    if family_of(name) == FROZEN:
+        return _frozen(name, dims)
     layer, other = _norm(name, dims)
     x = torch.randn(4, CHANNELS, *SPATIAL[dims], dtype=torch.float64)
     x = x * (1 + torch.arange(CHANNELS).view(1, -1, *(1,) * dims)) + 0.5
@@ -95,6 +98,28 @@ def _norm(name: str, dims: int) -> tuple[nn.Module, reference.Layer]:
     return layer, kind(CHANNELS, *rows, **options)
 
 
+def _frozen(name: str, dims: int) -> Made:
+    layer: nn.Module = getattr(anybatch, name)(CHANNELS, dtype=torch.float64)
+    with torch.no_grad():
+        for row in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            row.copy_(torch.rand(CHANNELS) + 0.5)  # type: ignore[operator, union-attr]
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](CHANNELS).double().eval()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(4, CHANNELS, *SPATIAL[dims], dtype=torch.float64)
+
+    def step(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return _differentiated(plain, x, dy)
+
+    return Made(layer, x, torch.randn_like(x), step)
+
+
+def _differentiated(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    return y.detach(), dx
+
+
 def _centralized(name: str) -> Made:
     plain = PLAIN[name]().double()
     layer = weight_centralization(PLAIN[name]().double())
@@ -108,9 +133,6 @@ def _centralized(name: str) -> Made:
     x = torch.randn(4, CHANNELS, *SPATIAL[0 if name == "CentralizedLinear" else int(name[-2])])
 
     def step(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        y = plain(x)
-        (dx,) = torch.autograd.grad(y, x, dy)
-        return y.detach(), dx
+        return _differentiated(plain, x, dy)
 
     return Made(layer, x.double(), torch.randn_like(plain(x.double())), step)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from matrix.layers import FAMILIES
+from matrix.layers import FAMILIES, FROZEN
 from matrix.ways import WAYS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "internals" / "ways-of-calling.md"
@@ -68,6 +68,12 @@ OUTCOMES: dict[tuple[str, bool], Refusal | Limit] = {
         ("output", "the first gradient", "running_mean", "running_var"),
     ),
 }
+
+for _training in MODES:
+    OUTCOMES["`DistributedDataParallel`", _training] = Refusal(
+        "DistributedDataParallel is not needed when a module doesn't have any parameter",
+        (FROZEN,),
+    )
 
 
 def outcome(way: str, training: bool, family: str) -> Refusal | Limit | None:

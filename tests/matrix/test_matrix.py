@@ -6,14 +6,16 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 import anybatch
-from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.weight_centralization import CENTRALIZED
 from matrix.layers import NAMES, NORMS, PLAIN, family_of, make
 from matrix.outcomes import PAGE, Limit, Refusal, outcome, page
 from matrix.ways import WAYS, Results, plain, state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+GROUP = "RunningGroupNorm"
 ROUNDED = 0.03  # of a convolution in bfloat16
 
 
@@ -62,13 +64,9 @@ def test_a_way_of_calling_a_layer_is_right_or_refused(name: str, way: str, train
 
 
 def test_every_public_layer_is_in_the_matrix() -> None:
-    public = {
-        name
-        for name in anybatch.__all__
-        if isinstance(getattr(anybatch, name), type)
-        and issubclass(getattr(anybatch, name), NormLayer)
-    }
-    assert public == {*NORMS, "RunningGroupNorm"}
+    public = [name for name in anybatch.__all__ if isinstance(getattr(anybatch, name), type)]
+    assert {n for n in public if issubclass(getattr(anybatch, n), _NormBase)} == {*NORMS, GROUP}
+    assert {kind.__name__ for kind in CENTRALIZED} == {*PLAIN}
 
 
 def test_the_page_of_the_matrix_is_up_to_date() -> None:

@@ -1,10 +1,12 @@
 """Frozen batch normalization: statistics, scale and shift are constants."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
+
+from anybatch.core.graphs import as_leaf, refuse_script
 
 
 class FrozenBatchNorm(_NormBase):
@@ -64,6 +66,8 @@ class FrozenBatchNorm(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize by the constants."""
+        if not isinstance(input, Tensor):
+            return as_leaf(self, input)
         if input.dim() not in ((2, 3) if self.dims == 1 else (self.dims + 2,)):
             raise ValueError(
                 f"input of shape {tuple(input.shape)}: {type(self).__name__} takes a channel "
@@ -71,6 +75,9 @@ class FrozenBatchNorm(_NormBase):
             )
         statistics = self.running_mean, self.running_var
         return F.batch_norm(input, *statistics, self.weight, self.bias, False, 0.0, self.eps)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def extra_repr(self) -> str:
         """Channels and eps."""
