@@ -215,3 +215,17 @@ def test_example_inputs_that_do_not_fit_change_nothing() -> None:
     with pytest.raises(ValueError, match="example_inputs: the model's forward failed"):
         anybatch.fold(model, torch.randn(2, 5))
     assert type(model.body[1]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("method", [None, "bn", "mbn"])
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_a_norm_that_misses_a_statistic_is_not_folded(missing: str, method: str | None) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if method is not None:
+        anybatch.convert(net, method)
+    setattr(net[1], missing, None)
+    kept, weight = net[1], net[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="1"):
+        folded = anybatch.fold(net.eval())
+    assert folded[1] is kept
+    assert torch.equal(folded[0].weight, weight)

@@ -195,7 +195,7 @@ def _norm_obstacle(norm: nn.Module) -> str | None:
     kind = norm_kind(norm)
     if kind is not None and kind.refusal is not None:
         return f"{type(norm).__name__} is not torch's own 1d, 2d or 3d batch norm"
-    if norm._buffers.get("running_mean") is None:
+    if any(norm._buffers.get(name) is None for name in ("running_mean", "running_var")):
         return "track_running_stats=False: it normalizes by the batch at inference too"
     return None
 

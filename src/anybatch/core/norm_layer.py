@@ -868,7 +868,7 @@ class NormLayer(NormState):
 
     def inference_obstacle(self) -> str | None:
         """Why inference is no affine map a channel; None where it is one."""
-        if self.running_mean is None:
+        if self.running_mean is None or self.running_var is None:
             return "track_running_stats=False: it normalizes by the batch at inference too"
         if self.example_weight:
             return f"example_weight={self.example_weight}: each example has statistics of its own"

@@ -102,28 +102,34 @@ class NormCallback(framework.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on, where the Trainer is."""
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Any, pl_module: Any) -> Course:
+        if self.method is not None and self._converted is not pl_module:
+            self.setup(trainer, pl_module, "fit")  # added to a fit that runs
         most = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         epochs = self.total_epochs or most
-        self._course = Course(pl_module, epochs, trainer.current_epoch)
+        self._course = course = Course(pl_module, epochs, trainer.current_epoch)
         schedules = [c for c in trainer.callbacks if isinstance(c, _ACCUMULATES)]
         if self.accumulate and any(c.going_to_accumulate_grad_batches() for c in schedules):
-            self._course.check_joinable()
+            course.check_joinable()
         self._steps = trainer.global_step
         if not self.recalibrate_batches and _averages(trainer):
             self._warn(_averages(trainer)[0], "recalibrate_batches=0")
+        return course
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Tell the layers the epoch."""
-        assert self._course is not None
-        self._course.go_to(trainer.current_epoch)
+        course = self._course or self._begin(trainer, pl_module)
+        course.go_to(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Join the batches of an optimizer step, whose number may change with the epoch."""
-        assert self._course is not None
+        course = self._course or self._begin(trainer, pl_module)
         if trainer.global_step != self._steps:
-            self._course.end_step()
+            course.end_step()
             self._steps = trainer.global_step
-        self._course.begin_batch(trainer.accumulate_grad_batches if self.accumulate else 1)
+        course.begin_batch(trainer.accumulate_grad_batches if self.accumulate else 1)
         for layer in _backbone_layers(trainer, pl_module, frozen=True):
             layer.requires_grad_(False)
 

@@ -78,31 +78,38 @@ class NormCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Begin, or go on, where the Trainer is."""
+        self._begin(args, state, control, model)
+
+    def _begin(self, args: Any, state: Any, control: Any, model: Any) -> Course:
         if not any(isinstance(module, NormLayer) for module in model.modules()):
             self.on_init_end(args, state, control, model)  # of a model_init, or added late
-        self._course = Course(
+        self._course = course = Course(
             model,
             self.total_epochs or state.num_train_epochs,
             int(state.epoch or 0),
             caller_is_running("transformers."),
         )
         if self.accumulate:
-            self._course.begin_batch(args.gradient_accumulation_steps)
+            course.begin_batch(args.gradient_accumulation_steps)
+        return course
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         """Tell the layers the epoch."""
-        assert self._course is not None
-        self._course.go_to(int(state.epoch or 0))
+        # The callback may have been added to a training that runs.
+        course = self._course or self._begin(args, state, control, model)
+        course.go_to(int(state.epoch or 0))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """An optimizer step is done, however few batches it had."""
-        assert self._course is not None
-        self._course.end_step()
+        course = self._course or self._begin(args, state, control, model)
+        course.end_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the layers as a plain loop would have them."""
-        assert self._course is not None
-        self._course.end()
+        if self._course is not None:
+            self._course.end()
 
 
 def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **options: Any) -> Any:
