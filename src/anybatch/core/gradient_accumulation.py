@@ -13,7 +13,7 @@ that averages them over steps averages those of a step's micro-batches first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +21,33 @@ from torch import Tensor
 from anybatch.backends import is_finite
 from anybatch.backends.protocol import BackwardMemory
 
-if TYPE_CHECKING:
-    from anybatch.core.norm_layer import NormLayer
-
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
+
+
+class StatefulLayer(Protocol):
+    """A layer, as the memory of an optimizer step needs it.
+
+    Attributes:
+        num_features: Channels.
+        memory: State beside torch's buffers.
+        rings: Names of memory that micro-batches leave alone.
+    """
+
+    num_features: int
+    memory: dict[str, Tensor]
+    rings: ClassVar[tuple[str, ...]]
+    _buffers: Any
+
+    @property
+    def columns(self) -> int:
+        """Statistics of a group of examples."""
+
+    def new_memory(self, *shape: int) -> Tensor:
+        """Zeros of the type and place of the layer's statistics."""
+
+    def new_counter(self) -> Tensor:
+        """A whole number on the layer's device."""
 
 
 class Seen(NamedTuple):
@@ -53,11 +75,11 @@ class StepMemory:
         counts: Whether so many forwards end a step; else only `begin` does.
     """
 
-    def __init__(self, layer: NormLayer, steps: int | None, counts: bool = True) -> None:
+    def __init__(self, layer: StatefulLayer, steps: int | None, counts: bool = True) -> None:
         self.steps = steps
         self.counts = counts and steps is not None
         self.tensors: dict[str, Tensor] = {}
-        counter, row = layer._new_counter(), layer._new_memory
+        counter, row = layer.new_counter(), layer.new_memory
         for way, width in (("", layer.num_features), (BACKWARD, layer.columns)):
             self.tensors[way + "micro_batches"] = counter.clone()
             self.tensors[way + "count"] = row()
@@ -100,7 +122,7 @@ class StepMemory:
             return done == 0
         return done.remainder(self.steps) == 0
 
-    def rewind(self, layer: NormLayer, way: str, update: bool) -> dict[str, Tensor]:
+    def rewind(self, layer: StatefulLayer, way: str, update: bool) -> dict[str, Tensor]:
         """Take the layer's memory back to the start of the step.
 
         Args:
@@ -123,7 +145,7 @@ class StepMemory:
                 _put(layer, name, rewound)
         return aside
 
-    def leave(self, layer: NormLayer, way: str, aside: dict[str, Tensor], update: bool) -> None:
+    def leave(self, layer: StatefulLayer, way: str, aside: dict[str, Tensor], update: bool) -> None:
         """End what `rewind` began, one micro-batch later."""
         for name, tensor in aside.items():
             _put(layer, name, tensor)
@@ -208,7 +230,7 @@ class StepBackward(NamedTuple):
         update: Whether state may change.
     """
 
-    layer: NormLayer
+    layer: StatefulLayer
     step: StepMemory
     inner: BackwardMemory
     values: int | Tensor
@@ -222,7 +244,7 @@ class StepBackward(NamedTuple):
         return g, psi
 
 
-def _state(layer: NormLayer, way: str) -> Iterator[tuple[str, Tensor]]:
+def _state(layer: StatefulLayer, way: str) -> Iterator[tuple[str, Tensor]]:
     """Tensors that a step moves, by name."""
     if not way:
         for name in _RUNNING:
@@ -234,6 +256,6 @@ def _state(layer: NormLayer, way: str) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _put(layer: NormLayer, name: str, tensor: Tensor) -> None:
+def _put(layer: StatefulLayer, name: str, tensor: Tensor) -> None:
     place = layer._buffers if name in _RUNNING else layer.memory
     place[name] = tensor

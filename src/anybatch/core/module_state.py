@@ -47,6 +47,11 @@ class NormState(_NormBase):
             self.__dict__.pop("_plans", None)
         super().__setattr__(name, value)
 
+    @property
+    def columns(self) -> int:
+        """Statistics a group of examples has: channels, or groups of channels."""
+        return self.num_features
+
     def forget_plans(self) -> None:
         """Drop what is remembered of how batches are served."""
         self._plans = None
@@ -92,14 +97,14 @@ class NormState(_NormBase):
             return 0.0  # as torch's batch norm
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
-    def _new_memory(self, *shape: int) -> Tensor:
+    def new_memory(self, *shape: int) -> Tensor:
         """Zeros of the type and place of the layer's statistics."""
         like = self.weight if self.running_var is None else self.running_var
         return torch.zeros(shape) if like is None else like.detach().new_zeros(shape)
 
-    def _new_counter(self) -> Tensor:
+    def new_counter(self) -> Tensor:
         """A whole number on the layer's device: reading it there costs no synchronization."""
-        return self._new_memory().long()
+        return self.new_memory().long()
 
     def _device(self) -> torch.device | None:
         tensors = [self.weight, self.running_mean, *self.memory.values()]
@@ -174,7 +179,7 @@ class NormState(_NormBase):
             return
         ours = {prefix + name for name in (*own, "frozen")}
         if steps:  # of a layer that may accumulate or not
-            memory = self.step or StepMemory(self, None)  # type: ignore[arg-type]
+            memory = self.step or StepMemory(self, None)
             ours |= {step + name for name in memory.tensors}
         super_load({key: value for key, value in state_dict.items() if key not in ours}, *rest)
         assign = bool(local_metadata.get("assign_to_params_buffers", False))

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from anybatch.core.arguments import check_count
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
 
 

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from anybatch.core.arguments import check_count, check_module
 from anybatch.core.name_patterns import Where, matches
-from anybatch.core.norm_layer import NormLayer, updates
+from anybatch.core.norm_batch import updates
+from anybatch.core.norm_layer import NormLayer
 
 
 def select(model: nn.Module, where: Where | None) -> list[NormLayer]:

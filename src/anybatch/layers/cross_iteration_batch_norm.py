@@ -18,7 +18,8 @@ from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide
 from anybatch.core.fused_activation import Activation
 from anybatch.core.gradient_accumulation import Seen
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source
 from anybatch.core.tensor_subclasses import as_plain
 from anybatch.layers.weight_centralization import centralized_weight, is_centralized
@@ -208,7 +209,7 @@ class _CrossIterationBatchNorm(NormLayer):
         self.burning = False
         self._flow = _Flow()
         for name in ("step", "position", "entries", "burning"):
-            self.memory[name] = self._new_counter()
+            self.memory[name] = self.new_counter()
         if window is None and batch_size is not None:
             self.window = recommended_window(batch_size)
         self._make_rings()
@@ -228,11 +229,11 @@ class _CrossIterationBatchNorm(NormLayer):
                 shapes["weight_rows"] = (channels, fan_in)
                 shapes["patch_covariance"] = (groups, fan_in, fan_in)
         for name, shape in shapes.items():
-            self.memory[name] = self._new_memory(slots, *shape)
+            self.memory[name] = self.new_memory(slots, *shape)
         self._flow = _Flow()
         if self.backward_stats == "window":
-            self.memory["backward_window"] = self._new_memory(slots, channels)
-            self.memory["backward_step"] = self._new_counter()
+            self.memory["backward_window"] = self.new_memory(slots, channels)
+            self.memory["backward_step"] = self.new_counter()
         if self.step is not None:  # it has a place for all that there is
             self.accumulate(self.step.steps, self.step.counts)
 
@@ -451,7 +452,7 @@ class _CrossIterationBatchNorm(NormLayer):
         if self.backward_stats == "window":
             chosen = chosen.shared(1.0)
         if batch.counts is not None or batch.examples() * batch.values == 1:
-            chosen = self._or_remembered(total > 1, chosen, self._fallen(chosen.var.dtype))
+            chosen = self._with_fallback(total > 1, chosen, self._fallback(chosen.var.dtype))
         return chosen, total
 
     def _compensated(self, feed: ConvCall | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from anybatch.backends import statistics_dtype
 from anybatch.core.arguments import check_count
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import several, sum_processes
 
 

@@ -13,7 +13,8 @@ from anybatch.backends.aten import recorded, spread
 from anybatch.backends.protocol import Formula, Gradients, NormCall, Spec, SpreadSpec, Statistics
 from anybatch.core.activation_checkpointing import hooks_on_saved
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source
 
 _L1 = math.sqrt(math.pi / 2)

@@ -13,7 +13,8 @@ from anybatch.backends.protocol import Formula, Gradients, NormCall, SampleSpec,
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import Batch, NormLayer
+from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source, first_of, rank_in, size_of
 from anybatch.layers.sample_positions import (
     NUMBERS,
@@ -167,8 +168,8 @@ class _SampledBatchNorm(NormLayer):
         self._places: dict[Any, Any] = {}
         self._numbers: tuple[int, ...] = ()
         for name in ("seed", "draw"):
-            self.memory[name] = self._new_counter()
-        self.memory["index"] = self._new_memory(NUMBERS).long()
+            self.memory[name] = self.new_counter()
+        self.memory["index"] = self.new_memory(NUMBERS).long()
         self.reset_memory()
 
     # --- the index ---------------------------------------------------------

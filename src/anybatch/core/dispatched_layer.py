@@ -1,0 +1,174 @@
+"""A layer's training forward: by compiled kernels where some serve the batch, else by its rule."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anybatch.backends.aten import recorded
+from anybatch.backends.protocol import NormCall, Rows, Spec
+from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
+from anybatch.core.autograd import apply_plain, statistics_of
+from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
+from anybatch.core.fused_activation import Activation
+from anybatch.core.graphs import refuse_trace
+from anybatch.core.grouping import Partition, partition
+from anybatch.core.inference import InferenceLayer
+from anybatch.core.norm_batch import updates
+from anybatch.core.reduction_scope import Source, several
+from anybatch.core.rule import spec_of
+from anybatch.core.rule_layer import RuleLayer
+from anybatch.core.transforms import check_state
+
+
+class DispatchedLayer(InferenceLayer):
+    """A layer that asks the backends, and remembers by shape and layout which one serves.
+
+    Attributes:
+        norm_batch_size: Examples of a normalization batch; None for all.
+    """
+
+    norm_batch_size: int | None
+    steady: bool = True  # whether `method_spec` changes with nothing but attributes
+
+    def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
+        """The method as compiled kernels take it, or why they do not.
+
+        Args:
+            x: A batch.
+            cut: Its normalization batches.
+        """
+        if type(self).rule is not RuleLayer.rule:
+            return f"{type(self).__name__} has a rule of torch's operators"
+        return spec_of(self, self.method)
+
+    def _normalize_batch(
+        self,
+        x: Tensor,
+        training: bool,
+        source: Source | None = None,
+        then: Activation | None = None,
+    ) -> Tensor:
+        if training and torch._C._get_tracing_state() is not None:
+            refuse_trace(self)
+        cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
+        values = x.shape[2:].numel()
+        recomputed, again = in_backward(), may_run_again()
+        update = training and updates.enabled and not recomputed
+        if update and recorded.is_transformed():
+            check_state(self, x)
+        if training and not recomputed:
+            obstacle = self._obstacle(cut, values, source)
+            if obstacle is None:
+                y = self._run_compiled(x, cut, update, then, again)
+                if y is not None:
+                    return y
+            else:
+                only_aten(obstacle)
+        live = self._live(cut, values) if source is None else None
+        chosen = self._recent.find(x, _rows(cut)) if recomputed else None
+        if chosen is None:
+            with torch.no_grad():
+                chosen = self._choose(x.detach(), cut, values, live, update, source)
+            if again and not recomputed:
+                self._recent.note(x, chosen)
+        # Under a compiler this makes them outputs of its graph: saved for backward, and not
+        # computed again from memory that has moved on since.
+        self._last = chosen if torch.compiler.is_compiling() else None
+        memory = None
+        if training:
+            memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
+        y = self._apply_statistics(x, cut, chosen, memory, source)
+        return y if then is None else then.of(y, fresh=True)
+
+    def _obstacle(self, cut: Partition, values: int, source: Source | None) -> str | None:
+        """Why only torch's operators serve a batch in training, whatever it is; None if not so."""
+        if source is not None or (
+            self._group is not None and several(self.process_group) is not None
+        ):
+            return "a mask or a process group decides which elements contribute"
+        if any(t is None for t in self._buffers.values()):
+            return "a running statistic was set to None"
+        if not self.track_running_stats:
+            return "track_running_stats=False: running statistics stay as they are"
+        if self.outlier_limit is not None:
+            return f"outlier_limit={self.outlier_limit}: channels are compared with the state"
+        if self.step is not None:
+            return "gradient accumulation joins the statistics of micro-batches"
+        if self._live(cut, values) is not None:
+            return "groups of one value per channel have no statistics"
+        return None
+
+    def _run_compiled(
+        self, x: Tensor, cut: Partition, update: bool, then: Activation | None, again: bool
+    ) -> Tensor | None:
+        """The forward in compiled kernels, where some can serve a batch."""
+        if update:
+            self.meet(cut.batches[0])
+        rows = self._rows()
+        plan = self._plan_for(x, cut, rows)
+        if plan is None:
+            return None
+        contexts: list[Any] | None = [] if again else None
+        y = run_plan(plan, x, rows, self, self._kernel_state(x), update, then, contexts)
+        if contexts:
+            call = plan.calls[update]
+            self._recent.note(x, statistics_of(plan.backend, call, contexts[0], x))
+        return y
+
+    def _plan_for(self, x: Tensor, cut: Partition, rows: Rows) -> ExecutionPlan | None:
+        """How compiled kernels serve a batch; None if they do not."""
+        compiling = torch.compiler.is_compiling()
+        call = self._call(x, cut)
+        if isinstance(call, str):
+            only_aten(call)
+            return None
+        plan: ExecutionPlan | None = None
+        if self._plans is not None and not compiling:
+            plan = self._plans.get(x.shape)
+        if plan is not None and plan.fits(x, rows):
+            return plan
+        plan = find_plan(call, x, rows)
+        if plan is not None and not compiling and self.steady and self._group is None:
+            self._plans = with_plan(self._plans, x, plan)
+        return plan
+
+    def _call(self, x: Tensor, cut: Partition) -> NormCall | str:
+        """How kernels go through a batch, or why they do not."""
+        spec = self.method_spec(x, cut)
+        if isinstance(spec, str):
+            return spec
+        formula = self.formula(x, cut, None)
+        how = (cut, self.columns, self.eps, True, spec)
+        return NormCall(*how, pace=self._number(), formula=formula)
+
+    def _run_cached_plan(self, x: Tensor, then: Activation | None) -> Tensor | None:
+        """Run the cached plan, if shape, layout and settings still match."""
+        plans = self._plans  # which another thread may take away
+        if plans is None or torch.compiler.is_compiling():
+            return None
+        plan: ExecutionPlan | None = plans.get(x.shape)
+        if plan is None or not runs_once():
+            return None
+        inside = then is not None
+        if inside and not (plan.takes_relu and then.is_plain()):  # type: ignore[union-attr]
+            return None
+        rows = weight, bias, mean, var = self._rows()
+        if not plan.fits(x, rows):
+            return None
+        residual = None if then is None else then.residual
+        state = mean, var, self._buffers["num_batches_tracked"]
+        call = plan.calls[updates.enabled]
+        # A plain tuple: a `Pass` takes a hundredth of a small batch to make.
+        return apply_plain(
+            x, weight, bias, residual, (plan.backend, call, self, state, inside, None)
+        )
+
+    def _kernel_state(self, x: Tensor) -> tuple[Any, ...]:
+        """Running statistics and the number of batches, as kernels take them."""
+        kept = self._buffers
+        return kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
+
+
+def _rows(cut: Partition) -> tuple[int, ...]:
+    return () if len(cut.sizes) == 1 else (len(cut.sizes),)

@@ -1,0 +1,51 @@
+"""A normalization batch as rules see it, and whether forwards change state."""
+
+import threading
+from typing import NamedTuple
+
+from torch import Tensor
+
+from anybatch import backends
+from anybatch.core.gradient_accumulation import Seen
+
+
+class Batch(NamedTuple):
+    """A normalization batch, as rules see it.
+
+    Attributes:
+        sizes: Examples in each of its groups.
+        values: Values that an example gives to a channel.
+        seen: What its optimizer step has seen, where several forwards make one; the statistics
+            that a rule gets are then those of all of them.
+        counts: Values a channel behind each group's statistics, a number or a column ``(G, 1)``,
+            where these are not simply those of its examples; see `Source`.
+    """
+
+    sizes: tuple[int, ...]
+    values: int
+    seen: Seen | None = None
+    counts: Tensor | None = None
+
+    def examples(self) -> int:
+        """Examples in all groups."""
+        return sum(self.sizes)
+
+    def number(self) -> int | Tensor:
+        """Values a channel behind the statistics of a single group, in this forward."""
+        return self.examples() * self.values if self.counts is None else self.counts
+
+    def unbiased(self, var: Tensor) -> Tensor:
+        """Bessel's correction of a single group's variance; NaN where one value has none."""
+        if self.seen is not None:
+            return var * (self.seen.total / (self.seen.total - 1).clamp_(min=1))
+        if self.counts is not None:
+            return var * (self.counts / (self.counts - 1))
+        count = self.examples() * self.values
+        return var * backends.scalar(count / (count - 1)) if count > 1 else var
+
+
+class _Updates(threading.local):
+    enabled = True
+
+
+updates = _Updates()
