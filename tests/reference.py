@@ -312,16 +312,21 @@ class MovingAverageBatchNorm(Layer):
         own = torch.stack(moments(x)) if self.centered else (x**2).mean()[None]
         if torch.isfinite(own).all():
             self.seen[c].append(own)
-        used = own
-        if self.forward_stats != "batch" and not warming:  # eq. 13, of the forward statistics
-            used = torch.stack(self.seen[c][-self.window :]).sum(0) / self.window
-        mean, var = (used[0], used[1]) if self.centered else (torch.zeros(()), used[0])
-        hat_mean, hat = self.running_mean[c].clone(), torch.sqrt(self.running_var[c] + self.eps)
-        chi, r, d = torch.sqrt(var + self.eps), 1.0, 0.0
-        if self.forward_stats == "ema" and not plain:  # eq. 19; eq. 14 in the centred form
+        average = own
+        if not warming:  # eq. 13, of the forward statistics
+            average = torch.stack(self.seen[c][-self.window :]).sum(0) / self.window
+        running = torch.stack([self.running_mean[c], self.running_var[c]])
+        running = running if self.centered else running[1:]
+        # What the backward pass is that of, and what the output is normalized by.
+        inner = own if self.backward_stats == "batch" else average
+        outer = {"batch": own, "sma": average, "ema": running}[self.forward_stats]
+        mean, var = (inner[0], inner[1]) if self.centered else (torch.zeros(()), inner[0])
+        chi, hat = torch.sqrt(var + self.eps), torch.sqrt(outer[-1] + self.eps)
+        r, d = 1.0, 0.0
+        if not plain:  # eq. 19; eq. 14 in the centred form
             r = float((chi / hat).clamp(1 / self.clip, self.clip))
             if self.centered:
-                d = float(((mean - hat_mean) / hat).clamp(-self.clip, self.clip))
+                d = float(((mean - outer[0]) / hat).clamp(-self.clip, self.clip))
         self.track(c, mean, var, pace)
         w, z = self.weight[c].clone(), (x - mean) / chi
 
@@ -365,7 +370,7 @@ class MovingAverageBatchNorm(Layer):
 
     def state(self) -> dict[str, Any]:
         own: dict[str, Any] = {"step": self.step}
-        if self.forward_stats != "batch":
+        if self.forward_stats == "sma" or self.backward_stats != "batch":
             own["window"] = self._table(self.seen)
         if self.backward_stats == "sma":
             own["backward_average"] = self._table(self.seen_backward)

@@ -4,7 +4,8 @@
     python -m tests.golden --only "numba: mabn*"  # those whose name matches
     python -m tests.golden --full base.pt         # write all tensors to a file, on the old code;
     python -m tests.golden --full base.pt         # then check against all their values
-    python -m tests.golden --write                # record anew, where numbers are meant to change
+    python -m tests.golden --write                # record anew, where numbers are meant to change;
+                                                  # with --only, these cases alone
 
 `record.json` has, for each case (`cases.py`), a hash of its outputs, gradients and state, and a few
 of their values. On the machine type of the record the hashes must be equal; a difference that is
@@ -316,19 +317,23 @@ def everything(chosen: Callable[[str], bool]) -> Iterable[tuple[str, Results]]:
                     yield case, results
 
 
-def write(full: Path | None) -> None:
-    """Record every case, and all checkpoints."""
-    lines, tensors = [], {}
-    for case, results in everything(lambda case: True):
-        lines.append(f"{json.dumps(case)}: {json.dumps(entry(results), separators=(',', ':'))}")
+def write(only: str, full: Path | None) -> None:
+    """Record the cases that a pattern fits, or every case and all checkpoints."""
+    told = json.loads(RECORD.read_text())
+    if only != "*" and told["surroundings"] != surroundings():
+        raise SystemExit("the record is of another machine or other versions: record all of it")
+    found, tensors = told["cases"] if only != "*" else {}, {}
+    for case, results in everything(lambda case: fnmatchcase(case, only)):
+        found[case] = entry(results)
         tensors[case] = sections(results)
-    about = json.dumps(surroundings())
-    text = ",\n".join(lines)
+    lines = (f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in found.items())
+    about, text = json.dumps(surroundings()), ",\n".join(lines)
     RECORD.write_text(f'{{"surroundings": {about},\n"cases": {{\n{text}\n}}}}\n')
     if full is not None:
         torch.save(tensors, full)
-    write_checkpoints()
-    print(f"{len(lines)} cases recorded")
+    if only == "*":
+        write_checkpoints()
+    print(f"{len(tensors)} cases recorded")
 
 
 def check(
@@ -360,12 +365,12 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="record anew")
     parser.add_argument("--check", action="store_true", help="check (default)")
-    parser.add_argument("--only", default="*", help="pattern of the cases to check")
+    parser.add_argument("--only", default="*", help="pattern of the cases")
     parser.add_argument("--full", type=Path, help="whole tensors: written if the file is not there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.write:
-        write(given.full)
+        write(given.only, given.full)
         return 0
     full = None
     if given.full is not None:

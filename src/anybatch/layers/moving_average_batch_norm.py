@@ -1,17 +1,14 @@
 # mypy: disable-error-code="no-untyped-def"
 """Moving average batch normalization (Yan et al. 2020, moving-average-bn)."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anybatch.backends.protocol import Spec
 from anybatch.core.arguments import check_choice, check_count
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_layer import NormLayer
 from anybatch.core.rule import (
     Counter,
     Method,
@@ -28,11 +25,7 @@ from anybatch.core.rule import (
     sqrt,
     where,
 )
-from anybatch.layers.weight_centralization import (
-    is_centralized,
-    use_uncentred,
-    weight_centralization,
-)
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
 
 # --- forward ----------------------------------------------------------------------
 
@@ -44,26 +37,97 @@ def is_warming(step, window, warmup_steps):
 
 
 @rule
+def is_late(step, warmup_steps, renorm_warmup_steps):
+    """Whether the output is renormalized."""
+    return step > maximum(renorm_warmup_steps, warmup_steps)
+
+
+@rule
 def average_of(new, average, full, warming):
     """The average of a window; the batch's own value as long as there is none."""
     return where(warming, new, where(full, average, new))
 
 
 @rule
-def batch_statistics(mean, var, step, window, warmup_steps):
-    """The batch's own statistics."""
-    return chosen(mean, var, own=is_warming(step, window, warmup_steps))
+def factor(inner_var, var, eps, clip, late):
+    """r, which makes of a value normalized by one variance that of another (eq. 19)."""
+    return where(late, clamp(sqrt((inner_var + eps) / (var + eps)), 1 / clip, clip), 1.0)
 
 
 @rule
-def simple_average(mean, var, window_var, window_full, step, window, warmup_steps):
+def shift(inner_mean, mean, var, eps, clip, late):
+    """d, the same of means (eq. 14)."""
+    return where(late, clamp((inner_mean - mean) / sqrt(var + eps), -clip, clip), 0.0)
+
+
+# Names: what normalizes, which the backward pass follows, then what the output is renormalized to.
+
+
+@rule
+def by_batch(mean, var):
+    """The batch's own statistics."""
+    return chosen(mean, var)
+
+
+@rule
+def by_batch_to_running(mean, var, running_var, step, eps, clip, warmup_steps, renorm_warmup_steps):
+    """The batch's own second moment, and r towards the running one."""
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    return chosen(mean, var, r=factor(var, running_var, eps, clip, late))
+
+
+@rule
+def by_batch_to_running_centered(
+    mean, var, running_mean, running_var, step, eps, clip, warmup_steps, renorm_warmup_steps
+):
+    """The batch's own mean and variance, r and d towards the running ones."""
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    r = factor(var, running_var, eps, clip, late)
+    return chosen(mean, var, r=r, d=shift(mean, running_mean, running_var, eps, clip, late))
+
+
+@rule
+def by_batch_to_average(
+    mean, var, window_var, window_full, step, eps, window, clip, warmup_steps, renorm_warmup_steps
+):
+    """The batch's own second moment, and r towards the average of the last ones."""
+    target = average_of(var, window_var, window_full, is_warming(step, window, warmup_steps))
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    return chosen(mean, var, r=factor(var, target, eps, clip, late))
+
+
+@rule
+def by_batch_to_average_centered(
+    mean,
+    var,
+    window_mean,
+    window_var,
+    window_full,
+    step,
+    eps,
+    window,
+    clip,
+    warmup_steps,
+    renorm_warmup_steps,
+):
+    """The batch's own mean and variance, r and d towards the averages of the last ones."""
+    warming = is_warming(step, window, warmup_steps)
+    target_mean = average_of(mean, window_mean, window_full, warming)
+    target = average_of(var, window_var, window_full, warming)
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    r = factor(var, target, eps, clip, late)
+    return chosen(mean, var, r=r, d=shift(mean, target_mean, target, eps, clip, late))
+
+
+@rule
+def by_average(mean, var, window_var, window_full, step, window, warmup_steps):
     """The average of the last second moments."""
     own = is_warming(step, window, warmup_steps)
     return chosen(mean, average_of(var, window_var, window_full, own), own=own)
 
 
 @rule
-def simple_average_centered(
+def by_average_centered(
     mean, var, window_mean, window_var, window_full, step, window, warmup_steps
 ):
     """The averages of the last means and variances."""
@@ -73,7 +137,41 @@ def simple_average_centered(
 
 
 @rule
-def renormalized(
+def by_average_to_batch(
+    mean, var, window_var, window_full, step, eps, window, clip, warmup_steps, renorm_warmup_steps
+):
+    """The average of the last second moments, and r towards the batch's own."""
+    own = is_warming(step, window, warmup_steps)
+    used = average_of(var, window_var, window_full, own)
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    return chosen(mean, used, r=factor(used, var, eps, clip, late), own=own)
+
+
+@rule
+def by_average_to_batch_centered(
+    mean,
+    var,
+    window_mean,
+    window_var,
+    window_full,
+    step,
+    eps,
+    window,
+    clip,
+    warmup_steps,
+    renorm_warmup_steps,
+):
+    """The averages of the last means and variances, r and d towards the batch's own."""
+    own = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, own)
+    used = average_of(var, window_var, window_full, own)
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    r, d = factor(used, var, eps, clip, late), shift(used_mean, mean, var, eps, clip, late)
+    return chosen(used_mean, used, r=r, d=d, own=own)
+
+
+@rule
+def by_average_to_running(
     mean,
     var,
     running_var,
@@ -86,16 +184,15 @@ def renormalized(
     warmup_steps,
     renorm_warmup_steps,
 ):
-    """The average of the last second moments, corrected towards the running one (eq. 19)."""
+    """The average of the last second moments, and r towards the running one (eq. 19)."""
     own = is_warming(step, window, warmup_steps)
     used = average_of(var, window_var, window_full, own)
-    r = clamp(sqrt((used + eps) / (running_var + eps)), 1 / clip, clip)
-    late = step > maximum(renorm_warmup_steps, warmup_steps)
-    return chosen(mean, used, r=where(late, r, 1.0), own=own)
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    return chosen(mean, used, r=factor(used, running_var, eps, clip, late), own=own)
 
 
 @rule
-def renormalized_centered(
+def by_average_to_running_centered(
     mean,
     var,
     running_mean,
@@ -110,15 +207,14 @@ def renormalized_centered(
     warmup_steps,
     renorm_warmup_steps,
 ):
-    """`renormalized` with means, corrected as in batch renormalization (eq. 14)."""
+    """The averages of the last means and variances, r and d towards the running ones (eq. 14)."""
     own = is_warming(step, window, warmup_steps)
     used_mean = average_of(mean, window_mean, window_full, own)
     used = average_of(var, window_var, window_full, own)
-    square = running_var + eps
-    r = clamp(sqrt((used + eps) / square), 1 / clip, clip)
-    d = clamp((used_mean - running_mean) / sqrt(square), -clip, clip)
-    late = step > maximum(renorm_warmup_steps, warmup_steps)
-    return chosen(used_mean, used, r=where(late, r, 1.0), d=where(late, d, 0.0), own=own)
+    late = is_late(step, warmup_steps, renorm_warmup_steps)
+    r = factor(used, running_var, eps, clip, late)
+    d = shift(used_mean, running_mean, running_var, eps, clip, late)
+    return chosen(used_mean, used, r=r, d=d, own=own)
 
 
 # --- backward ---------------------------------------------------------------------
@@ -136,18 +232,22 @@ def exponential_psi(psi, old_backward_average, backward_step, update_weight):
     return lerp(psi, old_backward_average, where(backward_step > 1, 1 - update_weight, 0.0))
 
 
+# By what normalizes and what the output is renormalized to: uncentered, centered.
+_RULES: dict[tuple[str, str], tuple[Rule, Rule]] = {
+    ("batch", "batch"): (by_batch, by_batch),
+    ("batch", "sma"): (by_batch_to_average, by_batch_to_average_centered),
+    ("batch", "ema"): (by_batch_to_running, by_batch_to_running_centered),
+    ("sma", "batch"): (by_average_to_batch, by_average_to_batch_centered),
+    ("sma", "sma"): (by_average, by_average_centered),
+    ("sma", "ema"): (by_average_to_running, by_average_to_running_centered),
+}
+
+
 def _form(centered: bool, forward_stats: str, backward_stats: str) -> Method:
     """The rules and state of a form."""
-    choose: Rule = {
-        ("batch", False): batch_statistics,
-        ("batch", True): batch_statistics,
-        ("sma", False): simple_average,
-        ("sma", True): simple_average_centered,
-        ("ema", False): renormalized,
-        ("ema", True): renormalized_centered,
-    }[forward_stats, centered]
+    inner = "batch" if backward_stats == "batch" else "sma"
     kept: dict[str, Any] = {"step": Counter()}
-    if forward_stats != "batch":
+    if "sma" in (inner, forward_stats):
         kept["window"] = Window(("mean", "var") if centered else ("var",), "window")
     if backward_stats != "batch":
         psi = ("psi",)
@@ -156,7 +256,7 @@ def _form(centered: bool, forward_stats: str, backward_stats: str) -> Method:
     average: Rule | None = {"batch": None, "sma": simple_psi, "ema": exponential_psi}[
         backward_stats
     ]
-    return method_of(choose, average, State("used", **kept))
+    return method_of(_RULES[inner, forward_stats][centered], average, State("used", **kept))
 
 
 _STATS = ("ema", "sma", "batch")
@@ -168,7 +268,7 @@ _FORMS = {
 }
 
 
-class _MovingAverageBatchNorm(NormLayer):
+class _MovingAverageBatchNorm(UncenteredNormLayer):
     """Moving average batch normalization: averages forward *and* backward.
 
     With ``x2`` the second moment of a batch, ``x2_bar`` its average over the last
@@ -191,6 +291,18 @@ class _MovingAverageBatchNorm(NormLayer):
     warmup_steps)``, r is 1. Inference is ``weight * x / sqrt(x2_hat + eps) +
     bias``, stored as ``running_mean = 0`` and ``running_var = x2_hat``.
 
+    The paper's ablations replace averages by the batch's own statistics. z then follows
+    the backward pass, and r leads to the forward one, as in batch renormalization: with
+    ``x2_b`` the window's average if `backward_stats` is an average and the batch's own
+    if it is "batch", and ``x2_f`` the statistic of `forward_stats`::
+
+        z   = x / sqrt(x2_b + eps),   r = clip(sqrt(x2_b + eps) / sqrt(x2_f + eps))
+        dx  = (g - z * Psi) / sqrt(x2_b + eps)
+
+    so that dx is the gradient of a normalization by ``x2_b``, scaled by the constant r.
+    With "batch" twice it is the exact gradient of the output. The running statistics
+    average ``x2_b``, in the centered form biased variances.
+
     Args:
         num_features: Channels C.
         eps: Added to the second moment (default 1e-5).
@@ -206,10 +318,11 @@ class _MovingAverageBatchNorm(NormLayer):
         renorm_warmup_steps: Steps before r is used (default 1000).
         centered: Use mean and variance, four batch statistics, in place of the
             second moment (default False; the paper's "vanilla" form).
-        forward_stats: "ema" as above (default); "sma" the window's average, with
-            r = 1; "batch" the batch's own, with r = 1.
-        backward_stats: "sma" as above (default); "ema" an exponential average;
-            "batch" the batch's own, which is the exact gradient.
+        forward_stats: Statistic that the output is normalized by: "ema" ``x2_hat``
+            (default); "sma" the window's average; "batch" the batch's own.
+        backward_stats: Statistic that the backward pass uses in place of ``Psi``: "sma"
+            the average of the last `window` steps (default); "ema" an exponential
+            average; "batch" the batch's own. See below.
         norm_batch_size: Normalize in successive batches of so many examples, each
             a step of the memory.
         example_weight: Share of an example's own statistics at inference.
@@ -297,114 +410,6 @@ class _MovingAverageBatchNorm(NormLayer):
         if self.centered:
             return "centered=True: the kernels take the uncentred form"
         return super().method_spec(x, cut)
-
-    # --- the layer whose weights are centred ----------------------------------
-
-    _feeder: tuple[nn.Module, ...] = ()
-
-    def follow_centralized(self, module: nn.Module) -> None:
-        """Keep the layer before this one, whose weights are centred, for checkpoints.
-
-        A checkpoint tells whether it was trained with centred weights. Where it was not, the layer
-        uses its weights as they are from the load on, and the other way round.
-        """
-        self.__dict__["_feeder"] = (module,)  # a tuple: it is no part of this layer
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if own is not None and self._feeder:
-            own["centralized"] = is_centralized(self._feeder[0])
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        *rest: Any,
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        centred = local_metadata.get("centralized")
-        if centred is None and not any(prefix + name in state_dict for name in self.memory):
-            count = state_dict.get(prefix + "num_batches_tracked")
-            mean = state_dict.get(prefix + "running_mean")
-            evidence = mean if count is None else count
-            if evidence is not None and bool(evidence.any()):  # of a trained batch norm
-                centred = False
-        if centred is not None and prefix + "running_mean" in state_dict:
-            self._match_feeder(prefix[:-1], centred)
-
-    def _match_feeder(self, name: str, centred: bool) -> None:
-        """Let the layer before this one use its weights as the checkpoint's network did."""
-        advice = "; to centre the weights of a trained network, use convert(..., centralize=True)"
-        if not self._feeder:
-            if centred:
-                warnings.warn(
-                    f"{name}: the checkpoint was trained with centred weights before this layer, "
-                    "which are not centred here, and its output differs: convert the network "
-                    'while it is untrained, or with anybatch.convert(model, "mabn", '
-                    "centralize=True)",
-                    stacklevel=2,
-                )
-        elif centred and not is_centralized(self._feeder[0]):
-            weight_centralization(self._feeder[0])
-            warnings.warn(
-                f"{name}: the checkpoint was trained with centred weights before this layer; its "
-                "weights are centred again",
-                stacklevel=2,
-            )
-        elif not centred and is_centralized(self._feeder[0]):
-            use_uncentred(self._feeder[0])
-            warnings.warn(
-                f"{name}: the checkpoint was trained with weights before this layer that are not "
-                f"centred; its weights are no longer centred, so that the output is the same"
-                f"{advice}",
-                stacklevel=2,
-            )
-
-    # --- from a batch norm -------------------------------------------------
-
-    def adopt_(self, norm: torch.nn.Module) -> "_MovingAverageBatchNorm":
-        super().adopt_(norm)
-        if isinstance(norm, _MovingAverageBatchNorm):
-            self._feeder = norm._feeder
-        obstacle = self._absorb_mean()
-        if obstacle is not None:
-            raise ValueError(obstacle)
-        return self
-
-    def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
-        self.reset_memory()
-        obstacle = self._absorb_mean()
-        if obstacle is not None:
-            error_msgs.append(f"{prefix}running_mean: {obstacle}")
-
-    @torch.no_grad()
-    def _absorb_mean(self) -> str | None:
-        """Move a running mean into scale and shift: the uncentred form has none.
-
-        ``var + mean**2`` is the second moment that the uncentred form divides by.
-
-        Returns:
-            Why it cannot be done, or None. State is changed only if it can.
-        """
-        mean, var = self.running_mean, self.running_var
-        if mean is None or var is None or self.centered or mean.is_meta:
-            return None
-        if self.weight is None or self.bias is None:
-            if bool(mean.any()):
-                lacking = "affine=False" if self.weight is None else "bias=False"
-                return (
-                    f"{lacking} with a running mean that is not 0: {type(self).__name__} has "
-                    "no mean and no bias to move it to; use centered=True"
-                )
-            return None
-        second = torch.addcmul(var, mean, mean)
-        inverse = torch.rsqrt(var + self.eps)
-        self.bias.sub_(self.weight * mean * inverse)
-        self.weight.mul_((second + self.eps).sqrt_() * inverse)
-        self.running_mean, self.running_var = torch.zeros_like(mean), second
-        return None
 
     def own_arguments(self) -> Mapping[str, Any]:
         names = ("window", "clip", "warmup_steps", "renorm_warmup_steps")

@@ -6,6 +6,7 @@ normalization needs. The class of the layer is switched to one that centres in
 its forward; parameters, hooks and ``state_dict`` keys stay as they were.
 """
 
+import warnings
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -266,3 +267,38 @@ def _fan_in(module: nn.Module) -> int:
     if not isinstance(module, _ConvTransposeNd):
         return weight[0].numel()
     return weight[:, 0].numel() // module.groups
+
+
+def match_centralization(name: str, module: nn.Module | None, centred: bool) -> None:
+    """Let the layer before a norm use its weights as a checkpoint's network did, and warn.
+
+    Args:
+        name: Of the norm.
+        module: The layer before it; None if there is none that is centred here.
+        centred: Whether the checkpoint was trained with centred weights there.
+    """
+    advice = "; to centre the weights of a trained network, use convert(..., centralize=True)"
+    if module is None:
+        if centred:
+            warnings.warn(
+                f"{name}: the checkpoint was trained with centred weights before this layer, "
+                "which are not centred here, and its output differs: convert the network "
+                'while it is untrained, or with anybatch.convert(model, "mabn", '
+                "centralize=True)",
+                stacklevel=2,
+            )
+    elif centred and not is_centralized(module):
+        weight_centralization(module)
+        warnings.warn(
+            f"{name}: the checkpoint was trained with centred weights before this layer; its "
+            "weights are centred again",
+            stacklevel=2,
+        )
+    elif not centred and is_centralized(module):
+        use_uncentred(module)
+        warnings.warn(
+            f"{name}: the checkpoint was trained with weights before this layer that are not "
+            f"centred; its weights are no longer centred, so that the output is the same"
+            f"{advice}",
+            stacklevel=2,
+        )
