@@ -316,6 +316,22 @@ def test_callbacks_in_an_order_that_cannot_work_are_refused(tmp_path: Path) -> N
         run.fit(Finetuned(network()), batches())
 
 
+def test_a_callback_that_is_added_to_a_running_fit_joins_it(tmp_path: Path) -> None:
+    late = NormCallback("mbn")
+
+    class Adds(framework.Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            if late not in trainer.callbacks:
+                trainer.callbacks.append(late)
+
+    run = trainer(tmp_path, Adds(), 3)
+    module = Classifier(network())
+    run.fit(module, batches())
+    norm = module.model[1]
+    assert isinstance(norm, anybatch.MomentumBatchNorm2d)
+    assert norm.step is None
+
+
 class Small(Classifier):
     def __init__(self) -> None:
         super().__init__(network())

@@ -101,6 +101,19 @@ def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
     )
 
 
+def test_a_callback_that_is_added_to_a_running_training_joins_it(tmp_path: Path) -> None:
+    class Adds(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_: object) -> None:
+            if state.global_step == 2:
+                run.add_callback(NormCallback("mbn"))
+
+    model = network()
+    run = trainer(model, tmp_path, Adds())
+    run.train()
+    kinds = {type(module) for module in model.modules()}
+    assert anybatch.MomentumBatchNorm2d in kinds
+
+
 @pytest.mark.parametrize("method", ["bn", "mabn"])
 def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     """Eleven batches by fives: the last step of an epoch has one."""
