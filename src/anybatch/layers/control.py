@@ -11,6 +11,7 @@ from anybatch.core.arguments import check_count, check_module
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.padding import SequenceLengths, lengths_of
 
 
 def select(model: nn.Module, where: Where | None) -> list[NormLayer]:
@@ -123,7 +124,14 @@ def no_update() -> Iterator[None]:
 
 
 @contextmanager
-def masked(model: nn.Module, mask: Tensor, where: Where | None = None) -> Iterator[None]:
+def masked(
+    model: nn.Module,
+    mask: Tensor | None = None,
+    where: Where | None = None,
+    *,
+    lengths: Tensor | None = None,
+    zero: bool = False,
+) -> Iterator[None]:
     """A context in which layers take statistics from valid positions only, for padded input.
 
     Each layer gets the mask in its own shape: along dimensions in which its input is smaller or
@@ -138,16 +146,27 @@ def masked(model: nn.Module, mask: Tensor, where: Where | None = None) -> Iterat
     anything finite; it is normalized too, so that evaluation without a mask sees what training saw.
     A batch without valid values is normalized by the running statistics.
 
+    Statistics alone do not keep padding out: a convolution mixes it into valid positions. With
+    ``zero=True``, padding at the end of sequences is set to 0 before convolutions and poolings of
+    one dimension and after norms, and the lengths follow their strides and kernels. An example's
+    output at valid positions is then that without padding.
+
     Args:
         model: A network with anybatch layers.
         mask: True, or not 0, where input is valid: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, with
             the spatial dimensions of the network's input.
         where: Name pattern or predicate ``(name, module)`` of the layers that get it (default
             None: all).
+        lengths: In place of a mask: valid positions of each example, ``(N,)``, along the last
+            dimension of convolutions; they follow strides and kernels exactly.
+        zero: Set padding to 0 (default False). With neither a mask nor lengths, these are read from
+            the ``attention_mask`` that the model is called with, as transformers' models are.
 
     Raises:
-        ValueError: If there is no layer; in a forward, if the mask does not fit a layer's input.
-        TypeError: For a mask of floating point.
+        ValueError: If there is no layer; for both a mask and lengths, or neither without `zero`;
+            with `zero`, for a mask that is not padded at the end; in a forward, if it does not fit
+            a layer's input.
+        TypeError: For a mask or lengths of floating point.
 
     Example:
         >>> import torch, anybatch
@@ -158,10 +177,24 @@ def masked(model: nn.Module, mask: Tensor, where: Where | None = None) -> Iterat
         >>> round(norm.running_mean.item() / norm.momentum, 4)  # of 1, 3 and 5
         3.0
     """
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask of type {what}: give a tensor of bool, true where input is valid")
+    if (mask is None) == (lengths is None) and not (zero and mask is None):
+        given = "none" if mask is None else "both"
+        raise ValueError(f"mask and lengths: {given} given; give one of them")
+    for name, value in (("mask", mask), ("lengths", lengths)):
+        if value is not None and (not isinstance(value, Tensor) or value.is_floating_point()):
+            what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            wanted = "bool, true where input is valid" if name == "mask" else "whole numbers"
+            raise TypeError(f"{name} of type {what}: give a tensor of {wanted}")
     layers = select(model, where)
+    if zero or lengths is not None:
+        size = None if mask is None else mask.shape[-1]
+        lengths = lengths_of(mask) if mask is not None else lengths
+        following = SequenceLengths(model, layers, lengths, size, zero)
+        try:
+            yield
+        finally:
+            following.remove()
+        return
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask

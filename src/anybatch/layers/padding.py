@@ -1,0 +1,170 @@
+"""Padding along a sequence: valid lengths followed through convolutions, padding set to zero."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anybatch.core.norm_layer import NormLayer
+
+_FOLLOWED = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d)
+
+
+class SequenceLengths:
+    """Hooks that give each norm the valid lengths of its input, and set padding to zero.
+
+    A convolution or pooling of one dimension gives an example of length ``n`` the length that it
+    has alone. Lengths are known by the size of the dimension, and of a convolution's output itself.
+
+    Args:
+        model: The network.
+        layers: Its layers that get masks.
+        lengths: Valid positions of each example; None to read them from ``attention_mask``.
+        size: Positions of the network's input (default None: those of the first layer's input).
+        zero: Whether padding is set to zero before convolutions and after norms.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[NormLayer],
+        lengths: Tensor | None,
+        size: int | None,
+        zero: bool,
+    ) -> None:
+        self.given = lengths, size
+        self.zero = zero
+        self.known: dict[int, Tensor] = {}
+        self.first = 0  # positions of the network's input
+        self.before = [(layer, layer.mask) for layer in layers]
+        self.handles: list[Any] = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+        ]
+        for module in model.modules():
+            if isinstance(module, _FOLLOWED):
+                self.handles.append(module.register_forward_pre_hook(self._before_convolution))
+                self.handles.append(module.register_forward_hook(self._after_convolution))
+        for layer in layers:
+            self.handles.append(layer.register_forward_pre_hook(self._before_norm))
+            self.handles.append(layer.register_forward_hook(self._after_norm))
+        if lengths is not None and size is not None:
+            self._start(lengths, size)
+
+    def remove(self) -> None:
+        """Leave the network as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for layer, mask in self.before:
+            layer.mask = mask
+
+    def _start(self, lengths: Tensor, size: int) -> None:
+        if bool((lengths > size).any()):
+            raise ValueError(f"lengths up to {int(lengths.max())}: the input has {size} positions")
+        self.known, self.first = {size: lengths}, size
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward of the network begins."""
+        lengths, size = self.given
+        self.known = {}
+        if lengths is None:
+            mask = kwargs.get("attention_mask")
+            if not isinstance(mask, Tensor):
+                raise ValueError(
+                    "masked: give mask=, lengths=, or call the model with attention_mask="
+                )
+            lengths, size = lengths_of(mask), mask.shape[1]
+        if size is not None:
+            self._start(lengths, size)
+
+    def _of(self, x: Tensor) -> Tensor | None:
+        """The valid lengths of a tensor ``(N, C, L)``; None if they are not known."""
+        lengths: Tensor | None = getattr(x, "valid_lengths", None)
+        if lengths is not None or x.dim() != 3:
+            return lengths
+        if not self.known and self.given[0] is not None:
+            self._start(self.given[0], x.shape[2])
+        lengths = self.known.get(x.shape[2])
+        return None if lengths is None or len(lengths) != len(x) else lengths.to(x.device)
+
+    def _before_convolution(self, module: nn.Module, args: Any) -> Any:
+        lengths = self._of(args[0])
+        if lengths is None or not self.zero:
+            return None
+        lowest = torch.finfo(args[0].dtype).min if isinstance(module, nn.MaxPool1d) else 0.0
+        return (_filled(args[0], lengths, lowest), *args[1:])
+
+    def _after_convolution(self, module: nn.Module, args: Any, output: Any) -> Any:
+        lengths = self._of(args[0]) if isinstance(output, Tensor) else None
+        if lengths is None:
+            return None
+        lengths = _length_after(module, lengths).clamp(0, output.shape[2])
+        other = self.known.get(output.shape[2])
+        self.known[output.shape[2]] = lengths if other is None else other.maximum(lengths)
+        if self.zero and isinstance(module, nn.ConvTranspose1d):  # shorter than what it is added to
+            output = _filled(output, lengths, 0.0)
+        output.valid_lengths = lengths
+        return output
+
+    def _before_norm(self, layer: NormLayer, args: Any) -> None:
+        lengths, size = self._of(args[0]), args[0].shape[-1]
+        if lengths is None and self.known:
+            lengths, size = self.known[self.first], self.first
+        layer.mask = None if lengths is None else mask_of(lengths, size)
+
+    def _after_norm(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        lengths = self._of(args[0]) if self.zero else None
+        if lengths is None:
+            return None
+        output = _filled(output, lengths, 0.0)
+        output.valid_lengths = lengths  # type: ignore[attr-defined]
+        return output
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """The lengths of a mask ``(N, L)`` or ``(N, 1, L)`` that is valid first and padded after.
+
+    Raises:
+        ValueError: For a mask of another kind.
+    """
+    valid = mask != 0
+    if valid.dim() == 3 and valid.shape[1] == 1:
+        valid = valid.squeeze(1)
+    lengths = valid.sum(-1)
+    if valid.dim() != 2 or not torch.equal(valid, mask_of(lengths, valid.shape[1])):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)}: zero=True follows padding at the end of sequences"
+            "; give a mask (N, L) that is true first and false after, or lengths="
+        )
+    return lengths
+
+
+def mask_of(lengths: Tensor, size: int) -> Tensor:
+    """The mask ``(N, size)`` of lengths."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _filled(x: Tensor, lengths: Tensor, value: float) -> Tensor:
+    return x.masked_fill(~mask_of(lengths, x.shape[2]).unsqueeze(1), value)
+
+
+def _length_after(module: nn.Module, lengths: Tensor) -> Tensor:
+    """The lengths that examples would have alone after a convolution or pooling."""
+
+    def number(name: str, default: int) -> int:
+        value: Any = getattr(module, name, default)
+        return int(value[0] if isinstance(value, tuple) else value)
+
+    kernel, stride = number("kernel_size", 1), number("stride", 1)
+    dilation = number("dilation", 1)
+    reach = dilation * (kernel - 1)
+    if isinstance(module, nn.ConvTranspose1d):
+        added = number("output_padding", 0) - 2 * number("padding", 0)
+        return (lengths - 1) * stride + reach + 1 + added
+    padding: Any = getattr(module, "padding", 0)
+    named = {"same": reach, "valid": 0}
+    both = named[padding] if isinstance(padding, str) else 2 * number("padding", 0)
+    free = lengths + both - reach - 1
+    if getattr(module, "ceil_mode", False):
+        free = free + stride - 1
+    return free.div(stride, rounding_mode="floor") + 1
