@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import anybatch
 from anybatch.integrations.batch_renorm import from_sb3_contrib, from_torchrl
-from peers.cases import load
+from other_libraries.cases import load
 
 
 def batches(count: int, width: int = 4) -> list[Tensor]:

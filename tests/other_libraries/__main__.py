@@ -7,7 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peers.cases import CASES, VECTORS, load
+from other_libraries.cases import CASES, VECTORS, load
 
 folder = Path(sys.argv[1])
 torch.save({name: run(load(folder, name)) for name, run in CASES.items()}, VECTORS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import anybatch
-from peers.cases import CASES, VECTORS, load, precise_network
+from other_libraries.cases import CASES, VECTORS, load, precise_network
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 

@@ -3,7 +3,7 @@
 `vectors.pt` has, for each case, the input of each step, the gradient of its output, and what the
 other library's own code gave: outputs, gradients and running statistics. It was made by
 
-    python -m tests.peers FOLDER
+    python -m tests.other_libraries FOLDER
 
 where FOLDER has the packages as `pip install --no-deps --target FOLDER` of these versions leaves
 them: torchrl 0.14.1, sb3-contrib 2.9.2, fvcore 0.1.5.post20221221, torch-geometric 2.8.1, mosaicml
