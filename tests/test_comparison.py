@@ -100,6 +100,8 @@ def test_the_advice_of_a_comparison_is_what_its_numbers_say() -> None:
     assert (sentence.split(":")[1], call) == (" keep it.", "")
     sentence, _ = advice(finished(target=(0.41, 0.42), baseline=base, gn=(0.9, 0.9)))
     assert sentence.startswith("Batch norm loses nothing at 2")
+    none = finished(target=(0.41, 0.42), baseline=base, gn=(0.9, 0.9))
+    assert none.lines[2].recovered is None  # of a loss smaller than the spread
     sentence, call = advice(finished(target=(0.9,), baseline=(0.4,), mabn=(0.9,)))
     assert (sentence.split(":")[0], call) == ("One seed per method is no evidence", "")
 

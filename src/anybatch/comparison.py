@@ -116,8 +116,8 @@ def compare(
     data = own_data(train, test, loss, score, network)
     comparison = Comparison(
         base=Run(
-            data="python:data",
-            model="python:network",
+            data="yours:data",
+            model="yours:network",
             batch_size=batch_size,
             norm_batch_size=norm_batch_size,
             accumulate=accumulate,

@@ -94,7 +94,9 @@ def diagnose(
     if given["as_json"]:
         print((folder / "diagnosis.json").read_text(encoding="utf-8"), end="")
         return
-    console.print(diagnosis.diagnosis_table(found, f"{run.data_name}, {run.model}, {run.label}"))
+    console.print(
+        diagnosis.diagnosis_table(found, f"{run.data_name}, {run.model_name}, {run.label}")
+    )
     for sentence in (*found.reading.sentences, *found.notes):
         console.print(sentence, markup=False, highlight=False)
     console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)

@@ -79,7 +79,8 @@ class Line:
         accuracies: Of each seed, from 0 to 1.
         mean: Of the accuracies.
         spread: Their standard deviation; 0 for one seed.
-        recovered: Share of the lost accuracy that is won back; None without a loss.
+        recovered: Share of the lost accuracy that is won back; None without a loss that is larger
+            than the spread of the two batch norms.
     """
 
     row: str
@@ -106,15 +107,20 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
         for row, runs in groups.items()
     }
     means = {row: statistics.fmean(values) for row, values in accuracies.items()}
+    spreads = {
+        row: statistics.stdev(values) if len(values) > 1 else 0.0
+        for row, values in accuracies.items()
+    }
     lost = means["target"] - means["baseline"]
+    loses = lost > max(spreads["target"], spreads["baseline"], 1e-9)
     lines = [
         Line(
             row,
             groups[row][0],
             values,
             means[row],
-            statistics.stdev(values) if len(values) > 1 else 0.0,
-            (means[row] - means["baseline"]) / lost if lost > 1e-9 else None,
+            spreads[row],
+            (means[row] - means["baseline"]) / lost if loses else None,
         )
         for row, values in accuracies.items()
     ]

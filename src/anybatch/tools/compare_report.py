@@ -123,7 +123,7 @@ def comparison_table(outcome: FinishedComparison) -> "Table":
     return terminal_table(
         COLUMNS,
         [cells(line, outcome.times) for line in outcome.lines],
-        title=f"{base.data_name}, {base.model}, {base.epochs} epochs",
+        title=f"{base.data_name}, {base.model_name}, {base.epochs} epochs",
         caption=f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1",
         styles=["dim" if line.row in ("target", "baseline") else None for line in outcome.lines],
     )
@@ -133,7 +133,8 @@ def notes(comparison: Comparison) -> list[str]:
     """Return sentences that explain the settings."""
     base = comparison.base
     found = [
-        "recovered: (accuracy - baseline) / (target - baseline), of the means.",
+        "recovered: (accuracy - baseline) / (target - baseline), of the means; empty where the two "
+        "batch norms differ by less than their spread.",
         f"spread: standard deviation over {len(comparison.seeds)} seed(s).",
         "every run: SGD, learning rate "
         f"{base.lr} x batch / 64, momentum {base.momentum}, weight decay {base.weight_decay}, "

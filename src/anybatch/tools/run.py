@@ -230,6 +230,11 @@ class Run:
         return False
 
     @property
+    def model_name(self) -> str:
+        """A short name of the network, for titles."""
+        return self.model.rpartition(":")[2] if is_own(self.model) else self.model
+
+    @property
     def statistics_size(self) -> int:
         """Number of examples that share statistics."""
         return self.norm_batch_size or self.micro_batch_size
