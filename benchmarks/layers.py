@@ -22,13 +22,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from harness import DTYPES, FORMATS, SHAPES, arguments, finish, reason, sizes, start
+from peers import peers
 from torch import Tensor, nn
 
 from anybatch.registry import METHODS
 from anybatch.tools.bench import compiled, steady_options
 from anybatch.tools.measurements import Measurement, Setting, timed
 from anybatch.tools.timing import Call, graphed, interleaved
-from peers import peers
 
 BASELINE = "nn.BatchNorm2d"
 METHOD_NAMES = (
