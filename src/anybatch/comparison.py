@@ -145,10 +145,7 @@ def compare(
         for run in runs:
             done = train_run(run, Path(folder), lambda *_: advance(), data=data)
             results[run.key] = done
-    times = {}
-    if timing:
-        rows = comparison.groups().items()
-        times = time_steps({row: of[0] for row, of in rows if row != "target"}, data)
+    times = time_steps(comparison.timed(), data) if timing else {}
     lines = table(comparison, results)
     seconds = time.perf_counter() - start
     return FinishedComparison(comparison, lines, results, times, "anybatch.compare(...)", seconds)

@@ -112,12 +112,11 @@ def compare(
             results = run_all(comparison, folder, workers, show)
         times = {}
         if given["timing"]:
-            timed = {r: runs[0] for r, runs in comparison.groups().items() if r != "target"}
             quiet = nullcontext() if given["as_json"] else errors.status("timing a step")
             if comparison.base.device == "cpu":
                 torch.set_num_threads(1)  # as the runs had
             with quiet:
-                times = time_steps(timed, loaded)
+                times = time_steps(comparison.timed(), loaded)
         outcome = report.FinishedComparison(
             comparison,
             table(comparison, results),

@@ -109,8 +109,9 @@ def run_rule(
         update: Whether state may change.
     """
     side, memory, dtype = method.forward, layer.memory, var.dtype
-    read = {"running_mean", "running_var"} & set(side.names)
-    read = {"running_mean", "running_var"} if method.state.running == "used" else read
+    read = {"running_mean", "running_var"}
+    if method.state.running != "used":
+        read &= set(side.names)
     removed = any(getattr(layer, name) is None for name in read)
     if not side.bound or removed:  # running statistics may be taken away, to use the batch's
         return Statistics(mean, var)

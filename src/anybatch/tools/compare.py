@@ -63,6 +63,10 @@ class Comparison:
             rows[name] = base.but(method=name, options=own, centralize=self.centralize)
         return {row: [run.but(seed=seed) for seed in self.seeds] for row, run in rows.items()}
 
+    def timed(self) -> dict[str, Run]:
+        """A run of each row whose step is timed: of all but the target, whose batch is larger."""
+        return {row: runs[0] for row, runs in self.groups().items() if row != "target"}
+
     def runs(self) -> list[Run]:
         """Every run once, longest first so that no process is left with one at the end."""
         unique = {run.key: run for runs in self.groups().values() for run in runs}

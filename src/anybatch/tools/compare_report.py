@@ -79,8 +79,7 @@ def row_name(line: Line) -> str:
 
 def advice(outcome: FinishedComparison) -> tuple[str, str]:
     """What the comparison says to do: a sentence, and the call to make, if there is one."""
-    target, baseline, *others = outcome.lines
-    best = others[0]
+    baseline, best = outcome.lines[1:3]
     size, seeds = baseline.run.statistics_size, len(outcome.comparison.seeds)
     if seeds == 1:
         return "One seed per method is no evidence: give three or more.", ""
@@ -90,7 +89,7 @@ def advice(outcome: FinishedComparison) -> tuple[str, str]:
             "keep it.",
             "",
         )
-    if target.mean - baseline.mean <= max(target.spread, baseline.spread):
+    if best.recovered is None:
         sentence = f"Batch norm loses nothing at {size}, and {best.row} is ahead of it."
     else:
         sentence = f"Best at {size}: {best.row}."

@@ -57,11 +57,7 @@ def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
         )
 
     def checked() -> nn.Module:
-        try:
-            made = make()
-        except Exception as error:  # anything can go wrong in there
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"model={name!r}: calling it failed ({reason})") from error
+        made = call("model", name, make)
         if not isinstance(made, nn.Module):
             raise TypeError(
                 f"model={name!r}: it gave {type(made).__name__}; give a function or class that "
@@ -128,6 +124,27 @@ def find(argument: str, name: str, known: Sequence[str] = ()) -> Callable[[], An
     return make
 
 
+def call(argument: str, name: str, make: Callable[[], Any]) -> Any:
+    """Call a user's function.
+
+    Args:
+        argument: What it is given as, for errors.
+        name: As `find` takes it.
+        make: The function.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    try:
+        return make()
+    except Exception as error:  # anything can go wrong in there
+        raise ValueError(f"{argument}={name!r}: calling it failed ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _module(given: str, module_name: str) -> Any:
     path = Path(module_name)
     try:
@@ -138,8 +155,9 @@ def _module(given: str, module_name: str) -> Any:
             sys.path.insert(0, here)
         return importlib.import_module(module_name)
     except Exception as error:  # a module may raise anything as it is loaded
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{given}: {module_name!r} cannot be imported ({reason})") from error
+        raise ValueError(
+            f"{given}: {module_name!r} cannot be imported ({_reason(error)})"
+        ) from error
 
 
 def _file(path: Path) -> Any:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from anybatch.tools.data import LOADERS, Dataset, shuffled
 from anybatch.tools.examples import Collate, Examples
-from anybatch.tools.network_factory import find
+from anybatch.tools.network_factory import call, find
 from anybatch.tools.precision import forward
 from anybatch.tools.run import Run
 
@@ -101,12 +101,7 @@ def load_own(run: Run) -> OwnData:
         ValueError: If there is no such function, or it fails.
         TypeError: If it gives something else.
     """
-    make = find("data", run.data)
-    try:
-        made = make()
-    except Exception as error:  # anything can go wrong in there
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"data={run.data!r}: calling it failed ({reason})") from error
+    made = call("data", run.data, find("data", run.data))
     if isinstance(made, tuple):
         names = ("train", "test") if len(made) == 2 else map(str, range(len(made)))
         given: Mapping[str, Any] = dict(zip(names, made, strict=True))
