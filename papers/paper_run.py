@@ -56,7 +56,7 @@ class PaperRun(Run):
 
     @property
     def pretrained(self) -> bool:
-        """Whether the run starts from a trained network."""
+        """True if the run starts from a trained network."""
         return bool(self.start)
 
     def as_dict(self) -> dict[str, Any]:

@@ -384,7 +384,7 @@ FROZEN = Method(
     "Running statistics, scale and shift as constants, in training too.",
     "Fine-tuning on data like the pretraining data, and the last epochs of a training.",
 )
-"""What `anybatch.convert` takes besides the methods: it trains nothing, and needs trained norms."""
+"""A target of `anybatch.convert` besides the methods; it needs trained norms and trains nothing."""
 
 METHODS: dict[str, Method] = {method.name: method for method in _TABLE}
 

@@ -87,7 +87,7 @@ class Part(NamedTuple):
     counters: tuple[bool, ...] = ()
 
     def row(self, name: str) -> int:
-        """Which row of a table of statistics holds one of `USES`; below 0 for none."""
+        """The row of a table of statistics that holds one of `USES`; below 0 for none."""
         return 2 + self.uses.index(name) if name in self.uses else -1
 
 
@@ -123,7 +123,7 @@ def rule_set(forward: Part, backward: Part, tracks_used: bool) -> RuleSet:
 
 
 class Chosen(NamedTuple):
-    """What a rule chose for a column: mean and variance to normalize by, and how.
+    """The choice of a rule for a column: mean and variance to normalize by, and how.
 
     Attributes:
         mean: Mean to subtract.
@@ -178,7 +178,7 @@ def lerp(start: Any, end: Any, weight: Any) -> Any:
 def chosen(
     mean: Any, var: Any, *, r: Any = None, d: Any = None, share: Any = None, own: Any = None
 ) -> Any:
-    """What a rule returns, see `Chosen`."""
+    """The value that a rule returns, see `Chosen`."""
     return Chosen(mean, var, r, d, share, own)
 
 

@@ -21,7 +21,7 @@ _SMALLEST_EPS = 1e-12  # for a frozen norm that adds none
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm whose statistics, scale and shift are constants.
+    """Check if a module is a batch norm whose statistics, scale and shift are constants.
 
     These are the `FrozenBatchNorm` layers and, in other libraries, classes named so and modules
     without parameters that have torch's four tensors of a batch norm as buffers.
@@ -79,7 +79,7 @@ def thawed(norm: nn.Module) -> _BatchNorm:
 
 
 def _has_constants(module: nn.Module) -> bool:
-    """Whether a module has the four tensors of a batch norm as buffers, and no parameters."""
+    """Check if a module has the four tensors of a batch norm as buffers, and no parameters."""
     found = [module._buffers.get(name) for name in (*_AFFINE, *_STATISTICS)]
     return (
         not any(value is not None for value in module._parameters.values())
@@ -90,7 +90,7 @@ def _has_constants(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _measured_eps(norm: nn.Module) -> float:
-    """What a frozen norm's forward adds to the variance, wherever the number is written."""
+    """Measure what a frozen norm's forward adds to the variance, wherever it is written."""
     constants = {n: t for n in (*_AFFINE, *_STATISTICS) if (t := norm._buffers[n]) is not None}
     if constants["weight"].is_meta:
         return float(getattr(norm, "eps", 1e-5))

@@ -86,7 +86,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm: torch's, ours or a frozen one of any library."""
+    """Check if a module is a batch norm: torch's, ours or a frozen one of any library."""
     kind = norm_kind(module)
     return kind is not None and kind.family != "other"
 

@@ -82,7 +82,7 @@ class DispatchedLayer(InferenceLayer):
         return y if then is None else then.of(y, fresh=True)
 
     def _obstacle(self, cut: Partition, values: int, source: Source | None) -> str | None:
-        """Why only torch's operators serve a batch in training, whatever it is; None if not so."""
+        """The reason for torch's operators alone in training, whatever the batch; None if none."""
         if source is not None or (
             self._group is not None and several(self.process_group) is not None
         ):
@@ -117,7 +117,7 @@ class DispatchedLayer(InferenceLayer):
         return y
 
     def _plan_for(self, x: Tensor, cut: Partition, rows: Rows) -> ExecutionPlan | None:
-        """How compiled kernels serve a batch; None if they do not."""
+        """The plan by which compiled kernels serve a batch; None if they do not."""
         compiling = torch.compiler.is_compiling()
         call = self._call(x, cut)
         if isinstance(call, str):
@@ -134,7 +134,7 @@ class DispatchedLayer(InferenceLayer):
         return plan
 
     def _call(self, x: Tensor, cut: Partition) -> NormCall | str:
-        """How kernels go through a batch, or why they do not."""
+        """The call by which kernels go through a batch, or the reason why they do not."""
         spec = self.method_spec(x, cut)
         if isinstance(spec, str):
             return spec

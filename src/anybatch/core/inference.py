@@ -116,7 +116,7 @@ class InferenceLayer(RuleLayer):
         return Statistics(mixed_mean, mixed_var, share=alpha)
 
     def inference_obstacle(self) -> str | None:
-        """Why inference is no affine map a channel; None where it is one."""
+        """The reason why inference is no affine map per channel; None where it is one."""
         if self.running_mean is None or self.running_var is None:
             return "track_running_stats=False: it normalizes by the batch at inference too"
         if self.example_weight:

@@ -69,7 +69,7 @@ class Counter(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether it is a whole number."""
+        """True for a whole number."""
         return True
 
     def shape(self, layer: Stateful) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ Kept = Counter | Number | Row | Average | Window
 
 
 class State:
-    """What a method keeps beside running statistics.
+    """The state that a method keeps beside running statistics.
 
     Args:
         running: What running statistics take in: "batch", its mean and unbiased variance; or

@@ -31,7 +31,7 @@ class OutlierGuard(NamedTuple):
     seen: Tensor
 
     def admits(self, mean: Tensor | None, var: Tensor, update: bool) -> Tensor:
-        """Which channels of a batch may enter the state.
+        """Find the channels of a batch that may enter the state.
 
         Args:
             mean: Mean of the batch; None in the uncentred form.
@@ -53,7 +53,7 @@ class OutlierGuard(NamedTuple):
     def without(
         self, fits: Tensor, chosen: Statistics, mean: Tensor | None, var: Tensor
     ) -> Statistics:
-        """What a rule chose where a batch fits, elsewhere the batch's own statistics."""
+        """The choice of a rule where a batch fits, elsewhere the batch's own statistics."""
         used_mean, used_var, r, d, center, share, own, counts = chosen
         return Statistics(
             None if used_mean is None or mean is None else torch.where(fits, used_mean, mean),

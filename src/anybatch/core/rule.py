@@ -1,4 +1,4 @@
-"""How a method is written: the state that it declares, and rules that choose its statistics.
+"""Methods: the state that one declares, and the rules that choose its statistics.
 
 A rule takes its arguments by name. One source runs here, on rows of torch's operators, and in the
 compiled kernels (`anybatch.backends.rule`). Its arguments may be

@@ -179,7 +179,7 @@ class RuleLayer(ScopedLayer):
         return guard.without(fits, chosen, mean, var)
 
     def _enough(self, counts: Tensor) -> Tensor:
-        """Where there are values enough for statistics."""
+        """Mark where there are values enough for statistics."""
         shared = self.num_features // self.columns
         return counts * shared > 1 if self.centered else counts > 0
 
@@ -295,7 +295,7 @@ class RuleLayer(ScopedLayer):
         return Statistics(mean, var, share=0.0)
 
     def _live(self, cut: Partition, values: int) -> tuple[bool, ...] | None:
-        """Which groups have statistics, more than one value each; None for all."""
+        """Mark the groups that have statistics, of more than one value each; None for all."""
         if not self.centered or values * (self.num_features // self.columns) > 1:
             return None
         live = tuple(size > 1 for size in cut.sizes)

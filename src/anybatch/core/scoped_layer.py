@@ -1,4 +1,4 @@
-"""Which elements contribute to a layer's statistics: masks, and several processes' batches."""
+"""The elements that contribute to a layer's statistics: masks, and several processes' batches."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ class ScopedLayer(NormState):
         self._group = process_group if named else HeldGroup(process_group)
 
     def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> Source | None:
-        """Whose values stand behind the statistics; None for all of the batch's own."""
+        """The elements that contribute to the statistics; None for all of the current batch."""
         valid = None if mask is None else self._fit(mask, x)
         joins = training and self.group_size is None
         group = several(self.process_group) if joins else None
@@ -63,7 +63,7 @@ class ScopedLayer(NormState):
         return Source(valid, group, f"{type(self).__name__}({self.num_features})")
 
     def _described(self) -> str:
-        """What processes that synchronize must agree on."""
+        """The settings that processes which synchronize must agree on."""
         own = ", ".join(f"{name}={value}" for name, value in self.own_arguments().items())
         return f"{type(self).__name__}({self.num_features}, eps={self.eps}, {own})"
 

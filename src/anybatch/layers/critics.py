@@ -1,4 +1,4 @@
-"""What critics of reinforcement learning need: joint forwards and target networks."""
+"""Joint forwards and target networks, for critics of reinforcement learning."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -32,13 +32,13 @@ from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
 
 @rule
 def is_warming(step, window, warmup_steps):
-    """Whether it is too early for averages."""
+    """True while it is too early for averages."""
     return step < maximum(window + 1, warmup_steps)
 
 
 @rule
 def is_late(step, warmup_steps, renorm_warmup_steps):
-    """Whether the output is renormalized."""
+    """True once the output is renormalized."""
     return step > maximum(renorm_warmup_steps, warmup_steps)
 
 

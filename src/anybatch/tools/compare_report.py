@@ -78,7 +78,7 @@ def row_name(line: Line) -> str:
 
 
 def advice(outcome: FinishedComparison) -> tuple[str, str]:
-    """What the comparison says to do: a sentence, and the call to make, if there is one."""
+    """The advice of the comparison: a sentence, and the call to make, if there is one."""
     baseline, best = outcome.lines[1:3]
     size, seeds = baseline.run.statistics_size, len(outcome.comparison.seeds)
     if seeds == 1:

@@ -211,7 +211,7 @@ class Run:
 
     @property
     def has_own_data(self) -> bool:
-        """Whether the data are given by a user's function."""
+        """True if the data are given by a user's function."""
         return is_own(self.data)
 
     @property
@@ -226,7 +226,7 @@ class Run:
 
     @property
     def pretrained(self) -> bool:
-        """Whether the run starts from a trained network."""
+        """True if the run starts from a trained network."""
         return False
 
     @property
@@ -290,7 +290,7 @@ class Run:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name of data or of a network is a user's ``module:function``."""
+    """Check if a name of data or of a network is a user's ``module:function``."""
     return ":" in name and name.partition(":")[0] not in LIBRARIES
 
 

@@ -194,7 +194,7 @@ def _forward_groups(
 
 @inlined
 def _arguments(method, memory, settings, pace, eps):
-    """What a rule reads of its layer, each number in its place."""
+    """The numbers that a rule reads of its layer, each in its place."""
     values = np.zeros(PLACES)
     count_steps(method, memory, values)
     values[EPS], values[UPDATE_WEIGHT] = eps, pace

@@ -42,14 +42,14 @@ def prepare(call: NormCall, x: Tensor) -> Work:
 
 
 def batches_of(spec: MethodSpec) -> tuple[Forward, Backward]:
-    """What serves a normalization batch of a method, forward and backward."""
+    """The two functions that serve a normalization batch of a method, forward and backward."""
     ahead, behind = _addresses(spec.method, spec.centered)
     return partial(forward_batch, spec, ahead), partial(backward_batch, spec, behind)
 
 
 @lru_cache(maxsize=256)
 def _addresses(method: RuleSet, centered: bool) -> tuple[int, int]:
-    """Where the loops find the descriptions of a method's two parts."""
+    """Addresses of the descriptions of a method's two parts."""
     forward, backward, tracks_used, _ = method
     ahead = described(forward, forward, centered, tracks_used)
     return ahead, described(backward, forward, centered, tracks_used)

@@ -115,7 +115,7 @@ def choose(method, memory, like, values, found, own, used, g, k, width):
 
 @inlined
 def given(used, row, g, k, otherwise):
-    """What a rule gave for a column in a row of the table; below 0 for nothing."""
+    """The value of a column in a row of the table that a rule gave; below 0 for no row."""
     return used[row, g, k] if row > 0 else otherwise
 
 
@@ -162,7 +162,7 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
 
 @inlined
 def averaged(method, memory, like, values, found, psi, k, channels):
-    """What the backward rule makes of mean(g z) of a column."""
+    """The backward rule's average in place of mean(g z) of a column."""
     values[1] = psi
     read_state(method, memory, like, values, k, channels)
     run_rule(method[RULE], values, found)

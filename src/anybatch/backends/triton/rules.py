@@ -21,7 +21,7 @@ _USED_MEAN: tl.constexpr = tl.constexpr(places.USED_MEAN)
 
 
 def moves_of(part: places.Part, numbers: int, tracks_used: bool) -> int:
-    """What the state of a method takes in, as one number.
+    """Encode as one number what the state of a method takes in.
 
     From the lowest bit on: rows (3 bits) and what each of four takes in (3 each), windows (2) and
     what each of two takes in (3 each), counters (2) and which of two count complete steps alone (1
@@ -148,7 +148,7 @@ def read_number(place, READ: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def taken(mean, var, used_mean, used_var, TAKE: tl.constexpr):
-    """What state takes in, and the variance that must be finite for it."""
+    """The value that state takes in, and the variance that must be finite for it."""
     if TAKE <= _BATCH_VAR:
         gate = var
         if TAKE == _BATCH_MEAN:
