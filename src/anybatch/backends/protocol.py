@@ -286,6 +286,23 @@ class NormCall(NamedTuple):
 Rows = tuple[Tensor | None, ...]  # weight, bias, running mean and running variance of a layer
 
 
+class KernelFailure(RuntimeError):
+    """Kernels that could not be compiled or launched; state is as it was before."""
+
+
+class Kernels(NamedTuple):
+    """Compiled kernels that must agree with torch's operators on a device before they serve there.
+
+    Attributes:
+        name: Of those that serve a batch.
+        identity: Device, driver, versions and sources that they are made from; None where no
+            agreement is kept on disk.
+    """
+
+    name: str
+    identity: str | None
+
+
 class Backend(Protocol):
     """What normalizes batches.
 
@@ -308,6 +325,9 @@ class Backend(Protocol):
 
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
         """The part of `supports` that neither shape, layout nor the layer's settings decide."""
+
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
+        """The kernels that would serve a batch; None for those that serve untried."""
 
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:
         """The call for batches of this shape and layout, with what `forward` needs for them."""

@@ -15,7 +15,14 @@ from torch import Tensor
 from anybatch.backends import choice
 from anybatch.backends.layout import dense, is_channels_last
 from anybatch.backends.numba import backend as numba
-from anybatch.backends.protocol import MethodSpec, NormCall, Rows, RuleState, Statistics
+from anybatch.backends.protocol import (
+    Kernels,
+    MethodSpec,
+    NormCall,
+    Rows,
+    RuleState,
+    Statistics,
+)
 from anybatch.backends.rule import COUNTERS, NUMBERS, ROWS, RULE_SETS, WINDOWS
 from anybatch.backends.triton import backend as triton
 from anybatch.backends.triton.backend import spec_obstacle
@@ -69,6 +76,9 @@ class TorchLibraryBackend:
             if row.dtype != dtype or row.device != x.device or not row.is_contiguous():
                 return "an input, parameters or running statistics that kernels do not take"
         return None if _is_there(x.device.type) else f"no kernels for {x.device.type}"
+
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
+        return None
 
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:
         return call

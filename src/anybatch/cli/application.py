@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.bench import bench
+from anybatch.cli.check import check
 from anybatch.cli.compare import compare
 from anybatch.cli.console import Command, Group, start
 from anybatch.cli.diagnose import diagnose
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (compare, train, tune, bench, diagnose, methods):
+for command in (compare, train, tune, bench, diagnose, methods, check):
     app.command(cls=Command)(command)
 
 

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from anybatch.backends import ATEN, is_plain, is_traced
 from anybatch.backends.aten import recorded
-from anybatch.backends.protocol import Backend, BackwardMemory, Formula, NormCall, Scope, Statistics
+from anybatch.backends.protocol import (
+    Backend,
+    BackwardMemory,
+    Formula,
+    KernelFailure,
+    NormCall,
+    Scope,
+    Statistics,
+)
+from anybatch.core.kernel_guard import refuse
 from anybatch.core.statistics import stack
 
 
@@ -72,28 +81,33 @@ class Normalize(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
-        again, eager = torch.is_grad_enabled(), not (traced or torch.compiler.is_compiling())
-        if again and not eager:
-            refuse_derivative("create_graph=True", "a compiler traces its gradient")
-        if eager and (again or not is_plain(dy) or is_traced()):
-            if call.statistics is None:
-                for y in saved:  # of a ReLU
-                    dy = dy.masked_fill(y <= 0, 0)
-                statistics = statistics_of(backend, call, context, x)
-                assert layer is not None
-                memory = layer.backward_memory(statistics, None, call.update)
-                call = call._replace(statistics=statistics, memory=memory)
-            residual = dy if needs[3] else None
-            if again or is_batched(dy):
-                reason = recorded.obstacle(call)
-                if reason is not None:
-                    how = "create_graph=True" if again else "a batch of gradients"
-                    refuse_derivative(how, reason)
-                return *recorded.gradients(dy, x, weight, call, needs), residual, None
-            dx, dw, db, _ = ATEN.backward(call, None, dy, x, weight, (), needs)
-            return dx, dw, db, residual, None
-        grads = backend.backward(call, context, dy, x, weight, saved, needs)
-        return *grads, *(None,) * (1 + traced)
+        again = torch.is_grad_enabled()
+        if traced or torch.compiler.is_compiling():
+            if again:
+                refuse_derivative("create_graph=True", "a compiler traces its gradient")
+            grads = backend.backward(call, context, dy, x, weight, saved, needs)
+            return *grads, *(None,) * (1 + traced)
+        if not again and is_plain(dy) and not is_traced():
+            try:
+                return *backend.backward(call, context, dy, x, weight, saved, needs), None
+            except KernelFailure as failure:
+                refuse(backend, call, x, layer, failure)
+        if call.statistics is None:
+            for y in saved:  # of a ReLU
+                dy = dy.masked_fill(y <= 0, 0)
+            statistics = statistics_of(backend, call, context, x)
+            assert layer is not None
+            memory = layer.backward_memory(statistics, None, call.update)
+            call = call._replace(statistics=statistics, memory=memory)
+        residual = dy if needs[3] else None
+        if again or is_batched(dy):
+            reason = recorded.obstacle(call)
+            if reason is not None:
+                how = "create_graph=True" if again else "a batch of gradients"
+                refuse_derivative(how, reason)
+            return *recorded.gradients(dy, x, weight, call, needs), residual, None
+        dx, dw, db, _ = ATEN.backward(call, None, dy, x, weight, (), needs)
+        return dx, dw, db, residual, None
 
 
 # `Normalize.apply` without what `Function.apply` looks for first, which costs a small batch as much

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import BACKENDS
-from anybatch.backends.protocol import Backend, NormCall, Rows
+from anybatch.backends.protocol import Backend, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
 from anybatch.core.autograd import Pass, WithBackwardMemory, normalize
 from anybatch.core.fused_activation import Activation
+from anybatch.core.kernel_guard import fault_of, refuse
 from anybatch.core.transforms import is_wrapped
 
 MOST_PLANS = 16  # shapes of batches that a layer remembers
@@ -70,18 +71,19 @@ def only_aten(obstacle: str) -> None:
         _listener.choices.append(("aten", {one.name: obstacle for one in BACKENDS[:-1]}))
 
 
-def find_plan(call: NormCall, x: Tensor, rows: Rows) -> ExecutionPlan | None:
+def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPlan | None:
     """Ask the backends in turn; None where only torch's operators serve a batch.
 
     Args:
         call: How the layer would go through it.
         x: The batch.
         rows: Weight, bias, running mean and running variance of the layer.
+        layer: The layer.
     """
     reasons: dict[str, str] = {}
     plan = None
-    for backend in BACKENDS[:-1]:
-        obstacle = backend.supports(call, x, rows)
+    for backend in layer.asked:
+        obstacle = backend.supports(call, x, rows) or fault_of(backend, call, x, layer)
         if obstacle is None:
             call = backend.prepare(call, x)
             calls = call._replace(update=False), call._replace(update=True)
@@ -110,8 +112,8 @@ def run_plan(
     update: bool,
     then: Activation | None = None,
     contexts: list[Any] | None = None,
-) -> Tensor:
-    """Normalize a batch by a plan.
+) -> Tensor | None:
+    """Normalize a batch by a plan; None where its kernels fail, and state is as it was.
 
     Args:
         plan: The plan.
@@ -131,5 +133,9 @@ def run_plan(
         y = normalize(x, rows[0], rows[1], how, residual, traced)
     else:
         how = Pass(plan.backend, call, layer, state, inside, contexts)
-        y = normalize(x, rows[0], rows[1], how, residual)
+        try:
+            y = normalize(x, rows[0], rows[1], how, residual)
+        except KernelFailure as failure:
+            refuse(plan.backend, call, x, layer, failure)
+            return None
     return y if then is None or inside else then.of(y, fresh=True)

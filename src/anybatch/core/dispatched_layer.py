@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.backends import BACKENDS
 from anybatch.backends.aten import recorded
-from anybatch.backends.protocol import NormCall, Rows, Spec
+from anybatch.backends.protocol import Backend, NormCall, Rows, Spec
 from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
 from anybatch.core.autograd import apply_plain, statistics_of
 from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
@@ -26,8 +27,10 @@ class DispatchedLayer(InferenceLayer):
 
     Attributes:
         norm_batch_size: Examples of a normalization batch; None for all.
+        asked: The backends that are asked before torch's operators; a trial of kernels sets them.
     """
 
+    asked: tuple[Backend, ...] = BACKENDS[:-1]
     norm_batch_size: int | None
     steady: bool = True  # whether `method_spec` changes with nothing but attributes
 
@@ -111,7 +114,7 @@ class DispatchedLayer(InferenceLayer):
             return None
         contexts: list[Any] | None = [] if again else None
         y = run_plan(plan, x, rows, self, self._kernel_state(x), update, then, contexts)
-        if contexts:
+        if contexts and y is not None:
             call = plan.calls[update]
             self._recent.note(x, statistics_of(plan.backend, call, contexts[0], x))
         return y
@@ -128,7 +131,7 @@ class DispatchedLayer(InferenceLayer):
             plan = self._plans.get(x.shape)
         if plan is not None and plan.fits(x, rows):
             return plan
-        plan = find_plan(call, x, rows)
+        plan = find_plan(call, x, rows, self)
         if plan is not None and not compiling and self.steady and self._group is None:
             self._plans = with_plan(self._plans, x, plan)
         return plan

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anybatch.backends.aten import passes, pooling
 from anybatch.backends.aten.scalars import scalar
-from anybatch.backends.protocol import Gradients, NormCall, Rows, Statistics
+from anybatch.backends.protocol import Gradients, Kernels, NormCall, Rows, Statistics
 
 
 class AtenBackend:
@@ -36,6 +36,9 @@ class AtenBackend:
         return None
 
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
+        return None
+
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
         return None
 
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:

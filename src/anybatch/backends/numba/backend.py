@@ -15,7 +15,7 @@ from anybatch.backends.layout import (
     is_channels_last,
     is_dense,
 )
-from anybatch.backends.protocol import NormCall, Rows, Statistics
+from anybatch.backends.protocol import Kernels, NormCall, Rows, Statistics
 from anybatch.backends.tracing import is_traced
 
 TYPES = (torch.float32, torch.float64)
@@ -44,6 +44,9 @@ class NumbaBackend:
 
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
         return memory_obstacle(x, rows)
+
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
+        return None
 
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:
         steps, call = _steps(call), call._replace(last=not x.is_contiguous())

@@ -11,7 +11,7 @@ from torch import Tensor
 from anybatch.backends import choice
 from anybatch.backends.layout import PLAIN_TYPES, dense, is_channels_last
 from anybatch.backends.native_memory import check_device_memory
-from anybatch.backends.protocol import NormCall, Rows, Statistics
+from anybatch.backends.protocol import KernelFailure, Kernels, NormCall, Rows, Statistics
 from anybatch.backends.tracing import is_traced
 
 WIDEST = 256  # channels in a group of channels, at most
@@ -36,10 +36,13 @@ class TritonBackend:
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
         return memory_obstacle(x, rows)
 
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
+        from anybatch.backends.triton.identity import kernels_of
+
+        return kernels_of(_placed(call, x), x)
+
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:
-        last = x.shape[2:].numel() == 1 or not x.is_contiguous()
-        block_counter = torch.zeros((), dtype=torch.int64, device=x.device)
-        return call._replace(last=last, work=(kernels_on(x.device), block_counter))
+        return _placed(call, x)._replace(work=_Work(kernels_on(x.device)))
 
     def forward(
         self,
@@ -51,9 +54,9 @@ class TritonBackend:
         state: tuple[Any, ...],
         relu: bool,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
-        kernels, block_counter = call.work
-        check_device_memory(x.device, weight, bias, *state, *call.spec.tensors())
-        y, used = kernels.forward(x, weight, bias, state, call, block_counter)
+        tensors = (*state, *call.spec.tensors())
+        check_device_memory(x.device, weight, bias, *tensors)
+        y, used = call.work.run("forward", tensors, x, weight, bias, state, call)
         return y, (), (used, state[2])
 
     def backward(
@@ -66,16 +69,51 @@ class TritonBackend:
         saved: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        kernels, block_counter = call.work
         dy, x = dense(dy, call.last, x.dtype), dense(x, call.last)
-        state = (*context, call, needs[0], block_counter)
-        dx, (db, dw) = kernels.backward(dy, x, weight, *state)
+        state = (*context, call, needs[0])
+        dx, (db, dw) = call.work.run("backward", call.spec.tensors(), dy, x, weight, *state)
         dx_or_none = dx if needs[0] else None
         return dx_or_none, dw if needs[1] else None, db if needs[2] else None, None
 
     def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
         used = context[0]
         return [call.spec.statistics(used if used.shape[1] > 1 else used[:, 0])]
+
+
+class _Work:
+    """What launches the kernels of a plan, and whether they have run before."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+        self.block_counters: dict[torch.device, Tensor] = {}  # copies of a layer share a plan
+        self.ran: set[tuple[str, torch.device]] = set()
+
+    def run(self, name: str, state: tuple[Tensor, ...], *args: Any) -> Any:
+        """Launch; what fails the first time leaves state as it was.
+
+        Raises:
+            KernelFailure: If the kernels cannot be compiled or launched.
+        """
+        device, launch = args[0].device, getattr(self.kernels, name)
+        if (name, device) in self.ran:
+            return launch(*args, self.block_counters[device])
+        self.block_counters[device] = args[0].new_zeros((), dtype=torch.int64)
+        before = [tensor.clone() for tensor in state]
+        try:
+            found = launch(*args, self.block_counters[device])
+        except Exception as error:
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise KernelFailure(f"{name}: {type(error).__name__}: {error}") from error
+        self.ran.add((name, device))
+        return found
+
+
+def _placed(call: NormCall, x: Tensor) -> NormCall:
+    """The call for batches that lie in memory like this one."""
+    return call._replace(last=x.shape[2:].numel() == 1 or not x.is_contiguous())
 
 
 def memory_obstacle(x: Tensor, rows: Rows) -> str | None:

@@ -38,7 +38,7 @@ def forward(
         y, used = torch.empty_like(x), weight.new_empty(spec.rows, groups, columns)
         own = used if columns == channels else weight.new_empty(2, groups, channels)
         tensors = (x, y, weight, bias, used, own, running, _zero(x, arrivals), spec)
-        for step in _steps_of(x, call):
+        for step in steps_of(x, call):
             launch.forward(*tensors, *step, call.pace, call.eps, call.update)
     return y, used
 
@@ -74,7 +74,7 @@ def backward(
         slopes = weight.new_empty((2, groups, *weight.shape) if groups > 1 else (2, *weight.shape))
         state = (used, slopes, tracked, _zero(x, arrivals), call.spec)
         pace, eps, update = call.pace, call.eps, call.update
-        for step in _steps_of(x, call):
+        for step in steps_of(x, call):
             launch.backward(dy, x, dx, weight, *state, *step, pace, eps, update, wanted)
     return dx, slopes if groups == 1 else slopes.sum(1)
 
@@ -83,7 +83,8 @@ def _zero(x: Tensor, arrivals: Tensor | None) -> Tensor:
     return x.new_zeros((), dtype=torch.int64) if arrivals is None else arrivals
 
 
-def _steps_of(x: Tensor, call: NormCall) -> tuple[tuple[launch.Layout, int, int], ...]:
+def steps_of(x: Tensor, call: NormCall) -> tuple[tuple[launch.Layout, int, int], ...]:
+    """The layout of each normalization batch of a batch, its first example and first group."""
     values, columns = x.shape[2:].numel(), call.columns
     return _steps(call.cut, call.last, x.shape[1], values, x.element_size(), columns)
 
@@ -92,7 +93,6 @@ def _steps_of(x: Tensor, call: NormCall) -> tuple[tuple[launch.Layout, int, int]
 def _steps(
     cut: Cut, last: bool, channels: int, values: int, itemsize: int, columns: int
 ) -> tuple[tuple[launch.Layout, int, int], ...]:
-    """How each normalization batch lies in memory, its first example and its first group."""
     width, long = channels // columns, launch.needs_long(sum(cut[0]) * channels * values)
     return tuple(
         (launch.Layout(last, channels, values, itemsize, sizes, width, long), first, group)

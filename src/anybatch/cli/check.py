@@ -1,0 +1,62 @@
+"""``anybatch check``: whether compiled kernels agree with torch's operators on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anybatch.cli.console import console, plain_errors
+from anybatch.cli.options import AsJson, Methods, Output
+from anybatch.cli.progress import progress_bars, show_parts
+from anybatch.cli.settings import check_device
+
+
+@plain_errors()
+def check(
+    methods: Methods = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the timing; 0 for none.")] = 5,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the compiled kernels of every method, type and format on the devices present.
+
+        anybatch check
+
+    Each is compared with torch's operators, and timed beside nn.BatchNorm2d. The exit code is 1 if
+    one disagrees. check.json has all results: attach it to a report of a fault.
+    """
+    from anybatch.tools import check as checks
+
+    if rounds < 0:
+        raise ValueError(f"rounds={rounds}: give a number from 0 on")
+    names = checks.KEPT if methods is None else _names(methods)
+    for name in names:
+        if name not in checks.KEPT:
+            raise ValueError(f"methods={name!r}: give one or more of {', '.join(checks.KEPT)}")
+    places = None if devices is None else _names(devices)
+    for place in places or ():
+        check_device(place)
+        if place.partition(":")[0] not in checks.SIDES:
+            raise ValueError(f"devices={place!r}: give cpu, cuda or cuda:N, with commas")
+    with progress_bars(as_json) as bars:
+        rows = checks.check(names, places, rounds, show_parts(bars))
+    path = checks.write(rows, Path(output or "runs/check"))
+    faults = [row for row in rows if row.fault is not None]
+    if as_json:
+        print(path.read_text(encoding="utf-8"), end="")
+    else:
+        console.print(checks.check_table(rows))
+        for row in faults:
+            case = f"{row.device}, {row.method}, {row.precision}, {row.format}"
+            console.print(f"{case}: {row.fault}", markup=False, highlight=False)
+        console.print(f"report  {path.resolve()}", soft_wrap=True, highlight=False)
+    if faults:
+        raise typer.Exit(1)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
