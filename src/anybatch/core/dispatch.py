@@ -83,7 +83,9 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPla
     reasons: dict[str, str] = {}
     plan = None
     for backend in layer.asked:
-        obstacle = backend.supports(call, x, rows) or fault_of(backend, call, x, layer)
+        obstacle = backend.supports(call, x, rows)
+        if obstacle is None and not torch.compiler.is_compiling():
+            obstacle = fault_of(backend, call, x, layer)
         if obstacle is None:
             call = backend.prepare(call, x)
             calls = call._replace(update=False), call._replace(update=True)
