@@ -43,7 +43,10 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE / "record.json"
 ALLOWANCES = HERE / "allowances.json"
 CHECKPOINTS = HERE / "checkpoints"
-CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.05}  # on another machine
+# On another machine, as a share of a tensor's largest value. A network differs most where a ReLU
+# lets a value pass or not by rounding; under autocast convolutions round to bfloat16.
+CLOSE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.05}
+CLOSE_IN_CASES = {"*, autocast": 0.05, "*, network*": 0.01}
 SECTIONS = ("output", "gradients", "state")
 
 
@@ -201,6 +204,7 @@ def compare(
     """
     found = []
     limit = max((a.ulps for p, a in allowed.items() if fnmatchcase(case, p)), default=0.0)
+    share = max((s for p, s in CLOSE_IN_CASES.items() if fnmatchcase(case, p)), default=0.0)
     for section, tensors in sections(results).items():
         expected, values = record[case][section]
         if digest(tensors) == expected:
@@ -212,7 +216,8 @@ def compare(
                 continue
             tensor = tensors[name]
             _, *now = sample(tensor, len(told))
-            slack = 0.0 if same_machine else CLOSE.get(tensor.dtype, 0.0) * scale
+            close = max(share, CLOSE.get(tensor.dtype, 0.0))
+            slack = 0.0 if same_machine else close * scale
             for a, b in zip(now, told, strict=True):
                 if not abs(a - b) <= slack:
                     worst = max(worst, distance(a, b, scale, tensor.dtype))

@@ -17,7 +17,7 @@ def test_every_case_of_a_backend_gives_the_recorded_numbers(backend: str) -> Non
     assert [str(one) for one in differences if not one.allowed] == []
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in record.CHECKPOINTS.glob("*.pt")))
+@pytest.mark.parametrize("name", sorted(record.checkpoint_makers()))
 @pytest.mark.filterwarnings("ignore")
 def test_a_recorded_checkpoint_loads_and_gives_the_recorded_outputs(name: str) -> None:
     assert record.check_checkpoint(name) == []
