@@ -1,13 +1,18 @@
 """A compiled network trains as the plain one: one graph, and no second compilation."""
 
 import copy
+from collections.abc import Iterator
+from threading import Thread
 
 import pytest
 import torch
 from torch import nn
 
 import anybatch
+from anybatch.backends import use_fused
 from anybatch.registry import METHODS
+from layer_changes import CHANGES
+from method_cases import batch, make, state, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS = {
@@ -100,3 +105,45 @@ def test_a_network_compiled_for_dynamic_shapes_gives_the_same(method: str, train
         torch.testing.assert_close(one.grad, other.grad, **close)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, **close)
+
+
+@pytest.fixture
+def _backends_as_before() -> Iterator[None]:
+    yield
+    use_fused("auto")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["bn", "mabn"])
+@pytest.mark.usefixtures("_backends_as_before")
+def test_a_compiled_layer_sees_a_change_between_two_batches(name: str, change: str) -> None:
+    torch._dynamo.reset()
+    plain, x = make(name), batch(4)
+    compiled = copy.deepcopy(plain)
+    run = torch.compile(compiled, backend="aot_eager", dynamic=False)
+    for layer in (plain, run):
+        step(layer, x, torch.ones_like(x))
+    for layer in (plain, compiled):
+        CHANGES[change](layer)
+    x = x.double() if change == "double" else x
+    for _ in range(2):
+        dy = torch.randn_like(x)
+        torch.testing.assert_close(step(run, x, dy), step(plain, x, dy), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(state(compiled), state(plain), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_compiled_before_the_first_no_update_of_its_thread_sees_it() -> None:
+    """The setting belongs to a thread, so it is new in a new one."""
+    layer, x, found = make("bn"), batch(4), []
+
+    def work() -> None:
+        run = torch.compile(layer, backend="aot_eager", dynamic=False)
+        run(x)
+        with anybatch.no_update():
+            run(x)
+        found.append(layer.num_batches_tracked.item())
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [1]

@@ -45,7 +45,14 @@ class Batch(NamedTuple):
 
 
 class _Updates(threading.local):
-    enabled = True
+    """Whether forwards of this thread change the state of layers.
+
+    The value is set on the object and not on its class: a compiled graph that reads it from the
+    class has no guard that fails when the object gets a value of its own.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
 
 
 updates = _Updates()
