@@ -11,7 +11,7 @@ from anybatch.backends import is_finite
 class Averaging(Protocol):
     """A layer that averages backward statistics over steps."""
 
-    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+    def average_backward(self, new: Tensor, enough: Tensor | None, update: bool) -> Tensor:
         """Take the backward statistics of a step, give their average."""
 
 
@@ -21,14 +21,15 @@ class BackwardAverage:
     Args:
         layer: Keeps the averages.
         own: Where the batch's own count, see `Statistics`; None for nowhere.
-        live: Which groups have statistics of their own; None for all.
+        enough: Which groups have values enough for statistics, a number or ``(G, 1)``; None for
+            all.
         update: Whether the averages may change.
     """
 
     def __init__(
-        self, layer: Averaging, own: Tensor | None, live: tuple[bool, ...] | None, update: bool
+        self, layer: Averaging, own: Tensor | None, enough: Tensor | None, update: bool
     ) -> None:
-        self.layer, self.own, self.live, self.update = layer, own, live, update
+        self.layer, self.own, self.enough, self.update = layer, own, enough, update
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
         new = psi if g is None else torch.cat([g, psi], -1)
@@ -41,12 +42,12 @@ class BackwardAverage:
         return g, psi
 
     def _average(self, new: Tensor) -> Tensor:
-        if new.dim() == 1:
-            return self.layer.average_backward(new, self.update)
-        live = (True,) * new.shape[0] if self.live is None else self.live
-        rows = zip(new, live, strict=True)
         take = self.layer.average_backward
-        return torch.stack([take(row, self.update) if alive else row for row, alive in rows])
+        if new.dim() == 1:
+            return take(new, self.enough, self.update)
+        each = (None,) * new.shape[0] if self.enough is None else self.enough
+        rows = zip(new, each, strict=True)
+        return torch.stack([take(row, enough, self.update) for row, enough in rows])
 
 
 def slide(window: Tensor, new: Tensor, finite: Tensor, update: bool) -> Tensor:

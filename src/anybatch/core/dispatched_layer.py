@@ -68,11 +68,10 @@ class DispatchedLayer(InferenceLayer):
                     return y
             else:
                 only_aten(obstacle)
-        live = self._live(cut, values) if source is None else None
         chosen = self._recent.find(x, _rows(cut)) if recomputed else None
         if chosen is None:
             with torch.no_grad():
-                chosen = self._choose(x.detach(), cut, values, live, update, source)
+                chosen = self._choose(x.detach(), cut, values, update, source)
             if again and not recomputed:
                 self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
@@ -80,7 +79,7 @@ class DispatchedLayer(InferenceLayer):
         self._last = chosen if torch.compiler.is_compiling() else None
         memory = None
         if training:
-            memory = self._backward_memory(chosen, cut, values, live, update or recomputed)
+            memory = self._backward_memory(chosen, cut, values, update or recomputed)
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 
@@ -98,7 +97,7 @@ class DispatchedLayer(InferenceLayer):
             return f"outlier_limit={self.outlier_limit}: channels are compared with the state"
         if self.step is not None:
             return "gradient accumulation joins the statistics of micro-batches"
-        if self._live(cut, values) is not None:
+        if self._lacks_values(cut, values):
             return "groups of one value per channel have no statistics"
         return None
 

@@ -85,11 +85,13 @@ class InferenceLayer(RuleLayer):
         cut = partition(x.shape[0], 1)
         if mask is None:
             with torch.no_grad():
-                statistics = self._mixed(*self._moments(x.detach(), sizes), mean, var)
+                own_mean, own_var, _ = self._moments(x.detach(), sizes, None)
+                statistics = self._mixed(own_mean, own_var, mean, var)
             return self._apply_statistics(x, cut, statistics, None)
         source = Source(self._fit(mask, x))
         with torch.no_grad():
-            own_mean, own_var, counts = self._source_moments(x.detach(), sizes, source)
+            own_mean, own_var, counts = self._moments(x.detach(), sizes, source)
+            assert counts is not None
             alpha = self.example_weight * (counts > 0).to(counts.dtype)  # none, no statistics
             statistics = self._mixed(own_mean, own_var, mean, var, alpha).of(counts)
         return self._apply_statistics(x, cut, statistics, None, source)

@@ -1,12 +1,36 @@
 """A normalization batch as rules see it, and whether forwards change state."""
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from anybatch import backends
 from anybatch.core.gradient_accumulation import Seen
+
+
+class Moments(NamedTuple):
+    """Mean and variance of groups of examples, and how many values they come from.
+
+    Attributes:
+        mean: Row ``(C,)``, or table ``(G, C)`` of several groups; None in the uncentered form.
+        var: Biased variance, or second moment in the uncentered form.
+        counts: Values per channel behind each, a number or ``(G, 1)``; None where these are all
+            values of the groups, and more than one each.
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    counts: Tensor | None = None
+
+    def at(self, rows: Any) -> "Moments":
+        """Those of some groups."""
+        mean, var, counts = self
+        return Moments(
+            None if mean is None else mean[rows],
+            var[rows],
+            None if counts is None else counts[rows],
+        )
 
 
 class Batch(NamedTuple):
@@ -29,6 +53,10 @@ class Batch(NamedTuple):
     def examples(self) -> int:
         """Examples in all groups."""
         return sum(self.sizes)
+
+    def is_one_value(self) -> bool:
+        """Whether it gives one value per channel, which has no variance."""
+        return self.examples() * self.values == 1
 
     def number(self) -> int | Tensor:
         """Values a channel behind the statistics of a single group, in this forward."""

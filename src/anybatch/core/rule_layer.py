@@ -11,7 +11,8 @@ from anybatch.backends.protocol import BackwardMemory, Statistics
 from anybatch.core.backward_statistics import BackwardAverage
 from anybatch.core.gradient_accumulation import StepBackward, StepMemory
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_batch import Batch
+from anybatch.core.method import Side
+from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.outliers import OutlierGuard
 from anybatch.core.reduction_scope import Source, several
 from anybatch.core.rule import Method, Rule, State, method_of, run_average, run_rule
@@ -52,7 +53,7 @@ class RuleLayer(ScopedLayer):
         Mean and variance are rows ``(C,)``, or tables ``(g, C)`` of several groups; the variance is
         biased, in the uncentered form the second moment.
         """
-        if update:
+        if update and not batch.is_one_value():
             self.meet(batch.examples())
         used = mean, var
         if self.columns != self.num_features and mean is not None:
@@ -64,14 +65,11 @@ class RuleLayer(ScopedLayer):
             self.track_batch(mean, var, batch)
         return chosen
 
-    def backward_memory(
-        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
-    ) -> BackwardMemory | None:
+    def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
         """Averages that stand in for the batch's statistics in the backward pass.
 
         Args:
             statistics: What the rule decided for this forward.
-            live: Which groups have statistics of their own; None for all.
             update: Whether the averages may change.
 
         Returns:
@@ -79,14 +77,27 @@ class RuleLayer(ScopedLayer):
         """
         forward, backward, *_ = self.method.rules
         chosen = "own" not in forward.uses or statistics.own is not None
-        remembered = isinstance(statistics.share, float) and statistics.share == 0
-        if backward.rule is None or remembered or not chosen:
+        if backward.rule is None or not chosen:
             return None
-        return BackwardAverage(self, statistics.own, live, update)
+        counts = statistics.counts if self.step is None else None  # a step has others' as well
+        enough = None if counts is None else self._enough(counts)
+        return BackwardAverage(self, statistics.own, enough, update)
 
-    def average_backward(self, new: Tensor, update: bool) -> Tensor:
-        """Take the backward statistics of a step, give their average."""
-        return run_average(self, self.method, new, self._pace(), update)
+    def average_backward(self, new: Tensor, enough: Tensor | None, update: bool) -> Tensor:
+        """Take the backward statistics of a step, give their average.
+
+        Args:
+            new: ``mean(g * z)``, or ``mean(g)`` and it side by side.
+            enough: Whether the batch had values enough for them; None for yes.
+            update: Whether the averages may change.
+        """
+        if enough is None:
+            return run_average(self, self.method, new, self._pace(), update)
+        taken = torch.where(enough, new, torch.nan)  # which no state takes
+        average = run_average(self, self.method, taken, self._pace(), update)
+        if update:
+            self._take_back(self.method.backward, enough)
+        return torch.where(enough, average, new)
 
     def meet(self, examples: int) -> None:
         """Take notice of a batch that is about to change the state, as of its size.
@@ -96,73 +107,69 @@ class RuleLayer(ScopedLayer):
         """
 
     def _choose(
-        self,
-        x: Tensor,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
-        source: Source | None,
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
     ) -> Statistics:
         """Decide how a batch is normalized, and remember it."""
         if self.step is None:
-            return self._run_rule(x, cut, values, live, update, source)
+            return self._run_rule(x, cut, values, update, source)
         aside = self.step.rewind(self, "", update)
         try:
-            return self._run_rule(x, cut, values, live, update, source)
+            return self._run_rule(x, cut, values, update, source)
         finally:
             self.step.leave(self, "", aside, update)
 
     def _run_rule(
-        self,
-        x: Tensor,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
-        source: Source | None,
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
-        if source is not None:
-            mean, var, counts = self._source_moments(x, cut.sizes, source)
-            return self._decide_counted(mean, var, counts, cut, values, update)
-        mean, var = self._moments(x, cut.sizes)
-        return self._decide(mean, var, cut, values, live, update)
+        moments = self._moments(x, cut.sizes, source)
+        if source is None and self._lacks_values(cut, values):
+            moments = Moments(moments.mean, moments.var, backends.all_counts(x, cut.sizes))
+        return self._decide(moments, cut, values, update)
 
-    def _decide_counted(
-        self,
-        mean: Tensor | None,
-        var: Tensor,
-        counts: Tensor,
-        cut: Partition,
-        values: int,
-        update: bool,
-    ) -> Statistics:
-        """`_decide` where only the device knows how many values stand behind the moments."""
+    def _decide(self, moments: Moments, cut: Partition, values: int, update: bool) -> Statistics:
+        """Decide on given moments how successive normalization batches are normalized."""
         if self.step is not None and self.group_size is None:
-            chosen = self._run_pooled(self.step, mean, var, cut, values, update, counts)
-            return chosen.of(counts)
+            return self._run_pooled(self.step, moments, cut, values, update)
+        if len(cut.steps) == 1:
+            return self._decide_step(moments, cut.sizes, values, update)
         parts, first = [], 0
         for groups in cut.steps:
-            one: Any = slice(first, first + groups) if groups > 1 else first
-            one = ... if len(cut.sizes) == 1 else one  # a row, and a number
-            enough = self._enough(counts[one])
-            batch = Batch(cut.sizes[first : first + groups], values, None, counts[one])
-            part_var = torch.where(enough, var[one], torch.nan)  # which no memory takes
-            fallen = self._fallback(part_var.dtype)
-            part = self._guarded(None if mean is None else mean[one], part_var, batch, update)
-            parts.append(self._with_fallback(enough, part, fallen).of(counts[one]))
-            if update:
-                self._uncount(counts[one])
+            rows = slice(first, first + groups)
+            part = moments.at(rows if groups > 1 else first)
+            parts.append(self._decide_step(part, cut.sizes[rows], values, update))
             first += groups
-        return stack(parts) if len(parts) > 1 else parts[0]
+        return stack(parts)
+
+    def _decide_step(
+        self, moments: Moments, sizes: tuple[int, ...], values: int, update: bool
+    ) -> Statistics:
+        """Run the rule on one normalization batch; remembered statistics where it has none."""
+        mean, var, counts = moments
+        batch = Batch(sizes, values, None, counts)
+        if counts is None:
+            return self._guarded(mean, var, batch, update)
+        enough = self._enough(counts)
+        var = torch.where(enough, var, torch.nan)  # which no state takes
+        remembered = self._fallback(var.dtype)
+        chosen = self._guarded(mean, var, batch, update)
+        if update:
+            self._uncount(counts)
+            self._take_back(self.method.forward, enough)
+        return self._with_fallback(enough, chosen, remembered).of(counts)
 
     def _uncount(self, counts: Tensor) -> None:
-        """Take back the count of a batch of which running statistics could take nothing."""
+        """Undo the `num_batches_tracked` increment for a batch with too few values."""
         tracked = counts > 1 if self.centered else counts > 0
         together = self.group_size is not None and several(self.process_group) is not None
         if self.num_batches_tracked is not None and not together:
             self.num_batches_tracked.sub_(1 - tracked.any().long())
+
+    def _take_back(self, side: Side, enough: Tensor) -> None:
+        """Undo the steps that a method counted for a batch with too few values."""
+        for name, counter in side.counters:
+            if not counter.complete:
+                self.memory[name].sub_(1 - enough.any().long())
 
     def _guarded(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         """Apply the rule; keep outlier channels out of the state."""
@@ -183,63 +190,21 @@ class RuleLayer(ScopedLayer):
         shared = self.num_features // self.columns
         return counts * shared > 1 if self.centered else counts > 0
 
-    def _source_moments(
-        self, x: Tensor, sizes: tuple[int, ...], source: Source
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Moments of given values, and how many they are."""
-        return source.moments(x, sizes, self.centered)
-
-    def _decide(
-        self,
-        mean: Tensor | None,
-        var: Tensor,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
-    ) -> Statistics:
-        """Decide on given moments how successive normalization batches are normalized."""
-        if self.step is not None and self.group_size is None:
-            return self._run_pooled(self.step, mean, var, cut, values, update)
-        if len(cut.steps) == 1 and live is None:
-            return self._guarded(mean, var, Batch(cut.sizes, values), update)
-        if len(cut.sizes) == 1:
-            return self._fall_back(var)
-        live = (True,) * len(cut.sizes) if live is None else live
-        parts, first = [], 0
-        for groups in cut.steps:
-            alive = sum(live[first : first + groups])
-            middle, end = first + alive, first + groups  # smaller groups come last
-            fallen = [self._fall_back(var[middle:end])] if middle < end else []
-            if alive:
-                rows = slice(first, middle) if groups > 1 else first
-                part = None if mean is None else mean[rows]
-                batch = Batch(cut.sizes[first:middle], values)
-                parts.append(self._guarded(part, var[rows], batch, update))
-            parts += fallen
-            first = end
-        return stack(parts)
-
     def _run_pooled(
-        self,
-        step: StepMemory,
-        mean: Tensor | None,
-        var: Tensor,
-        cut: Partition,
-        values: int,
-        update: bool,
-        counts: Tensor | None = None,
+        self, step: StepMemory, moments: Moments, cut: Partition, values: int, update: bool
     ) -> Statistics:
         """Run the rule on the statistics of all micro-batches of an optimizer step."""
-        count = cut.sizes[0] * values
-        mean, var, seen = step.pool(mean, var, count if counts is None else counts, update)
+        mean, var, counts = moments
+        count = cut.sizes[0] * values if counts is None else counts
+        mean, var, seen = step.pool(mean, var, count, update)
         batch = Batch(cut.sizes, values, seen, counts)
-        if counts is None and (mean is None or count > 1):
+        if counts is None:
             return self._guarded(mean, var, batch, update)
         enough = self._enough(seen.total)
-        var = torch.where(enough, var, torch.nan)  # which no memory takes
-        fallen = self._fallback(var.dtype)
-        return self._with_fallback(enough, self._guarded(mean, var, batch, update), fallen)
+        var = torch.where(enough, var, torch.nan)  # which no state takes
+        remembered = self._fallback(var.dtype)
+        chosen = self._guarded(mean, var, batch, update)
+        return self._with_fallback(enough, chosen, remembered).of(counts)
 
     def _fallback(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Copies of the remembered mean and variance, a number a channel group."""
@@ -249,10 +214,10 @@ class RuleLayer(ScopedLayer):
         return mean, var
 
     def _with_fallback(
-        self, enough: Tensor, chosen: Statistics, fallen: tuple[Tensor, Tensor]
+        self, enough: Tensor, chosen: Statistics, remembered: tuple[Tensor, Tensor]
     ) -> Statistics:
         """Statistics where there are enough values for them, else remembered ones."""
-        old_mean, old_var = fallen
+        old_mean, old_var = remembered
         mean, var, r, d, center, share, own, counts = chosen
         return Statistics(
             None if mean is None else torch.where(enough, mean, old_mean),
@@ -266,37 +231,28 @@ class RuleLayer(ScopedLayer):
         )
 
     def _backward_memory(
-        self,
-        chosen: Statistics,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
+        self, chosen: Statistics, cut: Partition, values: int, update: bool
     ) -> BackwardMemory | None:
         """The method's memory of the backward statistics, which counts optimizer steps."""
-        inner = self.backward_memory(chosen, live, update)
+        inner = self.backward_memory(chosen, update)
         if self.step is None or inner is None:
             return inner
         count = cut.sizes[0] * values if chosen.counts is None else chosen.counts
         return StepBackward(self, self.step, inner, count, update)
 
-    def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> Moments:
+        """Mean and variance of each group; with a source, of so many values."""
+        if source is not None:
+            return Moments(*source.moments(x, sizes, self.centered))
         if recorded.is_transformed():
             mean, var = recorded.moments(x.to(backends.statistics_dtype(x)), sizes)
             mean, var = (mean[0], var[0]) if len(sizes) == 1 else (mean, var)
-            return (mean, var) if self.centered else (None, var + mean.square())
+            return Moments(mean, var) if self.centered else Moments(None, var + mean.square())
         if self.centered:
-            return backends.moments(x, sizes)
-        return None, backends.second_moment(x, sizes)
+            return Moments(*backends.moments(x, sizes))
+        return Moments(None, backends.second_moment(x, sizes))
 
-    def _fall_back(self, like: Tensor) -> Statistics:
-        """Remembered statistics for groups that have none, constants in backward."""
-        mean, var = (row.to(like.dtype).expand(like.shape).clone() for row in self.remembered())
-        return Statistics(mean, var, share=0.0)
-
-    def _live(self, cut: Partition, values: int) -> tuple[bool, ...] | None:
-        """Mark the groups that have statistics, of more than one value each; None for all."""
-        if not self.centered or values * (self.num_features // self.columns) > 1:
-            return None
-        live = tuple(size > 1 for size in cut.sizes)
-        return None if all(live) else live
+    def _lacks_values(self, cut: Partition, values: int) -> bool:
+        """Whether some groups have one value each, and therefore no statistics."""
+        several_each = values * (self.num_features // self.columns) > 1
+        return self.centered and not several_each and min(cut.sizes) < 2

@@ -373,9 +373,9 @@ class _CrossIterationBatchNorm(NormLayer):
 
     # --- forward -----------------------------------------------------------
 
-    def _live(self, cut: Partition, values: int) -> tuple[bool, ...] | None:
+    def _lacks_values(self, cut: Partition, values: int) -> bool:
         """With a window, earlier steps give one value statistics."""
-        return super()._live(cut, values) if self.window == 1 or self.burning else None
+        return (self.window == 1 or self.burning) and super()._lacks_values(cut, values)
 
     def _enough(self, counts: Tensor) -> Tensor:
         return super()._enough(counts) if self._flow.batch is None else counts > 0
@@ -409,7 +409,7 @@ class _CrossIterationBatchNorm(NormLayer):
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         assert mean is not None
         some = batch.seen is not None or batch.counts is not None
-        tracks = update and (some or batch.examples() * batch.values > 1)
+        tracks = update and (some or not batch.is_one_value())
         if self._flow.batch is None or self.burning:
             if tracks:
                 self.track(mean, batch.unbiased(var))
@@ -451,7 +451,7 @@ class _CrossIterationBatchNorm(NormLayer):
         chosen = Statistics(pooled, spread, share=share)
         if self.backward_stats == "window":
             chosen = chosen.shared(1.0)
-        if batch.counts is not None or batch.examples() * batch.values == 1:
+        if batch.counts is not None or batch.is_one_value():
             chosen = self._with_fallback(total > 1, chosen, self._fallback(chosen.var.dtype))
         return chosen, total
 
@@ -513,15 +513,13 @@ class _CrossIterationBatchNorm(NormLayer):
 
     # --- backward -----------------------------------------------------------
 
-    def backward_memory(
-        self, statistics: Statistics, live: tuple[bool, ...] | None, update: bool
-    ) -> BackwardMemory | None:
+    def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
         if "backward_window" not in self.memory or self.window == 1 or self.burning:
             return None
-        average = BackwardAverage(self, None, live, update)
+        average = BackwardAverage(self, None, None, update)
         return lambda g, psi: (g, average(None, psi)[1])
 
-    def average_backward(self, new: Tensor, update: bool) -> Tensor:
+    def average_backward(self, new: Tensor, enough: Tensor | None, update: bool) -> Tensor:
         """Take a step's ``mean(g * z)``, give its average over the window."""
         window, count = self.memory["backward_window"], self.memory["backward_step"]
         finite = all_finite(new, self.num_features)

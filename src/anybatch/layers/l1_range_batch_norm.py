@@ -13,7 +13,7 @@ from anybatch.backends.aten import recorded, spread
 from anybatch.backends.protocol import Formula, Gradients, NormCall, Spec, SpreadSpec, Statistics
 from anybatch.core.activation_checkpointing import hooks_on_saved
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source
 
@@ -83,15 +83,10 @@ class _SpreadNorm(NormLayer):
             self.track(mean, var)
         return Statistics(mean, var)
 
-    def _moments(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
-        values = _Values.of(x, sizes, None)
-        return values.mean, self.spread(values).square()
-
-    def _source_moments(
-        self, x: Tensor, sizes: tuple[int, ...], source: Source
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> Moments:
         values = _Values.of(x, sizes, source)
-        return values.mean, self.spread(values).square(), values.counts
+        counts = None if source is None else values.counts
+        return Moments(values.mean, self.spread(values).square(), counts)
 
     def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
         if hooks_on_saved():

@@ -13,7 +13,7 @@ from anybatch.backends.protocol import Formula, Gradients, NormCall, SampleSpec,
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
-from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source, first_of, rank_in, size_of
 from anybatch.layers.sample_positions import (
@@ -367,30 +367,25 @@ class _SampledBatchNorm(NormLayer):
         return _SampleFormula(tuple(shared), self.mix, scoped=True)
 
     def _run_rule(
-        self,
-        x: Tensor,
-        cut: Partition,
-        values: int,
-        live: tuple[bool, ...] | None,
-        update: bool,
-        source: Source | None,
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
     ) -> Statistics:
         if source is not None and self.training:
             return self._run_shared(x, cut, values, update, source)
         parts = None if source is not None else self._parts(x, cut.sizes)
         if parts is None:
-            return super()._run_rule(x, cut, values, live, update, source)
+            return super()._run_rule(x, cut, values, update, source)
         rows = [
             _mean_and_var(piece, one) for piece, one in zip(x.split(cut.sizes), parts, strict=True)
         ]
-        mean, var = rows[0]
-        if len(rows) > 1:
-            mean, var = (torch.stack(tables) for tables in zip(*rows, strict=True))
         # To the course of a forward the sample is the batch: so many examples of one value.
-        counts = tuple(sum(part.values for part in one) for one in parts)
-        alive = tuple(count > 1 for count in counts)
-        small = Partition(counts, cut.steps, counts)
-        return self._decide(mean, var, small, 1, None if all(alive) else alive, update)
+        numbers = tuple(sum(part.values for part in one) for one in parts)
+        counts = None
+        if min(numbers) < 2:
+            counts = torch.stack([rows[0][0].new_full((1,), n) for n in numbers])
+            counts = counts if len(rows) > 1 else counts.view(())
+        small = Partition(numbers, cut.steps, numbers)
+        chosen = self._decide(Moments(*_table(rows), counts), small, 1, update)
+        return Statistics(*chosen[:-1])  # parts come with their own counts
 
     def _run_shared(
         self, x: Tensor, cut: Partition, values: int, update: bool, source: Source
@@ -401,7 +396,7 @@ class _SampledBatchNorm(NormLayer):
         counts = torch.stack([counts for _, _, counts in found])  # of each group's parts
         total = counts.sum(1) if len(found) == 1 else counts.sum(1, keepdim=True)
         total = total[0] if len(found) == 1 else total
-        chosen = self._decide_counted(*table, total, cut, values, update)
+        chosen = self._decide(Moments(*table, total), cut, values, update)
         return chosen.of(counts)
 
     def _shared_moments(
