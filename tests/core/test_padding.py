@@ -108,8 +108,22 @@ def test_evaluation_is_that_of_each_example_alone(name: str) -> None:
     assert wrong > 1e-3  # without it, padding is in the output
 
 
+@pytest.mark.parametrize("method", anybatch.METHODS)
+def test_an_example_in_evaluation_depends_neither_on_batch_mates_nor_on_padding(
+    method: str,
+) -> None:
+    model = network("unet", method).eval()
+    examples, batch = padded(LENGTHS, 26)
+    for mates, size in (([0, 1, 2, 3], 26), ([1, 3], 24), ([1], 13)):
+        lengths = torch.tensor([LENGTHS[k] for k in mates])
+        with anybatch.masked(model, lengths=lengths, zero=True):
+            found = model(batch[mates, :, :size])[mates.index(1)]
+        alone = model(examples[1][None])[0]
+        torch.testing.assert_close(found[:, : alone.shape[1]], alone)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("method", ["bn", "mabn", "brn", "mbn"])
+@pytest.mark.parametrize("method", ["bn", "mabn", "brn", "mbn", "gn"])
 def test_training_is_that_of_the_batch_without_padding(name: str, method: str) -> None:
     """Examples of one length, so that there is such a batch."""
     model, twin = network(name, method).train(), network(name, method).train()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from anybatch.core.arguments import check_count, check_module
@@ -14,10 +15,15 @@ from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.padding import SequenceLengths, lengths_of
 
 
-def select(model: nn.Module, where: Where | None) -> list[NormLayer]:
-    """The anybatch layers of ``model`` that ``where`` (a name pattern or predicate) picks."""
+def select(model: nn.Module, where: Where | None, optional: bool = False) -> list[NormLayer]:
+    """The anybatch layers of ``model`` that ``where`` (a name pattern or predicate) picks.
+
+    If ``optional``, a network without any batch norm may have none.
+    """
     check_module("model", model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NormLayer)]
+    if not layers and optional and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return []
     if not layers:
         raise ValueError(
             f"model: {type(model).__name__} has no anybatch layer: "
@@ -148,11 +154,11 @@ def masked(
 
     Statistics alone do not keep padding out: a convolution mixes it into valid positions. With
     ``zero=True``, padding at the end of sequences is set to 0 before convolutions and poolings of
-    one dimension and after norms, and the lengths follow their strides and kernels. An example's
-    output at valid positions is then that without padding.
+    one dimension and after norms, the lengths follow their strides and kernels, and torch's group
+    norms normalize by valid positions. An example's output there is then that without padding.
 
     Args:
-        model: A network with anybatch layers.
+        model: A network with anybatch layers; with `zero`, also one with group norms alone.
         mask: True, or not 0, where input is valid: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, with
             the spatial dimensions of the network's input.
         where: Name pattern or predicate ``(name, module)`` of the layers that get it (default
@@ -185,7 +191,7 @@ def masked(
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             wanted = "bool, true where input is valid" if name == "mask" else "whole numbers"
             raise TypeError(f"{name} of type {what}: give a tensor of {wanted}")
-    layers = select(model, where)
+    layers = select(model, where, optional=zero)
     if zero or lengths is not None:
         size = None if mask is None else mask.shape[-1]
         lengths = lengths_of(mask) if mask is not None else lengths

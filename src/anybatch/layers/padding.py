@@ -45,6 +45,8 @@ class SequenceLengths:
             if isinstance(module, _FOLLOWED):
                 self.handles.append(module.register_forward_pre_hook(self._before_convolution))
                 self.handles.append(module.register_forward_hook(self._after_convolution))
+            elif isinstance(module, nn.GroupNorm):
+                self.handles.append(module.register_forward_hook(self._after_group_norm))
         for layer in layers:
             self.handles.append(layer.register_forward_pre_hook(self._before_norm))
             self.handles.append(layer.register_forward_hook(self._after_norm))
@@ -116,6 +118,23 @@ class SequenceLengths:
         lengths = self._of(args[0]) if self.zero else None
         if lengths is None:
             return None
+        output = _filled(output, lengths, 0.0)
+        output.valid_lengths = lengths  # type: ignore[attr-defined]
+        return output
+
+    def _after_group_norm(self, module: nn.GroupNorm, args: Any, output: Tensor) -> Tensor | None:
+        """Normalize again, each example by its valid positions."""
+        x, lengths = args[0], self._of(args[0]) if self.zero else None
+        if lengths is None:
+            return None
+        groups = _filled(x, lengths, 0.0).unflatten(1, (module.num_groups, -1))
+        values = groups.shape[2] * lengths.clamp(min=1).view(-1, 1, 1, 1)
+        centered = groups - groups.sum((2, 3), keepdim=True) / values
+        valid = mask_of(lengths, x.shape[2])[:, None, None]
+        var = (centered * valid).square().sum((2, 3), keepdim=True) / values
+        output = (centered * torch.rsqrt(var + module.eps)).flatten(1, 2)
+        if module.affine:
+            output = output * module.weight.unsqueeze(1) + module.bias.unsqueeze(1)
         output = _filled(output, lengths, 0.0)
         output.valid_lengths = lengths  # type: ignore[attr-defined]
         return output
