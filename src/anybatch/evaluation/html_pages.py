@@ -13,9 +13,6 @@ def render(packages: str | Sequence[str], template: str, **values: Any) -> str:
         template: Name of the template.
         **values: What it shows.
 
-    Returns:
-        The page.
-
     Raises:
         ImportError: Without Jinja.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.evaluation.diagnosis.diagnose import diagnose
-from anybatch.evaluation.diagnosis.reading import HEAD, cells, word
+from anybatch.evaluation.diagnosis.reading import HEAD
 from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.files import write_json, write_text, write_whole
@@ -39,9 +39,6 @@ def diagnose_run(
             no file.
         max_batches: To measure.
         show: Called with what is under way, how much is done, and of how much.
-
-    Returns:
-        The diagnosis.
 
     Raises:
         ValueError: If the file cannot be loaded into the network.
@@ -96,15 +93,14 @@ def diagnosis_table(found: Diagnosis, title: str) -> Table:
     """Build the table for the terminal."""
     styles = {"noisy": "red", "borderline": "yellow"}
     rows = []
-    for layer in found.layers:
-        name, _, *rest = cells(layer)
+    for _, (name, _, *rest) in found.rows():
         rows.append((name, *(text.partition(" (")[0] for text in rest)))
     return terminal_table(
         (HEAD[0], *HEAD[2:]),
         rows,
         title=title,
         caption="noise from batch to batch; a single value's is 1",
-        styles=[styles.get(word(layer)) for layer in found.layers],
+        styles=[styles.get(word) for word, _ in found.rows()],
         left=(HEAD[-1],),
         wrapped=(HEAD[0],),
     )
@@ -116,9 +112,6 @@ def write(found: Diagnosis, folder: Path) -> Path:
     Args:
         found: The diagnosis.
         folder: Where; it exists.
-
-    Returns:
-        The path of the report.
     """
     data: dict[str, Any] = found.to_dict()
     write_json(folder / "diagnosis.json", data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from anybatch.conversion.decisions import is_fresh
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.core.arguments import check_count, check_module
-from anybatch.evaluation.batches import Forward, Shown, device_of, reading, recut, run
+from anybatch.evaluation.batches import Forward, Shown, device_of, examples_in, reading, recut, run
+from anybatch.evaluation.diagnosis.outputs import OutputProbe, compare_outputs, example_norms
 from anybatch.evaluation.diagnosis.probe import NormProbe, measurable_norms
 from anybatch.evaluation.diagnosis.reading import read
 from anybatch.evaluation.diagnosis.result import Diagnosis
@@ -20,6 +22,7 @@ from anybatch.evaluation.restore_model import borrowed
 from anybatch.layers.control import no_update
 
 _ROUGH_BELOW = 20  # batches
+_COMPARED = 8  # batches whose outputs are compared, between modes and between tiles
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -47,7 +50,12 @@ def diagnose(
       noise(mean)^2`` and ``2 / noise(variance)^2`` forward, of ``1 / noise(g)^2`` and ``1 /
       noise(Psi)^2`` backward, and of both in the table ("acts as");
     - the difference that the noise makes to the output ("noise", the output being 1), and that
-      between a batch's and the running statistics ("gap", training against evaluation).
+      between a batch's and the running statistics ("gap");
+    - on the first 8 batches, the difference between its output in the network with the norms in
+      training and in evaluation mode ("disparity"), and the change of its output in evaluation
+      where halves of an image are normalized apart ("seam"; of group and instance norms as well)::
+
+          disparity = rms(y_train - y_eval) / std(y_eval)    seam = rms(y_halves - y) / std(y)
 
     The reading follows from these numbers, not from the batch size:
 
@@ -103,14 +111,15 @@ def diagnose(
     check_count("max_batches", max_batches)
     model, _ = unwrapped(model)
     norms, notes = measurable_norms(model)
-    if not norms:
+    others = [OutputProbe(name, norm) for name, norm in example_norms(model).items()]
+    if not norms and not others:
         raise ValueError(
-            f"model: {type(model).__name__} has no batch norm to measure; layer, group and "
-            "instance norms do not depend on the batch"
+            f"model: {type(model).__name__} has no batch norm to measure, and no group or instance "
+            "norm; layer norms depend neither on the batch nor on the image"
         )
     probes = [NormProbe(name, norm, max_batches) for name, norm in norms.items()]
     fresh = is_fresh(model)
-    taken = _Measurement(model, probes, forward, loss, fresh)
+    taken = _Measurement(model, probes, others, forward, loss, fresh)
     cut = loader if batch_size is None else recut(loader, batch_size)
     device = device_of(model)
     reader = reading(cut, device=device, max_batches=max_batches, progress=progress)
@@ -127,17 +136,18 @@ def diagnose(
         raise ValueError(
             f"loader: {taken.done} batch of {batch_size or 'its'} examples; noise takes two or more"
         )
-    if not used:
+    if not used and not others:
         raise ValueError("model: none of its batch norms uses the statistics of a batch here")
     layers = tuple(probe.summary(fresh) for probe in used if len(probe.batch) > 1)
-    if taken.losses == [] and not taken.has_loss:
+    alone = tuple(probe.of_examples() for probe in others)
+    if layers and taken.losses == [] and not taken.has_loss:
         notes.append("No targets and no loss: g and Psi are not measured. Give loss=.")
-    size = batch_size or used[0].examples
+    size = batch_size or (used[0].examples if used else taken.size)
     if taken.done < _ROUGH_BELOW:
         notes.append(f"Only {taken.done} batches were seen: the noise is known roughly.")
     train_loss, eval_loss = taken.mean_losses()
-    said = read(layers, size, trained=not fresh)
-    return Diagnosis(layers, size, taken.done, train_loss, eval_loss, said, tuple(notes))
+    said = read(layers, size, trained=not fresh, others=alone)
+    return Diagnosis(layers, size, taken.done, train_loss, eval_loss, said, tuple(notes), alone)
 
 
 class _Measurement:
@@ -147,13 +157,15 @@ class _Measurement:
         self,
         model: nn.Module,
         probes: list[NormProbe],
+        others: list[OutputProbe],
         forward: Forward | None,
         loss: Loss | None,
         fresh: bool,
     ) -> None:
         self.model, self.probes, self.forward, self.loss = model, probes, forward, loss
+        self.outputs = [*(probe.outputs for probe in probes), *others]
         self.fresh = fresh
-        self.done = 0
+        self.done = self.size = 0
         self.losses: list[tuple[float, float | None]] = []
         self.has_loss = False
         self.goal: Tensor | None = None
@@ -166,7 +178,19 @@ class _Measurement:
         for batch in batches:
             loss = self._train(batch)
             self.losses += [] if loss is None else [(loss, self._evaluate(batch, modes))]
+            if self.done < _COMPARED:
+                self._compare(batch, modes)
+            self.size = self.size or examples_in(batch)
             self.done += 1
+
+    def _compare(self, batch: Any, modes: list[tuple[nn.Module, bool]]) -> None:
+        """Measure disparities and seams, the probes of noise at rest."""
+        for probe in self.probes:
+            probe.paused = True
+        forward = partial(run, self.model, batch, self.forward)
+        compare_outputs(self.model, self.outputs, modes, forward, not self.fresh)
+        for probe in self.probes:
+            probe.paused = False
 
     def _train(self, batch: Any) -> float | None:
         with torch.enable_grad():

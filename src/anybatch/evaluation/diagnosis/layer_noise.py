@@ -76,6 +76,9 @@ class LayerNoise:
             None where there are no running statistics, or they are as they started.
         stale: The same between all data's and the running statistics; None likewise.
         stale_limit: What `stale` may be from the noise of both alone.
+        disparity: Difference between its output in the network in training and in evaluation mode,
+            in units of the output's standard deviation. None for a fresh network.
+        seam: Change of its output in evaluation where the halves of an image are normalized apart.
         mean_histogram: Of xi_mu; None where there is no mean.
         var_histogram: Of xi_sigma.
     """
@@ -95,6 +98,8 @@ class LayerNoise:
     gap: float | None
     stale: float | None
     stale_limit: float
+    disparity: float | None
+    seam: float | None
     mean_histogram: Histogram | None
     var_histogram: Histogram
 

@@ -27,6 +27,7 @@ from anybatch.core.grouping import partition
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain, on_plain
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread, histogram
+from anybatch.evaluation.diagnosis.outputs import OutputProbe
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 
@@ -45,6 +46,8 @@ class NormProbe:
         self.norm = cast(Any, norm)
         self.centered = norm.centered if isinstance(norm, NormLayer) else True
         self.momentum: float | None = self.norm.momentum
+        self.outputs = OutputProbe(name, norm)
+        self.paused = False
         self.examples = 0
         self.called = self.skipped = 0
         self.positions = 0.0
@@ -83,7 +86,7 @@ class NormProbe:
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             given = as_plain(args[0] if args else kwargs["input"])
-            if not self.active or not given.numel():
+            if self.paused or not self.active or not given.numel():
                 return None
             recomputed = in_backward()  # by activation checkpointing: seen before
             self.called += not recomputed
@@ -201,6 +204,8 @@ class NormProbe:
             gap=gap,
             stale=stale,
             stale_limit=max(0.1, 3 * output * math.sqrt(1 / len(means) + self._averaging())),
+            disparity=self.outputs.root_mean_square("disparity"),
+            seam=self.outputs.root_mean_square("seam"),
             mean_histogram=histogram(xi_mean[:, alive], plain.mean_std) if self.centered else None,
             var_histogram=histogram(xi_var[:, alive], plain.var_std, plain.var_mean),
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread
+from anybatch.evaluation.diagnosis.outputs import ExampleNorm
 from anybatch.registry import METHODS
 
 NOISY_BELOW = 8.0  # independent values
 QUIET_FROM = 16.0
+_SEAM_FROM = 0.05  # of an output's standard deviation
 _WANTED = 32.0  # independent values that a method with averages is set to reach
 _ONE_STEP_TOO_FEW = 4.0  # below it, mabn; from it on, mbn
 _AVERAGING = ("mbn", "mabn", "brn")
@@ -51,6 +53,8 @@ HEAD = (
     "Psi",
     "noise",
     "gap",
+    "disparity",
+    "seam",
     "reading",
 )
 
@@ -64,9 +68,18 @@ def cells(layer: LayerNoise) -> tuple[str, ...]:
         _count(_worst(layer)),
         *(_noise(spread) for spread in (layer.mean, layer.var, layer.g, layer.psi)),
         f"{layer.output:.2f}",
-        "-" if layer.gap is None else f"{layer.gap:.2f}",
+        *map(_number, (layer.gap, layer.disparity, layer.seam)),
         word(layer) + (", stale" if is_stale(layer) else ""),
     )
+
+
+def example_cells(norm: ExampleNorm) -> tuple[str, ...]:
+    """The text of the row of a norm that takes statistics from each example alone."""
+    return (norm.name or "(the model)", norm.kind, *"-" * 9, _number(norm.seam), "each example")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _noise(spread: Spread | None) -> str:
@@ -97,16 +110,16 @@ def _worst(layer: LayerNoise) -> float:
     return min(layer.forward_values, math.inf if back is None else back)
 
 
-def read(layers: tuple[LayerNoise, ...], batch_size: int, *, trained: bool) -> Reading:
+def read(
+    layers: tuple[LayerNoise, ...],
+    batch_size: int,
+    *,
+    trained: bool,
+    others: tuple[ExampleNorm, ...] = (),
+) -> Reading:
     """Interpret the measurements of all norms; see `diagnose` for the rules.
 
-    Args:
-        layers: what was measured.
-        batch_size: examples in a batch.
-        trained: whether running statistics are those of a training.
-
-    Returns:
-        The reading.
+    ``trained`` says whether running statistics are those of a training.
     """
     words = {layer.name: word(layer) for layer in layers}
     noisy = [layer for layer in layers if words[layer.name] == "noisy"]
@@ -126,7 +139,8 @@ def read(layers: tuple[LayerNoise, ...], batch_size: int, *, trained: bool) -> R
             f"Running statistics of {_list(stale)} are not those of this data: evaluation is off. "
             "anybatch.recalibrate takes them from data."
         )
-    first = layers[0].mean
+    sentences += _seams([*layers, *others])
+    first = layers[0].mean if layers else None
     if first is not None and first.expected and first.measured > 1.5 * first.expected:
         sentences.append(
             f"The mean of {layers[0].name or 'the model'} is {first.measured / first.expected:.1f} "
@@ -138,12 +152,26 @@ def read(layers: tuple[LayerNoise, ...], batch_size: int, *, trained: bool) -> R
     return Reading(problem, names, stale, method, options, tuple(sentences))
 
 
+def _seams(norms: Sequence[LayerNoise | ExampleNorm]) -> list[str]:
+    """A sentence on the norm with the largest seam, if it is large."""
+    worst = max(norms, key=lambda norm: norm.seam or 0.0)
+    if (worst.seam or 0.0) < _SEAM_FROM:
+        return []
+    return [
+        f"Tiles of an image are normalized differently: the output of {worst.name or 'the model'} "
+        f"changes by {worst.seam:.2f} where halves go through it apart. Norms with running "
+        "statistics, such as bn, brn and mabn, have no such seams."
+    ]
+
+
 def _first_sentence(
     layers: tuple[LayerNoise, ...],
     noisy: list[LayerNoise],
     edge: list[LayerNoise],
     words: Mapping[str, Word],
 ) -> str:
+    if not layers:
+        return "No norm depends on the batch."
     if noisy:
         worst = min(noisy, key=_worst)
         some = f"{len(noisy)} of {len(layers)} norms" if len(noisy) < len(layers) else "every norm"

@@ -33,19 +33,14 @@ class Measured(Protocol):
 
 
 def figure(measured: Measured) -> Figure:
-    """Noise of the four statistics of each norm, and the distributions of the noisiest.
-
-    Args:
-        measured: What was measured.
-
-    Returns:
-        The figure.
-    """
+    """Noise of the four statistics of each norm, and the distributions of the noisiest."""
     try:
         from matplotlib.figure import Figure  # no window, no state: nothing is opened
     except ImportError as error:
         raise ImportError(f"a plot needs Matplotlib: {_EXTRA}") from error
     layers = measured.layers
+    if not layers:
+        raise ValueError("no batch norm was measured: there is no noise to plot")
     backward = any(layer.psi is not None for layer in layers)
     rows = 3 if backward else 2
     tall = 0.6 if len(layers) <= NAMED else 0.0
@@ -125,18 +120,10 @@ def _plain(name: str) -> str:
 
 
 def page(measured: Measured, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """The diagnosis as one HTML page.
-
-    Args:
-        measured: What was measured.
-        head: Titles of the table's columns.
-        rows: The reading of each norm with the texts of its row.
-
-    Returns:
-        The page; it needs no other file.
-    """
+    """The diagnosis as one HTML page; rows are the reading of each norm and its cells' texts."""
     buffer = io.BytesIO()
-    figure(measured).savefig(buffer, format="png", dpi=120)
+    if measured.layers:
+        figure(measured).savefig(buffer, format="png", dpi=120)
     return render(
         "anybatch.evaluation",
         "diagnosis.html.j2",

@@ -10,7 +10,8 @@ from typing import Any
 
 from anybatch.core.text_tables import text_table
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise
-from anybatch.evaluation.diagnosis.reading import HEAD, Reading, Word, cells, word
+from anybatch.evaluation.diagnosis.outputs import ExampleNorm
+from anybatch.evaluation.diagnosis.reading import HEAD, Reading, Word, cells, example_cells, word
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Diagnosis:
             running statistics are as they started.
         reading: What the numbers say.
         notes: What else a reader must know.
+        others: Norms that take statistics from each example alone, as group and instance norm do.
     """
 
     layers: tuple[LayerNoise, ...]
@@ -35,10 +37,16 @@ class Diagnosis:
     eval_loss: float | None
     reading: Reading
     notes: tuple[str, ...] = ()
+    others: tuple[ExampleNorm, ...] = ()
 
     def word(self, layer: LayerNoise) -> Word:
         """The reading of one norm."""
         return word(layer)
+
+    def rows(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The reading of each norm with the texts of its row in the table."""
+        others = [("example", example_cells(norm)) for norm in self.others]
+        return [*((word(layer), cells(layer)) for layer in self.layers), *others]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain lists and dictionaries, ready for json.
@@ -49,11 +57,13 @@ class Diagnosis:
         layers = [{**layer.to_dict(), "reading": word(layer)} for layer in self.layers]
         reading = {**asdict(self.reading), "options": dict(self.reading.options)}
         rest = {n: getattr(self, n) for n in ("batch_size", "batches", "train_loss", "eval_loss")}
-        found = {**rest, "reading": reading, "notes": self.notes, "layers": layers}
+        others = [asdict(norm) for norm in self.others]
+        norms = {"layers": layers, "others": others}
+        found = {**rest, "reading": reading, "notes": self.notes, **norms}
         return _plain(found)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
-        table = text_table(HEAD, map(cells, self.layers))
+        table = text_table(HEAD, [row for _, row in self.rows()])
         return "\n".join([table, "", *self.reading.sentences, *self.notes])
 
     def plot(self, path: str | Path) -> Path:
@@ -90,14 +100,10 @@ class Diagnosis:
         return path
 
     def page(self) -> str:
-        """The HTML page that `report` writes.
-
-        Returns:
-            The HTML.
-        """
+        """The HTML page that `report` writes."""
         from anybatch.evaluation.diagnosis.report import page
 
-        return page(self, HEAD, [(word(layer), cells(layer)) for layer in self.layers])
+        return page(self, HEAD, self.rows())
 
 
 def _plain(data: Any) -> Any:
