@@ -365,9 +365,6 @@ def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         network: A network, or any function of tensors.
-
-    Returns:
-        The compiled function.
     """
 
     def call(*inputs: Any) -> Any:

@@ -50,9 +50,6 @@ def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:
 
     Args:
         costs: Of one batch size.
-
-    Returns:
-        A line per method that could be measured.
     """
     by_name: dict[str, dict[str, Measurement]] = {}
     for row in costs.rows:
@@ -147,9 +144,6 @@ def write(outcome: FinishedBench, folder: Path) -> Path:
     Args:
         outcome: The benchmark.
         folder: Folder to write to; it exists.
-
-    Returns:
-        Path of the report.
     """
     pairs = zip(outcome.benches, outcome.found, strict=True)
     text = as_csv(outcome.rows, Measurement._fields, outcome.benches[0].device)

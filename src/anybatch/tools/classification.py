@@ -32,9 +32,6 @@ def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Ten
         model: The network.
         x: Examples.
         y: Their classes.
-
-    Returns:
-        The loss, with a gradient.
     """
     return F.cross_entropy(forward(run, model, x), y)
 

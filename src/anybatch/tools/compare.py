@@ -142,9 +142,6 @@ def run_all(
         workers: Processes.
         on_progress: Called with a run's key, the epochs done, and its result at the end.
 
-    Returns:
-        Results by key.
-
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
     """
@@ -161,9 +158,6 @@ def train_runs(
         folder: Results are kept in it; a run that was stopped goes on.
         workers: Processes.
         on_progress: Called with a run's key, the epochs done, and its result at the end.
-
-    Returns:
-        Results by key.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.

@@ -22,9 +22,6 @@ def curves(
         lines: The table.
         results: Results by key.
         names: What to call each row.
-
-    Returns:
-        The figure.
     """
     figure = blank(8, 5)
     axes = figure.subplots()
@@ -60,9 +57,6 @@ def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
     Args:
         lines: The table.
         names: What to call each row.
-
-    Returns:
-        The figure.
     """
     figure = blank(8, 0.42 * len(lines) + 1.2)
     axes = figure.subplots()
@@ -95,9 +89,6 @@ def cost_bars(lines: list[Line], times: dict[str, StepTime], names: dict[str, st
         lines: The table.
         times: Time of each method.
         names: What to call each row.
-
-    Returns:
-        The figure.
     """
     timed = [line for line in lines if line.row in times]
     figure = blank(8, 0.42 * len(timed) + 1.2)

@@ -214,9 +214,6 @@ def write(outcome: FinishedComparison, folder: Path) -> Path:
     Args:
         outcome: The comparison.
         folder: Folder to write to; it exists.
-
-    Returns:
-        Path of the report.
     """
     base, lines = outcome.comparison.base, outcome.lines
     names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in lines}

@@ -52,9 +52,6 @@ def parse_options(pairs: list[str]) -> dict[str, tuple[Option, ...]]:
     Args:
         pairs: For example ``["mabn.window=8", "gn.num_groups=4"]``.
 
-    Returns:
-        The options of each method.
-
     Raises:
         ValueError: For another form, or a method that does not exist.
 

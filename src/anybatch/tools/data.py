@@ -83,9 +83,6 @@ def load(run: Run) -> Dataset:
     Args:
         run: Its data, root, image_size and train_size are used.
 
-    Returns:
-        The data.
-
     Raises:
         ValueError: If files are missing, incomplete or of another form.
     """

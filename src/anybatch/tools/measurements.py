@@ -75,9 +75,6 @@ def timed(
         setting: What was measured.
         times: Seconds by name, round by round, as `interleaved` gives them.
         baseline: The name that ratios are to.
-
-    Returns:
-        A row per name, in milliseconds.
     """
     ratios = summaries({name: list(values) for name, values in times.items()}, baseline)
     found = []
@@ -100,9 +97,6 @@ def counted(
         sizes: Counts by name; None where they could not be measured, which gives no row.
         baseline: The name that ratios are to.
         unit: A million of them: "MB" (default; 10^6 bytes) or "MFLOP".
-
-    Returns:
-        A row per name.
     """
     base, found = sizes[baseline], []
     for name, size in sizes.items():
@@ -124,9 +118,6 @@ def surroundings(device: str = "cpu") -> dict[str, Any]:
 
     Args:
         device: Where the work was done.
-
-    Returns:
-        Columns of a CSV file.
 
     Example:
         >>> surroundings()["device"]
@@ -159,9 +150,6 @@ def as_csv(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], device: str 
         rows: Of one kind.
         columns: Their names, ``Measurement._fields`` for example.
         device: Where the work was done.
-
-    Returns:
-        The text of a file.
     """
     around, buffer = surroundings(device), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -181,9 +169,6 @@ def read_csv(path: Path) -> list[Measurement]:
 
     Args:
         path: What `write_csv` wrote.
-
-    Returns:
-        Its rows.
 
     Raises:
         ValueError: If it cannot be read or is none of these files.
@@ -215,9 +200,6 @@ def as_table(rows: Sequence[Measurement]) -> str:
 
     Args:
         rows: Of any questions; each question, precision and mode has a table.
-
-    Returns:
-        The tables.
     """
     return "\n\n".join(_one_table(part) for part in tables(rows).values())
 

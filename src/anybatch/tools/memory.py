@@ -17,9 +17,6 @@ def kept_bytes(call: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
         call: The forward.
         own: Tensors that do not count, parameters and state for example.
 
-    Returns:
-        Bytes.
-
     Example:
         >>> x = torch.ones(1000, requires_grad=True)
         >>> kept_bytes(lambda: x.exp())  # exp keeps what it puts out
@@ -82,9 +79,6 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
     Args:
         tensors: Parameters, buffers, the state of an optimizer.
-
-    Returns:
-        Bytes.
 
     Example:
         >>> x = torch.ones(10)

@@ -75,9 +75,6 @@ def build(name: str, data: Dataset) -> nn.Module:
         name: As `Run.model` has it.
         data: The data that it is built for.
 
-    Returns:
-        The network, freshly initialized.
-
     Raises:
         ValueError: If the network does not take such examples, or cannot be built.
     """

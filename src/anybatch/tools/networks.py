@@ -35,9 +35,6 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
         classes: Number of outputs.
         shape: Shape of one example: ``(features,)`` for "mlp", else ``(channels, height, width)``.
 
-    Returns:
-        The network, freshly initialized.
-
     Raises:
         ValueError: If the network does not take such examples, or its library is not installed.
     """
@@ -69,9 +66,6 @@ def from_library(name: str, classes: int, channels: int, **options: object) -> n
         classes: Number of outputs.
         channels: Channels of an image.
         **options: Further arguments of the network's factory.
-
-    Returns:
-        The network.
 
     Raises:
         ValueError: If there is no such network, or its library is not installed.

@@ -56,9 +56,6 @@ def own_data(
         network: Builds the network (default None: as the run says).
         name: Of the data.
 
-    Returns:
-        The data.
-
     Raises:
         TypeError: For anything else.
 

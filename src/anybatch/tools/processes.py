@@ -43,9 +43,6 @@ def in_processes(
         work: Called in a process with a run, the folder and what to call after each epoch; it gives
             the result.
 
-    Returns:
-        Results by key.
-
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
     """

@@ -36,9 +36,6 @@ def terminal_table(
         left: Columns to align left, beside the first.
         wrapped: Columns whose text may be wrapped.
         ruled: Whether to draw a line between rows.
-
-    Returns:
-        A table for `rich`.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -87,9 +84,6 @@ def write_report(
         page: Name of the page's file.
         texts: Further text files by name.
         **values: Further values of the template.
-
-    Returns:
-        Path of the page.
     """
     name, content = data
     for stem, image in images.items():

@@ -160,9 +160,6 @@ def summaries(times: Mapping[str, list[float]], baseline: str) -> dict[str, Step
         times: What `interleaved` gave.
         baseline: The name that ratios are to.
 
-    Returns:
-        A summary per name.
-
     Example:
         >>> summaries({"old": [2.0, 4.0, 2.0], "new": [1.0, 1.0, 1.0]}, "old")["new"].ratio
         0.5
@@ -195,9 +192,6 @@ def graphed(call: Call) -> Call:
 
     Args:
         call: It works on the same tensors each time, and does not wait for the device.
-
-    Returns:
-        The replay.
 
     Raises:
         RuntimeError: If the call cannot be captured.

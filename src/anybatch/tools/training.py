@@ -68,9 +68,6 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
     Args:
         run: The run.
         steps: Steps in an epoch.
-
-    Returns:
-        Arguments of `anybatch.convert`.
     """
     usual: dict[str, Any] = {}
     if run.method == "brn" and not run.pretrained:  # its default warm-up is longer than a short run
@@ -111,9 +108,6 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
         data: Its data.
         initial: State of the trained network that the run starts from, before conversion (default
             None: fresh). A last layer for other classes stays fresh.
-
-    Returns:
-        Everything that a step needs.
     """
     steps = steps_per_epoch(run, data)
     torch.manual_seed(run.seed)
@@ -191,9 +185,6 @@ def step(run: Run, training: Training, x: Tensor, y: Any) -> Tensor:
         training: What it trains with.
         x: Examples.
         y: Their targets.
-
-    Returns:
-        The loss, on the device.
     """
     training.optimizer.zero_grad()
     losses = []

@@ -91,9 +91,6 @@ def build(run: Run, data: Dataset, state: dict[str, Tensor]) -> nn.Module:
         data: Its data.
         state: The weights.
 
-    Returns:
-        The network.
-
     Raises:
         ValueError: If the weights are another network's.
     """
@@ -161,9 +158,6 @@ def tune(
             norms, which have none, always do.
         progress: Whether bars are shown.
         command: What was typed.
-
-    Returns:
-        The curve, and the test.
     """
     start = time.perf_counter()
     data = load(run)
@@ -212,9 +206,6 @@ def write(outcome: TunedNetwork, folder: Path) -> Path:
     Args:
         outcome: A tuned network.
         folder: Folder to write to; it exists.
-
-    Returns:
-        Path of the page.
     """
     tuned = outcome.tuned
     return write_report(
