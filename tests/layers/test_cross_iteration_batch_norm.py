@@ -17,6 +17,7 @@ import reference
 from anybatch.backends import use_fused
 from anybatch.backends.aten import patches
 from anybatch.layers.cross_iteration_batch_norm import recommended_window
+from anybatch.layers.statistics_gradients import StatisticsGradients, compensated
 from anybatch.registry import METHODS
 
 # Every way in which weights meet an input: the layer, and the shape of its input.
@@ -240,13 +241,12 @@ def test_sampled_gradients_converge_on_the_whole_ones(feeder: str) -> None:
     assert feed is not None
     errors = []
     for sample in (4, 64, 4096):
-        norm.gradient_sample = sample
         tries = []
         for step in range(0, 5000, 500):
-            norm.memory["step"].fill_(step)
+            how = StatisticsGradients(norm.order, sample, torch.tensor(step * sample))
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(Tensor, "numel", lambda self: 1 << 40)  # any sample is small
-                tries.append(norm._gradients(feed, y, mean)["var_gradient"])
+                tries.append(how.of_batch(feed, y, mean)["var_gradient"])
         errors.append(float((torch.stack(tries) - whole).norm(dim=(1, 2)).mean() / whole.norm()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.2
@@ -268,6 +268,12 @@ def test_points_cover_the_cube_and_follow_from_their_number() -> None:
 
 
 # What the method promises
+
+
+def moved_slots(norm: Any) -> tuple[Tensor, Tensor]:
+    """Means and variances of all slots at today's weights, in float64."""
+    slots = {name: norm.memory[name].double() for name in norm.rings if name in norm.memory}
+    return compensated(slots, norm._flow.feed, norm.order)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -377,7 +383,7 @@ def statistics_error(order: int, steps: int = 50, rate: float = 0.05) -> float:
         seen.append(x)
         out = conv(x)
         if step >= 16:
-            means, variances = norm._compensated(norm._flow.feed, torch.float64)
+            means, variances = moved_slots(norm)
             position = int(norm.memory["position"])
             for age in range(1, 8):
                 true = F.conv2d(seen[-1 - age], conv.weight, conv.bias).detach()
@@ -532,7 +538,7 @@ def test_weights_that_do_not_move_are_not_compensated(how: str) -> None:
         norm(module(torch.randn(2, *shape).double())).sum().backward()
         optimizer.step()
     module(torch.randn(2, *shape).double())
-    means, variances = norm._compensated(norm._flow.feed, torch.float64)
+    means, variances = moved_slots(norm)
     used = int(norm.memory["position"])
     slots = [i for i in range(4) if i != used]
     still = norm.memory["mean"][slots] + module.bias

@@ -8,7 +8,7 @@ from torch import nn
 
 from anybatch.conversion.norm_with_activation import apply_activation
 from anybatch.core.norm_layer import NormLayer
-from anybatch.layers.cross_iteration_batch_norm import release
+from anybatch.layers.bound_norm_layer import release
 
 HOOKS = (
     "_backward_pre_hooks",

@@ -130,6 +130,11 @@ class NormLayer(DispatchedLayer):
         self._last: Statistics | None = None
         self._recent = Recent()
 
+    def __init_subclass__(cls, dims: int | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if dims is not None:  # the same layer for inputs of so many spatial dimensions
+            cls.dims, cls.__doc__ = dims, cls.__mro__[1].__doc__
+
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
 

@@ -11,7 +11,7 @@ from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
 
 
-class _BatchGroupNorm(NormLayer):
+class BatchGroupNorm(NormLayer):
     """Batch-group normalization: groups of channels *and* of examples share statistics.
 
     ::
@@ -126,16 +126,10 @@ class _BatchGroupNorm(NormLayer):
         return {"num_groups": self.num_groups, "examples_per_group": self.examples_per_group}
 
 
-class BatchGroupNorm1d(_BatchGroupNorm):
-    __doc__ = _BatchGroupNorm.__doc__
-    dims = 1
+class BatchGroupNorm1d(BatchGroupNorm, dims=1): ...
 
 
-class BatchGroupNorm2d(_BatchGroupNorm):
-    __doc__ = _BatchGroupNorm.__doc__
-    dims = 2
+class BatchGroupNorm2d(BatchGroupNorm, dims=2): ...
 
 
-class BatchGroupNorm3d(_BatchGroupNorm):
-    __doc__ = _BatchGroupNorm.__doc__
-    dims = 3
+class BatchGroupNorm3d(BatchGroupNorm, dims=3): ...

@@ -3,7 +3,7 @@
 from anybatch.core.norm_layer import NormLayer
 
 
-class _BatchNorm(NormLayer):
+class BatchNorm(NormLayer):
     """Batch normalization over ``(N, C, ...)``.
 
     ::
@@ -51,16 +51,10 @@ class _BatchNorm(NormLayer):
     """
 
 
-class BatchNorm1d(_BatchNorm):
-    __doc__ = _BatchNorm.__doc__
-    dims = 1
+class BatchNorm1d(BatchNorm, dims=1): ...
 
 
-class BatchNorm2d(_BatchNorm):
-    __doc__ = _BatchNorm.__doc__
-    dims = 2
+class BatchNorm2d(BatchNorm, dims=2): ...
 
 
-class BatchNorm3d(_BatchNorm):
-    __doc__ = _BatchNorm.__doc__
-    dims = 3
+class BatchNorm3d(BatchNorm, dims=3): ...

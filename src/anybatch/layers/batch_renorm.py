@@ -14,7 +14,7 @@ from anybatch.core.rule import Counter, State, chosen, clamp, maximum, rule, sqr
 _WARMUP_STEPS = 10000
 
 
-class _BatchRenorm(NormLayer):
+class BatchRenorm(NormLayer):
     """Batch renormalization: batch statistics, corrected towards the running ones.
 
     ::
@@ -116,7 +116,7 @@ class _BatchRenorm(NormLayer):
         self.declare_state()
 
     @classmethod
-    def crossq(cls, num_features: int, **options: Any) -> "_BatchRenorm":
+    def crossq(cls, num_features: int, **options: Any) -> "BatchRenorm":
         """A layer with the constants of CrossQ (Bhatt et al. 2024), for critics.
 
         Args:
@@ -161,16 +161,10 @@ class _BatchRenorm(NormLayer):
         return {name: getattr(self, name) for name in names}
 
 
-class BatchRenorm1d(_BatchRenorm):
-    __doc__ = _BatchRenorm.__doc__
-    dims = 1
+class BatchRenorm1d(BatchRenorm, dims=1): ...
 
 
-class BatchRenorm2d(_BatchRenorm):
-    __doc__ = _BatchRenorm.__doc__
-    dims = 2
+class BatchRenorm2d(BatchRenorm, dims=2): ...
 
 
-class BatchRenorm3d(_BatchRenorm):
-    __doc__ = _BatchRenorm.__doc__
-    dims = 3
+class BatchRenorm3d(BatchRenorm, dims=3): ...

@@ -1,66 +1,29 @@
 """Cross-iteration batch normalization (Yao et al. 2021, cross-iteration-bn)."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from anybatch.backends import is_finite, is_traced
-from anybatch.backends.aten import patches
-from anybatch.backends.aten.patches import ConvCall, Geometry
+from anybatch.backends import is_finite
+from anybatch.backends.aten.patches import ConvCall
 from anybatch.backends.protocol import BackwardMemory, CrossIterationSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide, slide_mean
 from anybatch.core.fused_activation import Activation
-from anybatch.core.gradient_accumulation import Seen
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch
-from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source
-from anybatch.core.tensor_subclasses import as_plain
-from anybatch.layers.weight_centralization import centralized_weight, is_centralized
+from anybatch.layers import statistics_gradients as taylor
+from anybatch.layers.bound_norm_layer import BoundBatch, BoundNormLayer, BoundState
 
 _ENOUGH = 16  # examples for reliable statistics (cross-iteration-bn, section 4.3)
 _LONGEST = 8  # the longest window that the paper found to help
 
 
-class _Batch(NamedTuple):
-    """The normalization batch that a rule is at: its feed, its examples of input and output."""
-
-    feed: ConvCall | None
-    y: Tensor
-    first: int
-    source: Source | None = None
-
-
-class _Flow:
-    """What passes from the bound layer's forward to this one's; nothing of it lasts.
-
-    Attributes:
-        feed: Of the bound layer's latest forward.
-        weight: That a parametrization has just made.
-        batch: That the rule is at.
-        key: Shapes that `tables` belong to.
-        tables: Of the geometry, as arrays of the compiled kernels.
-        memory: The layer's memory that `arrays` belong to.
-        arrays: Rings and counters as arrays of the same storage.
-    """
-
-    def __init__(self) -> None:
-        self.feed: ConvCall | None = None
-        self.weight: Tensor | None = None
-        self.batch: _Batch | None = None
-        self.key: Any = None
-        self.tables: Any = None
-        self.memory: Any = None
-        self.arrays: Any = None
-
-
-class _CrossIterationBatchNorm(NormLayer):
+class CrossIterationBatchNorm(BoundNormLayer):
     """Cross-iteration batch normalization: statistics of recent steps at today's weights.
 
     The layer is bound to the convolution or linear layer that feeds it. Of each of the last
@@ -173,28 +136,19 @@ class _CrossIterationBatchNorm(NormLayer):
         process_group: Any = None,
         outlier_limit: float | None = None,
     ) -> None:
-        for name, count in (
-            ("window", window),
-            ("gradient_sample", gradient_sample),
-            ("batch_size", batch_size),
-        ):
+        counts = {"window": window, "gradient_sample": gradient_sample, "batch_size": batch_size}
+        counts["burn_in_steps"] = burn_in_steps or None
+        for name, count in counts.items():
             if count is not None:
                 check_count(name, count)
-        if burn_in_steps != 0:
-            check_count("burn_in_steps", burn_in_steps)
         check_between("burn_in", burn_in, 0.0, 1.0)
         check_choice("backward_stats", backward_stats, ("batch", "window"))
         check_choice("running_stats", running_stats, ("batch", "window"))
         if isinstance(order, bool) or order not in (0, 1, 2):
             raise ValueError(f"order={order!r}: give 0, 1 or 2")
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
@@ -205,16 +159,15 @@ class _CrossIterationBatchNorm(NormLayer):
         self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)
         self.backward_stats, self.running_stats = backward_stats, running_stats
         self.batch_size = batch_size
-        self.geometry: Geometry | None = None
         self.burning = False
-        self._flow = _Flow()
+        self._flow = BoundState()
         for name in ("step", "position", "entries", "burning"):
             self.memory[name] = self.new_counter()
         if window is None and batch_size is not None:
             self.window = recommended_window(batch_size)
-        self._make_rings()
+        self.open_memory()
 
-    def _make_rings(self) -> None:
+    def open_memory(self) -> None:
         """One slot a step of the window, the newest one's included."""
         if self.window == 1 or (self.order and self.geometry is None):
             return
@@ -230,7 +183,7 @@ class _CrossIterationBatchNorm(NormLayer):
                 shapes["patch_covariance"] = (groups, fan_in, fan_in)
         for name, shape in shapes.items():
             self.memory[name] = self.new_memory(slots, *shape)
-        self._flow = _Flow()
+        self._flow = BoundState()
         if self.backward_stats == "window":
             self.memory["backward_window"] = self.new_memory(slots, channels)
             self.memory["backward_step"] = self.new_counter()
@@ -239,11 +192,10 @@ class _CrossIterationBatchNorm(NormLayer):
 
     @property
     def memory_numbers(self) -> int:
-        """Numbers that the window holds.
+        """Numbers that the window holds; ``window * (4 C + 1 + (C + groups) fan_in)`` in order 1.
 
-        With fan_in = C_in / groups x K: ``window * (4 C + 1 + groups * fan_in + C * fan_in)`` in
-        the first order. (The paper counts ``2 (window - 1) (C + C * fan_in)``: it keeps the
-        weights too, which here are one number a channel, their product with the gradient.)
+        The paper counts ``2 (window - 1) (C + C fan_in)``: it keeps the weights too, which here are
+        one number per channel, their product with the gradient.
         """
         return sum(self.memory[name].numel() for name in self.rings if name in self.memory)
 
@@ -265,113 +217,8 @@ class _CrossIterationBatchNorm(NormLayer):
         self.burning = epoch <= round(self.burn_in * total_epochs)
         self.memory["burning"].fill_(self.burning)
 
-    # --- the layer that feeds this one ----------------------------------------
-
-    def bind(self, module: nn.Module) -> "_CrossIterationBatchNorm":
-        """Follow the convolution or linear layer whose output this layer normalizes.
-
-        The weights that it *uses* count: centralized ones, and those of a parametrization or a
-        weight norm.
-
-        Args:
-            module: ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d`` or ``Linear``.
-
-        Returns:
-            This layer.
-
-        Raises:
-            TypeError: For another layer.
-            ValueError: If it puts out another number of channels, or one is bound already.
-        """
-        if not isinstance(module, (_ConvNd, nn.Linear)):
-            raise TypeError(
-                f"module={type(module).__name__}: give a convolution, a transposed convolution or "
-                "a linear layer"
-            )
-        geometry = patches.geometry_of(module)
-        if geometry.outputs != self.num_features:
-            raise ValueError(
-                f"module={module}: it puts out {geometry.outputs} channels, this layer normalizes "
-                f"{self.num_features}"
-            )
-        if self.geometry is not None:
-            raise ValueError("a layer is bound already: unbind it first")
-        if geometry.inputs < 1 or isinstance(
-            module._parameters.get("weight"), nn.UninitializedParameter
-        ):
-            raise ValueError(
-                f"module={module}: its number of inputs is not known yet; run one batch through "
-                "the network first"
-            )
-        self.geometry = geometry
-        module.register_forward_hook(self._note, with_kwargs=True)
-        if parametrize.is_parametrized(module, "weight"):  # reading the weight may change it
-            module.parametrizations["weight"].register_forward_hook(self._note_weight)  # type: ignore[index,union-attr]
-        self._make_rings()
-        return self
-
-    def unbind(self, module: nn.Module) -> None:
-        """Undo `bind`; the window is dropped."""
-        release(module, self)
-        self.geometry = None
-        for name in self.rings:
-            self.memory.pop(name, None)
-        self._flow = _Flow()
-        self.reset_memory()
-
-    def _note(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        """After the bound layer's forward: keep what the next forward of this layer needs."""
-        weight, self._flow.weight = self._flow.weight, None
-        if not self.training or self.frozen or self.window == 1 or not self.order or self.burning:
-            return
-        if in_backward():  # a recomputed forward finds its statistics
-            return
-        assert self.geometry is not None
-        x = as_plain(args[0] if args else kwargs["input"])
-        weight = as_plain(_weight_of(module) if weight is None else weight)
-        bias: Tensor | None = module.bias  # type: ignore[assignment]
-        rows = self.geometry.rows(weight.detach())
-        bias = None if bias is None else as_plain(bias).detach()
-        self._flow.feed = ConvCall(self.geometry, x.detach(), rows, bias, as_plain(output).detach())
-
-    def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """After a parametrization's forward: the weight it made."""
-        self._flow.weight = as_plain(output).detach()
-
-    def _take_feed(self, y: Tensor) -> ConvCall | None:
-        """What the bound layer did to make ``y``."""
-        feed, self._flow.feed = self._flow.feed, None
-        if not self.order:
-            return None
-        if self.geometry is None:
-            raise RuntimeError(
-                f"{type(self).__name__} is bound to no layer: call .bind(conv) with the layer that "
-                'feeds it, or use anybatch.convert(model, "cbn"), or order=0'
-            )
-        if feed is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: the layer it is bound to has not run in training mode "
-                "since this layer's last forward; both must run in turn"
-            )
-        if not is_traced() and feed.rows.untyped_storage().size() < feed.rows.nbytes:
-            raise RuntimeError(
-                f"{type(self).__name__}: the weight of the layer it is bound to has been given "
-                "back before this forward; shard the block that holds both (fully_shard(block)), "
-                "not each layer by itself"
-            )
-        dims = len(feed.geometry.kernel)
-        itself = is_traced() or y.data_ptr() == feed.output.data_ptr()  # tracers have no pointers
-        if y.shape != feed.output.shape or y.dim() != max(2 + dims, 2) or not itself:
-            raise ValueError(
-                f"input of shape {tuple(y.shape)}: {type(self).__name__} is bound to a layer whose "
-                f"output has the shape {tuple(feed.output.shape)}; it must normalize that layer's "
-                "latest output, itself and unchanged"
-            )
-        return feed
-
-    # --- forward -----------------------------------------------------------
+    def follows(self) -> bool:
+        return super().follows() and self.window != 1 and bool(self.order) and not self.burning
 
     def _lacks_values(self, cut: Partition, values: int) -> bool:
         """With a window, earlier steps give one value statistics."""
@@ -391,8 +238,8 @@ class _CrossIterationBatchNorm(NormLayer):
             examples = min(x.shape[0], self.norm_batch_size or x.shape[0])
             self._open_window(self.examples_of_all(examples))
         if training and self.window != 1 and not self.burning:
-            feed = None if in_backward() else self._take_feed(x)
-            self._flow.batch = _Batch(feed, x.detach(), 0, source)
+            feed = self.take_feed(x) if self.order and not in_backward() else None
+            self._flow.batch = BoundBatch(feed, x.detach(), 0, source)
         try:
             return super()._normalize_batch(x, training, source, then)
         finally:
@@ -403,7 +250,7 @@ class _CrossIterationBatchNorm(NormLayer):
         feed = self._flow.feed
         self.window = recommended_window(examples)
         if self.window > 1:
-            self._make_rings()
+            self.open_memory()
         self._flow.feed = feed
 
     def rule(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
@@ -417,7 +264,7 @@ class _CrossIterationBatchNorm(NormLayer):
                 self.memory["step"].add_(1)
             return Statistics(mean, var)
         feed, y, first, source = self._flow.batch
-        self._flow.batch = _Batch(feed, y, first + batch.examples(), source)
+        self._flow.batch = BoundBatch(feed, y, first + batch.examples(), source)
         chosen, total = self._average(mean, var, batch, feed)
         if tracks and self.running_stats == "window":
             self.track(chosen.mean, chosen.var * (total / (total - 1).clamp(min=1)))
@@ -436,9 +283,10 @@ class _CrossIterationBatchNorm(NormLayer):
         self, mean: Tensor, var: Tensor, batch: Batch, feed: ConvCall | None
     ) -> tuple[Statistics, Tensor]:
         """Equations 9 to 11, in means and variances; and the number of values behind them."""
-        means, variances = self._compensated(feed, var.dtype)
-        slots = means.shape[0]
-        age = (self.memory["position"] - _range(slots, var)).remainder(slots)
+        slots = {n: self.memory[n].to(var.dtype) for n in self.rings if n in self.memory}
+        means, variances = taylor.compensated(slots, feed, self.order)
+        place = torch.arange(means.shape[0], device=var.device)
+        age = (self.memory["position"] - place).remainder(means.shape[0])
         used = (age > 0) & (age <= self.memory["entries"])
         weights = torch.where(used, self.memory["values"], 0).to(var.dtype)
         own = batch.seen.total if batch.seen is not None else batch.number()
@@ -454,35 +302,6 @@ class _CrossIterationBatchNorm(NormLayer):
         if batch.counts is not None or batch.is_one_value():
             chosen = self._with_fallback(total > 1, chosen, self._fallback(chosen.var.dtype))
         return chosen, total
-
-    def _compensated(self, feed: ConvCall | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Means and variances of all slots at today's weights (equations 7, 8 and 10).
-
-        In variances equations 8 and 10 are ``max(var + (d var / d w) dw - ((d mean / d w) dw)^2,
-        0)``. The gradients' products with the weights of their step are kept, not the weights:
-        ``(d var / d w) (w - w_t) = (d var / d w) w - var_base``. A bias moves the mean by itself.
-        """
-        slot = {name: self.memory[name].to(dtype) for name in self.rings if name in self.memory}
-        means, variances = slot["mean"], slot["var"]
-        if feed is None:
-            return means, variances
-        rows = feed.rows.to(dtype)
-        grouped = rows.view(feed.geometry.groups, -1, feed.geometry.fan_in)
-        moved = (slot["mean_gradient"].unsqueeze(2) * grouped).sum(-1).flatten(1)
-        shift = moved - slot["mean_base"]
-        change = (slot["var_gradient"] * rows).sum(-1) - slot["var_base"]
-        if self.order == 1:
-            change = change - shift.square()
-        else:
-            apart = (rows - slot["weight_rows"]).unflatten(1, grouped.shape[:2])
-            curved = torch.matmul(apart, slot["patch_covariance"])
-            change = change + (curved * apart).sum(-1).flatten(1)
-        means = means + shift
-        if feed.bias is not None:
-            means = means + feed.bias
-        return means, (variances + change).clamp_(min=0)
-
-    # --- in one compiled call ------------------------------------------------
 
     steady = False  # it is the bound layer's forward that tells
 
@@ -511,8 +330,6 @@ class _CrossIterationBatchNorm(NormLayer):
         state = super()._kernel_state(x)
         return state if self._flow.batch is None else (*state, self._flow.batch.feed, x.detach())
 
-    # --- backward -----------------------------------------------------------
-
     def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
         if "backward_window" not in self.memory or self.window == 1 or self.burning:
             return None
@@ -528,8 +345,6 @@ class _CrossIterationBatchNorm(NormLayer):
             slide(window, new.to(window.dtype), finite, True)
             count.add_(1)
         return average
-
-    # --- what is kept of a step --------------------------------------------
 
     def _record(
         self,
@@ -552,13 +367,16 @@ class _CrossIterationBatchNorm(NormLayer):
         if feed is not None:
             own = mean if batch.seen is None else batch.seen.own_mean
             assert own is not None
+            sample = self.gradient_sample
+            how = taylor.StatisticsGradients(self.order, sample, memory["step"] * (sample or 1))
             if source is None:
-                new.update(self._gradients(feed, y, own))
+                new.update(how.of_batch(feed, y, own))
             else:
-                new.update(self._source_gradients(feed, y, own, source))
+                new.update(how.of_source(feed, y, own, source))
             if batch.seen is not None:
-                self._pool_gradients(new, batch.seen, place)
-            self._settle(new, feed)
+                slot = ((n, memory[n].index_select(0, place).squeeze(0)) for n in new)
+                taylor.pool_gradients(new, {n: old.to(var.dtype) for n, old in slot}, batch.seen)
+            taylor.settle(new, feed, self.order)
         finite = is_finite(new["var_base" if feed is not None else "var"].abs()).all()
         finite = finite & is_finite(new["var"]).all()
         for name, tensor in new.items():
@@ -571,144 +389,19 @@ class _CrossIterationBatchNorm(NormLayer):
         memory["position"].add_(kept).remainder_(self.window)
         memory["entries"].add_(kept).clamp_(max=self.window - 1)
 
-    def _gradients(self, feed: ConvCall, y: Tensor, mean: Tensor) -> dict[str, Tensor]:
-        """Gradients of a batch's own mean and variance with respect to the weights (appendix B)."""
-        geometry, dtype = feed.geometry, mean.dtype
-        x, y = feed.x.to(dtype), y.to(dtype)
-        with torch.autocast(y.device.type, enabled=False):
-            sample = self.gradient_sample
-            few = sample is not None and sample < y.numel() // y.shape[1]
-            if not few and self.order == 1:
-                patch = patches.mean_patch(geometry, x, y)
-                slope = patches.var_gradient(geometry, x, y, mean, patch)
-                return {"mean_gradient": patch, "var_gradient": slope}
-            points = self._points(sample, y) if few else patches.all_points(y)
-            values, seen = patches.sampled_patches(geometry, x, y, points)
-            patch = seen.mean(0)
-            apart, seen = values - mean, (seen - patch).transpose(0, 1)  # (groups, n, fan_in)
-            apart = apart.unflatten(1, (geometry.groups, -1)).permute(1, 2, 0)
-            slope = torch.matmul(apart, seen).flatten(0, 1).mul_(2 / points.shape[1])
-            found = {"mean_gradient": patch, "var_gradient": slope}
-            if self.order == 2:
-                product = torch.matmul(seen.transpose(1, 2), seen)
-                found["patch_covariance"] = product.div_(points.shape[1])
-            return found
-
-    def _source_gradients(
-        self, feed: ConvCall, y: Tensor, mean: Tensor, source: Source
-    ) -> dict[str, Tensor]:
-        """`_gradients` of the values that stand behind statistics, of all processes.
-
-        Args:
-            feed: What the bound layer did in this process.
-            y: What it put out.
-            mean: Of all processes' values.
-            source: Which these are.
-        """
-        geometry, dtype = feed.geometry, mean.dtype
-        x, y = feed.x.to(dtype), y.to(dtype)
-        with torch.autocast(y.device.type, enabled=False):
-            weight, *sums = self._gradient_sums(geometry, x, y, mean, source.mask)
-            count = mean.new_tensor(float(y.numel() // y.shape[1]))
-            if source.mask is not None:
-                count = source.mask.sum().to(dtype)
-            count = count * (weight > 0)  # a sample may have missed what is valid
-            scale = count / weight.clamp(min=1)
-            total, *summed = source.sum(count, *(table * scale for table in sums))
-            assert total is not None
-            patch, slope, apart, *square = (t / total.clamp(min=1) for t in summed if t is not None)
-            apart = apart.view(geometry.groups, -1, 1) * patch.unsqueeze(1)
-            found = {"mean_gradient": patch, "var_gradient": 2 * (slope - apart.flatten(0, 1))}
-            if square:
-                outer = patch.unsqueeze(2) * patch.unsqueeze(1)
-                found["patch_covariance"] = square[0] - outer
-            return found
-
-    def _gradient_sums(
-        self, geometry: Geometry, x: Tensor, y: Tensor, mean: Tensor, mask: Tensor | None
-    ) -> list[Tensor]:
-        """The number of valid positions, or of some of them, and sums over them.
-
-        Of patches; of ``y - mean`` times patches; of ``y - mean``; in the second order of products
-        of patches.
-        """
-        groups, fan_in, sample = geometry.groups, geometry.fan_in, self.gradient_sample
-        if y.numel() == 0:
-            shapes: list[tuple[int, ...]] = [(groups, fan_in), (y.shape[1], fan_in), (y.shape[1],)]
-            shapes += [(groups, fan_in, fan_in)] if self.order == 2 else []
-            return [mean.new_zeros(()), *(mean.new_zeros(shape) for shape in shapes)]
-        few = sample is not None and sample < y.numel() // y.shape[1]
-        offset = y - mean.view(1, -1, *(1,) * (y.dim() - 2))
-        if not few and self.order == 1:
-            valid = torch.ones_like(y) if mask is None else mask.to(y.dtype).expand_as(y)
-            met = patches.raw_gradient(geometry, x, valid.contiguous())
-            offset = offset * valid
-            slope = patches.raw_gradient(geometry, x, offset)
-            aside = offset.transpose(0, 1).flatten(1).sum(1)
-            return [valid[:, 0].sum(), met.unflatten(0, (groups, -1))[:, 0], slope, aside]
-        points = self._points(sample, y) if few else patches.all_points(y)
-        values, seen = patches.sampled_patches(geometry, x, offset, points)
-        if mask is not None:
-            weights = patches.values_at(mask, points).to(values.dtype)  # (n, 1)
-            values, seen = values * weights, seen * weights.unsqueeze(2)
-        number = values.new_tensor(float(len(values))) if mask is None else weights.sum()
-        grouped = values.unflatten(1, (groups, -1)).permute(1, 2, 0)  # (groups, outputs, n)
-        rows = seen.transpose(0, 1)  # (groups, n, fan_in)
-        sums = [number, seen.sum(0), torch.matmul(grouped, rows).flatten(0, 1), values.sum(0)]
-        if self.order == 2:
-            sums.append(torch.matmul(rows.transpose(1, 2), rows))
-        return sums
-
-    def _points(self, count: int | None, y: Tensor) -> Tensor:
-        """The positions of this step: the next ones of a sequence that covers the unit cube."""
-        assert count is not None
-        first = self.memory["step"] * count
-        return patches.covering_points(first, count, y.dim() - 1)
-
-    def _pool_gradients(self, new: dict[str, Tensor], seen: Seen, place: Tensor) -> None:
-        """Join a micro-batch's gradients with those of the step before it, in its slot."""
-        assert seen.own_mean is not None and seen.earlier_mean is not None
-        share = seen.share
-        both = share * (1 - share)
-        old = {n: self.memory[n].index_select(0, place).squeeze(0).to(share.dtype) for n in new}
-        patch_apart = new["mean_gradient"] - old["mean_gradient"]
-        groups = patch_apart.shape[0]
-        means_apart = (seen.own_mean - seen.earlier_mean).view(groups, -1, 1)
-        across = (means_apart * patch_apart.unsqueeze(1)).flatten(0, 1)
-        for name in ("mean_gradient", "var_gradient", "patch_covariance"):
-            if name in new:
-                new[name] = torch.lerp(old[name], new[name], share)
-        new["var_gradient"] = new["var_gradient"] + across * (2 * both)
-        if "patch_covariance" in new:
-            square = patch_apart.unsqueeze(2) * patch_apart.unsqueeze(1)
-            new["patch_covariance"] = new["patch_covariance"] + square * both
-
-    def _settle(self, new: dict[str, Tensor], feed: ConvCall) -> None:
-        """Add what the compensation subtracts: the products with the weights of this step."""
-        rows = feed.rows.to(new["var"].dtype)
-        grouped = rows.view(feed.geometry.groups, -1, feed.geometry.fan_in)
-        new["mean_base"] = (new["mean_gradient"].unsqueeze(1) * grouped).sum(-1).flatten()
-        new["var_base"] = (new["var_gradient"] * rows).sum(-1)
-        if feed.bias is not None:
-            new["mean"] = new["mean"] - feed.bias
-        if self.order == 2:
-            new["weight_rows"] = rows
-
-    # --- state -------------------------------------------------------------
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         mean = state_dict.get(prefix + "mean")
         if isinstance(mean, Tensor) and len(mean) and self.window is None:
             self.window = mean.shape[0]
-            self._make_rings()
+            self.open_memory()
         elif isinstance(mean, Tensor) and not len(mean) and "mean" in self.memory:
             names = (prefix + name for name in self.memory if self.memory[name].dim())
             empty = {name: torch.zeros_like(self.memory[name[len(prefix) :]]) for name in names}
             state_dict = {**state_dict, **empty}  # of a network that has seen no batch yet
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._flow = _Flow()
+        self._flow = BoundState()
         if not self.memory["burning"].is_meta:
             self.burning = bool(self.memory["burning"])
             self._check_counters()
@@ -722,18 +415,11 @@ class _CrossIterationBatchNorm(NormLayer):
             self.memory["entries"].zero_()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_flow": _Flow()}
+        return {**super().__getstate__(), "_flow": BoundState()}
 
     def own_arguments(self) -> Mapping[str, Any]:
-        names = (
-            "window",
-            "burn_in_steps",
-            "burn_in",
-            "order",
-            "gradient_sample",
-            "backward_stats",
-            "running_stats",
-        )
+        names = ["window", "burn_in_steps", "burn_in", "order"]
+        names += ["gradient_sample", "backward_stats", "running_stats"]
         bound = {} if self.geometry is not None or not self.order else {"bound": False}
         return {**{name: getattr(self, name) for name in names}, **bound}
 
@@ -747,40 +433,10 @@ def recommended_window(batch_size: int) -> int:
     return min(-(-_ENOUGH // batch_size), _LONGEST)
 
 
-def release(module: nn.Module, layer: nn.Module) -> None:
-    """Take away the hooks by which a layer follows a module."""
-    followed = [module]
-    if parametrize.is_parametrized(module, "weight"):
-        followed.append(module.parametrizations["weight"])  # type: ignore[index,arg-type]
-    for one in followed:
-        for key, hook in list(one._forward_hooks.items()):
-            if getattr(hook, "__self__", None) is layer:
-                del one._forward_hooks[key]
-                one._forward_hooks_with_kwargs.pop(key, None)
+class CrossIterationBatchNorm1d(CrossIterationBatchNorm, dims=1): ...
 
 
-def _weight_of(module: nn.Module) -> Tensor:
-    """The weights that a layer has just used."""
-    if is_centralized(module):
-        return centralized_weight(module)
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight
+class CrossIterationBatchNorm2d(CrossIterationBatchNorm, dims=2): ...
 
 
-def _range(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device)
-
-
-class CrossIterationBatchNorm1d(_CrossIterationBatchNorm):
-    __doc__ = _CrossIterationBatchNorm.__doc__
-    dims = 1
-
-
-class CrossIterationBatchNorm2d(_CrossIterationBatchNorm):
-    __doc__ = _CrossIterationBatchNorm.__doc__
-    dims = 2
-
-
-class CrossIterationBatchNorm3d(_CrossIterationBatchNorm):
-    __doc__ = _CrossIterationBatchNorm.__doc__
-    dims = 3
+class CrossIterationBatchNorm3d(CrossIterationBatchNorm, dims=3): ...

@@ -13,7 +13,7 @@ from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import several, sum_processes
 
 
-class _GhostBatchNorm(NormLayer):
+class GhostBatchNorm(NormLayer):
     """Ghost batch normalization: small groups of a batch have statistics of their own.
 
     ::
@@ -175,16 +175,10 @@ def _track_step(layer: NormLayer, mean: Tensor, var: Tensor, weight: int | Tenso
     layer.track(mean, var)
 
 
-class GhostBatchNorm1d(_GhostBatchNorm):
-    __doc__ = _GhostBatchNorm.__doc__
-    dims = 1
+class GhostBatchNorm1d(GhostBatchNorm, dims=1): ...
 
 
-class GhostBatchNorm2d(_GhostBatchNorm):
-    __doc__ = _GhostBatchNorm.__doc__
-    dims = 2
+class GhostBatchNorm2d(GhostBatchNorm, dims=2): ...
 
 
-class GhostBatchNorm3d(_GhostBatchNorm):
-    __doc__ = _GhostBatchNorm.__doc__
-    dims = 3
+class GhostBatchNorm3d(GhostBatchNorm, dims=3): ...

@@ -56,7 +56,7 @@ class _Values(NamedTuple):
         return spread.on_examples(table.expand_as(self.mean), self.x, self.sizes)
 
 
-class _SpreadNorm(NormLayer):
+class SpreadNorm(NormLayer):
     """A batch norm whose variance is the square of another spread."""
 
     pools: ClassVar[bool] = False
@@ -111,7 +111,7 @@ class _SpreadFormula(NamedTuple):
         marks: Packed marks of the input, where backward may get one with other last bits.
     """
 
-    kind: type[_SpreadNorm]
+    kind: type[SpreadNorm]
     marks: Tensor | None = None
 
     def gradients(
@@ -184,7 +184,7 @@ def _gradients(
     return dx, dw, db
 
 
-class _L1BatchNorm(_SpreadNorm):
+class L1BatchNorm(SpreadNorm):
     """Batch normalization by the mean absolute deviation.
 
     ::
@@ -254,7 +254,7 @@ class _L1BatchNorm(_SpreadNorm):
         return _L1 * (signs - values.on_examples(balance)) / values.on_examples(counts)
 
 
-class _RangeBatchNorm(_SpreadNorm):
+class RangeBatchNorm(SpreadNorm):
     """Batch normalization by the range of the values.
 
     ::
@@ -342,31 +342,19 @@ def _range_factors(counts: Tensor) -> Tensor:
     return torch.where(logs > 0, (2 * logs).rsqrt(), 0)
 
 
-class L1BatchNorm1d(_L1BatchNorm):
-    __doc__ = _L1BatchNorm.__doc__
-    dims = 1
+class L1BatchNorm1d(L1BatchNorm, dims=1): ...
 
 
-class L1BatchNorm2d(_L1BatchNorm):
-    __doc__ = _L1BatchNorm.__doc__
-    dims = 2
+class L1BatchNorm2d(L1BatchNorm, dims=2): ...
 
 
-class L1BatchNorm3d(_L1BatchNorm):
-    __doc__ = _L1BatchNorm.__doc__
-    dims = 3
+class L1BatchNorm3d(L1BatchNorm, dims=3): ...
 
 
-class RangeBatchNorm1d(_RangeBatchNorm):
-    __doc__ = _RangeBatchNorm.__doc__
-    dims = 1
+class RangeBatchNorm1d(RangeBatchNorm, dims=1): ...
 
 
-class RangeBatchNorm2d(_RangeBatchNorm):
-    __doc__ = _RangeBatchNorm.__doc__
-    dims = 2
+class RangeBatchNorm2d(RangeBatchNorm, dims=2): ...
 
 
-class RangeBatchNorm3d(_RangeBatchNorm):
-    __doc__ = _RangeBatchNorm.__doc__
-    dims = 3
+class RangeBatchNorm3d(RangeBatchNorm, dims=3): ...

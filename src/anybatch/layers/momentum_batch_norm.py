@@ -13,7 +13,7 @@ from anybatch.core.notices import Notice
 from anybatch.core.rule import Counter, Number, Row, State, chosen, lerp, rule, where
 
 
-class _MomentumBatchNorm(NormLayer):
+class MomentumBatchNorm(NormLayer):
     """Momentum batch normalization: moving averages with a scheduled weight.
 
     ::
@@ -218,24 +218,18 @@ class _MomentumBatchNorm(NormLayer):
         return {name: getattr(self, name) for name in names}
 
 
-class MomentumBatchNorm1d(_MomentumBatchNorm):
-    __doc__ = _MomentumBatchNorm.__doc__
-    dims = 1
+class MomentumBatchNorm1d(MomentumBatchNorm, dims=1): ...
 
 
-class MomentumBatchNorm2d(_MomentumBatchNorm):
-    __doc__ = _MomentumBatchNorm.__doc__
-    dims = 2
+class MomentumBatchNorm2d(MomentumBatchNorm, dims=2): ...
 
 
-class MomentumBatchNorm3d(_MomentumBatchNorm):
-    __doc__ = _MomentumBatchNorm.__doc__
-    dims = 3
+class MomentumBatchNorm3d(MomentumBatchNorm, dims=3): ...
 
 
 def share_notice(layers: Iterable[nn.Module]) -> None:
     """Let the momentum batch norms of one network warn once for all of them."""
     notice = Notice()
     for layer in layers:
-        if isinstance(layer, _MomentumBatchNorm):
+        if isinstance(layer, MomentumBatchNorm):
             layer.unscheduled = notice

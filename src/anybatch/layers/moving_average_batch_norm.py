@@ -268,7 +268,7 @@ _FORMS = {
 }
 
 
-class _MovingAverageBatchNorm(UncenteredNormLayer):
+class MovingAverageBatchNorm(UncenteredNormLayer):
     """Moving average batch normalization: averages forward *and* backward.
 
     With ``x2`` the second moment of a batch, ``x2_bar`` its average over the last
@@ -418,16 +418,10 @@ class _MovingAverageBatchNorm(UncenteredNormLayer):
         return {name: getattr(self, name) for name in (*names, *changed)}
 
 
-class MovingAverageBatchNorm1d(_MovingAverageBatchNorm):
-    __doc__ = _MovingAverageBatchNorm.__doc__
-    dims = 1
+class MovingAverageBatchNorm1d(MovingAverageBatchNorm, dims=1): ...
 
 
-class MovingAverageBatchNorm2d(_MovingAverageBatchNorm):
-    __doc__ = _MovingAverageBatchNorm.__doc__
-    dims = 2
+class MovingAverageBatchNorm2d(MovingAverageBatchNorm, dims=2): ...
 
 
-class MovingAverageBatchNorm3d(_MovingAverageBatchNorm):
-    __doc__ = _MovingAverageBatchNorm.__doc__
-    dims = 3
+class MovingAverageBatchNorm3d(MovingAverageBatchNorm, dims=3): ...

@@ -5,10 +5,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from anybatch.layers.batch_group_norm import _BatchGroupNorm
+from anybatch.layers.batch_group_norm import BatchGroupNorm
 
 
-class RunningGroupNorm(_BatchGroupNorm):
+class RunningGroupNorm(BatchGroupNorm):
     """Group normalization that keeps the statistics of training, to mix them in at inference.
 
     In training, ``torch.nn.GroupNorm`` that also tracks mean and variance of each

@@ -8,6 +8,7 @@ import torch
 
 from anybatch import backends
 from anybatch.backends.aten.samples import Box, Place, Points, Sample, random_positions
+from anybatch.core.arguments import check_count
 
 NUMBERS = 4  # of a draw: for the examples, and for each spatial dimension
 _BITS = 31
@@ -178,3 +179,29 @@ def part_moments(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Mean and biased variance of each part."""
     return [backends.sample_moments(x, part.sample) for part in parts]
+
+
+def check_size(size: Size, sample: str, dims: int) -> None:
+    """Raise for a size that a sample cannot have."""
+    if size is None:
+        return
+    if not isinstance(size, tuple):
+        return check_count("size", size)
+    if not sample.startswith("feature") or len(size) != dims:
+        many = f"{dims} sides of a patch" if sample.startswith("feature") else "a whole number"
+        raise ValueError(f"size={size!r}: give {many} with sample={sample!r}")
+    for side in size:
+        check_count("size", side)
+
+
+def drawn_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """The seed that is given, or one from a generator (None: torch's own)."""
+    if seed is not None and generator is not None:
+        raise ValueError(f"seed={seed!r} and a generator: give one of them")
+    if seed is None:
+        return int(torch.randint(2**31, (), generator=generator, device="cpu"))
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: give a whole number")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2 ** 63 - 1")
+    return seed

@@ -1,29 +1,36 @@
 """Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from anybatch import backends
-from anybatch.backends.aten import recorded
 from anybatch.backends.aten.samples import Place
-from anybatch.backends.protocol import Formula, Gradients, NormCall, SampleSpec, Spec, Statistics
+from anybatch.backends.protocol import Formula, SampleSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import Source, first_of, rank_in, size_of
+from anybatch.layers.sample_gradients import (
+    SampleFormula,
+    mean_and_var,
+    mix_parts,
+    part_source_moments,
+    table_of,
+)
 from anybatch.layers.sample_positions import (
     NUMBERS,
     Part,
     Size,
+    check_size,
     draw,
     draw_ranks,
+    drawn_seed,
     mixed,
-    part_moments,
     place,
     virtual,
 )
@@ -31,7 +38,7 @@ from anybatch.layers.sample_positions import (
 SAMPLES = ("naive", "batch", "feature", "points", "virtual", "feature+virtual", "batch+virtual")
 
 
-class _SampledBatchNorm(NormLayer):
+class SampledBatchNorm(NormLayer):
     """Batch normalization sampling: statistics from a small part of the batch.
 
     ::
@@ -137,7 +144,7 @@ class _SampledBatchNorm(NormLayer):
         check_between("ratio", ratio, 0.0, 1.0)
         if ratio == 0:
             raise ValueError("ratio=0: give a number above 0, such as 1/32")
-        _check_size(size, sample, self.dims)
+        check_size(size, sample, self.dims)
         if num_virtual is not None:
             check_count("num_virtual", num_virtual)
         check_between("mix", mix, 0.0, 1.0)
@@ -162,7 +169,7 @@ class _SampledBatchNorm(NormLayer):
         self.sample, self.ratio, self.size = sample, ratio, size
         self.num_virtual, self.mix, self.ranks = num_virtual, mix, ranks
         self._agreed = False
-        self.seed = _drawn_seed(seed, generator)
+        self.seed = drawn_seed(seed, generator)
         self.wrapped_rows: int | None = None
         self.latest_rows: int | None = None
         self._places: dict[Any, Any] = {}
@@ -255,7 +262,11 @@ class _SampledBatchNorm(NormLayer):
         numbers: tuple[Place, ...],
         device: torch.device,
     ) -> tuple[tuple[Part, ...], ...] | None:
-        one_each = {size: self._place_one(size, spatial, numbers, device) for size in sizes}
+        one_each = {}
+        for size in set(sizes):
+            there = self._place_parts(size, spatial, numbers, device)
+            found = [part for part in there if part is not None]
+            one_each[size] = mixed(found, self.mix) if len(found) > 1 else tuple(found)
         parts = tuple(one_each[size] for size in sizes)
         values = virtual(1, spatial).values  # of an example
         whole = all(
@@ -264,21 +275,22 @@ class _SampledBatchNorm(NormLayer):
         )
         return None if whole else parts
 
-    def _place_one(
+    def _place_parts(
         self,
         rows: int,
         spatial: tuple[int, ...],
         numbers: tuple[Place, ...],
         device: torch.device,
-    ) -> tuple[Part, ...]:
-        first, found = min(self._virtual_rows(), rows), []
-        if first:
-            found.append(virtual(first, spatial))
-        kind = self.sample.split("+")[0]
-        if kind != "virtual" and rows > first:
-            shape = (rows - first, *spatial)
-            found.append(place(kind, shape, first, numbers, self.ratio, self.size, device))
-        return mixed(found, self.mix) if len(found) > 1 else tuple(found)
+    ) -> tuple[Part | None, ...]:
+        """The virtual part of a normalization batch and the sampled one; None for an empty one."""
+        first, kind = min(self._virtual_rows(), rows), self.sample.split("+")[0]
+        found: list[Part | None] = []
+        if self.is_virtual:
+            found.append(virtual(first, spatial) if first else None)
+        if kind != "virtual":
+            shape, how = (rows - first, *spatial), (first, numbers, self.ratio, self.size, device)
+            found.append(place(kind, shape, *how) if rows > first else None)
+        return tuple(found)
 
     def _virtual_rows(self) -> int:
         """How many of the first rows are virtual."""
@@ -303,19 +315,10 @@ class _SampledBatchNorm(NormLayer):
         if key not in self._places or backends.is_traced():
             compiling = torch.compiler.is_compiling()
             numbers = tuple(self.memory["index"]) if compiling else self._numbers
-            found: list[Part | None] = []
-            if self.is_virtual:
-                found.append(virtual(first, spatial) if first else None)
-            kind = self.sample.split("+")[0]
-            if kind != "virtual":
-                shape = (rows - first, *spatial)
-                part = None
-                if rows > first:
-                    part = place(kind, shape, first, numbers, self.ratio, self.size, device)
-                found.append(part)
+            found = self._place_parts(rows, spatial, numbers, device)
             if backends.is_traced():
-                return tuple(found)
-            self._places[key] = tuple(found)
+                return found
+            self._places[key] = found
         parts: tuple[Part | None, ...] = self._places[key]
         if self.ranks is not None and group is not None and not self._is_sampled(group):
             parts = (*parts[:-1], None) if self.sample != "virtual" else parts
@@ -359,12 +362,12 @@ class _SampledBatchNorm(NormLayer):
     def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
         if source is None:
             parts = self._parts(x, cut.sizes)
-            return None if parts is None else _SampleFormula(parts, self.mix)
+            return None if parts is None else SampleFormula(parts, self.mix)
         if not self.training or self.frozen:
             return None
         spatial, group = tuple(x.shape[2:]), source.group
         shared = [self._shared_parts(n, spatial, x.device, group) for n in cut.sizes]
-        return _SampleFormula(tuple(shared), self.mix, scoped=True)
+        return SampleFormula(tuple(shared), self.mix, scoped=True)
 
     def _run_rule(
         self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
@@ -375,7 +378,7 @@ class _SampledBatchNorm(NormLayer):
         if parts is None:
             return super()._run_rule(x, cut, values, update, source)
         rows = [
-            _mean_and_var(piece, one) for piece, one in zip(x.split(cut.sizes), parts, strict=True)
+            mean_and_var(piece, one) for piece, one in zip(x.split(cut.sizes), parts, strict=True)
         ]
         # To the course of a forward the sample is the batch: so many examples of one value.
         numbers = tuple(sum(part.values for part in one) for one in parts)
@@ -384,7 +387,7 @@ class _SampledBatchNorm(NormLayer):
             counts = torch.stack([rows[0][0].new_full((1,), n) for n in numbers])
             counts = counts if len(rows) > 1 else counts.view(())
         small = Partition(numbers, cut.steps, numbers)
-        chosen = self._decide(Moments(*_table(rows), counts), small, 1, update)
+        chosen = self._decide(Moments(*table_of(rows), counts), small, 1, update)
         return Statistics(*chosen[:-1])  # parts come with their own counts
 
     def _run_shared(
@@ -392,7 +395,7 @@ class _SampledBatchNorm(NormLayer):
     ) -> Statistics:
         """The rule on samples of valid positions, or of several processes."""
         found = self._shared_moments(x, cut.sizes, source)
-        table = _table([_mix(*one, self.mix) for one in found])
+        table = table_of([mix_parts(*one, self.mix) for one in found])
         counts = torch.stack([counts for _, _, counts in found])  # of each group's parts
         total = counts.sum(1) if len(found) == 1 else counts.sum(1, keepdim=True)
         total = total[0] if len(found) == 1 else total
@@ -408,7 +411,7 @@ class _SampledBatchNorm(NormLayer):
         for piece, mask in zip(x.split(sizes), masks, strict=True):
             spatial, group = tuple(piece.shape[2:]), source.group
             parts = self._shared_parts(piece.shape[0], spatial, piece.device, group)
-            rows = [_part_source_moments(piece, part, mask, group) for part in parts]
+            rows = [part_source_moments(piece, part, mask, group) for part in parts]
             means, variances, counts = (torch.stack(column) for column in zip(*rows, strict=True))
             found.append((means, variances, counts))
         return found
@@ -424,247 +427,10 @@ class _SampledBatchNorm(NormLayer):
         return shown | ({"mix": self.mix} if "+" in self.sample else {})
 
 
-def _check_size(size: Size, sample: str, dims: int) -> None:
-    if size is None:
-        return
-    if not isinstance(size, tuple):
-        return check_count("size", size)
-    if not sample.startswith("feature") or len(size) != dims:
-        many = f"{dims} sides of a patch" if sample.startswith("feature") else "a whole number"
-        raise ValueError(f"size={size!r}: give {many} with sample={sample!r}")
-    for side in size:
-        check_count("size", side)
+class SampledBatchNorm1d(SampledBatchNorm, dims=1): ...
 
 
-def _drawn_seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if seed is not None and generator is not None:
-        raise ValueError(f"seed={seed!r} and a generator: give one of them")
-    if seed is None:
-        return int(torch.randint(2**31, (), generator=generator, device="cpu"))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed={seed!r}: give a whole number")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r}: give a whole number from 0 to 2 ** 63 - 1")
-    return seed
+class SampledBatchNorm2d(SampledBatchNorm, dims=2): ...
 
 
-def _mean_and_var(x: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor]:
-    """Statistics of a normalization batch (equations 3 and 4)."""
-    found = part_moments(x, parts)
-    if len(parts) == 1:
-        return found[0]
-    (mean, var), (other_mean, other_var) = found
-    share = parts[1].share
-    return torch.lerp(mean, other_mean, share), torch.lerp(var, other_var, share)
-
-
-class _SampleFormula(NamedTuple):
-    """The gradient of a norm by the statistics of a sample (equation 6).
-
-    Attributes:
-        parts: The parts of each normalization batch's sample; None where it has none here.
-        mix: Weight of the virtual examples.
-        scoped: Whether a mask or other processes contribute.
-    """
-
-    parts: tuple[tuple[Part | None, ...], ...]
-    mix: float
-    scoped: bool = False
-
-    @property
-    def moments(self) -> Callable[[Tensor, NormCall], tuple[Tensor, Tensor]] | None:
-        """The sample's mean and variance, by operators that autograd records."""
-        return None if self.scoped else self._moments
-
-    def _moments(self, x: Tensor, call: NormCall) -> tuple[Tensor, Tensor]:
-        found = []
-        for piece, parts in zip(x.split(call.cut[0]), self.parts, strict=True):
-            samples = [
-                backends.take_dense(piece, part.sample) for part in parts if part is not None
-            ]
-            table = [recorded.moments(values, (values.shape[0],)) for values in samples]
-            mean, var = (row[0] for row in table[0])
-            if len(parts) > 1 and parts[1] is not None:
-                share = parts[1].share
-                mean = torch.lerp(mean, table[1][0][0], share)
-                var = torch.lerp(var, table[1][1][0], share)
-            found.append((mean, var))
-        if len(found) == 1:
-            return found[0]
-        return torch.stack([mean for mean, _ in found]), torch.stack([var for _, var in found])
-
-    def gradients(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
-    ) -> Gradients:
-        chosen, sizes = call.statistics, call.cut[0]
-        assert chosen is not None and chosen.mean is not None
-        if call.scope is not None:
-            return _shared_gradients(dy, x, weight, self, call, needs)
-        if len(sizes) == 1:
-            table = (chosen.mean, chosen.var, chosen.share)
-            return _gradients(dy, x, weight, table, self.parts[0], call.eps, needs)
-        share = chosen.share
-        pieces = [
-            _gradients(
-                one_dy,
-                one_x,
-                weight,
-                (chosen.mean[g], chosen.var[g], share[g] if isinstance(share, Tensor) else share),
-                self.parts[g],
-                call.eps,
-                needs,
-            )
-            for g, (one_dy, one_x) in enumerate(zip(dy.split(sizes), x.split(sizes), strict=True))
-        ]
-        dxs, dws, dbs = zip(*pieces, strict=True)
-        return (
-            torch.cat(dxs) if needs[0] else None,
-            torch.stack(dws).sum(0) if needs[1] else None,
-            torch.stack(dbs).sum(0) if needs[2] else None,
-        )
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    table: tuple[Tensor, Tensor, float | Tensor],
-    parts: tuple[Any, ...],
-    eps: float,
-    needs: Sequence[bool],
-) -> Gradients:
-    """Equation 6: everywhere as by constants, then what passes the statistics, in the sample."""
-    mean, var, share = table
-    inner = needs[0] and not (isinstance(share, float) and share == 0)
-    mask = (needs[0], needs[1] or inner, needs[2] or inner)
-    dx, dw, db = backends.fixed_gradient(dy, x, mean, var, weight, eps, mask)
-    if inner:
-        assert dx is not None and dw is not None and db is not None
-        inv = torch.rsqrt(var + backends.scalar(eps))
-        on_dy = inv if weight is None else weight * inv
-        passing = on_dy * share
-        on_x, constant = passing * inv * dw, passing * db
-        centers = [mean]
-        if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
-            own = [first for first, _ in part_moments(x, parts)]
-            shift = mean - torch.lerp(own[0], own[1], parts[1].share)
-            centers = [first + shift for first in own]
-        for part, center in zip(parts, centers, strict=True):
-            factor = backends.scalar(-part.share / part.values)
-            dx = backends.put_gradient(
-                dx, dy, x, part.sample, center, on_dy, on_x * factor, constant * factor
-            )
-    return dx, dw if needs[1] else None, db if needs[2] else None
-
-
-def _part_source_moments(
-    x: Tensor, part: Part | None, mask: Tensor | None, group: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and count of a part, of valid positions, of all processes."""
-    if part is None:
-        values = x.new_empty(0, x.shape[1])
-        valid = None
-    else:
-        values = backends.take_dense(x, part.sample)
-        valid = None if mask is None else backends.take_dense(mask, part.sample)
-    mean, var, count = Source(valid, group).moments(values, (values.shape[0],), True)
-    assert mean is not None
-    return mean, var, count
-
-
-def _mix(means: Tensor, variances: Tensor, counts: Tensor, mix: float) -> tuple[Tensor, Tensor]:
-    """Equation 4 over parts ``(P, C)``; one of a single value has no share."""
-    shares = _shares(counts, mix, means)
-    return (means * shares).sum(0), (variances * shares).sum(0)
-
-
-def _shares(counts: Tensor, mix: float, like: Tensor) -> Tensor:
-    """Weights ``(P, 1)`` of the parts; one of a single value has none."""
-    shares = (counts > 1).to(like.dtype)
-    if len(counts) > 1:
-        shares = shares * torch.tensor([mix, 1 - mix], dtype=like.dtype, device=like.device)
-    return (shares / shares.sum().clamp(min=1e-30)).unsqueeze(1)
-
-
-def _table(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Rows of several groups as tables; one stays a row."""
-    if len(rows) == 1:
-        return rows[0]
-    means, variances = zip(*rows, strict=True)
-    return torch.stack(means), torch.stack(variances)
-
-
-def _shared_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    sample: _SampleFormula,
-    call: NormCall,
-    needs: Sequence[bool],
-) -> Gradients:
-    """Equation 6 where only valid positions are sampled, or those of several processes."""
-    chosen, sizes, source = call.statistics, call.cut[0], call.scope
-    assert (
-        chosen is not None
-        and source is not None
-        and chosen.mean is not None
-        and chosen.counts is not None
-    )
-    masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)
-    shape = (len(sizes), x.shape[1])
-    means, variances = chosen.mean.view(shape), chosen.var.view(shape)
-    given = torch.as_tensor(chosen.share, dtype=means.dtype, device=means.device)
-    given = given.expand(len(sizes), 1) if given.dim() == 0 else given.view(-1, 1)
-    grads: list[tuple[Tensor, Tensor, Tensor]] = []
-    pieces = zip(dy.split(sizes), x.split(sizes), masks, sample.parts, strict=True)
-    for g, (one_dy, one_x, mask, parts) in enumerate(pieces):
-        mean, var = means[g], variances[g]
-        if one_x.numel():
-            all_three = (True, True, True)
-            dx, dw, db = backends.fixed_gradient(
-                one_dy, one_x, mean, var, weight, call.eps, all_three
-            )
-            assert dx is not None and dw is not None and db is not None
-        else:
-            dx, (dw, db) = torch.empty_like(one_x), mean.new_zeros(2, *mean.shape)
-        if needs[0]:
-            counts, centers = chosen.counts[g], [mean]
-            shares = _shares(counts, sample.mix, mean)
-            if len(parts) > 1:  # of each part's variance; micro-batches pool by moving all of them
-                own = [_part_source_moments(one_x, part, mask, source.group)[0] for part in parts]
-                middle = (torch.stack(own) * shares).sum(0)
-                centers = [first + (mean - middle) for first in own]
-            all_dw, all_db = source.sum(dw, db)
-            assert all_dw is not None and all_db is not None
-            inv = torch.rsqrt(var + backends.scalar(call.eps))
-            on_dy = inv if weight is None else weight * inv
-            passing = on_dy * given[g]
-            for p, part in enumerate(parts):
-                if part is None:
-                    continue
-                factor = -shares[p] / counts[p].clamp(min=1)
-                on_x, constant = passing * inv * all_dw * factor, passing * all_db * factor
-                rows = (centers[p], on_dy, on_x, constant)
-                dx = backends.put_gradient(dx, one_dy, one_x, part.sample, *rows, mask)
-        grads.append((dx, dw, db))
-    dxs, dws, dbs = zip(*grads, strict=True)
-    return (
-        torch.cat(dxs) if needs[0] else None,
-        torch.stack(dws).sum(0) if needs[1] else None,
-        torch.stack(dbs).sum(0) if needs[2] else None,
-    )
-
-
-class SampledBatchNorm1d(_SampledBatchNorm):
-    __doc__ = _SampledBatchNorm.__doc__
-    dims = 1
-
-
-class SampledBatchNorm2d(_SampledBatchNorm):
-    __doc__ = _SampledBatchNorm.__doc__
-    dims = 2
-
-
-class SampledBatchNorm3d(_SampledBatchNorm):
-    __doc__ = _SampledBatchNorm.__doc__
-    dims = 3
+class SampledBatchNorm3d(SampledBatchNorm, dims=3): ...

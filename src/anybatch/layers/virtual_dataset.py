@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_count
 from anybatch.core.tensor_subclasses import on_plain
-from anybatch.layers.sampled_batch_norm import _drawn_seed, _SampledBatchNorm
+from anybatch.layers.sample_positions import drawn_seed
+from anybatch.layers.sampled_batch_norm import SampledBatchNorm
 
 Moments = float | Sequence[float] | Tensor
 _STATE = ("virtual_seed", "virtual_step")
@@ -89,7 +90,7 @@ class VirtualDataset(nn.Module):
             )
         if any(bool((value < 0).any()) for value in self.std.values()):
             raise ValueError(f"std={std!r}: give numbers from 0 on")
-        self.seed = _drawn_seed(seed, generator)
+        self.seed = drawn_seed(seed, generator)
         self.step = 0
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -120,7 +121,7 @@ class VirtualDataset(nn.Module):
             )
         return output
 
-    def _is_here(self, layers: Mapping[str, _SampledBatchNorm]) -> bool:
+    def _is_here(self, layers: Mapping[str, SampledBatchNorm]) -> bool:
         """Whether this process has virtual examples."""
         if self.ranks is None:
             return True
@@ -133,10 +134,10 @@ class VirtualDataset(nn.Module):
         together = dist.is_available() and dist.is_initialized()
         return (dist.get_rank() if together else 0) in self.ranks
 
-    def _layers(self) -> dict[str, _SampledBatchNorm]:
+    def _layers(self) -> dict[str, SampledBatchNorm]:
         """The layers that look at virtual examples."""
         modules = self.model.named_modules()
-        found = {n: m for n, m in modules if isinstance(m, _SampledBatchNorm) and m.is_virtual}
+        found = {n: m for n, m in modules if isinstance(m, SampledBatchNorm) and m.is_virtual}
         if not found:
             raise ValueError(
                 f"model: {type(self.model).__name__} has no layer that looks at virtual examples: "
@@ -204,7 +205,7 @@ class VirtualDataset(nn.Module):
 
 
 @contextmanager
-def _virtual_rows(layers: Collection[_SampledBatchNorm], rows: int) -> Iterator[None]:
+def _virtual_rows(layers: Collection[SampledBatchNorm], rows: int) -> Iterator[None]:
     """Within it the first rows of what the layers see are virtual."""
     for layer in layers:
         layer.wrapped_rows = layer.latest_rows = rows
