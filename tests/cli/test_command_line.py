@@ -3,6 +3,7 @@
 import html.parser
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from anybatch import METHODS
 from anybatch.cli import app, console
+from anybatch.registry import get_method
 from anybatch.tools.compare import Comparison, table
 from anybatch.tools.processes import locked
 from anybatch.tools.run import Run
@@ -25,8 +27,8 @@ from anybatch.tools.run import Run
 QUICK = ["--train-size", "64", "--epochs", "2", "--workers", "1"]
 
 
-def run(*arguments: str) -> object:
-    return CliRunner().invoke(app, list(arguments))
+def run(*arguments: str, **settings: object) -> object:
+    return CliRunner().invoke(app, list(arguments), **settings)
 
 
 # --- compare -------------------------------------------------------------------
@@ -441,6 +443,25 @@ def test_methods_are_listed_for_people_and_programs() -> None:
     rows = json.loads(run("methods", "--json").stdout)
     assert [row["name"] for row in rows] == list(METHODS)
     assert "window" in rows[list(METHODS).index("mabn")]["options"]
+    assert json.loads(run("methods", "mabn", "--json").stdout) == rows[list(METHODS).index("mabn")]
+
+
+@pytest.mark.parametrize("name", [*METHODS, "frozen"])
+def test_a_method_is_shown_with_its_call_and_options(name: str) -> None:
+    lines = run("methods", name, env={"COLUMNS": "80"}).output.splitlines()
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    method = get_method(name)
+    assert f'anybatch.convert(model, "{name}")' in text
+    assert all(f"{option}={p.default!r}" in text for option, p in method.options.items())
+    assert ("NormScheduler" in text) == method.scheduled
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_list_of_methods_fits_80_columns() -> None:
+    lines = run("methods", env={"COLUMNS": "80"}).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert {word for method in METHODS.values() for word in method.when.split()} <= words
 
 
 def test_help_teaches_by_example() -> None:
