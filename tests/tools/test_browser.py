@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 # What the page says of itself, once everything is loaded, written where a test finds it.
-PROBE = """
+PROBE = r"""
 <script>
 const faults = [];
 addEventListener("error", event => faults.push(String(event.message || event.target.src)), true);
@@ -31,9 +31,24 @@ addEventListener("load", () => {
     .map(e => e.src || e.href).filter(u => !u.startsWith("data:"));
   const links = [...document.querySelectorAll("a, button, summary, input, select")];
   const unreachable = links.filter(e => e.tabIndex < 0).length;
-  const cells = [...document.querySelectorAll("td, th, p, li")];
+  const cells = [...document.querySelectorAll("td, th, p, li, h1, h2, dt, dd, pre, figcaption")];
   const small = cells.filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).length;
-  const found = {faults, wide, images, outer, unreachable, small,
+  const light = color => { // relative luminance, WCAG 2
+    const parts = color.match(/[\d.]+/g).slice(0, 3).map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const ground = e => {
+    const color = getComputedStyle(e).backgroundColor;
+    if (color !== "rgba(0, 0, 0, 0)") return color;
+    return e.parentElement ? ground(e.parentElement) : "rgb(255, 255, 255)";
+  };
+  const contrast = Math.min(21, ...cells.map(e => {
+    const pair = [light(getComputedStyle(e).color), light(ground(e))].sort((a, b) => b - a);
+    return (pair[0] + 0.05) / (pair[1] + 0.05);
+  }));
+  const paper = light(ground(document.body));
+  const found = {faults, wide, images, outer, unreachable, small, contrast, paper,
     title: document.title, lang: document.documentElement.lang, width: innerWidth};
   const place = document.createElement("pre");
   place.id = "probe";
@@ -44,8 +59,8 @@ addEventListener("load", () => {
 """
 
 
-def look(page: Path, folder: Path, width: int) -> dict:
-    """Open a page in a window so wide, and read what the probe found."""
+def look(page: Path, folder: Path, width: int, dark: bool = False) -> dict:
+    """Open a page in a window so wide, in the dark or not, and read what the probe found."""
     html = page.read_text(encoding="utf-8")
     probed = folder / "probed.html"
     probed.write_text(html.replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
@@ -66,6 +81,7 @@ def look(page: Path, folder: Path, width: int) -> dict:
         "--allow-file-access-from-files",
         f"--user-data-dir={folder / 'profile'}",
         "--virtual-time-budget=5000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         "--dump-dom",
         frame.as_uri(),
     ]
@@ -119,15 +135,26 @@ def test_a_report_in_a_browser(
     assert found["small"] == 0
 
 
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", ["compare", "diagnose", "tune", "bench"])
+def test_a_report_is_readable_by_day_and_in_the_dark(
+    pages: dict[str, Path], name: str, dark: bool, tmp_path: Path
+) -> None:
+    found = look(pages[name], tmp_path, 390, dark)
+    assert (found["paper"] < 0.1) == dark
+    assert found["contrast"] >= 4.5
+
+
 def test_the_probe_sees_faults(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
         "<!doctype html><html><head></head><body><div style='width: 900px'>wide</div>"
-        "<img src='missing.png'><p style='font-size: 8px'>small</p>"
+        "<img src='missing.png'><p style='font-size: 8px; color: #999'>small</p>"
         "<a href='#' tabindex='-1'>no</a><script>undefined_name()</script></body></html>"
     )
     found = look(page, tmp_path, 390)
     assert found["wide"] > 0
+    assert found["contrast"] < 4.5
     assert any("undefined_name" in fault for fault in found["faults"])
     assert any("missing.png" in fault for fault in found["faults"])
     assert found["images"][0][:2] == [0, ""]

@@ -1,15 +1,14 @@
 """HTML pages from the templates of a package."""
 
-from collections.abc import Sequence
 from typing import Any
 
 
-def render(packages: str | Sequence[str], template: str, **values: Any) -> str:
+def render(package: str, template: str, **values: Any) -> str:
     """A page, in which every value is escaped and none may be missing.
 
     Args:
-        packages: Package whose folder ``templates`` holds the template, or several: the first
-            that has a template provides it.
+        package: Package whose folder ``templates`` holds the template; the style that all pages
+            share is this package's.
         template: Name of the template.
         **values: What it shows.
 
@@ -20,9 +19,10 @@ def render(packages: str | Sequence[str], template: str, **values: Any) -> str:
         import jinja2
     except ImportError as error:
         raise ImportError("a report needs Jinja: pip install 'anybatch[tools]'") from error
-    names = [packages] if isinstance(packages, str) else packages
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in names]),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.PackageLoader(name) for name in (package, "anybatch.evaluation")]
+        ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -93,6 +93,5 @@ def write_report(
         write_text(folder / file, text)
     encoded = {stem: base64.b64encode(image).decode("ascii") for stem, image in images.items()}
     path = folder / page
-    pages = (package, "anybatch.tools")  # whose style the pages of other packages share
-    write_text(path, render(pages, template, data=content, images=encoded, **values))
+    write_text(path, render(package, template, data=content, images=encoded, **values))
     return path
