@@ -10,23 +10,24 @@ from anybatch.cli.console import console, plain_errors
 from anybatch.cli.options import AsJson, complete_methods
 from anybatch.registry import METHODS, Method, get_method
 
+Name = Annotated[str | None, typer.Argument(autocompletion=complete_methods)]
+
 
 @plain_errors()
-def methods(
-    method: Annotated[
-        str | None,
-        typer.Argument(help="Short name of a method to show.", autocompletion=complete_methods),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the methods, or show one with its options and the call to make."""
-    chosen = None if method is None else get_method(method)
+def methods(name: Name = None, as_json: AsJson = False) -> None:
+    """List the methods, or show the one of a short name, with options and the call to make."""
+    from anybatch.tools.report_files import terminal_table
+
+    method = None if name is None else get_method(name)
     if as_json:
-        print(json.dumps([_data(m) for m in METHODS.values()] if chosen is None else _data(chosen)))
-    elif chosen is None:
-        _print_list()
+        print(json.dumps(_data(method) if method else [_data(m) for m in METHODS.values()]))
+    elif method:
+        _print_card(method)
     else:
-        _print_card(chosen)
+        columns = ("name", "what it does", "when to use it")
+        table = [(m.name, m.summary, m.when) for m in METHODS.values()]
+        console.print(terminal_table(columns, table, left=columns, wrapped=columns[1:], ruled=True))
+        console.print("anybatch methods NAME shows a method's options and the call to make.")
 
 
 def _data(method: Method) -> dict[str, Any]:
@@ -35,49 +36,33 @@ def _data(method: Method) -> dict[str, Any]:
     return {name: getattr(method, name) for name in names} | {"options": sorted(method.options)}
 
 
-def _print_list() -> None:
-    from anybatch.tools.report_files import terminal_table
-
-    columns = ("name", "what it does", "when to use it")
-    table = [(method.name, method.summary, method.when) for method in METHODS.values()]
-    console.print(terminal_table(columns, table, left=columns, wrapped=columns[1:], ruled=True))
-    console.print("anybatch methods NAME shows a method's options and the call to make.")
-
-
 def _print_card(method: Method) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    card = Table.grid(padding=(0, 2))
-    for name, value in _card(method).items():
-        card.add_row(Text(name, style="dim"), Text(value))
-    console.print(Text(f"{method.name}: {method.title}", style="bold"))
-    console.print(card)
-
-
-def _card(method: Method) -> dict[str, str]:
-    """Rows of a method's card."""
-    name = method.layer(2).__name__.removesuffix("2d")
-    scheduler = "anybatch.NormScheduler(model, total_epochs=...), stepped once an epoch"
-    rows = {
+    layer = method.layer(2).__name__.removesuffix("2d")
+    card = {
         "what it does": method.summary,
         "when to use it": method.when,
         "call": f'model = anybatch.convert(model, "{method.name}")',
-        "scheduler": scheduler if method.scheduled else "",
+        "scheduler": "anybatch.NormScheduler, stepped once an epoch" if method.scheduled else "",
         "wrapper": "anybatch.VirtualDataset, for training" if method.wraps else "",
-        "trained network": "keeps its output in evaluation"
-        if method.exact_eval
-        else "changes its output: train it again",
-        "inference": "folds into the layer before it"
+        "trained network": "keeps its output" if method.exact_eval else "changes its output",
+        "inference": "folds into the layer before"
         if method.folds
         else "costs more than batch norm",
-        "options": _settings({n: p.default for n, p in method.options.items()}),
+        "options": _settings({name: p.default for name, p in method.options.items()}),
         "convert sets": _settings(method.suggested),
         "on a trained one": _settings(method.when_trained),
-        "layers": "torch.nn.GroupNorm" if method.builder else f"{name}1d, {name}2d, {name}3d",
+        "layers": "torch.nn.GroupNorm" if method.builder else f"{layer}1d, {layer}2d, {layer}3d",
         "paper": method.paper,
     }
-    return {title: text for title, text in rows.items() if text}
+    grid = Table.grid(padding=(0, 2))
+    for title, text in card.items():
+        if text:
+            grid.add_row(Text(title, style="dim"), Text(text))
+    console.print(Text(f"{method.name}: {method.title}", style="bold"))
+    console.print(grid)
 
 
 def _settings(options: Any) -> str:

@@ -349,9 +349,6 @@ def layer_seed(seed: int, name: str) -> int:
         seed: Seed of the network.
         name: Path of the layer.
 
-    Returns:
-        An integer.
-
     Example:
         >>> layer_seed(0, "norm1") == layer_seed(0, "norm2")
         False

@@ -15,9 +15,6 @@ def summary(decisions: Decisions) -> str:
 
     Args:
         decisions: What was decided, and carried out.
-
-    Returns:
-        The line.
     """
     rows = decisions.rows
     done = Counter(row.method for row in rows if row.method is not None)

@@ -51,9 +51,6 @@ def partition(
         examples: Size of the batch.
         norm_batch_size: Examples in a normalization batch; None is all of them.
         group_size: Examples in a group at most; None is all of a normalization batch.
-
-    Returns:
-        The cut.
     """
     if norm_batch_size is not None or group_size is not None:
         examples = index(examples)  # not a compiler's symbol, which has no number of groups

@@ -15,9 +15,6 @@ def read_config(path: Path) -> dict[str, Any]:
     Args:
         path: Ends in ``.toml`` or ``.json``.
 
-    Returns:
-        The options by name.
-
     Raises:
         ValueError: If it is neither, is not there or cannot be read.
     """

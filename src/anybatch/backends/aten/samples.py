@@ -158,9 +158,6 @@ def put_gradient(
         on_x: Factor of x.
         constant: Added.
         valid: Positions ``(N, 1, ...)`` that are behind the statistics; None for all.
-
-    Returns:
-        The gradient.
     """
     rows = (center, on_dy, on_x, constant)
     if isinstance(sample, Box) and any(isinstance(first, Tensor) for first in sample.first):
