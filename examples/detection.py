@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--images", type=int, default=80)
     given = parser.parse_args(arguments)
     reading = anybatch.diagnose(detector(), images_of(given.images, 0), loss=loss).reading
-    print("batch norm is a problem:", reading.problem)
+    print("Is batch norm the problem?", reading.problem)
     found = {}
     for way in WAYS:
         scores = [run(way, seed, given.epochs, given.images) for seed in range(given.seeds)]
