@@ -140,6 +140,21 @@ def test_quickstart_names_every_method_that_needs_a_scheduler():
     assert named == {name for name, method in METHODS.items() if method.scheduled}
 
 
+def test_page_that_decides_names_at_most_two_methods_per_situation():
+    table = re.findall(
+        r"^\| (.+) \| (.+) \| (.*)\|$", read("docs/use/which-method.md"), re.MULTILINE
+    )
+    assert len(table) > 10
+    for _, *choices in table:
+        named = [re.findall(r"`([a-z0-9+]+)`", choice) for choice in choices]
+        assert all(len([n for n in names if n in METHODS]) <= 1 for names in named)
+
+
+@pytest.mark.parametrize("method", FIRST_METHODS)
+def test_page_that_decides_has_the_first_methods(method):
+    assert re.search(rf"^\|.*\| `{method}`", read("docs/use/which-method.md"), re.MULTILINE)
+
+
 def test_workflow_is_the_same_on_every_page():
     found = re.compile("<!-- workflow:start -->.*<!-- workflow:end -->", re.DOTALL)
     assert len({found.search(read(page))[0] for page in WORKFLOW}) == 1
