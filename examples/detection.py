@@ -4,7 +4,7 @@ Images of 48 x 48 pixels with discs and squares. The network answers, for each c
 whether a disc's or a square's centre is in it (as in CenterNet, without sizes). Prints whether the
 norms are noisy, and the F1 score of the centres found, in per cent.
 
-    pip install anybatch
+    pip install ".[cpu]"
     python examples/detection.py --seeds 3
 """
 

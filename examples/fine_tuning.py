@@ -5,7 +5,7 @@ fine-tuned at batch 2 on other images of the same digits (same task), on the dig
 fresh last layer (new classes), and on the first digits with inverted, noisy images (new domain).
 Prints how far conversion moves the outputs of the trained network, and the accuracy in per cent.
 
-    pip install "anybatch[tools]"
+    pip install ".[tools]"
     python examples/fine_tuning.py --seeds 5
 """
 

@@ -4,7 +4,7 @@ Images of 32 x 32 pixels with discs; a disc's class depends on how many the imag
 network learns by an image-level branch, as in ASPP. A norm there has one value per image. Prints
 which norms are noisy, and the mean IoU in per cent.
 
-    pip install anybatch
+    pip install ".[cpu]"
     python examples/segmentation.py --seeds 3
 """
 

@@ -3,7 +3,7 @@
 scikit-learn's breast cancer data: 569 rows of 30 columns, 169 of them held out. Every way makes as
 many passes over the data. Prints the accuracy in per cent.
 
-    pip install "anybatch[tools]"
+    pip install ".[tools]"
     python examples/tabular.py --seeds 5
 """
 

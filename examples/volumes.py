@@ -5,7 +5,7 @@ batches and dict transforms. Prints the Dice score of whole volumes in per cent,
 after `anybatch.recalibrate`, and how far the output at one end of a scan moves, in per cent of its
 spread, if the content of the other end changes.
 
-    pip install anybatch monai
+    pip install ".[cpu]" monai
     python examples/volumes.py --seeds 3
 """
 
