@@ -272,7 +272,9 @@ def test_points_cover_the_cube_and_follow_from_their_number() -> None:
 
 def moved_slots(norm: Any) -> tuple[Tensor, Tensor]:
     """Means and variances of all slots at today's weights, in float64."""
-    slots = {name: norm.memory[name].double() for name in norm.rings if name in norm.memory}
+    slots = {
+        name: norm.memory[name].double() for name in norm.per_step_state if name in norm.memory
+    }
     return compensated(slots, norm._flow.feed, norm.order)
 
 

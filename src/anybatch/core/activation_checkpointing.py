@@ -65,7 +65,7 @@ def runs_once() -> bool:
     return _task() == -1 and _records() and _hooks is not None and _hooks(True) is None
 
 
-class Recent:
+class RecomputeCache:
     """Statistics of a layer's latest forwards that may run again.
 
     Args:

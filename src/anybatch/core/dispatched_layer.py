@@ -16,7 +16,7 @@ from anybatch.core.graphs import refuse_trace
 from anybatch.core.grouping import Partition, partition
 from anybatch.core.inference import InferenceLayer
 from anybatch.core.norm_batch import updates
-from anybatch.core.reduction_scope import Source, several
+from anybatch.core.reduction_scope import ReductionScope, active_group
 from anybatch.core.rule import spec_of
 from anybatch.core.rule_layer import RuleLayer
 from anybatch.core.transforms import check_state
@@ -49,7 +49,7 @@ class DispatchedLayer(InferenceLayer):
         self,
         x: Tensor,
         training: bool,
-        source: Source | None = None,
+        source: ReductionScope | None = None,
         then: Activation | None = None,
     ) -> Tensor:
         if training and torch._C._get_tracing_state() is not None:
@@ -83,10 +83,10 @@ class DispatchedLayer(InferenceLayer):
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 
-    def _obstacle(self, cut: Partition, values: int, source: Source | None) -> str | None:
+    def _obstacle(self, cut: Partition, values: int, source: ReductionScope | None) -> str | None:
         """The reason for torch's operators alone in training, whatever the batch; None if none."""
         if source is not None or (
-            self._group is not None and several(self.process_group) is not None
+            self._group is not None and active_group(self.process_group) is not None
         ):
             return "a mask or a process group decides which elements contribute"
         if any(t is None for t in self._buffers.values()):

@@ -31,12 +31,12 @@ class StatefulLayer(Protocol):
     Attributes:
         num_features: Channels.
         memory: State beside torch's buffers.
-        rings: Names of memory that micro-batches leave alone.
+        per_step_state: Names of memory that micro-batches leave alone.
     """
 
     num_features: int
     memory: dict[str, Tensor]
-    rings: ClassVar[tuple[str, ...]]
+    per_step_state: ClassVar[tuple[str, ...]]
     _buffers: Any
 
     @property
@@ -50,7 +50,7 @@ class StatefulLayer(Protocol):
         """A whole number on the layer's device."""
 
 
-class Seen(NamedTuple):
+class AccumulatedMoments(NamedTuple):
     """What an optimizer step has seen, this micro-batch included.
 
     Attributes:
@@ -154,7 +154,7 @@ class StepMemory:
 
     def pool(
         self, mean: Tensor | None, var: Tensor, count: int | Tensor, update: bool
-    ) -> tuple[Tensor | None, Tensor, Seen]:
+    ) -> tuple[Tensor | None, Tensor, AccumulatedMoments]:
         """Statistics of all micro-batches of the step, this one included.
 
         A micro-batch that is not finite has no part in those that follow.
@@ -176,7 +176,7 @@ class StepMemory:
             new_var = torch.addcmul(new_var, (mean - old_mean).square(), share * (1 - share))
         if update:
             self._keep("", before, count, new_mean, new_var)
-        return new_mean, new_var, Seen(before + count, share, mean, old_mean)
+        return new_mean, new_var, AccumulatedMoments(before + count, share, mean, old_mean)
 
     def average(
         self, way: str, first: Tensor | None, second: Tensor, count: int | Tensor, update: bool
@@ -252,7 +252,7 @@ def _state(layer: StatefulLayer, way: str) -> Iterator[tuple[str, Tensor]]:
             if tensor is not None:
                 yield name, tensor
     for name, tensor in layer.memory.items():
-        if name.startswith(BACKWARD) == bool(way) and name not in layer.rings:
+        if name.startswith(BACKWARD) == bool(way) and name not in layer.per_step_state:
             yield name, tensor
 
 

@@ -11,7 +11,7 @@ from anybatch.core.arguments import check_between
 from anybatch.core.autograd import normalize_by
 from anybatch.core.grouping import Partition, partition
 from anybatch.core.norm_batch import updates
-from anybatch.core.reduction_scope import Source
+from anybatch.core.reduction_scope import ReductionScope
 from anybatch.core.rule_layer import RuleLayer
 
 
@@ -24,7 +24,7 @@ class InferenceLayer(RuleLayer):
 
     example_weight: float
 
-    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
+    def formula(self, x: Tensor, cut: Partition, source: ReductionScope | None) -> Formula | None:
         """The method's own gradient by torch's operators; None for that of all.
 
         Args:
@@ -43,7 +43,7 @@ class InferenceLayer(RuleLayer):
         cut: Partition,
         chosen: Statistics,
         memory: BackwardMemory | None,
-        source: Source | None = None,
+        source: ReductionScope | None = None,
     ) -> Tensor:
         """Normalize by what the rule decided."""
         weight, bias = self._parameters_like(chosen.var)
@@ -88,7 +88,7 @@ class InferenceLayer(RuleLayer):
                 own_mean, own_var, _ = self._moments(x.detach(), sizes, None)
                 statistics = self._mixed(own_mean, own_var, mean, var)
             return self._apply_statistics(x, cut, statistics, None)
-        source = Source(self._fit(mask, x))
+        source = ReductionScope(self._fit(mask, x))
         with torch.no_grad():
             own_mean, own_var, counts = self._moments(x.detach(), sizes, source)
             assert counts is not None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import backends
-from anybatch.core.activation_checkpointing import Recent
+from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.tensor_subclasses import as_plain
 
@@ -26,20 +26,21 @@ class NormState(_NormBase):
         memory: Tensors beyond torch's buffers, by name. They follow the layer's
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
-        rings: Names of memory that micro-batches of a step leave alone: what has a slot a step, of
-            which only the newest is written, and what is set once a training or an epoch.
+        per_step_state: Names of memory that micro-batches of a step leave alone: what has a slot
+            per step, of which only the newest is written, and what is set once a training or an
+            epoch.
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
     """
 
     memory: dict[str, Tensor]
-    rings: ClassVar[tuple[str, ...]] = ()
+    per_step_state: ClassVar[tuple[str, ...]] = ()
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
     _last: Any
-    _recent: Recent
+    _recent: RecomputeCache
     _plans: dict[torch.Size, Any] | None = None  # see `anybatch.core.dispatch.ExecutionPlan`
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -144,7 +145,7 @@ class NormState(_NormBase):
             self.step.apply(lift)
         if was_meta and not any(t.is_meta for t in self.memory.values()):
             self.reset_memory()
-        self._last, self._recent = None, Recent()
+        self._last, self._recent = None, RecomputeCache()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -219,7 +220,7 @@ class NormState(_NormBase):
             self._start_from_batchnorm(error_msgs, prefix)
         if self.step is not None:
             self.step.load(state_dict, step, self._device() if assign else None)
-        self._last, self._recent = None, Recent()
+        self._last, self._recent = None, RecomputeCache()
 
     def _leave_meta(self) -> None:
         """Give memory that is still on the meta device real tensors, beside the parameters."""
@@ -248,7 +249,7 @@ class NormState(_NormBase):
             parameter.requires_grad_(not frozen)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_last": None, "_recent": Recent(), "_plans": None}
+        fresh = {"_last": None, "_recent": RecomputeCache(), "_plans": None}
         return {**self.__dict__, **fresh}
 
     def _rows(self) -> tuple[Tensor | None, ...]:

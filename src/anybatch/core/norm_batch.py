@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from anybatch import backends
-from anybatch.core.gradient_accumulation import Seen
+from anybatch.core.gradient_accumulation import AccumulatedMoments
 
 
 class Moments(NamedTuple):
@@ -42,12 +42,12 @@ class Batch(NamedTuple):
         seen: What its optimizer step has seen, where several forwards make one; the statistics
             that a rule gets are then those of all of them.
         counts: Values a channel behind each group's statistics, a number or a column ``(G, 1)``,
-            where these are not simply those of its examples; see `Source`.
+            where these are not simply those of its examples; see `ReductionScope`.
     """
 
     sizes: tuple[int, ...]
     values: int
-    seen: Seen | None = None
+    seen: AccumulatedMoments | None = None
     counts: Tensor | None = None
 
     def examples(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.protocol import Statistics
-from anybatch.core.activation_checkpointing import Recent
+from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.dispatched_layer import DispatchedLayer
 from anybatch.core.fused_activation import read_activation
@@ -128,7 +128,7 @@ class NormLayer(DispatchedLayer):
         if outlier_limit is not None:
             self.memory["outliers"] = self.new_memory(num_features).long()
         self._last: Statistics | None = None
-        self._recent = Recent()
+        self._recent = RecomputeCache()
 
     def __init_subclass__(cls, dims: int | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -140,7 +140,7 @@ class NormLayer(DispatchedLayer):
 
     def accumulate(self, steps: int | None, counts: bool = True) -> None:
         self.step = None if steps == 1 else StepMemory(self, steps, counts)
-        self._last, self._recent = None, Recent()
+        self._last, self._recent = None, RecomputeCache()
 
     def forward(
         self,

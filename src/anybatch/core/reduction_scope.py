@@ -15,7 +15,7 @@ from anybatch.core.tensor_subclasses import as_plain
 WORLD = "world"
 
 
-class Source(NamedTuple):
+class ReductionScope(NamedTuple):
     """The values behind statistics.
 
     Attributes:
@@ -114,7 +114,7 @@ def check_group(process_group: Any) -> None:
         )
 
 
-def several(process_group: Any) -> Any:
+def active_group(process_group: Any) -> Any:
     """The process group to synchronize with; None where there is but one process."""
     if process_group is None or not (dist.is_available() and dist.is_initialized()):
         return None

@@ -14,7 +14,7 @@ from anybatch.core.grouping import Partition
 from anybatch.core.method import Side
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.outliers import OutlierGuard
-from anybatch.core.reduction_scope import Source, several
+from anybatch.core.reduction_scope import ReductionScope, active_group
 from anybatch.core.rule import Method, Rule, State, method_of, run_average, run_rule
 from anybatch.core.scoped_layer import ScopedLayer
 from anybatch.core.statistics import stack
@@ -107,7 +107,7 @@ class RuleLayer(ScopedLayer):
         """
 
     def _choose(
-        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: ReductionScope | None
     ) -> Statistics:
         """Decide how a batch is normalized, and remember it."""
         if self.step is None:
@@ -119,7 +119,7 @@ class RuleLayer(ScopedLayer):
             self.step.leave(self, "", aside, update)
 
     def _run_rule(
-        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: ReductionScope | None
     ) -> Statistics:
         """Run the rule along the successive normalization batches."""
         moments = self._moments(x, cut.sizes, source)
@@ -161,7 +161,7 @@ class RuleLayer(ScopedLayer):
     def _uncount(self, counts: Tensor) -> None:
         """Undo the `num_batches_tracked` increment for a batch with too few values."""
         tracked = counts > 1 if self.centered else counts > 0
-        together = self.group_size is not None and several(self.process_group) is not None
+        together = self.group_size is not None and active_group(self.process_group) is not None
         if self.num_batches_tracked is not None and not together:
             self.num_batches_tracked.sub_(1 - tracked.any().long())
 
@@ -240,7 +240,7 @@ class RuleLayer(ScopedLayer):
         count = cut.sizes[0] * values if chosen.counts is None else chosen.counts
         return StepBackward(self, self.step, inner, count, update)
 
-    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> Moments:
+    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: ReductionScope | None) -> Moments:
         """Mean and variance of each group; with a source, of so many values."""
         if source is not None:
             return Moments(*source.moments(x, sizes, self.centered))

@@ -10,11 +10,11 @@ from anybatch.core.module_state import NormState
 from anybatch.core.reduction_scope import (
     WORLD,
     HeldGroup,
-    Source,
+    ReductionScope,
+    active_group,
     check_group,
     check_same,
     fit_mask,
-    several,
     sum_processes,
 )
 
@@ -50,17 +50,17 @@ class ScopedLayer(NormState):
         named = process_group is None or process_group == WORLD
         self._group = process_group if named else HeldGroup(process_group)
 
-    def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> Source | None:
+    def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> ReductionScope | None:
         """The elements that contribute to the statistics; None for all of the current batch."""
         valid = None if mask is None else self._fit(mask, x)
         joins = training and self.group_size is None
-        group = several(self.process_group) if joins else None
+        group = active_group(self.process_group) if joins else None
         if group is not None and not self._compared and not torch.compiler.is_compiling():
             check_same(group, self._described(), self._device())
             self._compared = True
         if valid is None and group is None:
             return None
-        return Source(valid, group, f"{type(self).__name__}({self.num_features})")
+        return ReductionScope(valid, group, f"{type(self).__name__}({self.num_features})")
 
     def _described(self) -> str:
         """The settings that processes which synchronize must agree on."""
@@ -72,7 +72,7 @@ class ScopedLayer(NormState):
 
     def examples_of_all(self, examples: int) -> int:
         """Examples in a batch of all processes; where there are several, reading it waits."""
-        group = several(self.process_group)
+        group = active_group(self.process_group)
         if group is None:
             return examples
         if torch.compiler.is_compiling():

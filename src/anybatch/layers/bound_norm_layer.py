@@ -11,7 +11,7 @@ from anybatch.backends.aten import patches
 from anybatch.backends.aten.patches import ConvCall, Geometry
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.reduction_scope import Source
+from anybatch.core.reduction_scope import ReductionScope
 from anybatch.core.tensor_subclasses import as_plain
 from anybatch.layers.weight_centralization import centralized_weight, is_centralized
 
@@ -31,7 +31,7 @@ class BoundBatch(NamedTuple):
     feed: ConvCall | None
     y: Tensor
     first: int
-    source: Source | None = None
+    source: ReductionScope | None = None
 
 
 class BoundState:
@@ -121,7 +121,7 @@ class BoundNormLayer(NormLayer):
         """Undo `bind`; what belongs to the layer is dropped."""
         release(module, self)
         self.geometry = None
-        for name in self.rings:
+        for name in self.per_step_state:
             self.memory.pop(name, None)
         self._flow = BoundState()
         self.reset_memory()

@@ -15,7 +15,7 @@ from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide
 from anybatch.core.fused_activation import Activation
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch
-from anybatch.core.reduction_scope import Source
+from anybatch.core.reduction_scope import ReductionScope
 from anybatch.layers import statistics_gradients as taylor
 from anybatch.layers.bound_norm_layer import BoundBatch, BoundNormLayer, BoundState
 
@@ -100,7 +100,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         torch.Size([2, 8, 5, 5])
     """
 
-    rings = (
+    per_step_state = (
         "mean",
         "var",
         "values",
@@ -197,7 +197,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         The paper counts ``2 (window - 1) (C + C fan_in)``: it keeps the weights too, which here are
         one number per channel, their product with the gradient.
         """
-        return sum(self.memory[name].numel() for name in self.rings if name in self.memory)
+        return sum(self.memory[name].numel() for name in self.per_step_state if name in self.memory)
 
     def reset_memory(self) -> None:
         for tensor in self.memory.values():
@@ -231,7 +231,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         self,
         x: Tensor,
         training: bool,
-        source: Source | None = None,
+        source: ReductionScope | None = None,
         then: Activation | None = None,
     ) -> Tensor:
         if training and self.window is None:
@@ -275,7 +275,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
             if feed is not None:
                 feed = ConvCall(feed.geometry, feed.x[examples], feed.rows, feed.bias, feed.output)
             if source is not None and source.mask is not None:
-                source = Source(source.mask[examples], source.group, source.name)
+                source = ReductionScope(source.mask[examples], source.group, source.name)
             self._record(mean, var, batch, feed, y[examples], source)
         return chosen
 
@@ -283,7 +283,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         self, mean: Tensor, var: Tensor, batch: Batch, feed: ConvCall | None
     ) -> tuple[Statistics, Tensor]:
         """Equations 9 to 11, in means and variances; and the number of values behind them."""
-        slots = {n: self.memory[n].to(var.dtype) for n in self.rings if n in self.memory}
+        slots = {n: self.memory[n].to(var.dtype) for n in self.per_step_state if n in self.memory}
         means, variances = taylor.compensated(slots, feed, self.order)
         place = torch.arange(means.shape[0], device=var.device)
         age = (self.memory["position"] - place).remainder(means.shape[0])
@@ -318,7 +318,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         return CrossIterationSpec(
             at is not None,
             memory,
-            self.rings[:7] if self.order else self.rings[:3],
+            self.per_step_state[:7] if self.order else self.per_step_state[:3],
             self._flow,
             self.gradient_sample,
             self.running_stats == "window",
@@ -353,7 +353,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         batch: Batch,
         feed: ConvCall | None,
         y: Tensor,
-        source: Source | None = None,
+        source: ReductionScope | None = None,
     ) -> None:
         """Write this step into its slot, unless it is not finite or still burn-in."""
         assert self.window is not None

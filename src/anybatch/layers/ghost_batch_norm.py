@@ -10,7 +10,7 @@ from anybatch.backends import statistics_dtype
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_batch import Batch
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.reduction_scope import several, sum_processes
+from anybatch.core.reduction_scope import active_group, sum_processes
 
 
 class GhostBatchNorm(NormLayer):
@@ -110,47 +110,29 @@ class GhostBatchNorm(NormLayer):
 
 
 def track_groups(layer: NormLayer, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
-    """Track groups' statistics ``(g, C)``, each weighing by its share of the examples.
+    """Track groups' statistics ``(g, C)``, each weighing by its share of the values.
 
-    Groups with one value a channel have no variance to track and are left out.
+    Groups with one value per channel have no variance to track and are left out.
     """
     assert mean is not None
-    if batch.counts is not None or several(layer.process_group) is not None:
-        return _track_counted(layer, mean, var, batch)
-    sizes = [size for size in batch.sizes if size * batch.values > 1]  # the others come last
-    if not sizes:
-        return
-    if mean.dim() == 1:
-        return _track_step(layer, mean, batch.unbiased(var), sum(sizes))
-    pooled_mean, pooled_var = torch.zeros_like(mean[0]), torch.zeros_like(var[0])
-    first = 0
-    for size in sorted(set(sizes), reverse=True):
-        rows = slice(first, first + sum(one == size for one in sizes))
-        share = size / sum(sizes)
-        pooled_mean += mean[rows].sum(0) * share
-        pooled_var += Batch((size,), batch.values).unbiased(var[rows].sum(0)) * share
-        first = rows.stop
-    _track_step(layer, pooled_mean, pooled_var, sum(sizes))
-
-
-def _track_counted(layer: NormLayer, mean: Tensor, var: Tensor, batch: Batch) -> None:
-    """`track_groups` of counts that only the device knows, or of several processes."""
     counts = batch.counts
     if counts is None:
         counts = torch.stack([var.new_full((1,), n * batch.values) for n in batch.sizes])
     mean, var = mean.view(-1, mean.shape[-1]), var.view(-1, var.shape[-1])
     counts = counts.view(-1, 1)
-    live = counts > 1
-    weights = torch.where(live, counts, 0)
+    tracked = counts > 1
+    # Micro-batches of an optimizer step weigh by their examples, masked ones by their values.
+    alone = batch.counts is None and active_group(layer.process_group) is None
+    weights = torch.where(tracked, counts, 0) / (batch.values if alone else 1)
     unbiased = var * (counts / (counts - 1).clamp(min=1))
-    first = (torch.where(live, mean, 0) * weights).sum(0)
-    second = (torch.where(live, unbiased, 0) * weights).sum(0)
+    first = (torch.where(tracked, mean, 0) * weights).sum(0)
+    second = (torch.where(tracked, unbiased, 0) * weights).sum(0)
     _track_sums(layer, first, second, weights.sum())
 
 
 def _track_sums(layer: NormLayer, first: Tensor, second: Tensor, total: Tensor) -> None:
     """Track sums of means and variances that weigh `total` together, over all processes."""
-    group = several(layer.process_group)
+    group = active_group(layer.process_group)
     if group is not None:
         sums = sum_processes(group, first, second, total)
         first, second, total = (table for table in sums if table is not None)
@@ -161,7 +143,7 @@ def _track_sums(layer: NormLayer, first: Tensor, second: Tensor, total: Tensor) 
 
 def track_no_groups(layer: NormLayer, x: Tensor) -> None:
     """Take part in what processes track together, with an empty batch."""
-    if several(layer.process_group) is not None:
+    if active_group(layer.process_group) is not None:
         zeros = torch.zeros(3, x.shape[1], dtype=statistics_dtype(x), device=x.device)
         _track_sums(layer, zeros[0], zeros[1], zeros[2, 0])
 

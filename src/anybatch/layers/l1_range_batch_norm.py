@@ -15,7 +15,7 @@ from anybatch.core.activation_checkpointing import hooks_on_saved
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.reduction_scope import Source
+from anybatch.core.reduction_scope import ReductionScope
 
 _L1 = math.sqrt(math.pi / 2)
 
@@ -35,12 +35,12 @@ class _Values(NamedTuple):
     sizes: tuple[int, ...]
     mean: Tensor
     counts: Tensor
-    source: Source
+    source: ReductionScope
 
     @classmethod
-    def of(cls, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> "_Values":
+    def of(cls, x: Tensor, sizes: tuple[int, ...], source: ReductionScope | None) -> "_Values":
         """Those of a batch; where the source is None, all."""
-        source = Source() if source is None else source
+        source = ReductionScope() if source is None else source
         mean, _, counts = source.moments(x, sizes, True)
         assert mean is not None
         return cls(x, sizes, mean, counts, source)
@@ -83,7 +83,7 @@ class SpreadNorm(NormLayer):
             self.track(mean, var)
         return Statistics(mean, var)
 
-    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: Source | None) -> Moments:
+    def _moments(self, x: Tensor, sizes: tuple[int, ...], source: ReductionScope | None) -> Moments:
         values = _Values.of(x, sizes, source)
         counts = None if source is None else values.counts
         return Moments(values.mean, self.spread(values).square(), counts)
@@ -95,7 +95,7 @@ class SpreadNorm(NormLayer):
             )
         return SpreadSpec(self.spread_name)
 
-    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
+    def formula(self, x: Tensor, cut: Partition, source: ReductionScope | None) -> Formula | None:
         marks = None
         if x.requires_grad and hooks_on_saved():
             with torch.no_grad():
@@ -121,7 +121,7 @@ class _SpreadFormula(NamedTuple):
 
     def moments(self, x: Tensor, call: NormCall) -> tuple[Tensor, Tensor]:
         """Mean and squared spread, by operators that autograd records."""
-        sizes, source = call.cut[0], Source() if call.scope is None else call.scope
+        sizes, source = call.cut[0], ReductionScope() if call.scope is None else call.scope
         mean, _ = recorded.moments(x, sizes, source.mask)
         mean = mean[0] if len(sizes) == 1 else mean
         with torch.no_grad():

@@ -78,7 +78,7 @@ class MomentumBatchNorm(NormLayer):
         batch_size=Number(whole=True),
         average_weight=Number(),
     )
-    rings: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
+    per_step_state: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
 
     def __init__(
         self,

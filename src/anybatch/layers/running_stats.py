@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from anybatch.core.reduction_scope import WORLD, check_group, several, sum_processes
+from anybatch.core.reduction_scope import WORLD, active_group, check_group, sum_processes
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def average_running_stats(
                 pairs.append((mean, var))
     if not pairs:
         raise ValueError(f"model: {type(model).__name__} has no batch norm with running statistics")
-    group = several(process_group)
+    group = active_group(process_group)
     if group is None:
         return model
     device = pairs[0][0].device

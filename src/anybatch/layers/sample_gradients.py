@@ -9,7 +9,7 @@ from torch import Tensor
 from anybatch import backends
 from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import Gradients, NormCall
-from anybatch.core.reduction_scope import Source
+from anybatch.core.reduction_scope import ReductionScope
 from anybatch.layers.sample_positions import Part, part_moments
 
 
@@ -127,7 +127,7 @@ def part_source_moments(
     else:
         values = backends.take_dense(x, part.sample)
         valid = None if mask is None else backends.take_dense(mask, part.sample)
-    mean, var, count = Source(valid, group).moments(values, (values.shape[0],), True)
+    mean, var, count = ReductionScope(valid, group).moments(values, (values.shape[0],), True)
     assert mean is not None
     return mean, var, count
 

@@ -14,7 +14,7 @@ from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer
-from anybatch.core.reduction_scope import Source, first_of, rank_in, size_of
+from anybatch.core.reduction_scope import ReductionScope, first_of, rank_in, size_of
 from anybatch.layers.sample_gradients import (
     SampleFormula,
     mean_and_var,
@@ -114,7 +114,7 @@ class SampledBatchNorm(NormLayer):
         torch.Size([8, 4, 16, 16])
     """
 
-    rings: ClassVar[tuple[str, ...]] = ("seed", "draw", "index")
+    per_step_state: ClassVar[tuple[str, ...]] = ("seed", "draw", "index")
 
     def __init__(
         self,
@@ -359,7 +359,7 @@ class SampledBatchNorm(NormLayer):
         key = ("tables", cut.sizes, self._virtual_rows())
         return SampleSpec(parts[0], self._places.setdefault(key, {}))
 
-    def formula(self, x: Tensor, cut: Partition, source: Source | None) -> Formula | None:
+    def formula(self, x: Tensor, cut: Partition, source: ReductionScope | None) -> Formula | None:
         if source is None:
             parts = self._parts(x, cut.sizes)
             return None if parts is None else SampleFormula(parts, self.mix)
@@ -370,7 +370,7 @@ class SampledBatchNorm(NormLayer):
         return SampleFormula(tuple(shared), self.mix, scoped=True)
 
     def _run_rule(
-        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source | None
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: ReductionScope | None
     ) -> Statistics:
         if source is not None and self.training:
             return self._run_shared(x, cut, values, update, source)
@@ -391,7 +391,7 @@ class SampledBatchNorm(NormLayer):
         return Statistics(*chosen[:-1])  # parts come with their own counts
 
     def _run_shared(
-        self, x: Tensor, cut: Partition, values: int, update: bool, source: Source
+        self, x: Tensor, cut: Partition, values: int, update: bool, source: ReductionScope
     ) -> Statistics:
         """The rule on samples of valid positions, or of several processes."""
         found = self._shared_moments(x, cut.sizes, source)
@@ -403,7 +403,7 @@ class SampledBatchNorm(NormLayer):
         return chosen.of(counts)
 
     def _shared_moments(
-        self, x: Tensor, sizes: tuple[int, ...], source: Source
+        self, x: Tensor, sizes: tuple[int, ...], source: ReductionScope
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Means and variances ``(P, C)`` and counts ``(P,)`` of each group's parts."""
         masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)

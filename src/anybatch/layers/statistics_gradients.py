@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anybatch.backends.aten import patches
 from anybatch.backends.aten.patches import ConvCall, Geometry
-from anybatch.core.gradient_accumulation import Seen
-from anybatch.core.reduction_scope import Source
+from anybatch.core.gradient_accumulation import AccumulatedMoments
+from anybatch.core.reduction_scope import ReductionScope
 
 
 class StatisticsGradients(NamedTuple):
@@ -52,7 +52,7 @@ class StatisticsGradients(NamedTuple):
             return found
 
     def of_source(
-        self, feed: ConvCall, y: Tensor, mean: Tensor, source: Source
+        self, feed: ConvCall, y: Tensor, mean: Tensor, source: ReductionScope
     ) -> dict[str, Tensor]:
         """`of_batch` where a mask or processes decide which elements contribute.
 
@@ -122,7 +122,9 @@ class StatisticsGradients(NamedTuple):
         return patches.covering_points(self.first, count, y.dim() - 1)
 
 
-def pool_gradients(new: dict[str, Tensor], old: dict[str, Tensor], seen: Seen) -> None:
+def pool_gradients(
+    new: dict[str, Tensor], old: dict[str, Tensor], seen: AccumulatedMoments
+) -> None:
     """Join a micro-batch's gradients with those of the optimizer step before it."""
     assert seen.own_mean is not None and seen.earlier_mean is not None
     share = seen.share
