@@ -18,12 +18,18 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import as_numbers
 
 # An empty array, which tells compiled code a type.
 LIKE: dict[torch.dtype, NDArray[Any]] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),  # as `low_precision` tells them
+    torch.float16: np.empty(0, np.int16),
 }
+# The type of parameters and statistics beside such an activation.
+KEPT = {torch.float32: torch.float32, torch.float64: torch.float64}
+KEPT |= {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 @intrinsic
@@ -42,7 +48,7 @@ _pointer: Any = _as_pointer  # its signature is that of compiled code
 @inlined
 def array_at(address, shape, like):
     """The dense array of a shape at an address, of the type of `like`."""
-    return carray(_pointer(address), shape, like.dtype)
+    return as_numbers(carray(_pointer(address), shape, like.dtype))
 
 
 @inlined

@@ -19,6 +19,7 @@ from anybatch.backends.protocol import Kernels, NormCall, Rows, Statistics
 from anybatch.backends.tracing import is_traced
 
 TYPES = (torch.float32, torch.float64)
+LOW = (torch.bfloat16, torch.float16)  # of activations, with float32 for all else
 SERIAL = 2**16  # values at a time, above which torch's threads win where the loops have none
 _STEPS = {
     "rule": "rule_steps",
@@ -38,8 +39,12 @@ class NumbaBackend:
         obstacle = memory_obstacle(x, rows)
         if obstacle is None:
             obstacle = layout_obstacle(x, call.spec.family)
+        if obstacle is None and x.dtype in LOW and call.spec.family != "rule":
+            obstacle = f"an input of {x.dtype}, which the loops of rules alone take"
         if obstacle is None and steps_of(call.spec.family) is None:
             obstacle = "numba is not installed"
+        if obstacle is None and x.dtype is torch.float16 and not _converts_float16():
+            obstacle = "a processor without conversions of float16"
         return obstacle or _steps(call).obstacle(call, x)
 
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
@@ -104,10 +109,10 @@ def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
     """Why a batch and the rows of its layer are not memory of one type to read and write."""
     if type(x) is not Tensor:
         return f"an input of class {type(x).__name__}, not torch.Tensor"
-    obstacle = tensor_obstacle(x)
+    obstacle = tensor_obstacle(x, (*TYPES, *LOW))
     if obstacle is not None:
         return obstacle
-    dtype, channels = x.dtype, x.shape[1]
+    dtype, channels = torch.float32 if x.dtype in LOW else x.dtype, x.shape[1]
     for row in rows:
         if row is None:
             return "no weight and bias, or no running statistics"
@@ -118,7 +123,7 @@ def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
     return None
 
 
-def tensor_obstacle(x: Tensor) -> str | None:
+def tensor_obstacle(x: Tensor, types: tuple[torch.dtype, ...] = TYPES) -> str | None:
     """Why a tensor's numbers are not in memory as they are, or something watches."""
     if choice.selected == "never":
         return "use_fused('never')"
@@ -126,8 +131,8 @@ def tensor_obstacle(x: Tensor) -> str | None:
         return "a compiler, tracer or transform has to see torch's operators"
     if not x.is_cpu:
         return f"an input on {x.device.type}, not the CPU"
-    if x.dtype not in TYPES:
-        return f"an input of {x.dtype}, not float32 or float64"
+    if x.dtype not in types:
+        return f"an input of {x.dtype}, not of {', '.join(map(str, types))}"
     if x.is_neg() or x._is_zerotensor():
         return "an input that torch has not computed yet (negated, or zeros without memory)"
     return None
@@ -157,6 +162,13 @@ def row_kernels_for(x: Tensor) -> ModuleType | None:
     if type(x) not in PLAIN_TYPES or tensor_obstacle(x) is not None or not is_dense(x):
         return None
     return _row_kernels() if x.numel() else None
+
+
+@lru_cache(maxsize=1)
+def _converts_float16() -> bool:
+    from anybatch.backends.numba.low_precision import converts_float16
+
+    return converts_float16()
 
 
 @lru_cache(maxsize=1)

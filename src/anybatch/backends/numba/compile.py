@@ -42,5 +42,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 # What compiled code calls is inlined, always. A copy of it on disk would be a weak symbol: the
 # process that compiles would run the callee that it made first, all later ones the copy in the
-# file, whose sums are rounded in another order.
-inlined = njit(forceinline=True, **OPTIONS)
+# file, whose sums are rounded in another order. Python does not call it: it needs no wrappers, of
+# which there are none for arrays of bfloat16.
+_UNWRAPPED: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inlined = njit(forceinline=True, **_UNWRAPPED, **OPTIONS)

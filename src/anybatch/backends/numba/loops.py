@@ -144,7 +144,7 @@ def _forward_group(
     first, last = starts[g] * example, starts[g + 1] * example
     channels, centered = own.shape[2], method[CENTERED] != 0
     repeats = period // (channels * inner)
-    shift = np.zeros((repeats, channels, inner), x.dtype)
+    shift = np.zeros((repeats, channels, inner), weight.dtype)
     if centered:
         for c in range(channels):
             shift[:, c] = x[first + c * inner]
@@ -154,7 +154,7 @@ def _forward_group(
     for c in range(channels):
         away = np.float64(shift[0, c, 0])
         own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
-    on, width = np.empty((3, *shift.shape), x.dtype), channels // used.shape[2]
+    on, width = np.empty((3, *shift.shape), weight.dtype), channels // used.shape[2]
     values, found = numbers.copy(), np.empty(RESULTS)
     for k in range(used.shape[2]):
         choose(method, memory, weight, values, found, own, used, g, k, width)
@@ -206,6 +206,7 @@ def _arguments(method, memory, settings, pace, eps):
 @jit
 def forward(
     method,
+    kept,
     like,
     x,
     y,
@@ -230,7 +231,8 @@ def forward(
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
-        like: An empty array of the type of all tensors.
+        kept: An empty array of the type of parameters and state.
+        like: One of the type of activations.
         x: Input.
         y: Output, to be written.
         shape: Of both.
@@ -257,7 +259,7 @@ def forward(
         activation_at(added, shape, like),
     )
     method = numbers_at(method, LENGTH)
-    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     numbers = _arguments(method, memory, settings, pace, eps)
     groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
     rest = (weight, bias, relu, own, used, eps, method, memory, numbers)
@@ -274,8 +276,8 @@ def forward(
     if not update:
         return
     running_mean, running_var = (
-        array_at(memory[0], channels, like),
-        array_at(memory[1], channels, like),
+        array_at(memory[0], channels, kept),
+        array_at(memory[1], channels, kept),
     )
     tracked = counter_at(tracked)
     if method[RULE] == 0:
@@ -375,7 +377,7 @@ def _backward_group(
     first, last = starts[g] * example, starts[g + 1] * example
     channels, columns = sums.shape[2], used.shape[2]
     width = channels // columns
-    center = np.empty((period // (channels * inner), channels, inner), x.dtype)
+    center = np.empty((period // (channels * inner), channels, inner), weight.dtype)
     for c in range(channels):
         center[:, c] = centers[g, c // width]
     partial = np.zeros((parts, 2, period))
@@ -395,7 +397,7 @@ def _backward_group(
         state = (method, memory, weight, values, found)
         flow(*state, sums, used, weight, on, eps, g, k, width, count)
     if wanted:
-        table = np.empty((3, *center.shape), x.dtype)
+        table = np.empty((3, *center.shape), weight.dtype)
         for kind in range(3):
             for c in range(channels):
                 table[kind, :, c] = on[kind, g, c]
@@ -440,6 +442,7 @@ def _backward_groups(
 @jit
 def backward(
     method,
+    kept,
     like,
     dy,
     x,
@@ -466,7 +469,8 @@ def backward(
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
-        like: An empty array of the type of all tensors.
+        kept: An empty array of the type of parameters and state.
+        like: One of the type of activations.
         dy: Gradient of the output.
         x: Input.
         dx: Takes the gradient of the input.
@@ -491,8 +495,8 @@ def backward(
     groups, channels = used.shape[1], shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
-    weight = array_at(weight, channels, like)
-    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
+    weight = array_at(weight, channels, kept)
+    dw, db = array_at(dw, channels, kept), array_at(db, channels, kept)
     method = numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     numbers = _arguments(method, memory, settings, pace, eps)

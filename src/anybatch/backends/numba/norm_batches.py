@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anybatch.backends.layout import dense
 from anybatch.backends.native_memory import address_of
-from anybatch.backends.numba.arrays import LIKE
+from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.threads import is_small, parts
 from anybatch.backends.protocol import MethodSpec, NormCall, Statistics, iter_norm_batches
@@ -19,7 +19,7 @@ from anybatch.backends.protocol import MethodSpec, NormCall, Statistics, iter_no
 Array = Any
 
 # One normalization batch as the loops take it, tensors as addresses: an empty array of the type of
-# all tensors; input; output, to be written; shape of both, (N, C, L) or (N, L, C) where channels
+# activations; input; output, to be written; shape of both, (N, C, L) or (N, L, C) where channels
 # are last; whether they are; where groups of examples begin, and the end; scale; shift; threads;
 # whether a ReLU follows; what is added before it, like the input, or 0. A plain tuple, for a named
 # one takes as long to make as the kernels take for a small batch.
@@ -87,7 +87,8 @@ class Work(NamedTuple):
     Attributes:
         forward: Serves a normalization batch.
         backward: Writes its gradients.
-        like: An empty array of the type of all tensors.
+        dtype: Type of the batches.
+        like: An empty array of it.
         small: Whether one thread does it, and writes little.
         steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
             where its groups begin, and how many there are.
@@ -95,6 +96,7 @@ class Work(NamedTuple):
 
     forward: Forward
     backward: Backward
+    dtype: torch.dtype
     like: Array
     small: bool
     steps: tuple[Step, ...]
@@ -118,7 +120,7 @@ def work_for(call: NormCall, x: Tensor, forward: Forward, backward: Backward) ->
         )
         for first, _, examples, sizes in iter_norm_batches(call.cut)
     )
-    return Work(forward, backward, LIKE[x.dtype], is_small(x.numel()), steps)
+    return Work(forward, backward, x.dtype, LIKE[x.dtype], is_small(x.numel()), steps)
 
 
 def forward(
@@ -131,12 +133,12 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
     """See `anybatch.backends.protocol.Backend.forward`."""
-    (one, _, like, small, steps), last = call.work[1], call.last
+    (one, _, dtype, like, small, steps), last = call.work[1], call.last
     y: Tensor = torch.empty_like(x) if small else empty_like(x)
     threads = 1 if small else parts(x.numel())
-    size, dtype = x.numel(), x.dtype
+    size = x.numel()
     x_, y_, added = address_of(x, dtype, size), y.data_ptr(), 0
-    w, b = (address_of(row, dtype, x.shape[1]) for row in (weight, bias))
+    w, b = (address_of(row, KEPT[dtype], x.shape[1]) for row in (weight, bias))
     if residual is not None:
         residual = dense(residual, last)
         added = address_of(residual, dtype, size)
@@ -159,7 +161,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `anybatch.backends.protocol.Backend.backward`."""
-    (_, one, like, small, steps), last = call.work[1], call.last
+    (_, one, dtype, like, small, steps), last = call.work[1], call.last
     kept, tracked = context
     x = dense(x, last)  # what was saved on another device may come back in another layout
     if dy.dtype is not x.dtype or dy.stride() != x.stride() or dy.is_neg():
@@ -176,7 +178,7 @@ def backward(
     else:
         dw, db = weight.new_empty(2, len(steps), *weight.shape)
     above, x_ = (address_of(t, x.dtype, x.numel()) for t in (dy, x))
-    dx_, w = dx.data_ptr(), address_of(weight, x.dtype, x.shape[1])
+    dx_, w = dx.data_ptr(), address_of(weight, KEPT[dtype], x.shape[1])
     dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
     wanted, relu = needs[0], y_ != 0
     for (first, shape, starts, _), batch in zip(steps, kept, strict=True):

@@ -11,6 +11,7 @@ Sums are float64; rows add up a few values in the input's type first, which spar
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.streaming_stores import (
     lanes,
     leaves,
@@ -39,7 +40,7 @@ def plane_moments(x, c, first, last, centered):
 
     In one pass: with a value of the channel subtracted, float64 loses nothing by it.
     """
-    shift = np.float64(x[first, c, 0]) if centered else 0.0
+    shift = np.float64(number(x[first, c, 0], x)) if centered else 0.0
     total = squares = 0.0
     for i in range(first, last):
         for k in range(x.shape[2]):
@@ -52,8 +53,7 @@ def plane_moments(x, c, first, last, centered):
 @inlined
 def plane_write(x, y, c, first, last, mean, scale, shift):
     """Write y = (x - mean) * scale + shift."""
-    dtype = x.dtype.type
-    mean, scale, shift = dtype(mean), dtype(scale), dtype(shift)
+    mean, scale, shift = number(mean, x), number(scale, x), number(shift, x)
     if leaves(y, y.shape[2]):
         for i in range(first, last):
             row, out = x[i, c], y[i, c]
@@ -80,8 +80,8 @@ def plane_sums(dy, x, c, first, last, center):
 @inlined
 def plane_gradient(dy, x, dx, c, first, last, center, on_dy, on_x, constant):
     """Write dx = on_dy * dy + on_x * (x - center) + constant."""
-    dtype = x.dtype.type
-    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
+    center, constant = number(center, x), number(constant, x)
+    on_dy, on_x = number(on_dy, x), number(on_x, x)
     if leaves(dx, dx.shape[2]):
         for i in range(first, last):
             above, row, out = dy[i, c], x[i, c], dx[i, c]

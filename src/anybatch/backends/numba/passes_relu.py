@@ -8,6 +8,7 @@ between is read first: vector registers hold no branches.
 """
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import block_of, blocks, stretch
 
 # --- planes -----------------------------------------------------------------
@@ -16,8 +17,8 @@ from anybatch.backends.numba.passes import block_of, blocks, stretch
 @inlined
 def plane_activate(x, added, y, c, first, last, mean, scale, shift):
     """Write y = relu((x - mean) * scale + shift + added)."""
-    dtype, adds = x.dtype.type, added.shape[0] > 0
-    mean, scale, shift, zero = dtype(mean), dtype(scale), dtype(shift), dtype(0)
+    adds, zero = added.shape[0] > 0, number(0.0, x)
+    mean, scale, shift = number(mean, x), number(scale, x), number(shift, x)
     for i in range(first, last):
         if adds:
             for k in range(x.shape[2]):
@@ -35,7 +36,7 @@ def plane_masked_sums(dy, y, x, g, c, first, last, center):
 
     Two planes at a time, from three tensors each: more streams for the processor to fetch ahead of.
     """
-    zero, writes, half = x.dtype.type(0), g.shape[0] > 0, (last - first) // 2
+    zero, writes, half = number(0.0, x), g.shape[0] > 0, (last - first) // 2
     total = product = 0.0
     for i in range(first, first + half):
         far = i + half
@@ -70,9 +71,8 @@ def plane_masked_sums(dy, y, x, g, c, first, last, center):
 @inlined
 def plane_masked_gradient(dy, y, x, dx, c, first, last, center, on_dy, on_x, constant):
     """Write dx = on_dy * g + on_x * (x - center) + constant."""
-    dtype = x.dtype.type
-    center, on_dy, on_x, constant = dtype(center), dtype(on_dy), dtype(on_x), dtype(constant)
-    zero = dtype(0)
+    center, constant = number(center, x), number(constant, x)
+    on_dy, on_x, zero = number(on_dy, x), number(on_x, x), number(0.0, x)
     for i in range(first, last):
         for k in range(x.shape[2]):
             value = dy[i, c, k]
@@ -86,7 +86,7 @@ def plane_masked_gradient(dy, y, x, dx, c, first, last, center, on_dy, on_x, con
 @inlined
 def _activate(x, y, means, scales, shifts):
     """Write y = relu((x - mean) * scale + shift), a row."""
-    zero = x.dtype.type(0)
+    zero = number(0.0, x)
     for j in range(y.shape[0]):
         a = (x[j] - means[j]) * scales[j] + shifts[j]
         y[j] = zero if a <= zero else a
@@ -95,7 +95,7 @@ def _activate(x, y, means, scales, shifts):
 @inlined
 def _add_and_activate(x, added, y, means, scales, shifts):
     """Write y = relu((x - mean) * scale + shift + added), a row."""
-    zero = x.dtype.type(0)
+    zero = number(0.0, x)
     for j in range(y.shape[0]):
         a = (x[j] - means[j]) * scales[j] + shifts[j] + added[j]
         y[j] = zero if a <= zero else a
@@ -121,7 +121,7 @@ def row_activate(part, parts, x, added, y, first, last, table):
 @inlined
 def row_masked_sums(part, parts, dy, y, x, first, last, center, sums):
     """Add up g and g * (x - center) for each place of a row, where g is dy behind the ReLU."""
-    period, zero = center.shape[0], x.dtype.type(0)
+    period, zero = center.shape[0], number(0.0, x)
     begin, end, length = stretch(part, parts, first, last, period, 2)
     totals, products = sums[part, 0], sums[part, 1]
     for at in range(begin, begin + length, period):
@@ -148,7 +148,7 @@ def row_masked_sums(part, parts, dy, y, x, first, last, center, sums):
 @inlined
 def mask_gradient(dy, y, g):
     """Write what passes a ReLU backward into `g`; its mask is the sign of its output."""
-    zero = g.dtype.type(0)
+    zero = number(0.0, g)
     for j in range(g.shape[0]):
         a = dy[j]
         g[j] = zero if y[j] <= zero else a
@@ -182,7 +182,7 @@ def row_kept_sums(part, parts, dy, y, x, g, first, last, center, sums):
 @inlined
 def row_masked_gradient(part, parts, dy, y, x, dx, first, last, center, table):
     """Write dx = on_dy * g + on_x * (x - center) + constant."""
-    on_dy, on_x, constant, zero = table[0], table[1], table[2], x.dtype.type(0)
+    on_dy, on_x, constant, zero = table[0], table[1], table[2], number(0.0, x)
     period = center.shape[0]
     begin, end, _ = stretch(part, parts, first, last, period, 1)
     for block in range(blocks(end - begin, period) - 1, -1, -1):

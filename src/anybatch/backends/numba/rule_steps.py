@@ -9,6 +9,7 @@ from torch import Tensor
 
 from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import loops
+from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.bound_rules import described
 from anybatch.backends.numba.loops import without_threads as without_threads
 from anybatch.backends.numba.norm_batches import (
@@ -81,7 +82,7 @@ def forward_batch(
         own = np.empty((2, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
-    loops.forward(method, *data, own, used, *moved, call.pace, call.eps, call.update)
+    loops.forward(method, LIKE[dtype], *data, own, used, *moved, call.pace, call.eps, call.update)
     return SavedBatch(used, spec)
 
 
@@ -101,7 +102,8 @@ def backward_batch(
         dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
         memory = _memory(0, 0, spec.averages, dtype, kept.used.shape[2])
         averages = memory, _settings(spec.averages), pace
-    loops.backward(method, *data, kept.used, *averages, call.eps, call.update)
+    like = LIKE[KEPT[call.work[1].dtype]]
+    loops.backward(method, like, *data, kept.used, *averages, call.eps, call.update)
 
 
 def _memory(

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import LowFloat, narrow, widen
 
 _LINE = 64  # bytes of a line of the caches
 _VECTOR = 32  # bytes of a store
@@ -61,22 +62,26 @@ def _fence(typingctx):
 
 def _vectors(context, builder, signature, values):
     """Vectors of values: give(k, place) loads from argument k at a place, or repeats a number."""
-    number = context.get_value_type(signature.args[0].dtype)
-    size = context.get_abi_sizeof(number)
-    vector = ir.VectorType(number, _VECTOR // size)
+    kinds = [context.get_value_type(getattr(one, "dtype", one)) for one in signature.args]
+    count = _VECTOR // context.get_abi_sizeof(kinds[0])
 
     def where(k, place):
         data = context.make_array(signature.args[k])(context, builder, values[k]).data
+        vector = ir.VectorType(kinds[k], count)
         return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
 
     def give(k, place):
-        if isinstance(signature.args[k], types.Array):
-            return builder.load(where(k, place), align=size)
+        kind, vector = signature.args[k], ir.VectorType(kinds[k], count)
+        if isinstance(kind, types.Array):
+            found = builder.load(where(k, place), align=context.get_abi_sizeof(kinds[k]))
+            return widen(builder, kind.dtype, found) if isinstance(kind.dtype, LowFloat) else found
         zero, lanes = ir.IntType(32)(0), ir.VectorType(ir.IntType(32), vector.count)
         alone = builder.insert_element(ir.Constant(vector, ir.Undefined), values[k], zero)
         return builder.shuffle_vector(alone, ir.Constant(vector, ir.Undefined), lanes(None))
 
     def put(k, place, value):
+        kind = signature.args[k].dtype
+        value = narrow(builder, kind, value) if isinstance(kind, LowFloat) else value
         stored = builder.store(value, where(k, place), align=_VECTOR)
         hint = builder.module.add_metadata([ir.IntType(32)(1)])
         stored.set_metadata("nontemporal", hint)
