@@ -54,12 +54,16 @@ def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
     row = torch.zeros(4)
     assert obstacle(x, row, row) is None
     assert obstacle(x.double(), row.double(), row.double()) is None
+    for low in (x.bfloat16(), x.half()):
+        assert obstacle(low, row, row) is None
+        assert obstacle(low, row, row, spec=SAMPLE)
+        assert obstacle(low, row.to(low.dtype), row.to(low.dtype))
 
 
 @pytest.mark.parametrize(
     "x",
     [
-        torch.zeros(2, 4, 3, dtype=torch.bfloat16),
+        torch.zeros(2, 4, 3, dtype=torch.float8_e5m2),
         torch.zeros(2, 4, 3, dtype=torch.float64),
         torch.zeros(2, 4, 3, device="meta"),
         torch.zeros(2, 4, 5)[:, :, ::2],
@@ -67,7 +71,7 @@ def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
         torch._neg_view(torch.zeros(2, 4, 3)),
         torch.nn.Parameter(torch.zeros(2, 4)),
     ],
-    ids=["bfloat16", "other type", "meta", "strided", "expanded", "neg", "subclass"],
+    ids=["float8", "other type", "meta", "strided", "expanded", "neg", "subclass"],
 )
 def test_other_batches_do_not_qualify(x: torch.Tensor) -> None:
     row = torch.zeros(4)

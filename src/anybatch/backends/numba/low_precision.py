@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, attr-defined"
 """Activations of 16 bits: bfloat16 and float16 as compiled code reads and writes them.
 
 Numba has neither on a CPU. An activation is an array of 16-bit words whose elements become float32

@@ -69,7 +69,7 @@ class SavedBatch(NamedTuple):
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, one row per group."""
-        table = torch.from_numpy(self.used).to(like.dtype)
+        table = torch.from_numpy(self.used).to(KEPT[like.dtype])
         table = table[:, 0] if table.shape[1] == 1 else table
         if self.spec is not None:
             return self.spec.statistics(table)

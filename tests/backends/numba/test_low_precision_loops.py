@@ -1,0 +1,151 @@
+"""bfloat16 and float16 in the compiled loops: every word of 16 bits, and every pass."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anybatch
+from anybatch.backends import use_fused
+from method_cases import make, state, step
+
+numba = pytest.importorskip("numba")
+TYPES = [torch.bfloat16, torch.float16]
+RULES = ["bn", "mbn", "mabn", "brn", "ghost", "bgn"]
+
+
+@pytest.fixture(autouse=True)
+def _small_batches_take_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("anybatch.backends.numba.threads._GRAIN", 16)
+    yield
+    use_fused("auto")
+    torch.set_num_threads(1)
+
+
+def words(values: Tensor) -> np.ndarray:
+    """A tensor's memory as compiled code is told of it."""
+    from anybatch.backends.numba.arrays import LIKE
+
+    return values.view(torch.int16).numpy().view(LIKE[values.dtype].dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_word_is_read_and_every_number_rounded_as_torch_does(dtype: torch.dtype) -> None:
+    from anybatch.backends.numba.compile import OPTIONS
+    from anybatch.backends.numba.low_precision import as_numbers
+
+    @numba.njit(**OPTIONS)
+    def convert(low, wide, single, rounded):
+        low, rounded = as_numbers(low), as_numbers(rounded)
+        for i in range(low.shape[0]):
+            wide[i] = low[i]
+        for i in range(single.shape[0]):
+            rounded[i] = single[i]
+
+    low = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    exact = low.float()[low.isfinite()].sort().values
+    ties = (exact[1:] + exact[:-1]) / 2  # halfway between neighbours
+    beside = [torch.nextafter(ties, torch.tensor(away)) for away in (-torch.inf, torch.inf)]
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -7e4, 1e-45])
+    single = torch.cat([exact, ties, *beside, odd, torch.randn(10001)])
+    wide, rounded = torch.empty(low.numel()), torch.empty(single.numel(), dtype=dtype)
+    convert(words(low), wide.numpy(), single.numpy(), words(rounded))
+    torch.testing.assert_close(wide, low.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(rounded, single.to(dtype), rtol=0, atol=0, equal_nan=True)
+    differ = (rounded.signbit() != single.to(dtype).signbit()) & ~single.isnan()
+    assert single[differ].tolist() == []
+
+
+def close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
+    """Activations are off by one rounding at most, what is float32 by its own."""
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        unit = torch.finfo(dtype).eps if a.dtype == dtype else 1e-4
+        apart = float((a.double() - b.double()).abs().max())
+        assert apart <= unit * max(float(b.double().abs().max()), 1), f"{number}: {apart}"
+
+
+def batches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Tensor]:
+    form = torch.channels_last if last else torch.contiguous_format
+    return [(torch.randn(shape) + 1).to(dtype).contiguous(memory_format=form) for _ in range(2)]
+
+
+SHAPES = [(2, 32, 7, 7), (13, 6, 4, 4), (5, 3, 23, 9)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_loops_serve_activations_of_16_bits(
+    name: str, shape: tuple[int, ...], last: bool, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(2)
+    options = {"num_groups": 1} if name == "bgn" else {}
+    layer = make(name, shape[1], eps=1e-2, **options)
+    exact, found = copy.deepcopy(layer).double(), []
+    x, dy = batches(shape, dtype, last)
+    for ours, choice, kind in ((layer, "auto", dtype), (exact, "never", torch.float64)):
+        use_fused(choice)
+        assert (ours(x.to(kind).requires_grad_()).grad_fn.how[0].name == "numba") == (kind == dtype)
+        results = [t for _ in range(3) for t in step(ours, x.to(kind), dy.to(kind))]
+        found.append([*results, ours.weight.grad, ours.bias.grad, *state(ours).values()])
+    assert all(t.stride() == x.stride() and t.dtype == dtype for t in found[0][:6])
+    close(*found, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_relu_in_the_same_pass_in_16_bits(added: bool, last: bool, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        layer = make("bn", shape[1], eps=1e-2)
+        exact, found = copy.deepcopy(layer).double(), []
+        x, dy = batches(shape, dtype, last)
+        more = batches(shape, dtype, last)[0]
+        for ours, choice, kind in ((layer, "auto", dtype), (exact, "never", torch.float64)):
+            use_fused(choice)
+            inner, residual = (t.detach().to(kind).requires_grad_() for t in (x, more))
+            y = ours(inner, residual=residual if added else None, activation="relu")
+            y.backward(dy.to(kind))
+            assert (y > 0).any()
+            assert (y == 0).any()
+            results = [y.detach(), inner.grad, *([residual.grad] if added else [])]
+            found.append([*results, ours.weight.grad, ours.bias.grad])
+        # What is next to zero may be on either side of it.
+        sides = (found[0][0] > 0) == (found[1][0] > 0)
+        assert float(sides.double().mean()) > 0.99
+        if bool(sides.all()):
+            close(*found, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("last", [False, True])
+def test_outputs_of_16_bits_past_the_caches(
+    last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anybatch.backends.numba.streaming_stores import last_cache
+
+    if last_cache() > 2**26:
+        pytest.skip("so large a cache takes too large a batch")
+    layer = anybatch.BatchNorm2d(64, eps=1e-2)
+    exact = copy.deepcopy(layer).double()
+    x, dy = batches((last_cache() // 2 // (64 * 32 * 32 * 2) + 3, 64, 32, 32), dtype, last)
+    ours = step(layer, x, dy)
+    use_fused("never")
+    close(list(ours), list(step(exact, x.double(), dy.double())), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_networks_in_16_bits_and_under_autocast_take_the_loops(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), anybatch.BatchNorm2d(4))
+    x = torch.randn(2, 3, 5, 5)
+    with torch.autocast("cpu", dtype):
+        y = net(x)
+    assert y.dtype == dtype
+    assert y.grad_fn.how[0].name == "numba"
+    y = net.to(dtype)(x.to(dtype))
+    assert y.grad_fn.how[0].name == "numba"
+    assert net[1].running_var.dtype == net[1].weight.dtype == torch.float32
