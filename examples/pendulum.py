@@ -5,7 +5,7 @@ joint forward of both kinds of pairs, batch renormalization in the critics. Besi
 anybatch it takes those of torchrl and sb3-contrib, with the same constants and a short warm-up, so
 that the run goes on long past twice its length.
 
-    pip install anybatch gymnasium
+    pip install . gymnasium
     python examples/pendulum.py --seeds 5
     python examples/pendulum.py --seeds 5 --norms torchrl sb3-contrib  # with these installed
 """

@@ -4,7 +4,7 @@ Who is speaking: nine speakers, 12 coefficients per frame, 7 to 29 frames (Japan
 al. 1999; 270 utterances to train on, 370 to test). The network is three convolution modules of a
 Conformer and a mean over valid frames. Prints accuracy and how much padding changes the output.
 
-    pip install anybatch aeon
+    pip install . aeon
     python examples/speech.py --seeds 20
 
 The data are in the package aeon; ``--data`` reads its two files from another folder.

