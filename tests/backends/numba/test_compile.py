@@ -10,7 +10,18 @@ import pytest
 
 pytest.importorskip("numba")
 
-MODULES = ("passes", "passes_relu", "rules", "loops", "sampled", "cross_iteration")
+MODULES = (
+    "passes",
+    "passes_relu",
+    "rules",
+    "forward_loops",
+    "backward_loops",
+    "sampled",
+    "sampled_passes",
+    "spread",
+    "spread_passes",
+    "cross_iteration",
+)
 CODE = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -50,7 +61,7 @@ def test_what_is_kept_on_disk_calls_nothing_that_is() -> None:
 def test_what_is_kept_has_a_number_of_all_sources(tmp_path: Path) -> None:
     """Numba alone would go on with old loops after an upgrade that changed only what they call."""
     options = importlib.import_module("anybatch.backends.numba.compile")
-    for module in ("loops", "sampled", "cross_iteration"):
+    for module in ("forward_loops", "backward_loops", "sampled", "cross_iteration"):
         for value in vars(importlib.import_module(f"anybatch.backends.numba.{module}")).values():
             if hasattr(value, "py_func") and not value.targetoptions.get("forceinline"):
                 assert options.SOURCES in value._cache._impl.filename_base

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.native_memory import address_of, running_addresses
-from anybatch.backends.numba import loops
+from anybatch.backends.numba import backward_loops, forward_loops
 from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.bound_rules import described
-from anybatch.backends.numba.loops import without_threads as without_threads
 from anybatch.backends.numba.norm_batches import (
     Backward,
     BackwardData,
@@ -24,6 +23,7 @@ from anybatch.backends.numba.norm_batches import (
 from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
+from anybatch.backends.numba.threads import without_threads as without_threads
 from anybatch.backends.protocol import MethodSpec, NormCall, RuleState
 from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, RuleSet
 
@@ -82,7 +82,9 @@ def forward_batch(
         own = np.empty((2, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
-    loops.forward(method, LIKE[dtype], *data, own, used, *moved, call.pace, call.eps, call.update)
+    forward_loops.forward(
+        method, LIKE[dtype], *data, own, used, *moved, call.pace, call.eps, call.update
+    )
     return SavedBatch(used, spec)
 
 
@@ -103,7 +105,7 @@ def backward_batch(
         memory = _memory(0, 0, spec.averages, dtype, kept.used.shape[2])
         averages = memory, _settings(spec.averages), pace
     like = LIKE[KEPT[call.work[1].dtype]]
-    loops.backward(method, like, *data, kept.used, *averages, call.eps, call.update)
+    backward_loops.backward(method, like, *data, kept.used, *averages, call.eps, call.update)
 
 
 def _memory(

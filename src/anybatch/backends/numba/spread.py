@@ -5,7 +5,7 @@ The variance is the square of another spread: the mean absolute deviation, or th
 one's derivative by a value depends only on whether the value is `low` or less, `high` or more: the
 mean twice for L1, the smallest and the largest value for the range. So both have one backward.
 
-Tensors are given as to `anybatch.backends.numba.loops`, with a single group of examples.
+Tensors are given as to `anybatch.backends.numba.forward_loops`, with a single group of examples.
 """
 
 import math
@@ -15,8 +15,6 @@ import numpy as np
 from anybatch.backends.numba.arrays import array_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.passes import (
-    block_of,
-    blocks,
     channel_sums,
     in_rows,
     plane_moments,
@@ -25,10 +23,19 @@ from anybatch.backends.numba.passes import (
     row_moments,
     row_write,
     settle,
-    stretch,
 )
 from anybatch.backends.numba.rules import count_batch, fits, track
-from anybatch.backends.numba.streaming_stores import lanes, leaves, put_gradient, settle_stores
+from anybatch.backends.numba.spread_passes import (
+    plane_deviation,
+    plane_ends,
+    plane_gradient,
+    plane_sums,
+    plane_total,
+    row_deviations,
+    row_ends,
+    row_gradient,
+    row_sums,
+)
 from anybatch.backends.numba.threads import fork
 
 L1, RANGE = 0, 1  # which spread
@@ -40,206 +47,6 @@ _PLACES = 64  # of a plane, whose ends are found side by side
 def ends(like, channels):
     """Room for the values at which spreads move."""
     return np.empty((2, channels), like.dtype)
-
-
-@inlined
-def _less(a, b):
-    """The smaller of two values, the second where they have no order."""
-    return a if a < b else b
-
-
-@inlined
-def _more(a, b):
-    """The larger of two values, the second where they have no order."""
-    return a if a > b else b
-
-
-# --- planes -----------------------------------------------------------------
-
-
-@inlined
-def _plane_deviation(x, c, mean):
-    """Sum of abs(x - mean) of a channel."""
-    mean, total = x.dtype.type(mean), 0.0
-    for i in range(x.shape[0]):
-        for k in range(x.shape[2]):
-            total += abs(x[i, c, k] - mean)
-    return total
-
-
-@inlined
-def _plane_total(x, c, shift):
-    """Sum of x - shift of a channel."""
-    total = 0.0
-    for i in range(x.shape[0]):
-        for k in range(x.shape[2]):
-            total += x[i, c, k] - shift
-    return total
-
-
-@inlined
-def _plane_ends(x, c, lows, highs):
-    """Smallest and largest value of a channel, where all are finite.
-
-    They are found for each of some places, side by side: in one number, vector registers would have
-    to know an order of nan. Four values at a time come to a place.
-    """
-    lows[:], highs[:], places = np.inf, -np.inf, lows.shape[0]
-    for i in range(x.shape[0]):
-        plane, length = x[i, c], x.shape[2]
-        step = 4 * places
-        for at in range(0, length // step * step, step):
-            one, two = plane[at : at + places], plane[at + places : at + 2 * places]
-            three = plane[at + 2 * places : at + 3 * places]
-            four = plane[at + 3 * places : at + step]
-            for j in range(places):
-                a, b, third, fourth = one[j], two[j], three[j], four[j]
-                lows[j] = _less(lows[j], _less(_less(a, b), _less(third, fourth)))
-                highs[j] = _more(highs[j], _more(_more(a, b), _more(third, fourth)))
-        for at in range(length // step * step, length, places):
-            one = plane[at : min(at + places, length)]
-            for j in range(one.shape[0]):
-                lows[j], highs[j] = _less(lows[j], one[j]), _more(highs[j], one[j])
-    return lows.min(), highs.max()
-
-
-@inlined
-def _plane_sums(dy, x, c, center, low, high):
-    """Sums of dy and dy * (x - center), and how many values are at most `low`, at least `high`."""
-    total = product = 0.0
-    below = above = 0
-    for i in range(x.shape[0]):
-        for k in range(x.shape[2]):
-            value = x[i, c, k]
-            total += dy[i, c, k]
-            product += dy[i, c, k] * (value - center)
-            below += value <= low
-            above += value >= high
-    return total, product, below, above
-
-
-@inlined
-def _plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high):
-    """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
-    dtype = x.dtype.type
-    on_dy, constant, zero = dtype(on_dy), dtype(constant), dtype(0)
-    on_low, on_high = dtype(on_low), dtype(on_high)
-    if leaves(dx, dx.shape[2]):
-        one, beyond = dtype(1), np.empty(x.shape[2], x.dtype)
-        for i in range(x.shape[0]):
-            above, row, out = dy[i, c], x[i, c], dx[i, c]
-            for k in range(x.shape[2]):
-                value = row[k]
-                down, up = on_low if value <= low else zero, on_high if value >= high else zero
-                beyond[k] = down + up
-            for k in range(0, x.shape[2], lanes(dx)):
-                put_gradient(out, above, beyond, k, zero, on_dy, one, constant, k)
-        settle_stores()
-        return
-    for i in range(x.shape[0]):
-        for k in range(x.shape[2]):
-            value = x[i, c, k]
-            beyond = (on_low if value <= low else zero) + (on_high if value >= high else zero)
-            dx[i, c, k] = on_dy * dy[i, c, k] + constant + beyond
-
-
-# --- rows -------------------------------------------------------------------
-
-
-@inlined
-def _row_deviations(part, parts, x, first, last, center, sums):
-    """Add up abs(x - center) for each place of a row."""
-    period, totals = center.shape[0], sums[part, 0]
-    begin, end, length = stretch(part, parts, first, last, period, 2)
-    for at in range(begin, begin + length, period):
-        far = at + length
-        one, two = x[at : at + period], x[far : far + period]
-        for j in range(period):
-            totals[j] += abs(one[j] - center[j]) + abs(two[j] - center[j])
-    for at in range(begin + 2 * length, end, period):
-        row = x[at : min(at + period, end)]
-        for j in range(row.shape[0]):
-            totals[j] += abs(row[j] - center[j])
-
-
-@inlined
-def _row_ends(part, parts, x, first, last, shift, sums, ends):
-    """Add up x - shift for each place of a row, and find its smallest and largest value."""
-    period, totals, lows, highs = shift.shape[0], sums[part, 0], ends[part, 0], ends[part, 1]
-    begin, end, length = stretch(part, parts, first, last, period, 2)
-    for at in range(begin, begin + length, period):
-        far = at + length
-        one, two = x[at : at + period], x[far : far + period]
-        for j in range(period):
-            a, b, away = one[j], two[j], shift[j]
-            totals[j] += (a - away) + (b - away)
-            lows[j] = _less(_less(a, b), lows[j])
-            highs[j] = _more(_more(a, b), highs[j])
-    for at in range(begin + 2 * length, end, period):
-        row = x[at : min(at + period, end)]
-        for j in range(row.shape[0]):
-            totals[j] += row[j] - shift[j]
-            lows[j], highs[j] = _less(row[j], lows[j]), _more(row[j], highs[j])
-
-
-@inlined
-def _row_sums(part, parts, dy, x, first, last, table, sums, counts):
-    """Sum dy and dy * (x - center) for each place of a row, count values at or beyond the ends.
-
-    Counts have the type of the data, which holds those of a place exactly.
-    """
-    center, lows, highs = table[0], table[1], table[2]
-    totals, products, below, above = sums[part, 0], sums[part, 1], counts[part, 0], counts[part, 1]
-    period, none, one_more = center.shape[0], x.dtype.type(0), x.dtype.type(1)
-    begin, end, length = stretch(part, parts, first, last, period, 2)
-    for at in range(begin, begin + length, period):
-        far = at + length
-        one, two = x[at : at + period], x[far : far + period]
-        g, g_two = dy[at : at + period], dy[far : far + period]
-        for j in range(period):
-            a, b, low, high = one[j], two[j], lows[j], highs[j]
-            totals[j] += g[j] + g_two[j]
-            products[j] += g[j] * (a - center[j]) + g_two[j] * (b - center[j])
-            below[j] += (one_more if a <= low else none) + (one_more if b <= low else none)
-            above[j] += (one_more if a >= high else none) + (one_more if b >= high else none)
-    for at in range(begin + 2 * length, end, period):
-        stop = min(at + period, end)
-        g, row = dy[at:stop], x[at:stop]
-        for j in range(row.shape[0]):
-            a = row[j]
-            totals[j] += g[j]
-            products[j] += g[j] * (a - center[j])
-            below[j] += one_more if a <= lows[j] else none
-            above[j] += one_more if a >= highs[j] else none
-
-
-@inlined
-def _row_gradient(part, parts, dy, x, dx, first, last, table):
-    """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
-    lows, highs, on_dy, constant = table[1], table[2], table[3], table[4]
-    on_low, on_high, zero = table[5], table[6], x.dtype.type(0)
-    period, unit, made = lows.shape[0], x.dtype.type(1), np.empty(lows.shape[0], x.dtype)
-    begin, end, _ = stretch(part, parts, first, last, period, 1)
-    past = leaves(dx, period) and leaves(dx, begin)
-    for block in range(blocks(end - begin, period) - 1, -1, -1):
-        start, to = block_of(block, period, begin, end)
-        for at in range(start, to, period):
-            stop = min(at + period, end)
-            g, row, out = dy[at:stop], x[at:stop], dx[at:stop]
-            if past and stop - at == period:
-                for j in range(period):
-                    value, down, up = row[j], on_low[j], on_high[j]
-                    down, up = down if value <= lows[j] else zero, up if value >= highs[j] else zero
-                    made[j] = down + up
-                for j in range(0, period, lanes(dx)):
-                    put_gradient(out, g, made, j, zero, on_dy, unit, constant, j)
-                continue
-            for j in range(row.shape[0]):
-                value, down, up = row[j], on_low[j], on_high[j]
-                beyond = (down if value <= lows[j] else zero) + (up if value >= highs[j] else zero)
-                out[j] = on_dy[j] * g[j] + constant[j] + beyond
-    if past:
-        settle_stores()
 
 
 # --- forward ----------------------------------------------------------------
@@ -271,12 +78,12 @@ def _forward_planes(part, parts, kind, x, y, weight, bias, used, ends, eps):
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         if kind == L1:
             mean, _ = plane_moments(x, c, 0, x.shape[0], True)
-            spread = _L1 * _plane_deviation(x, c, mean) / count
+            spread = _L1 * plane_deviation(x, c, mean) / count
             low = high = dtype(mean)
         else:
             shift = np.float64(x[0, c, 0])
-            mean = shift + _plane_total(x, c, shift) / count
-            low, high = _plane_ends(x, c, lows, highs)
+            mean = shift + plane_total(x, c, shift) / count
+            low, high = plane_ends(x, c, lows, highs)
             spread = _range(low, high, mean, count, used)
         _remember(used, ends, c, mean, spread, low, high)
         scale = weight[c] / math.sqrt(used[1, 0, c] + eps)
@@ -300,7 +107,7 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
             used[0, 0, c], _ = settle(total[0, c], total[1, c], count, away, True)
             table[0, :, c] = used[0, 0, c]
         sums[:] = 0
-        fork(_row_deviations, parts, (x, 0, x.shape[0], rows[0], sums))
+        fork(row_deviations, parts, (x, 0, x.shape[0], rows[0], sums))
         total = channel_sums(sums, shape)
         for c in range(channels):
             mean = used[0, 0, c]
@@ -308,7 +115,7 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
     else:
         places = np.empty((parts, 2, period), x.dtype)
         places[:, 0], places[:, 1] = np.inf, -np.inf
-        fork(_row_ends, parts, (x, 0, x.shape[0], rows[0], sums, places))
+        fork(row_ends, parts, (x, 0, x.shape[0], rows[0], sums, places))
         total, found = channel_sums(sums, shape), places.reshape(parts, 2, repeats, channels, inner)
         for c in range(channels):
             mean = np.float64(table[0, 0, c, 0]) + total[0, c] / count
@@ -404,13 +211,13 @@ def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, used,
     channels, count = x.shape[1], x.shape[0] * x.shape[2]
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         low, high = ends[0, c], ends[1, c]
-        total, product, below, above = _plane_sums(dy, x, c, used[0, 0, c], low, high)
+        total, product, below, above = plane_sums(dy, x, c, used[0, 0, c], low, high)
         db[c] = total
         dw[c], on_dy, constant, on_low, on_high = _flow(
             kind, eps, weight[c], total / count, product, used[1, 0, c], count, below, above
         )
         if wanted:
-            _plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
+            plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
 
 
 @inlined
@@ -423,7 +230,7 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
     for c in range(channels):
         table[0, :, c], table[1, :, c], table[2, :, c] = used[0, 0, c], ends[0, c], ends[1, c]
     rows = table.reshape(7, -1)
-    fork(_row_sums, parts, (dy, x, 0, x.shape[0], rows, sums, counts))
+    fork(row_sums, parts, (dy, x, 0, x.shape[0], rows, sums, counts))
     total, beyond = channel_sums(sums, shape), channel_sums(counts, shape)
     for c in range(channels):
         db[c] = total[0, c]
@@ -443,7 +250,7 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
         table[3, :, c], table[4, :, c] = on_dy, constant
         table[5, :, c], table[6, :, c] = on_low, on_high
     if wanted:
-        fork(_row_gradient, parts, (dy, x, dx, 0, x.shape[0], rows))
+        fork(row_gradient, parts, (dy, x, dx, 0, x.shape[0], rows))
 
 
 @jit
