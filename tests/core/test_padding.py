@@ -1,5 +1,6 @@
 """Padding of sequences, end to end: valid positions are those of the examples without padding."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -182,6 +183,73 @@ def test_a_conformer_of_transformers_reads_the_attention_mask() -> None:
     for row, example, length in zip(found, x, lengths, strict=True):
         alone = model(example[None, :length]).last_hidden_state[0]
         torch.testing.assert_close(row[:length], alone, rtol=1e-4, atol=1e-5)
+
+
+def parakeet() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ParakeetEncoderConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        num_mel_bins=16, subsampling_conv_channels=4, subsampling_factor=4, conv_kernel_size=3,
+        dropout=0.0, dropout_positions=0.0, layerdrop=0.0, attention_dropout=0.0,
+        activation_dropout=0.0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return anybatch.convert(transformers.ParakeetEncoder(config).double(), "bn")
+
+
+@pytest.mark.parametrize("size", [30, 37])
+def test_a_parakeet_encoder_sees_no_padding_behind_its_subsampling(size: int) -> None:
+    """The sequence is halved twice by convolutions of two dimensions."""
+    model, lengths = parakeet().eval(), [30, 19, 9]
+    x = torch.randn(3, size, 16, dtype=torch.float64)
+    mask = torch.arange(size) < torch.tensor(lengths).unsqueeze(1)
+    with anybatch.masked(model, zero=True):
+        found = model(x, attention_mask=mask).last_hidden_state
+    plain = model(x, attention_mask=mask).last_hidden_state
+    wrong = torch.zeros(())
+    for row, other, example, length in zip(found, plain, x, lengths, strict=True):
+        alone = model(example[None, :length], attention_mask=torch.ones(1, length).bool())
+        expected = alone.last_hidden_state[0]
+        torch.testing.assert_close(row[: len(expected)], expected)
+        wrong = wrong.maximum((other[: len(expected)] - expected).detach().abs().max())
+    assert wrong > 1e-4  # features behind the end reach the first convolution
+
+
+def test_a_parakeet_encoder_trains_as_without_padding() -> None:
+    """Examples of one length: the batch with padding and the one without have equal statistics."""
+    model = parakeet()
+    other = copy.deepcopy(model)
+    x = torch.randn(3, 37, 16, dtype=torch.float64)
+    mask = (torch.arange(37) < 22).expand(3, 37)
+    with anybatch.masked(model, zero=True):
+        found = model(x, attention_mask=mask).last_hidden_state
+    expected = other(x[:, :22], attention_mask=mask[:, :22]).last_hidden_state
+    torch.testing.assert_close(found[:, : expected.shape[1]], expected)
+    dy = torch.randn_like(expected)
+    (found[:, : expected.shape[1]] * dy).sum().backward()
+    (expected * dy).sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
+def test_a_wav2vec2_bert_encoder_has_no_statistics_that_padding_could_reach() -> None:
+    """It has layer norms alone, and sets padding to zero itself where it has the mask."""
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        conv_depthwise_kernel_size=5, feature_projection_input_dim=16, layerdrop=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.Wav2Vec2BertModel(config).double().eval()
+    x, lengths = torch.randn(3, 14, 16, dtype=torch.float64), [14, 9, 5]
+    mask = (torch.arange(14) < torch.tensor(lengths).unsqueeze(1)).long()
+    plain = model(x, attention_mask=mask).last_hidden_state
+    with anybatch.masked(model, zero=True):
+        found = model(x, attention_mask=mask).last_hidden_state
+    for row, other, example, length in zip(found, plain, x, lengths, strict=True):
+        alone = model(example[None, :length], attention_mask=mask[:1, :length]).last_hidden_state[0]
+        torch.testing.assert_close(row[:length], alone)
+        torch.testing.assert_close(other[:length], alone)
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,9 @@ def masked(
 
     Statistics alone do not keep padding out: a convolution mixes it into valid positions. With
     ``zero=True``, padding at the end of sequences is set to 0 before convolutions and poolings of
-    one dimension and after norms, the lengths follow their strides and kernels, and torch's group
-    norms normalize by valid positions. An example's output there is then that without padding.
+    one or two dimensions and after norms, the lengths follow their strides and kernels, and torch's
+    group norms normalize by valid positions. An example's output there is then that without
+    padding.
 
     Args:
         model: A network with anybatch layers; with `zero`, also one with group norms alone.

@@ -8,14 +8,18 @@ from torch import Tensor, nn
 
 from anybatch.core.norm_layer import NormLayer
 
-_FOLLOWED = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d)
+_FOLLOWED = (
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d),
+    *(nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
+)
 
 
 class SequenceLengths:
     """Hooks that give each norm the valid lengths of its input, and set padding to zero.
 
-    A convolution or pooling of one dimension gives an example of length ``n`` the length that it
-    has alone. Lengths are known by the size of the dimension, and of a convolution's output itself.
+    A convolution or pooling gives an example of length ``n`` the length that it has alone. Lengths
+    are known by the size of the dimension, and of a convolution's output itself; in two dimensions
+    the sequence is the first one whose size is known.
 
     Args:
         model: The network.
@@ -80,36 +84,49 @@ class SequenceLengths:
             self._start(lengths, size)
 
     def _of(self, x: Tensor) -> Tensor | None:
-        """The valid lengths of a tensor ``(N, C, L)``; None if they are not known."""
+        """The valid lengths of ``(N, C, L)``, or of two dimensions; None if they are not known."""
         lengths: Tensor | None = getattr(x, "valid_lengths", None)
-        if lengths is not None or x.dim() != 3:
+        if lengths is not None or x.dim() not in (3, 4):
             return lengths
-        if not self.known and self.given[0] is not None:
+        if not self.known and self.given[0] is not None and x.dim() == 3:
             self._start(self.given[0], x.shape[2])
-        lengths = self.known.get(x.shape[2])
+        lengths = self.known.get(x.shape[self._axis(x)])
         return None if lengths is None or len(lengths) != len(x) else lengths.to(x.device)
+
+    def _axis(self, x: Tensor) -> int:
+        """The dimension of the sequence."""
+        return 3 if x.dim() == 4 and x.shape[2] not in self.known else 2
 
     def _before_convolution(self, module: nn.Module, args: Any) -> Any:
         lengths = self._of(args[0])
         if lengths is None or not self.zero:
             return None
-        lowest = torch.finfo(args[0].dtype).min if isinstance(module, nn.MaxPool1d) else 0.0
-        return (_filled(args[0], lengths, lowest), *args[1:])
+        pools = isinstance(module, (nn.MaxPool1d, nn.MaxPool2d))
+        lowest = torch.finfo(args[0].dtype).min if pools else 0.0
+        return (_filled(args[0], lengths, lowest, self._axis(args[0])), *args[1:])
 
     def _after_convolution(self, module: nn.Module, args: Any, output: Any) -> Any:
         lengths = self._of(args[0]) if isinstance(output, Tensor) else None
         if lengths is None:
             return None
-        lengths = _length_after(module, lengths).clamp(0, output.shape[2])
-        other = self.known.get(output.shape[2])
-        self.known[output.shape[2]] = lengths if other is None else other.maximum(lengths)
+        axis = self._axis(args[0])
+        size = output.shape[axis]
+        lengths = _length_after(module, lengths, axis - 2).clamp(0, size)
+        other = self.known.get(size)
+        self.known[size] = lengths if other is None else other.maximum(lengths)
         if self.zero and isinstance(module, nn.ConvTranspose1d):  # shorter than what it is added to
             output = _filled(output, lengths, 0.0)
         output.valid_lengths = lengths
         return output
 
     def _before_norm(self, layer: NormLayer, args: Any) -> None:
-        lengths, size = self._of(args[0]), args[0].shape[-1]
+        x, lengths = args[0], self._of(args[0])
+        if lengths is not None and x.dim() == 4:
+            axis = self._axis(x)
+            valid = mask_of(lengths, x.shape[axis]).unsqueeze(4 - axis)
+            layer.mask = valid.expand(-1, *x.shape[2:])
+            return
+        size = x.shape[-1]
         if lengths is None and self.known:
             lengths, size = self.known[self.first], self.first
         layer.mask = None if lengths is None else mask_of(lengths, size)
@@ -118,14 +135,14 @@ class SequenceLengths:
         lengths = self._of(args[0]) if self.zero else None
         if lengths is None:
             return None
-        output = _filled(output, lengths, 0.0)
+        output = _filled(output, lengths, 0.0, self._axis(output))
         output.valid_lengths = lengths  # type: ignore[attr-defined]
         return output
 
     def _after_group_norm(self, module: nn.GroupNorm, args: Any, output: Tensor) -> Tensor | None:
         """Normalize again, each example by its valid positions."""
         x, lengths = args[0], self._of(args[0]) if self.zero else None
-        if lengths is None:
+        if lengths is None or x.dim() != 3:
             return None
         groups = _filled(x, lengths, 0.0).unflatten(1, (module.num_groups, -1))
         values = groups.shape[2] * lengths.clamp(min=1).view(-1, 1, 1, 1)
@@ -163,16 +180,18 @@ def mask_of(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
 
 
-def _filled(x: Tensor, lengths: Tensor, value: float) -> Tensor:
-    return x.masked_fill(~mask_of(lengths, x.shape[2]).unsqueeze(1), value)
+def _filled(x: Tensor, lengths: Tensor, value: float, axis: int = 2) -> Tensor:
+    shape = [len(lengths), *(1,) * (x.dim() - 1)]
+    shape[axis] = x.shape[axis]
+    return x.masked_fill(~mask_of(lengths, x.shape[axis]).view(shape), value)
 
 
-def _length_after(module: nn.Module, lengths: Tensor) -> Tensor:
-    """The lengths that examples would have alone after a convolution or pooling."""
+def _length_after(module: nn.Module, lengths: Tensor, dim: int) -> Tensor:
+    """The lengths that examples would have alone after a convolution or pooling along `dim`."""
 
     def number(name: str, default: int) -> int:
         value: Any = getattr(module, name, default)
-        return int(value[0] if isinstance(value, tuple) else value)
+        return int(value[dim] if isinstance(value, tuple) else value)
 
     kernel, stride = number("kernel_size", 1), number("stride", 1)
     dilation = number("dilation", 1)
