@@ -2,7 +2,9 @@
 
 from itertools import product
 
+import anybatch
 import selection
+from method_cases import NAMES, make
 
 
 def cases(**values: list[object]) -> list[dict[str, object]]:
@@ -42,3 +44,16 @@ def test_one_method_of_each_family_is_fast_and_every_method_in_some_test() -> No
 def test_values_without_a_hash_are_told_apart() -> None:
     first, second = {"a": 1}, {"a": 1}
     assert selection.chosen(cases(x=[first, second], y=[1, 2]), "test") == {0, 3}
+
+
+def test_every_method_belongs_to_a_family() -> None:
+    """A method that does not would have all of its cases among the fast ones."""
+    assert set(anybatch.METHODS) == selection.METHODS
+
+
+def test_every_warm_up_of_the_contract_is_short() -> None:
+    """Its tests train for some 30 steps; `QUICK` in `method_cases` has settings."""
+    for name in NAMES:
+        options = make(name).own_arguments()
+        waits = {key: value for key, value in options.items() if "warmup" in key or "burn" in key}
+        assert all(value < 20 for value in waits.values()), (name, waits)

@@ -36,7 +36,7 @@ class ScopedLayer(NormState):
         return None
 
     def own_arguments(self) -> Mapping[str, Any]:
-        """The method's own arguments, for the layer's repr."""
+        """The method's own arguments: in the layer's repr, and compared between processes."""
         return {}
 
     @property
