@@ -90,19 +90,22 @@ def _load(model: nn.Module, file: Path) -> None:
 
 
 def diagnosis_table(found: Diagnosis, title: str) -> Table:
-    """Build the table for the terminal."""
+    """Build the table for the terminal, without columns of which nothing was measured."""
     styles = {"noisy": "red", "borderline": "yellow"}
     rows = []
-    for _, (name, _, *rest) in found.rows():
-        rows.append((name, *(text.partition(" (")[0] for text in rest)))
+    for _, (name, _, values, acts_as, *rest) in found.rows():
+        short = acts_as if acts_as == "-" else f"{acts_as} of {values}"
+        rows.append((name, short, *(text.partition(" (")[0] for text in rest)))
+    head = (HEAD[0], "acts as", *(title.replace("variance", "var") for title in HEAD[4:]))
+    shown = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
     return terminal_table(
-        (HEAD[0], *HEAD[2:]),
-        rows,
+        [head[k] for k in shown],
+        [[row[k] for k in shown] for row in rows],
         title=title,
         caption="noise from batch to batch; a single value's is 1",
         styles=[styles.get(word) for word, _ in found.rows()],
         left=(HEAD[-1],),
-        wrapped=(HEAD[0],),
+        wrapped=(HEAD[0], HEAD[-1]),
     )
 
 
