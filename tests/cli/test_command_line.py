@@ -243,7 +243,7 @@ def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("out/runs/*.json")):
+    while not list(tmp_path.glob("out/runs/[!.]*.json")):  # hidden ones are not in place yet
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -252,7 +252,7 @@ def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
     assert process.returncode == 130
     assert "To go on" in text
     assert "Traceback" not in text
-    for path in tmp_path.glob("out/runs/*.json"):
+    for path in tmp_path.glob("out/runs/[!.]*.json"):
         json.loads(path.read_text())
 
 
@@ -332,7 +332,7 @@ def test_every_command_prints_json(command: str) -> None:
 
 def test_what_trains_or_measures_takes_a_file_of_options_and_a_folder() -> None:
     with_file = {command for command in COMMANDS if "--config" in options_of(command)}
-    assert with_file == set(COMMANDS) - {"methods"}
+    assert with_file == set(COMMANDS) - {"methods", "check"}  # which take no network
     assert all({"--output", "--device", "--option"} <= set(options_of(c)) for c in with_file)
 
 

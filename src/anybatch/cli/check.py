@@ -18,7 +18,9 @@ def check(
         str | None,
         typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of the timing; 0 for none.")] = 5,
+    rounds: Annotated[
+        int, typer.Option(help="Rounds, in each of which every method has a turn.")
+    ] = 5,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:

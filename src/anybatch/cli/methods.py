@@ -10,7 +10,10 @@ from anybatch.cli.console import console, plain_errors
 from anybatch.cli.options import AsJson, complete_methods
 from anybatch.registry import METHODS, Method, get_method
 
-Name = Annotated[str | None, typer.Argument(autocompletion=complete_methods)]
+Name = Annotated[
+    str | None,
+    typer.Argument(help="Short name. Default: all methods.", autocompletion=complete_methods),
+]
 
 
 @plain_errors()

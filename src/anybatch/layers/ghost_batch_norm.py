@@ -115,15 +115,17 @@ def track_groups(layer: NormLayer, mean: Tensor | None, var: Tensor, batch: Batc
     Groups with one value per channel have no variance to track and are left out.
     """
     assert mean is not None
-    counts = batch.counts
+    counts, together = batch.counts, active_group(layer.process_group) is not None
+    if counts is None and not together and max(batch.sizes) * batch.values < 2:
+        return
     if counts is None:
         counts = torch.stack([var.new_full((1,), n * batch.values) for n in batch.sizes])
     mean, var = mean.view(-1, mean.shape[-1]), var.view(-1, var.shape[-1])
     counts = counts.view(-1, 1)
     tracked = counts > 1
     # Micro-batches of an optimizer step weigh by their examples, masked ones by their values.
-    alone = batch.counts is None and active_group(layer.process_group) is None
-    weights = torch.where(tracked, counts, 0) / (batch.values if alone else 1)
+    examples = batch.counts is None and not together
+    weights = torch.where(tracked, counts, 0) / (batch.values if examples else 1)
     unbiased = var * (counts / (counts - 1).clamp(min=1))
     first = (torch.where(tracked, mean, 0) * weights).sum(0)
     second = (torch.where(tracked, unbiased, 0) * weights).sum(0)
