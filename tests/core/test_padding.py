@@ -214,6 +214,17 @@ def test_a_parakeet_encoder_sees_no_padding_behind_its_subsampling(size: int) ->
     assert wrong > 1e-4  # features behind the end reach the first convolution
 
 
+def test_lengths_are_followed_through_a_subsampling_of_two_dimensions() -> None:
+    model, lengths = parakeet().eval(), torch.tensor([37, 19, 9])
+    x = torch.randn(3, 37, 16, dtype=torch.float64)
+    mask = torch.arange(37) < lengths.unsqueeze(1)
+    with anybatch.masked(model, zero=True):
+        expected = model(x, attention_mask=mask).last_hidden_state
+    with anybatch.masked(model, lengths=lengths, zero=True):
+        found = model(x, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_parakeet_encoder_trains_as_without_padding() -> None:
     """Examples of one length: the batch with padding and the one without have equal statistics."""
     model = parakeet()
@@ -259,6 +270,8 @@ def test_a_wav2vec2_bert_encoder_has_no_statistics_that_padding_could_reach() ->
         ({"mask": torch.ones(2, 4).bool(), "lengths": torch.ones(2).long()}, "both given"),
         ({"mask": torch.tensor([[0, 1], [1, 1]]), "zero": True}, "at the end of sequences"),
         ({"lengths": torch.ones(2)}, "whole numbers"),
+        ({"lengths": torch.tensor([3, -1])}, "lengths from -1: give whole numbers from 0 on"),
+        ({"mask": torch.tensor([3, 2])}, r"values up to 3: .* give lengths="),
     ],
 )
 def test_wrong_masks_and_lengths_are_refused(arguments: dict, words: str) -> None:
@@ -274,6 +287,11 @@ def test_what_a_forward_lacks_is_named() -> None:
     model = network("temporal")
     with anybatch.masked(model, zero=True), pytest.raises(ValueError, match="attention_mask="):
         model(torch.randn(2, 3, 8, dtype=torch.float64))
+    with (
+        anybatch.masked(model, zero=True),
+        pytest.raises(TypeError, match="attention_mask of type"),
+    ):
+        model(torch.randn(2, 3, 8, dtype=torch.float64), attention_mask=torch.zeros(2, 8))
     lengths = torch.tensor([9, 2])
     with (
         anybatch.masked(model, lengths=lengths),

@@ -28,8 +28,9 @@ def check(
 
         anybatch check
 
-    Each is compared with torch's operators, and timed beside nn.BatchNorm2d. The exit code is 1 if
-    one disagrees. check.json has all results: attach it to a report of a fault.
+    Without --methods all are checked. Each is compared with torch's operators, and timed beside
+    nn.BatchNorm2d. The exit code is 1 if one disagrees. check.json has all results: attach it to a
+    report of a fault.
     """
     from anybatch.tools import check as checks
 

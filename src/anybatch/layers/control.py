@@ -171,6 +171,7 @@ def masked(
 
     Raises:
         ValueError: If there is no layer; for both a mask and lengths, or neither without `zero`;
+            for lengths given as a mask, or negative ones;
             with `zero`, for a mask that is not padded at the end; in a forward, if it does not fit
             a layer's input.
         TypeError: For a mask or lengths of floating point.
@@ -192,6 +193,13 @@ def masked(
             what = value.dtype if isinstance(value, Tensor) else type(value).__name__
             wanted = "bool, true where input is valid" if name == "mask" else "whole numbers"
             raise TypeError(f"{name} of type {what}: give a tensor of {wanted}")
+    if mask is not None and mask.dim() == 1 and bool((mask > 1).any()):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} with values up to {int(mask.max())}: it says which "
+            "examples are valid; give lengths= for the valid positions of each"
+        )
+    if lengths is not None and bool((lengths < 0).any()):
+        raise ValueError(f"lengths from {int(lengths.min())}: give whole numbers from 0 on")
     layers = select(model, where, optional=zero)
     if zero or lengths is not None:
         size = None if mask is None else mask.shape[-1]

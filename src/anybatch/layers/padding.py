@@ -79,6 +79,11 @@ class SequenceLengths:
                 raise ValueError(
                     "masked: give mask=, lengths=, or call the model with attention_mask="
                 )
+            if mask.is_floating_point():
+                raise TypeError(
+                    f"attention_mask of type {mask.dtype}: give one of bool or whole numbers, 1 "
+                    "where input is valid"
+                )
             lengths, size = lengths_of(mask), mask.shape[1]
         if size is not None:
             self._start(lengths, size)
@@ -88,8 +93,9 @@ class SequenceLengths:
         lengths: Tensor | None = getattr(x, "valid_lengths", None)
         if lengths is not None or x.dim() not in (3, 4):
             return lengths
-        if not self.known and self.given[0] is not None and x.dim() == 3:
-            self._start(self.given[0], x.shape[2])
+        if not self.known and self.given[0] is not None:  # padded to the longest, else the first
+            longest = int(self.given[0].max())
+            self._start(self.given[0], longest if longest in x.shape[2:] else x.shape[2])
         lengths = self.known.get(x.shape[self._axis(x)])
         return None if lengths is None or len(lengths) != len(x) else lengths.to(x.device)
 
