@@ -92,14 +92,9 @@ class BatchGroupNorm(NormLayer):
                 f"num_groups={num_groups} does not divide num_features={num_features}: "
                 f"give one of {', '.join(map(str, divisors))}"
             )
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=1 / examples_per_group if example_weight is None else example_weight,

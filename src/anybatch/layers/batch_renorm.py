@@ -97,14 +97,9 @@ class BatchRenorm(NormLayer):
             raise ValueError(f"max_d={max_d!r}: give a number from 0 on")
         if warmup_steps != 0:
             check_count("warmup_steps", warmup_steps)
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,

@@ -79,14 +79,9 @@ class GhostBatchNorm(NormLayer):
         outlier_limit: float | None = None,
     ) -> None:
         check_count("ghost_size", ghost_size)
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,

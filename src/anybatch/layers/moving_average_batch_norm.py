@@ -382,14 +382,9 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
                 check_count(f"{name}_steps", steps)
         for name, choice in (("forward", forward_stats), ("backward", backward_stats)):
             check_choice(f"{name}_stats", choice, ("ema", "sma", "batch"))
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,

@@ -152,14 +152,9 @@ class SampledBatchNorm(NormLayer):
             check_count("ranks", ranks)
             if process_group is None:
                 raise ValueError(f"ranks={ranks}: give the process_group that they are of")
+        shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
+            *shared,
             bias=bias,
             norm_batch_size=norm_batch_size,
             example_weight=example_weight,
