@@ -77,7 +77,7 @@ def train(method: str, data: Data, seed: int, steps: int) -> nn.Module:
 
 
 def starts(size: int) -> list[int]:
-    """Where tiles begin along a side."""
+    """The first pixels of tiles along a side."""
     return [*range(0, size - TILE, STEP), size - TILE]
 
 

@@ -103,7 +103,7 @@ def dice(model: nn.Module, data: list[Batch]) -> float:
 
 @torch.no_grad()
 def moved_by_far_content(model: nn.Module) -> float:
-    """How far the near end of a scan's output moves if its far end changes, in per cent."""
+    """Change of the near end of a scan's output if its far end changes, in per cent."""
     scan = torch.rand(1, 1, 16, 16, 128)
     changed = scan.clone()
     changed[..., 96:] *= 10

@@ -1,4 +1,4 @@
-"""What people change of a layer between two batches."""
+"""Changes that people make to a layer between two batches."""
 
 from collections.abc import Callable
 from typing import Any

@@ -8,6 +8,7 @@ Every method is ``moments -> rule -> affine`` forward and ``sums -> rule -> grad
 from anybatch.backends.aten.elementary import example_affine, example_moments
 from anybatch.backends.aten.masked import (
     all_counts,
+    as_counts,
     masked_counts,
     masked_moments,
     masked_second_moment,
@@ -35,6 +36,7 @@ __all__ = [
     "BACKENDS",
     "affine",
     "all_counts",
+    "as_counts",
     "dense",
     "exact_gradient",
     "example_affine",

@@ -27,7 +27,7 @@ _faults: dict[_Key, str | None] = {}  # None: they agree
 
 
 def fault_of(backend: Backend, call: NormCall, x: Tensor, layer: Any) -> str | None:
-    """Why kernels that could serve a batch must not; tries them if this device has not yet.
+    """Give the reason why kernels must not serve a batch; try them if this device has not yet.
 
     Args:
         backend: The backend.

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
         return sum(self.sizes)
 
     def is_one_value(self) -> bool:
-        """Whether it gives one value per channel, which has no variance."""
+        """True where it gives one value per channel, which has no variance."""
         return self.examples() * self.values == 1
 
     def number(self) -> int | Tensor:
@@ -73,7 +73,7 @@ class Batch(NamedTuple):
 
 
 class _Updates(threading.local):
-    """Whether forwards of this thread change the state of layers.
+    """The setting by which forwards of this thread change the state of layers.
 
     The value is set on the object and not on its class: a compiled graph that reads it from the
     class has no guard that fails when the object gets a value of its own.

@@ -150,13 +150,11 @@ class RuleLayer(ScopedLayer):
         if counts is None:
             return self._guarded(mean, var, batch, update)
         enough = self._enough(counts)
-        var = torch.where(enough, var, torch.nan)  # which no state takes
-        remembered = self._fallback(var.dtype)
-        chosen = self._guarded(mean, var, batch, update)
+        chosen = self._guarded_where(enough, mean, var, batch, update)
         if update:
             self._uncount(counts)
             self._take_back(self.method.forward, enough)
-        return self._with_fallback(enough, chosen, remembered).of(counts)
+        return chosen.of(counts)
 
     def _uncount(self, counts: Tensor) -> None:
         """Undo the `num_batches_tracked` increment for a batch with too few values."""
@@ -200,11 +198,16 @@ class RuleLayer(ScopedLayer):
         batch = Batch(cut.sizes, values, seen, counts)
         if counts is None:
             return self._guarded(mean, var, batch, update)
-        enough = self._enough(seen.total)
+        return self._guarded_where(self._enough(seen.total), mean, var, batch, update).of(counts)
+
+    def _guarded_where(
+        self, enough: Tensor, mean: Tensor | None, var: Tensor, batch: Batch, update: bool
+    ) -> Statistics:
+        """Apply the rule where there are enough values; remembered statistics elsewhere."""
         var = torch.where(enough, var, torch.nan)  # which no state takes
         remembered = self._fallback(var.dtype)
         chosen = self._guarded(mean, var, batch, update)
-        return self._with_fallback(enough, chosen, remembered).of(counts)
+        return self._with_fallback(enough, chosen, remembered)
 
     def _fallback(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Copies of the remembered mean and variance, a number a channel group."""
@@ -253,6 +256,6 @@ class RuleLayer(ScopedLayer):
         return Moments(None, backends.second_moment(x, sizes))
 
     def _lacks_values(self, cut: Partition, values: int) -> bool:
-        """Whether some groups have one value each, and therefore no statistics."""
+        """True where some groups have one value each, and therefore no statistics."""
         several_each = values * (self.num_features // self.columns) > 1
         return self.centered and not several_each and min(cut.sizes) < 2

@@ -35,7 +35,7 @@ class BoundBatch(NamedTuple):
 
 
 class BoundState:
-    """What passes from the bound layer's forward to this one's; nothing of it lasts.
+    """State passed from the bound layer's forward to this layer's; nothing of it lasts.
 
     Attributes:
         feed: Of the bound layer's latest forward.
@@ -68,7 +68,7 @@ class BoundNormLayer(NormLayer):
     _flow: BoundState
 
     def follows(self) -> bool:
-        """Whether the bound layer's next forward counts."""
+        """True where the bound layer's next forward counts."""
         return self.training and not self.frozen
 
     def open_memory(self) -> None:
@@ -148,7 +148,7 @@ class BoundNormLayer(NormLayer):
         self._flow.weight = as_plain(output).detach()
 
     def take_feed(self, y: Tensor) -> ConvCall:
-        """What the bound layer did to make ``y``."""
+        """Give the call of the bound layer that made ``y``; it is taken once."""
         feed, self._flow.feed = self._flow.feed, None
         if self.geometry is None:
             raise RuntimeError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.backends import statistics_dtype
+from anybatch.backends import as_counts, statistics_dtype
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_batch import Batch
 from anybatch.core.norm_layer import NormLayer
@@ -114,7 +114,7 @@ def track_groups(layer: NormLayer, mean: Tensor | None, var: Tensor, batch: Batc
     if counts is None and not together and max(batch.sizes) * batch.values < 2:
         return
     if counts is None:
-        counts = torch.stack([var.new_full((1,), n * batch.values) for n in batch.sizes])
+        counts = as_counts([size * batch.values for size in batch.sizes], var)
     mean, var = mean.view(-1, mean.shape[-1]), var.view(-1, var.shape[-1])
     counts = counts.view(-1, 1)
     tracked = counts > 1

@@ -379,8 +379,7 @@ class SampledBatchNorm(NormLayer):
         numbers = tuple(sum(part.values for part in one) for one in parts)
         counts = None
         if min(numbers) < 2:
-            counts = torch.stack([rows[0][0].new_full((1,), n) for n in numbers])
-            counts = counts if len(rows) > 1 else counts.view(())
+            counts = backends.as_counts(numbers, rows[0][0])
         small = Partition(numbers, cut.steps, numbers)
         chosen = self._decide(Moments(*table_of(rows), counts), small, 1, update)
         return Statistics(*chosen[:-1])  # parts come with their own counts

@@ -16,7 +16,7 @@ from anybatch.core.reduction_scope import ReductionScope
 
 
 class StatisticsGradients(NamedTuple):
-    """How gradients are taken.
+    """Settings for the gradients of statistics.
 
     Attributes:
         order: Terms of the Taylor polynomial, 1 or 2.

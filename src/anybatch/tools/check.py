@@ -37,7 +37,7 @@ Show = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Checked:
-    """How one method in one type and format is served on a device.
+    """One method in one type and format on a device: its backend, agreement and speed.
 
     Attributes:
         device: Device.

@@ -4,6 +4,8 @@ A mask is ``(N, 1, ...)``, true where a value counts, of the activation's spatia
 for every channel. How many count is known on the device alone: nothing here waits for it.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,9 +65,14 @@ def all_counts(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Values a channel where all are valid, as `masked_counts` gives them."""
     like = torch.empty((), dtype=statistics_dtype(x), device=x.device)
     values = x.shape[2:].numel()
-    if len(sizes) == 1:
-        return like.new_full((), sizes[0] * values)
-    return torch.stack([like.new_full((1,), size * values) for size in sizes])
+    return as_counts([size * values for size in sizes], like)
+
+
+def as_counts(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """Values per channel of each group: a number of one group, else a column ``(G, 1)``."""
+    if len(numbers) == 1:
+        return like.new_full((), numbers[0])
+    return torch.stack([like.new_full((1,), number) for number in numbers])
 
 
 def _places(x: Tensor, sizes: tuple[int, ...], like: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class TritonBackend:
 
 
 class _Work:
-    """What launches the kernels of a plan, and whether they have run before."""
+    """The launcher of a plan's kernels, and whether they have run before."""
 
     def __init__(self, kernels: Any) -> None:
         self.kernels = kernels

@@ -1,4 +1,4 @@
-"""How a norm's output changes between training and evaluation, and between tiles of an image."""
+"""Changes of a norm's output between training and evaluation, and between tiles of an image."""
 
 from __future__ import annotations
 
