@@ -8,6 +8,9 @@ import torch
 
 import selection
 
+# What processes of a training import first: it computes as it is imported.
+collect_ignore = ["reliability/warm.py"]
+
 if not torch.cuda.is_available():
     # GPU kernels are tested in Triton's interpreter; Triton asks once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

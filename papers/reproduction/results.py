@@ -1,5 +1,6 @@
 """Numbers of what was reproduced, beside the papers': tables of stored rows."""
 
+import functools
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 
 from anybatch.tools.objective import objective
 from papers.reproduction.readings import MeasuredValue, of_costs, of_noise
-from papers.reproduction.runs import CostRun, RecordedRun, job_of, trained
+from papers.reproduction.runs import CostRun, Job, RecordedRun, job_of, trained
 from papers.reproduction.spec import MEASURED, Cell, Number, Reproduction, Size
 from papers.reproduction.store import Row
 
@@ -71,12 +72,17 @@ class Grid:
 def rows_of(cell: Cell, rows: Mapping[str, Row]) -> list[Row]:
     """The stored rows of a cell, in the order of their seeds."""
     seeds = sorted({int(row["seed"]) for row in rows.values()})
-    found = [rows.get(cell.run.but(seed=seed).identity) for seed in seeds]
+    found = [rows.get(_identity(cell.run, seed)) for seed in seeds]
     return [
         row
         for row in found
         if row is not None and (cell.measure != "tuned" or "weighing" in row["result"])
     ]
+
+
+@functools.cache
+def _identity(run: Job, seed: int) -> str:
+    return run.but(seed=seed).identity
 
 
 def value(cell: Cell, unit: str, seeds: int, rows: Mapping[str, Row]) -> Value | None:
@@ -187,7 +193,7 @@ def grid(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> Grid:
         head += [column, f"{column}, paper"] if column in cited else [column]
     if one.share:
         head += ["recovered", "recovered, paper"] if cited else ["recovered"]
-    lines = []
+    lines, recovered = [], shares(one, size, rows)
     for row in size.rows:
         line = [row]
         for column in size.columns:
@@ -197,7 +203,7 @@ def grid(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> Grid:
             if column in cited:
                 line.append(_number(_cited(size, row, column)))
         if one.share:
-            line.append(_share(shares(one, size, rows).get(row)))
+            line.append(_share(recovered.get(row)))
             if cited:
                 line.append(_share(_paper_share(one, size, row)))
         lines.append(tuple(line))
