@@ -80,7 +80,7 @@ class Recent2d(NormLayer):
         super().__init__(num_features, **common)
         self.length, self.most = 3, 1.5
         self.declare_state()
-        self.memory["scale"].fill_(0.9)
+        self.method_state["scale"].fill_(0.9)
 
     @rule
     def choose(

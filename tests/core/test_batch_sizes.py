@@ -108,11 +108,11 @@ def test_a_gradient_that_is_not_finite_is_not_remembered(
 ) -> None:
     layer = make("mabn", backward_stats=backward_stats, centered=centered)
     train(layer, 9)
-    before = layer.memory["backward_average"].clone()
+    before = layer.method_state["backward_average"].clone()
     x, dy = batch(2), torch.randn(2, 6, 4, 3)
     dy[0, 3, 1, 1] = torch.inf
     step(layer, x, dy)
-    after = layer.memory["backward_average"]
+    after = layer.method_state["backward_average"]
     assert after.isfinite().all()
     assert torch.equal(after[..., 3], before[..., 3])
     assert not torch.equal(after[..., 2], before[..., 2])

@@ -90,10 +90,10 @@ def test_modes_around_a_forward_are_seen() -> None:
         y = layer(x)
     assert same(state(layer), state(fresh))
     assert torch.equal(y, fresh(x))
-    before = layer.memory["step"].item()
+    before = layer.method_state["step"].item()
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     checkpoint(layer, x, use_reentrant=True).sum().backward()
-    assert layer.memory["step"].item() == before + 2  # a forward that runs again counts once
+    assert layer.method_state["step"].item() == before + 2  # a forward that runs again counts once
     layer.eval()
     fixed = torch.func.functional_call(layer, {"weight": torch.zeros(6)}, (x,))
     assert torch.equal(fixed, layer.bias.view(-1, 1, 1).expand_as(fixed))

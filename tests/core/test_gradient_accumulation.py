@@ -98,7 +98,7 @@ def test_a_shorter_step_is_ended_by_hand_or_by_the_optimizer(name: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     handle = anybatch.accumulate(nn.Sequential(by_hand), 3)
     if name == "mbn":  # which the optimizer alone does not tell of a step's examples
-        by_hand.memory["average_weight"].copy_(whole.memory["average_weight"])
+        by_hand.method_state["average_weight"].copy_(whole.method_state["average_weight"])
     anybatch.accumulate(model, optimizer=optimizer)
     for parts in (3, 1, 2, 3):
         micro = [batch(2).double() for _ in range(parts)]
@@ -345,7 +345,7 @@ def test_what_is_set_within_an_optimizer_step_stays() -> None:
     layer.set_progress(3, 3)
     weight = layer.average_weight
     train(layer, 1)
-    assert layer.memory["batch_size"] == 2
+    assert layer.method_state["batch_size"] == 2
     assert layer.average_weight == weight > 0
 
 
@@ -370,6 +370,6 @@ def test_a_window_that_the_first_batch_decides_on_accumulates(resumed: bool) -> 
         if other is not None:
             assert all(map(torch.equal, found, step(other, x, dy)))
     assert net[1].window == 8
-    assert net[1].memory["entries"] == 3
+    assert net[1].method_state["entries"] == 3
     if other is not None:
         assert same(state(net), state(other))

@@ -126,7 +126,7 @@ def test_the_keys_of_cbn_are_there_from_conversion_on() -> None:
     fresh.load_state_dict(net.state_dict())
     assert same(state(fresh), state(net))
     net.load_state_dict(anybatch.convert(_network(), "cbn").state_dict())  # of a fresh server
-    assert not net[1].memory["mean"].any()
+    assert not net[1].method_state["mean"].any()
     _train(net)
     large = anybatch.convert(_network(), "cbn")
     keys = list(large.state_dict())
@@ -141,8 +141,8 @@ def test_a_checkpoint_with_impossible_counters_empties_the_window() -> None:
     kept["1.position"].fill_(10**9)
     kept["4.entries"].fill_(-5)
     net.load_state_dict(kept)
-    assert net[1].memory["position"] == 0
-    assert net[4].memory["entries"] == 0
+    assert net[1].method_state["position"] == 0
+    assert net[4].method_state["entries"] == 0
     _train(net)
 
 

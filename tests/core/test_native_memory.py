@@ -45,7 +45,7 @@ def test_device_kernels_are_given_memory_of_the_device(kind: str) -> None:
 
 def _state_of(layer: nn.Module) -> dict[str, Tensor]:
     found = dict(layer.named_buffers())
-    return {**dict(layer.named_parameters()), **found, **layer.memory}  # type: ignore[dict-item]
+    return {**dict(layer.named_parameters()), **found, **layer.method_state}  # type: ignore[dict-item]
 
 
 STATE = [

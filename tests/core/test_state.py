@@ -43,9 +43,11 @@ def test_a_torch_checkpoint_loads_strictly_and_keeps_its_function(name: str, dim
         assert torch.allclose(layer.eval()(x), norm.eval()(x), atol=1e-5)
     fresh = make(name, dims=dims)
     for key in ("step", "count", "backward_step"):
-        if key in layer.memory:
+        if key in layer.method_state:
             open_at = fresh.warmup_steps if name == "brn" else 0  # its statistics are trained
-            assert torch.equal(layer.memory[key], torch.full_like(fresh.memory[key], open_at))
+            assert torch.equal(
+                layer.method_state[key], torch.full_like(fresh.method_state[key], open_at)
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)

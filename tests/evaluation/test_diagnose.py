@@ -405,7 +405,7 @@ def everything_of(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         hooks = (len(v) for k, v in module.__dict__.items() if "hooks" in k and v is not None)
         state[f"module {name}"] = (module.training, *hooks, getattr(module, "momentum", None))
-        for key, tensor in getattr(module, "memory", {}).items():
+        for key, tensor in getattr(module, "method_state", {}).items():
             state[f"memory {name} {key}"] = tensor.clone()
     state["calls"] = model.calls
     state["torch"] = torch.get_rng_state()

@@ -139,7 +139,9 @@ def test_many_layers_at_once(name: str) -> None:
             step(layer, x, x)
     for layer in layers:
         assert layer.num_batches_tracked == 50
-        assert all(int(layer.memory[k]) == 50 for k in ("step", "count") if k in layer.memory)
+        assert all(
+            int(layer.method_state[k]) == 50 for k in ("step", "count") if k in layer.method_state
+        )
 
 
 @pytest.mark.parametrize("name", ["bn", "mabn"])

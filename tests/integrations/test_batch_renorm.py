@@ -57,7 +57,7 @@ def test_a_checkpoint_of_sb3_contrib_goes_on(steps: int) -> None:
         copy.deepcopy(ours).eval()(x), copy.deepcopy(theirs).eval()(x), rtol=1e-4, atol=1e-5
     )
     for x in batches(4):
-        assert (theirs[1].steps > 5) == (ours[1].memory["step"] >= 5)
+        assert (theirs[1].steps > 5) == (ours[1].method_state["step"] >= 5)
         ours(x)
         theirs(x)
     torch.testing.assert_close(ours[1].running_var, theirs[1].ra_var, rtol=1e-5, atol=1e-6)

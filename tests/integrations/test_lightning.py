@@ -89,7 +89,7 @@ def plain(method: str, epochs: int, micro_batches: int, **options) -> tuple[list
 
 def memory(model: nn.Module) -> dict[str, Tensor]:
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
-    return {f"{i} {k}": t for i, layer in enumerate(layers) for k, t in layer.memory.items()}
+    return {f"{i} {k}": t for i, layer in enumerate(layers) for k, t in layer.method_state.items()}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 5])

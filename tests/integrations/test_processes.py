@@ -49,7 +49,7 @@ def data(rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 def memory(model: nn.Module) -> list[Tensor]:
     layers = [m for m in model.modules() if isinstance(m, NormLayer)]
-    return [t.clone() for layer in layers for t in layer.memory.values()]
+    return [t.clone() for layer in layers for t in layer.method_state.values()]
 
 
 def _train_all(rank: int) -> None:
@@ -108,14 +108,14 @@ def _memory_is_its_own(rank: int) -> None:
                 alone.train()(x)
         layer = model.module.stem[1]
         name = {"mbn": "mean", "mabn": "window", "cbn": "var"}[method]
-        mine = layer.memory[name].clone()
-        torch.testing.assert_close(mine, alone.stem[1].memory[name])
+        mine = layer.method_state[name].clone()
+        torch.testing.assert_close(mine, alone.stem[1].method_state[name])
         both = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(both, mine)
         assert not torch.allclose(*both)
         fresh = network(method)
         fresh.load_state_dict(copy.deepcopy(model.module.state_dict()))
-        assert torch.equal(fresh.stem[1].memory[name], mine)
+        assert torch.equal(fresh.stem[1].method_state[name], mine)
 
 
 def test_memory_survives_the_broadcast_of_buffers() -> None:
@@ -171,7 +171,9 @@ def _mixed_precision(rank: int) -> None:
         ours = [m for m in sharded.modules() if isinstance(m, NormLayer)]
         theirs = [m for m in exact.modules() if isinstance(m, NormLayer)]
         for mine, other in zip(ours, theirs, strict=True):
-            floats = [t for t in (*mine.buffers(), *mine.memory.values()) if t.is_floating_point()]
+            floats = [
+                t for t in (*mine.buffers(), *mine.method_state.values()) if t.is_floating_point()
+            ]
             assert {t.dtype for t in floats} == {torch.float32}
             assert all(p.dtype == torch.float32 for p in mine.parameters())
             close = {"rtol": 0.1, "atol": 0.05}

@@ -46,7 +46,7 @@ def test_a_policy_converts_with_its_targets_and_optimizers() -> None:
     weight = norm.weight.detach().clone()
     model.learn(40)
     assert not torch.equal(norm.weight, weight)
-    assert norm.memory["step"] == norm.num_batches_tracked > 10
+    assert norm.method_state["step"] == norm.num_batches_tracked > 10
     assert target.running_var.isfinite().all()
     assert torch.equal(target.running_mean, norm.running_mean)  # SB3 copies them
 
@@ -72,5 +72,5 @@ def test_a_policy_that_is_built_with_a_method_is_saved_and_goes_on(tmp_path: Pat
     model.save(tmp_path / "agent")
     again = sb3.SAC.load(tmp_path / "agent", env=model.get_env(), device="cpu")
     layers = [m.critic.features_extractor.body[1] for m in (model, again)]
-    assert layers[0].memory["step"] == layers[1].memory["step"] > 0
+    assert layers[0].method_state["step"] == layers[1].method_state["step"] > 0
     again.learn(25, reset_num_timesteps=False)

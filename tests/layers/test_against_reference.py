@@ -120,7 +120,7 @@ def test_the_gradient_of_batch_statistics_is_exact(case: str) -> None:
         return y
 
     if case.startswith("brn"):  # between its limits r and d move with the input
-        layer.memory["step"].zero_()
+        layer.method_state["step"].zero_()
         layer.warmup_steps = 10**6
         layer.smooth = False
     assert torch.autograd.gradcheck(forward, (x, layer.weight, layer.bias), atol=1e-6)

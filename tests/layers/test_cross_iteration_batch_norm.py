@@ -273,7 +273,9 @@ def test_points_cover_the_cube_and_follow_from_their_number() -> None:
 def moved_slots(norm: Any) -> tuple[Tensor, Tensor]:
     """Means and variances of all slots at today's weights, in float64."""
     slots = {
-        name: norm.memory[name].double() for name in norm.per_step_state if name in norm.memory
+        name: norm.method_state[name].double()
+        for name in norm.per_step_state
+        if name in norm.method_state
     }
     return compensated(slots, norm._flow.feed, norm.order)
 
@@ -344,8 +346,8 @@ def test_micro_batches_pool_with_their_gradients(feeder: str) -> None:
             for x in micro:
                 y = norm(module(x))
             assert torch.allclose(y, expected, atol=1e-9)
-            for name, tensor in whole.memory.items():
-                assert torch.allclose(norm.memory[name], tensor, atol=1e-9), name
+            for name, tensor in whole.method_state.items():
+                assert torch.allclose(norm.method_state[name], tensor, atol=1e-9), name
             shift = 0.02 * torch.randn_like(module.weight)
             module.weight += shift
             other.weight += shift
@@ -386,7 +388,7 @@ def statistics_error(order: int, steps: int = 50, rate: float = 0.05) -> float:
         out = conv(x)
         if step >= 16:
             means, variances = moved_slots(norm)
-            position = int(norm.memory["position"])
+            position = int(norm.method_state["position"])
             for age in range(1, 8):
                 true = F.conv2d(seen[-1 - age], conv.weight, conv.bias).detach()
                 true = true.transpose(0, 1).flatten(1)
@@ -428,7 +430,7 @@ def test_the_window_grows_after_the_burn_in() -> None:
             y = norm(module(x))
             if step < 4:
                 assert torch.allclose(y, plain(module(x)), atol=1e-12)
-        entries.append(int(norm.memory["entries"]))
+        entries.append(int(norm.method_state["entries"]))
     assert entries == [0, 0, 0, 1, 2, 3, 3, 3]
 
 
@@ -440,7 +442,7 @@ def test_the_scheduler_sets_the_burn_in() -> None:
     for _ in range(8):
         for _ in range(2):
             model(torch.randn(2, 3, 5, 5)).sum().backward()
-        grown.append(int(model[1].memory["entries"]))
+        grown.append(int(model[1].method_state["entries"]))
         scheduler.step()
     assert grown == [0, 0, 2, 3, 3, 3, 3, 3]
     again = anybatch.convert(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)), "cbn", window=4)
@@ -541,11 +543,11 @@ def test_weights_that_do_not_move_are_not_compensated(how: str) -> None:
         optimizer.step()
     module(torch.randn(2, *shape).double())
     means, variances = moved_slots(norm)
-    used = int(norm.memory["position"])
+    used = int(norm.method_state["position"])
     slots = [i for i in range(4) if i != used]
-    still = norm.memory["mean"][slots] + module.bias
+    still = norm.method_state["mean"][slots] + module.bias
     assert torch.allclose(means[slots], still, atol=1e-12)
-    assert torch.allclose(variances[slots], norm.memory["var"][slots], atol=1e-12)
+    assert torch.allclose(variances[slots], norm.method_state["var"][slots], atol=1e-12)
 
 
 def test_a_jump_of_the_weights_is_clamped_and_forgotten_within_the_window() -> None:
@@ -663,7 +665,7 @@ def test_a_plain_checkpoint_starts_the_window_empty() -> None:
     for _ in range(5):
         norm(module(torch.randn(2, *shape).double()))
     norm.load_state_dict(nn.BatchNorm2d(6).double().state_dict())
-    assert norm.memory["entries"] == 0
+    assert norm.method_state["entries"] == 0
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
@@ -700,7 +702,7 @@ def test_one_value_a_channel_has_statistics_once_there_is_a_window() -> None:
         y = norm(module(torch.randn(1, 5).double()))
         assert y.isfinite().all()
         y.sum().backward()
-    assert norm.memory["entries"] == 3
+    assert norm.method_state["entries"] == 3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -753,8 +755,8 @@ def test_a_copy_follows_its_own_convolution() -> None:
     twin = copy.deepcopy(model)
     for _ in range(3):
         twin(torch.randn(2, 3, 5, 5))
-    assert model[1].memory["entries"] == 0
-    assert twin[1].memory["entries"] == 2
+    assert model[1].method_state["entries"] == 0
+    assert twin[1].method_state["entries"] == 2
     (hook,) = twin[0]._forward_hooks.values()
     assert hook.__self__ is twin[1]
 

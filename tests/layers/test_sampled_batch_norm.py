@@ -269,7 +269,7 @@ def test_a_checkpoint_goes_on_with_the_same_indices(sample: str) -> None:
         assert torch.equal(indices(layer, x), indices(other, x))
         layer.redraw()
         other.redraw()
-    assert torch.equal(layer.memory["index"], other.memory["index"])
+    assert torch.equal(layer.method_state["index"], other.method_state["index"])
 
 
 def test_the_scheduler_redraws_and_resumes() -> None:
@@ -278,18 +278,19 @@ def test_the_scheduler_redraws_and_resumes() -> None:
         return anybatch.convert(net, "bs", seed=4)
 
     net = network()
-    first = [layer.memory["index"].clone() for layer in net]
+    first = [layer.method_state["index"].clone() for layer in net]
     assert len({tuple(index.tolist()) for index in first}) == 3  # a layer, an index
     scheduler = anybatch.NormScheduler(net, total_epochs=5)
-    assert all(torch.equal(a, b.memory["index"]) for a, b in zip(first, net, strict=True))
+    assert all(torch.equal(a, b.method_state["index"]) for a, b in zip(first, net, strict=True))
     scheduler.step()
     scheduler.step()
-    assert not any(torch.equal(a, b.memory["index"]) for a, b in zip(first, net, strict=True))
+    assert not any(torch.equal(a, b.method_state["index"]) for a, b in zip(first, net, strict=True))
     other = network()
     later = anybatch.NormScheduler(other, total_epochs=5)
     later.load_state_dict(scheduler.state_dict())
     assert all(
-        torch.equal(a.memory["index"], b.memory["index"]) for a, b in zip(net, other, strict=True)
+        torch.equal(a.method_state["index"], b.method_state["index"])
+        for a, b in zip(net, other, strict=True)
     )
     assert anybatch.plan(net, "bs").having("keep")[0].reason == "already bs"
     assert anybatch.plan(net, "bs", seed=5).having("convert")
@@ -301,9 +302,9 @@ def test_an_index_is_drawn_between_micro_batches_for_good() -> None:
     layer.accumulate(4)
     step(layer, torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4))
     layer.redraw()
-    drawn = layer.memory["index"].clone()
+    drawn = layer.method_state["index"].clone()
     step(layer, torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4))
-    assert torch.equal(layer.memory["index"], drawn)
+    assert torch.equal(layer.method_state["index"], drawn)
 
 
 @pytest.mark.parametrize("sample", ["naive", "batch", "feature", "points"])

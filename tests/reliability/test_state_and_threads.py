@@ -260,14 +260,14 @@ def test_memory_that_a_checkpoint_has_only_in_part_starts_fresh(method: str) -> 
     model = converted(method)
     norm = next(m for m in model.modules() if isinstance(m, NormLayer))
     train(model, range(7))
-    for name in norm.memory:
+    for name in norm.method_state:
         older = without(model.state_dict(), {name})
         other, fresh = converted(method), converted(method)
         train(other, range(9))
-        alone = len(norm.memory) == 1  # a checkpoint of torch's, for all that it knows
+        alone = len(norm.method_state) == 1  # a checkpoint of torch's, for all that it knows
         with nullcontext() if alone else pytest.warns(UserWarning, match=f"lacks {name}"):
             other.load_state_dict(older)
-        bare = without(older, set(norm.memory))
+        bare = without(older, set(norm.method_state))
         train(fresh, range(3))
         fresh.load_state_dict(bare)
         assert same(state(other), state(fresh)), name

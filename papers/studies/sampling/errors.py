@@ -165,7 +165,7 @@ def sampled_part(layer: _Sampled, x: Tensor, virtual_rows: int) -> Part:
     spatial = tuple(x.shape[2:])
     if layer.sample == "virtual":
         return virtual(virtual_rows, spatial)
-    numbers = tuple(layer.memory["index"].tolist())
+    numbers = tuple(layer.method_state["index"].tolist())
     return place(layer.sample, (len(x), *spatial), 0, numbers, layer.ratio, None, x.device)
 
 

@@ -35,7 +35,7 @@ class StatefulLayer(Protocol):
     """
 
     num_features: int
-    memory: dict[str, Tensor]
+    method_state: dict[str, Tensor]
     per_step_state: ClassVar[tuple[str, ...]]
     _buffers: Any
 
@@ -43,7 +43,7 @@ class StatefulLayer(Protocol):
     def columns(self) -> int:
         """Statistics of a group of examples."""
 
-    def new_memory(self, *shape: int) -> Tensor:
+    def new_state(self, *shape: int) -> Tensor:
         """Zeros of the type and place of the layer's statistics."""
 
     def new_counter(self) -> Tensor:
@@ -79,7 +79,7 @@ class StepMemory:
         self.steps = steps
         self.counts = counts and steps is not None
         self.tensors: dict[str, Tensor] = {}
-        counter, row = layer.new_counter(), layer.new_memory
+        counter, row = layer.new_counter(), layer.new_state
         for way, width in (("", layer.num_features), (BACKWARD, layer.columns)):
             self.tensors[way + "micro_batches"] = counter.clone()
             self.tensors[way + "count"] = row()
@@ -251,11 +251,11 @@ def _state(layer: StatefulLayer, way: str) -> Iterator[tuple[str, Tensor]]:
             tensor = layer._buffers[name]
             if tensor is not None:
                 yield name, tensor
-    for name, tensor in layer.memory.items():
+    for name, tensor in layer.method_state.items():
         if name.startswith(BACKWARD) == bool(way) and name not in layer.per_step_state:
             yield name, tensor
 
 
 def _put(layer: StatefulLayer, name: str, tensor: Tensor) -> None:
-    place = layer._buffers if name in _RUNNING else layer.memory
+    place = layer._buffers if name in _RUNNING else layer.method_state
     place[name] = tensor

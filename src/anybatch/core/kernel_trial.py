@@ -88,14 +88,14 @@ def twin_of(layer: Any) -> Any:
         values = torch.rand(like.shape, generator=chance, dtype=torch.float64) + 0.5
         return nn.Parameter(values.to(like))
 
-    of, kept, memory = layer._parameters, layer._buffers, layer.memory
+    of, kept, method_state = layer._parameters, layer._buffers, layer.method_state
     twin.__dict__["_parameters"] = {n: None if p is None else fresh(p) for n, p in of.items()}
     twin.__dict__["_buffers"] = {n: None if t is None else t.clone() for n, t in kept.items()}
-    twin.__dict__["memory"] = {name: tensor.clone() for name, tensor in memory.items()}
+    twin.__dict__["method_state"] = {name: tensor.clone() for name, tensor in method_state.items()}
     nn.modules.batchnorm._NormBase.reset_running_stats(twin)
     for name, one in twin.method.state.kept:
         if not isinstance(one, Number):  # which schedules and batch sizes set
-            twin.memory[name].zero_()
+            twin.method_state[name].zero_()
     return twin
 
 
@@ -148,7 +148,7 @@ def _advance(layer: Any) -> None:
     """State of the method as after a long training, so that no warm-up hides a term of the rule."""
     chance = torch.Generator().manual_seed(2)
     for name, kept in layer.method.state.kept:
-        tensor = layer.memory[name]
+        tensor = layer.method_state[name]
         if isinstance(kept, Counter):
             tensor.fill_(10**6)
         elif isinstance(kept, (Row, Average, Window)):

@@ -47,7 +47,7 @@ _TAKES = {
 class Stateful(Protocol):
     """A layer, as far as rules see it."""
 
-    memory: dict[str, Tensor]
+    method_state: dict[str, Tensor]
     centered: bool
     num_features: int
     eps: float
@@ -287,11 +287,11 @@ def spec_of(layer: Stateful, method: Method) -> MethodSpec | str:
 
 def _state_of(layer: Stateful, side: Side) -> RuleState:
     """State and options of a layer for one half of its method."""
-    memory = layer.memory
+    method_state = layer.method_state
     return RuleState(
-        tuple(memory[name] for name, _ in side.rows),
-        tuple(memory[name] for name, _ in side.windows),
-        tuple(memory[name] for name, _ in side.counters),
-        tuple(memory[name] for name in side.numbers),
+        tuple(method_state[name] for name, _ in side.rows),
+        tuple(method_state[name] for name, _ in side.windows),
+        tuple(method_state[name] for name, _ in side.counters),
+        tuple(method_state[name] for name in side.numbers),
         tuple(getattr(layer, name) for name in side.options),
     )

@@ -34,7 +34,7 @@ class NormState(_NormBase):
         affine_frozen: Whether weight and bias are frozen.
     """
 
-    memory: dict[str, Tensor]
+    method_state: dict[str, Tensor]
     per_step_state: ClassVar[tuple[str, ...]] = ()
     step: StepMemory | None = None
     frozen: bool
@@ -66,7 +66,7 @@ class NormState(_NormBase):
 
     def reset_memory(self) -> None:
         """Forget everything that is not torch's own state."""
-        for tensor in self.memory.values():
+        for tensor in self.method_state.values():
             tensor.zero_()
 
     # --- running statistics ---------------------------------------------------
@@ -98,17 +98,17 @@ class NormState(_NormBase):
             return 0.0  # as torch's batch norm
         return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
-    def new_memory(self, *shape: int) -> Tensor:
+    def new_state(self, *shape: int) -> Tensor:
         """Zeros of the type and place of the layer's statistics."""
         like = self.weight if self.running_var is None else self.running_var
         return torch.zeros(shape) if like is None else like.detach().new_zeros(shape)
 
     def new_counter(self) -> Tensor:
         """A whole number on the layer's device: reading it there costs no synchronization."""
-        return self.new_memory().long()
+        return self.new_state().long()
 
     def _device(self) -> torch.device | None:
-        tensors = [self.weight, self.running_mean, *self.memory.values()]
+        tensors = [self.weight, self.running_mean, *self.method_state.values()]
         devices = [t.device for t in tensors if t is not None]
         return next((one for one in devices if one.type != "meta"), next(iter(devices), None))
 
@@ -138,19 +138,19 @@ class NormState(_NormBase):
             target = fn(t.new_empty(0))
             return t.to(target.device) if target.dtype in _LOW else fn(t)
 
-        was_meta = any(t.is_meta for t in self.memory.values())
+        was_meta = any(t.is_meta for t in self.method_state.values())
         super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
-        self.memory = {name: lift(tensor) for name, tensor in self.memory.items()}
+        self.method_state = {name: lift(tensor) for name, tensor in self.method_state.items()}
         if self.step is not None:
             self.step.apply(lift)
-        if was_meta and not any(t.is_meta for t in self.memory.values()):
+        if was_meta and not any(t.is_meta for t in self.method_state.values()):
             self.reset_memory()
         self._last, self._recent = None, RecomputeCache()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.memory.items():
+        for name, tensor in self.method_state.items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         if self.step is not None:
             for name, tensor in self.step.tensors.items():
@@ -170,7 +170,7 @@ class NormState(_NormBase):
     ) -> None:
         super_load = super()._load_from_state_dict
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        own = {name: state_dict.get(prefix + name) for name in self.memory}
+        own = {name: state_dict.get(prefix + name) for name in self.method_state}
         frozen = state_dict.get(prefix + "frozen")
         step = prefix + _STEP
         named = {prefix + name for name in (*own, "frozen", *self._parameters, *self._buffers)}
@@ -188,7 +188,7 @@ class NormState(_NormBase):
             for name, buffer in self._buffers.items():
                 if buffer is not None and prefix + name in state_dict:
                     self._buffers[name] = buffer.detach().clone()
-        for name, tensor in self.memory.items():
+        for name, tensor in self.method_state.items():
             value = own[name]
             if value is not None and value.shape != tensor.shape:
                 error_msgs.append(
@@ -196,7 +196,7 @@ class NormState(_NormBase):
                     f"{tuple(value.shape)}, this layer {tuple(tensor.shape)}"
                 )
             elif value is not None and assign:
-                self.memory[name] = as_plain(value).detach().to(tensor.dtype, copy=True)
+                self.method_state[name] = as_plain(value).detach().to(tensor.dtype, copy=True)
             elif value is not None:
                 tensor.copy_(value)
         if assign:
@@ -206,7 +206,7 @@ class NormState(_NormBase):
             if affine:
                 self.freeze_affine(True)
         if own.pop(_OUTLIERS, ...) is None:  # of a layer without a limit: none so far
-            self.memory[_OUTLIERS].zero_()
+            self.method_state[_OUTLIERS].zero_()
         lacking = [name for name, value in own.items() if value is None]
         if lacking:  # half of a memory is none
             if len(lacking) < len(own):
@@ -224,12 +224,12 @@ class NormState(_NormBase):
 
     def _leave_meta(self) -> None:
         """Give memory that is still on the meta device real tensors, beside the parameters."""
-        if any(tensor.is_meta for tensor in self.memory.values()):
+        if any(tensor.is_meta for tensor in self.method_state.values()):
             device = self._device()
             if device is not None and device.type != "meta":
-                for name, tensor in self.memory.items():
+                for name, tensor in self.method_state.items():
                     if tensor.is_meta:
-                        self.memory[name] = torch.zeros_like(tensor, device=device)
+                        self.method_state[name] = torch.zeros_like(tensor, device=device)
 
     def _copy_parameters(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Replace parameters that are a checkpoint's own tensors by copies."""
@@ -314,7 +314,9 @@ class NormState(_NormBase):
         tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
         if tensors:
             device = tensors[0].device
-            self.memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+            self.method_state = {
+                name: tensor.to(device) for name, tensor in self.method_state.items()
+            }
 
 
 def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:

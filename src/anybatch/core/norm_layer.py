@@ -33,7 +33,7 @@ class NormLayer(DispatchedLayer):
 
     Statistics, memory and, through ``.half()`` and ``.bfloat16()``, parameters
     stay float32 (float64 for float64). Memory beyond torch's buffers lives in
-    `memory`, tensors that follow the layer's device and are in its
+    `method_state`, tensors that follow the layer's device and are in its
     ``state_dict``, but are no buffers: DistributedDataParallel overwrites
     buffers with those of rank 0.
 
@@ -106,7 +106,7 @@ class NormLayer(DispatchedLayer):
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
         dtype = torch.float32 if dtype in _LOW else dtype
-        self.memory: dict[str, Tensor] = {}
+        self.method_state: dict[str, Tensor] = {}
         self.frozen = self.affine_frozen = False
         super().__init__(
             num_features,
@@ -126,7 +126,7 @@ class NormLayer(DispatchedLayer):
         self._compared = False
         self.outlier_limit = outlier_limit
         if outlier_limit is not None:
-            self.memory["outliers"] = self.new_memory(num_features).long()
+            self.method_state["outliers"] = self.new_state(num_features).long()
         self._last: Statistics | None = None
         self._recent = RecomputeCache()
 

@@ -66,19 +66,23 @@ def _read(
     layer: Stateful, side: Side, new: dict[str, Any], dtype: torch.dtype
 ) -> tuple[dict[str, Any], list[tuple[str, Tensor, Tensor]]]:
     """Values that a rule may ask for; and windows a step on, with where that may be kept."""
-    memory, values, pushed = layer.memory, dict(new), []
+    method_state, values, pushed = layer.method_state, dict(new), []
     for name, _ in side.counters:
-        values[name] = memory[name].to(dtype) + 1
+        values[name] = method_state[name].to(dtype) + 1
     for name in side.numbers:
-        values[name] = memory[name] if memory[name].dtype == dtype else memory[name].to(dtype)
+        values[name] = (
+            method_state[name]
+            if method_state[name].dtype == dtype
+            else method_state[name].to(dtype)
+        )
     for name, _ in side.rows:
-        row = memory[name]
+        row = method_state[name]
         values[f"old_{name}"] = row if row.dtype == dtype else row.to(dtype)
     for name, window in side.windows:
         parts = [new[component] for component in window.of]
         step = parts[0] if len(parts) == 1 else torch.cat(parts)
         finite = all_finite(step, layer.num_features)
-        moved = slide(memory[name], step, finite, False)
+        moved = slide(method_state[name], step, finite, False)
         steps = values[side.counters[0][0]].clamp(max=moved.shape[0])
         pieces = moved.sum(0).div_(steps).chunk(len(parts))
         for component, piece in zip(window.of, pieces, strict=True):
@@ -108,7 +112,7 @@ def run_rule(
         var: Its biased variance, or second moment.
         update: Whether state may change.
     """
-    side, memory, dtype = method.forward, layer.memory, var.dtype
+    side, method_state, dtype = method.forward, layer.method_state, var.dtype
     read = {"running_mean", "running_var"}
     if method.state.running != "used":
         read &= set(side.names)
@@ -135,12 +139,12 @@ def run_rule(
             if isinstance(kept, Average):
                 first = values[side.counters[0][0]] == 1
                 new = torch.where(first, new, torch.lerp(old, new, getattr(layer, kept.weight)))
-            memory[name].copy_(torch.where(finite, new, old))
+            method_state[name].copy_(torch.where(finite, new, old))
             complete = finite if complete is True else complete & finite
         for name, moved, finite in pushed:
-            memory[name].copy_(torch.where(finite, moved, memory[name]))
+            method_state[name].copy_(torch.where(finite, moved, method_state[name]))
         for name, counter in side.counters:
-            memory[name].add_(complete.all() if counter.complete and side.rows else 1)
+            method_state[name].add_(complete.all() if counter.complete and side.rows else 1)
     center, share = (None, 1.0) if found.share is None else (mean, found.share)
     return Statistics(used_mean, used_var, found.r, found.d, center, share, found.own)
 
@@ -163,16 +167,16 @@ def run_average(
         update_weight: Weight of the newest step in exponential averages.
         update: Whether state may change.
     """
-    side, memory = method.backward, layer.memory
+    side, method_state = method.backward, layer.method_state
     values, pushed = _read(layer, side, {"psi": new}, new.dtype)
     values["update_weight"] = update_weight
     average: Tensor = _run(side, values, new.dtype)
     if update:
         finite = all_finite(new, layer.num_features)
         for name, _ in side.rows:
-            memory[name].copy_(torch.where(finite, average, values[f"old_{name}"]))
+            method_state[name].copy_(torch.where(finite, average, values[f"old_{name}"]))
         for name, moved, _ in pushed:
-            memory[name].copy_(torch.where(finite, moved, memory[name]))
+            method_state[name].copy_(torch.where(finite, moved, method_state[name]))
         for name, _ in side.counters:
-            memory[name].add_(1)
+            method_state[name].add_(1)
     return average

@@ -39,8 +39,8 @@ class RuleLayer(ScopedLayer):
     def declare_state(self) -> None:
         """Create the state of the method, once the layer has its options."""
         for name, kept in self.method.state.kept:
-            value = self.new_memory(*kept.shape(self))
-            self.memory[name] = value.long() if getattr(kept, "whole", False) else value
+            value = self.new_state(*kept.shape(self))
+            self.method_state[name] = value.long() if getattr(kept, "whole", False) else value
         self.reset_memory()
 
     def track_batch(self, mean: Tensor | None, var: Tensor, batch: Batch) -> None:
@@ -167,14 +167,14 @@ class RuleLayer(ScopedLayer):
         """Undo the steps that a method counted for a batch with too few values."""
         for name, counter in side.counters:
             if not counter.complete:
-                self.memory[name].sub_(1 - enough.any().long())
+                self.method_state[name].sub_(1 - enough.any().long())
 
     def _guarded(self, mean: Tensor | None, var: Tensor, batch: Batch, update: bool) -> Statistics:
         """Apply the rule; keep outlier channels out of the state."""
         if self.outlier_limit is None:
             return self.rule(mean, var, batch, update)
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        guard = OutlierGuard(self.outlier_limit, self.eps, *running, self.memory["outliers"])
+        guard = OutlierGuard(self.outlier_limit, self.eps, *running, self.method_state["outliers"])
         fits = guard.admits(mean, var, update)
         chosen = self.rule(mean, torch.where(fits, var, torch.nan), batch, update)
         if self.columns != self.num_features:

@@ -13,7 +13,7 @@ is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_
 class WithState(Protocol):
     """A layer, as `check_state` needs it."""
 
-    memory: dict[str, Tensor]
+    method_state: dict[str, Tensor]
     running_mean: Any
     running_var: Any
     weight: Any
@@ -35,7 +35,7 @@ def check_state(layer: WithState, x: Tensor) -> None:
     if not any(map(is_wrapped, used)):
         return
     kind = type(layer).__name__
-    held = [name for name, tensor in layer.memory.items() if not is_wrapped(tensor)]
+    held = [name for name, tensor in layer.method_state.items() if not is_wrapped(tensor)]
     if held:
         raise RuntimeError(
             f"torch.func: {kind} moves {', '.join(held)} in training, which are no buffers, so "

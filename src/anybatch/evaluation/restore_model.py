@@ -45,7 +45,7 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
         (tensor, tensor.clone())
         for module in inner.modules()
         if isinstance(module, NormLayer)
-        for tensor in module.memory.values()
+        for tensor in module.method_state.values()
     ]
     gradients = [
         (p, p.grad, None if p.grad is None else p.grad.clone()) for p in inner.parameters()

@@ -131,7 +131,7 @@ class BatchRenorm(NormLayer):
         super().adopt_(norm)
         if self.warmup_steps == 0:
             # Its checkpoint then has no warm-up in a layer that was built with one, either.
-            self.memory["step"].fill_(_WARMUP_STEPS)
+            self.method_state["step"].fill_(_WARMUP_STEPS)
         return self
 
     def _start_from_batchnorm(self, error_msgs: list[str], prefix: str) -> None:
@@ -139,7 +139,7 @@ class BatchRenorm(NormLayer):
         super()._start_from_batchnorm(error_msgs, prefix)
         tracked = self.num_batches_tracked
         if tracked is not None and not tracked.is_meta and tracked > 0:
-            self.memory["step"].fill_(self.warmup_steps)
+            self.method_state["step"].fill_(self.warmup_steps)
 
     @rule
     def choose(mean, var, running_mean, running_var, step, eps, max_r, max_d, warmup_steps, smooth):

@@ -53,7 +53,7 @@ class BoundState:
         self.batch: BoundBatch | None = None
         self.key: Any = None
         self.tables: Any = None
-        self.memory: Any = None
+        self.method_state: Any = None
         self.arrays: Any = None
 
 
@@ -122,7 +122,7 @@ class BoundNormLayer(NormLayer):
         release(module, self)
         self.geometry = None
         for name in self.per_step_state:
-            self.memory.pop(name, None)
+            self.method_state.pop(name, None)
         self._flow = BoundState()
         self.reset_memory()
 

@@ -94,7 +94,7 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
             "target: its state_dict differs from that of source; make it with copy.deepcopy(source)"
         )
     layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
-    kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.memory}
+    kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.method_state}
     for name, value in old.items():
         if value.is_floating_point() and name not in kept:
             value.lerp_(new[name].to(value), weight)

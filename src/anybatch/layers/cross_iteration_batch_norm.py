@@ -162,7 +162,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         self.burning = False
         self._flow = BoundState()
         for name in ("step", "position", "entries", "burning"):
-            self.memory[name] = self.new_counter()
+            self.method_state[name] = self.new_counter()
         if window is None and batch_size is not None:
             self.window = recommended_window(batch_size)
         self.open_memory()
@@ -182,11 +182,11 @@ class CrossIterationBatchNorm(BoundNormLayer):
                 shapes["weight_rows"] = (channels, fan_in)
                 shapes["patch_covariance"] = (groups, fan_in, fan_in)
         for name, shape in shapes.items():
-            self.memory[name] = self.new_memory(slots, *shape)
+            self.method_state[name] = self.new_state(slots, *shape)
         self._flow = BoundState()
         if self.backward_stats == "window":
-            self.memory["backward_window"] = self.new_memory(slots, channels)
-            self.memory["backward_step"] = self.new_counter()
+            self.method_state["backward_window"] = self.new_state(slots, channels)
+            self.method_state["backward_step"] = self.new_counter()
         if self.step is not None:  # it has a place for all that there is
             self.accumulate(self.step.steps, self.step.counts)
 
@@ -197,13 +197,17 @@ class CrossIterationBatchNorm(BoundNormLayer):
         The paper counts ``2 (window - 1) (C + C fan_in)``: it keeps the weights too, which here are
         one number per channel, their product with the gradient.
         """
-        return sum(self.memory[name].numel() for name in self.per_step_state if name in self.memory)
+        return sum(
+            self.method_state[name].numel()
+            for name in self.per_step_state
+            if name in self.method_state
+        )
 
     def reset_memory(self) -> None:
-        for tensor in self.memory.values():
+        for tensor in self.method_state.values():
             tensor.zero_()
-        if self.memory:
-            self.memory["burning"].fill_(self.burning)
+        if self.method_state:
+            self.method_state["burning"].fill_(self.burning)
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Use the window from the first epoch after the burn-in on.
@@ -215,7 +219,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         check_count("epoch", epoch)
         check_count("total_epochs", total_epochs)
         self.burning = epoch <= round(self.burn_in * total_epochs)
-        self.memory["burning"].fill_(self.burning)
+        self.method_state["burning"].fill_(self.burning)
 
     def follows(self) -> bool:
         return super().follows() and self.window != 1 and bool(self.order) and not self.burning
@@ -261,7 +265,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
             if tracks:
                 self.track(mean, batch.unbiased(var))
             if update:
-                self.memory["step"].add_(1)
+                self.method_state["step"].add_(1)
             return Statistics(mean, var)
         feed, y, first, source = self._flow.batch
         self._flow.batch = BoundBatch(feed, y, first + batch.examples(), source)
@@ -283,12 +287,16 @@ class CrossIterationBatchNorm(BoundNormLayer):
         self, mean: Tensor, var: Tensor, batch: Batch, feed: ConvCall | None
     ) -> tuple[Statistics, Tensor]:
         """Equations 9 to 11, in means and variances; and the number of values behind them."""
-        slots = {n: self.memory[n].to(var.dtype) for n in self.per_step_state if n in self.memory}
+        slots = {
+            n: self.method_state[n].to(var.dtype)
+            for n in self.per_step_state
+            if n in self.method_state
+        }
         means, variances = taylor.compensated(slots, feed, self.order)
         place = torch.arange(means.shape[0], device=var.device)
-        age = (self.memory["position"] - place).remainder(means.shape[0])
-        used = (age > 0) & (age <= self.memory["entries"])
-        weights = torch.where(used, self.memory["values"], 0).to(var.dtype)
+        age = (self.method_state["position"] - place).remainder(means.shape[0])
+        used = (age > 0) & (age <= self.method_state["entries"])
+        weights = torch.where(used, self.method_state["values"], 0).to(var.dtype)
         own = batch.seen.total if batch.seen is not None else batch.number()
         total = weights.sum() + own
         weights, share = (weights / total).unsqueeze(1), own / total
@@ -306,7 +314,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
     steady = False  # it is the bound layer's forward that tells
 
     def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
-        at, memory = self._flow.batch, self.memory
+        at, method_state = self._flow.batch, self.method_state
         if at is not None and at.feed is None and self.order:
             return "the layer that feeds this one has not run"
         if at is not None and at.feed is not None:
@@ -317,12 +325,12 @@ class CrossIterationBatchNorm(BoundNormLayer):
                 return "the bound layer's input is not contiguous, or of another type"
         return CrossIterationSpec(
             at is not None,
-            memory,
+            method_state,
             self.per_step_state[:7] if self.order else self.per_step_state[:3],
             self._flow,
             self.gradient_sample,
             self.running_stats == "window",
-            None if self.burning else memory.get("backward_window"),
+            None if self.burning else method_state.get("backward_window"),
             self.burn_in_steps,
         )
 
@@ -331,14 +339,14 @@ class CrossIterationBatchNorm(BoundNormLayer):
         return state if self._flow.batch is None else (*state, self._flow.batch.feed, x.detach())
 
     def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
-        if "backward_window" not in self.memory or self.window == 1 or self.burning:
+        if "backward_window" not in self.method_state or self.window == 1 or self.burning:
             return None
         average = BackwardAverage(self, None, None, update)
         return lambda g, psi: (g, average(None, psi)[1])
 
     def average_backward(self, new: Tensor, enough: Tensor | None, update: bool) -> Tensor:
         """Take a step's ``mean(g * z)``, give its average over the window."""
-        window, count = self.memory["backward_window"], self.memory["backward_step"]
+        window, count = self.method_state["backward_window"], self.method_state["backward_step"]
         finite = all_finite(new, self.num_features)
         average = slide_mean(window.to(new.dtype), count, new, finite, False)
         if update:
@@ -357,7 +365,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
     ) -> None:
         """Write this step into its slot, unless it is not finite or still burn-in."""
         assert self.window is not None
-        memory, place = self.memory, self.memory["position"].view(1)
+        method_state, place = self.method_state, self.method_state["position"].view(1)
         values = batch.number()
         if not isinstance(values, Tensor):
             values = mean.new_tensor(float(values))
@@ -368,26 +376,28 @@ class CrossIterationBatchNorm(BoundNormLayer):
             own = mean if batch.seen is None else batch.seen.own_mean
             assert own is not None
             sample = self.gradient_sample
-            how = taylor.StatisticsGradients(self.order, sample, memory["step"] * (sample or 1))
+            how = taylor.StatisticsGradients(
+                self.order, sample, method_state["step"] * (sample or 1)
+            )
             if source is None:
                 new.update(how.of_batch(feed, y, own))
             else:
                 new.update(how.of_source(feed, y, own, source))
             if batch.seen is not None:
-                slot = ((n, memory[n].index_select(0, place).squeeze(0)) for n in new)
+                slot = ((n, method_state[n].index_select(0, place).squeeze(0)) for n in new)
                 taylor.pool_gradients(new, {n: old.to(var.dtype) for n, old in slot}, batch.seen)
             taylor.settle(new, feed, self.order)
         finite = is_finite(new["var_base" if feed is not None else "var"].abs()).all()
         finite = finite & is_finite(new["var"]).all()
         for name, tensor in new.items():
-            ring = memory[name]
+            ring = method_state[name]
             old = ring.index_select(0, place)
             ring.index_copy_(0, place, torch.where(finite, tensor.to(ring.dtype), old))
-        memory["step"].add_(1)
+        method_state["step"].add_(1)
         kept = finite if batch.seen is None else finite | (batch.seen.share < 1)
-        kept = kept & (memory["step"] > self.burn_in_steps)
-        memory["position"].add_(kept).remainder_(self.window)
-        memory["entries"].add_(kept).clamp_(max=self.window - 1)
+        kept = kept & (method_state["step"] > self.burn_in_steps)
+        method_state["position"].add_(kept).remainder_(self.window)
+        method_state["entries"].add_(kept).clamp_(max=self.window - 1)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -396,23 +406,25 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if isinstance(mean, Tensor) and len(mean) and self.window is None:
             self.window = mean.shape[0]
             self.open_memory()
-        elif isinstance(mean, Tensor) and not len(mean) and "mean" in self.memory:
-            names = (prefix + name for name in self.memory if self.memory[name].dim())
-            empty = {name: torch.zeros_like(self.memory[name[len(prefix) :]]) for name in names}
+        elif isinstance(mean, Tensor) and not len(mean) and "mean" in self.method_state:
+            names = (prefix + name for name in self.method_state if self.method_state[name].dim())
+            empty = {
+                name: torch.zeros_like(self.method_state[name[len(prefix) :]]) for name in names
+            }
             state_dict = {**state_dict, **empty}  # of a network that has seen no batch yet
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._flow = BoundState()
-        if not self.memory["burning"].is_meta:
-            self.burning = bool(self.memory["burning"])
+        if not self.method_state["burning"].is_meta:
+            self.burning = bool(self.method_state["burning"])
             self._check_counters()
 
     def _check_counters(self) -> None:
         """Empty the window where a checkpoint's counters do not fit it."""
         slots = self.window or 1
-        position, entries = (int(self.memory[name]) for name in ("position", "entries"))
+        position, entries = (int(self.method_state[name]) for name in ("position", "entries"))
         if not (0 <= position < slots and 0 <= entries <= slots):
-            self.memory["position"].zero_()
-            self.memory["entries"].zero_()
+            self.method_state["position"].zero_()
+            self.method_state["entries"].zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_flow": BoundState()}

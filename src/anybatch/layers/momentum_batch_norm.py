@@ -129,11 +129,11 @@ class MomentumBatchNorm(NormLayer):
     @property
     def average_weight(self) -> float:
         """Lambda of equation 11, the weight of the old averages; reading it synchronizes."""
-        return float(self.memory["average_weight"])
+        return float(self.method_state["average_weight"])
 
     def reset_memory(self) -> None:
         super().reset_memory()
-        if self.memory:
+        if self.method_state:
             self._set_batch_size(self.given_batch_size)
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
@@ -146,7 +146,7 @@ class MomentumBatchNorm(NormLayer):
         check_count("epoch", epoch)
         check_count("total_epochs", total_epochs)
         self.progress = (epoch, total_epochs)
-        self.memory["average_weight"].fill_(self._scheduled_weight())
+        self.method_state["average_weight"].fill_(self._scheduled_weight())
 
     @property
     def step_size(self) -> int | None:
@@ -168,11 +168,11 @@ class MomentumBatchNorm(NormLayer):
 
     def _set_batch_size(self, batch_size: int | None) -> None:
         self.batch_size = batch_size
-        self.memory["batch_size"].fill_(batch_size or 0)
+        self.method_state["batch_size"].fill_(batch_size or 0)
         if self.auto_momentum and self.step_size is not None:  # eq. 12
             self.momentum = 1 - self.ideal_decay ** (self.step_size / self.ideal_batch_size)
         if self.progress is not None and self.progress[0] > 1:
-            self.memory["average_weight"].fill_(self._scheduled_weight())
+            self.method_state["average_weight"].fill_(self._scheduled_weight())
 
     def _begin(self, examples: int) -> None:
         """Read the batch size from the first training batch; warn if there is no scheduler."""
@@ -193,11 +193,11 @@ class MomentumBatchNorm(NormLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.memory["batch_size"].is_meta:
+        if self.method_state["batch_size"].is_meta:
             return
-        weight = self.memory["average_weight"].clone()
-        self._set_batch_size(int(self.memory["batch_size"]) or self.given_batch_size)
-        self.memory["average_weight"].copy_(weight)
+        weight = self.method_state["average_weight"].clone()
+        self._set_batch_size(int(self.method_state["batch_size"]) or self.given_batch_size)
+        self.method_state["average_weight"].copy_(weight)
 
     @property
     def steady(self) -> bool:  # type: ignore[override]

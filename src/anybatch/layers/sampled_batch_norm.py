@@ -170,16 +170,16 @@ class SampledBatchNorm(NormLayer):
         self._places: dict[Any, Any] = {}
         self._numbers: tuple[int, ...] = ()
         for name in ("seed", "draw"):
-            self.memory[name] = self.new_counter()
-        self.memory["index"] = self.new_memory(NUMBERS).long()
+            self.method_state[name] = self.new_counter()
+        self.method_state["index"] = self.new_state(NUMBERS).long()
         self.reset_memory()
 
     # --- the index ---------------------------------------------------------
 
     def reset_memory(self) -> None:
         super().reset_memory()
-        if "seed" in self.memory:
-            self.memory["seed"].fill_(self.seed)
+        if "seed" in self.method_state:
+            self.method_state["seed"].fill_(self.seed)
             self._draw(1)
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
@@ -207,14 +207,14 @@ class SampledBatchNorm(NormLayer):
         self._drawn = number
         self._numbers = tuple(draw(self.seed, number))
         self._places = {}
-        self.memory["draw"].fill_(number)
-        self.memory["index"].copy_(torch.tensor(self._numbers, device="cpu"))
+        self.method_state["draw"].fill_(number)
+        self.method_state["index"].copy_(torch.tensor(self._numbers, device="cpu"))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
         super()._load_from_state_dict(state_dict, *args)
-        if self.memory["seed"].is_meta:
+        if self.method_state["seed"].is_meta:
             return
-        self.seed, number = (int(self.memory[name]) for name in ("seed", "draw"))
+        self.seed, number = (int(self.method_state[name]) for name in ("seed", "draw"))
         self._draw(number)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class SampledBatchNorm(NormLayer):
             return None
         spatial = tuple(x.shape[2:])
         if torch.compiler.is_compiling():  # a graph that holds for every draw
-            return self._place(sizes, spatial, tuple(self.memory["index"]), x.device)
+            return self._place(sizes, spatial, tuple(self.method_state["index"]), x.device)
         if backends.is_traced():  # positions made now are not for other calls
             return self._place(sizes, spatial, self._numbers, x.device)
         key = (sizes, spatial, x.device, self._virtual_rows())
@@ -309,7 +309,7 @@ class SampledBatchNorm(NormLayer):
         key = ("shared", rows, spatial, device, first)
         if key not in self._places or backends.is_traced():
             compiling = torch.compiler.is_compiling()
-            numbers = tuple(self.memory["index"]) if compiling else self._numbers
+            numbers = tuple(self.method_state["index"]) if compiling else self._numbers
             found = self._place_parts(rows, spatial, numbers, device)
             if backends.is_traced():
                 return found
@@ -323,10 +323,10 @@ class SampledBatchNorm(NormLayer):
         """Whether this process is one of those sampled in this draw."""
         assert self.ranks is not None
         if not self._agreed:
-            seed = int(first_of(group, self.memory["seed"]))
+            seed = int(first_of(group, self.method_state["seed"]))
             if seed != self.seed:
                 self.seed = seed
-                self.memory["seed"].fill_(seed)
+                self.method_state["seed"].fill_(seed)
                 self._draw(self._drawn)
             self._agreed = True
         return rank_in(group) in draw_ranks(self.seed, self._drawn, size_of(group), self.ranks)

@@ -37,7 +37,7 @@ class UncenteredNormLayer(NormLayer):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         centred = local_metadata.get("centralized")
-        if centred is None and not any(prefix + name in state_dict for name in self.memory):
+        if centred is None and not any(prefix + name in state_dict for name in self.method_state):
             count = state_dict.get(prefix + "num_batches_tracked")
             mean = state_dict.get(prefix + "running_mean")
             evidence = mean if count is None else count

@@ -69,7 +69,7 @@ def peak_bytes(call: Callable[[], Any], device: str | torch.device = "cpu") -> i
 
 def tensors_of(module: torch.nn.Module) -> tuple[Tensor, ...]:
     """Parameters and buffers of a network, and what its layers remember."""
-    remembered = (getattr(m, "memory", None) for m in module.modules())
+    remembered = (getattr(m, "method_state", None) for m in module.modules())
     more = (t for found in remembered if isinstance(found, dict) for t in found.values())
     return (*module.parameters(), *module.buffers(), *filter(torch.is_tensor, more))
 
