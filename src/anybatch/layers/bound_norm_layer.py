@@ -43,7 +43,7 @@ class BoundState:
         batch: That the rule is at.
         key: Shapes that `tables` belong to.
         tables: Of the geometry, as arrays of the compiled kernels.
-        memory: The layer's memory that `arrays` belong to.
+        method_state: The layer's, which `arrays` belong to.
         arrays: Rings and counters as arrays of the same storage.
     """
 

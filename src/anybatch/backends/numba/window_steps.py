@@ -133,11 +133,11 @@ def _write_slope(
 def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Rings and counters as arrays of the same storage."""
     views, memory = spec.views, spec.memory
-    if views.memory is not memory:
+    if views.method_state is not memory:
         counters = tuple(memory[name].numpy() for name in ("step", "position", "entries"))
         rings = tuple(memory[name].numpy() for name in spec.rings)
         rings = rings if len(rings) > 3 else (*rings, *cross_iteration.NO_GRADIENTS)
-        views.memory, views.arrays = memory, (rings, counters)
+        views.method_state, views.arrays = memory, (rings, counters)
     arrays: tuple[tuple[Array, ...], tuple[Array, ...]] = views.arrays
     return arrays
 
