@@ -53,7 +53,7 @@ class BoundState:
         self.batch: BoundBatch | None = None
         self.key: Any = None
         self.tables: Any = None
-        self.memory: Any = None
+        self.method_state: Any = None
         self.arrays: Any = None
 
 
