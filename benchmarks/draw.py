@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from measurement_files import as_table, read_csv
+
 from anybatch.tools.files import write_whole
-from anybatch.tools.measurements import as_table, read_csv
 
 
 def draw(path: Path) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measurement_files import as_table, write_csv
 from torch import Tensor, nn
 
-from anybatch.tools.measurements import Measurement, as_table, surroundings, write_csv
+from anybatch.tools.measurements import Measurement, surroundings
 from anybatch.tools.timing import Call
 
 SHAPES = ("2x64x56x56", "32x64x56x56", "4x256x100x152", "128x16x32x32")

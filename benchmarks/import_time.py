@@ -12,7 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from anybatch.tools.measurements import Setting, timed, write_csv
+from measurement_files import write_csv
+
+from anybatch.tools.measurements import Setting, timed
 
 BUDGET = 0.3  # seconds
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness import SHAPES
+from measurement_files import mean_ratio, read_csv
 from roofline import MUST, issued
 
 from anybatch.tools.files import write_text
-from anybatch.tools.measurements import Measurement, cases, mean_ratio, read_csv
+from anybatch.tools.measurements import Measurement, cases
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"
 IMAGES = ("layers", "roofline")

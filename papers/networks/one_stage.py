@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anybatch.tools.residual import Basic, conv, normed
+from anybatch.tools.residual import Basic, conv
 from papers.datasets.coco import BOX, CLASS, CROWD
 from papers.networks import boxes
+from papers.networks.pyramid import normed
 
 _WIDTHS, _FEATURES = (16, 32, 64, 96), 48
 _STRIDE = 8  # pixels between the places that are asked for a box

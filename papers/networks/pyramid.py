@@ -4,9 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anybatch.tools import networks
-from anybatch.tools.residual import normed
+from anybatch.tools.residual import conv
 
 _HEAD = 3  # pooling, flattening and the linear layer of a classifier
+
+
+def normed(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    """A convolution and its norm."""
+    return nn.Sequential(conv(inputs, outputs, size), nn.BatchNorm2d(outputs))
 
 
 class Pyramid(nn.Module):

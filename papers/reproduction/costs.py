@@ -7,17 +7,18 @@ operations, and inference with folded norms.
 import copy
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anybatch.conversion import NoEffectWarning, fold
 from anybatch.layers import VirtualDataset
 from anybatch.tools.bench import QUESTIONS, Bench, Question, Subject, Variant, compiled, costs
-from anybatch.tools.memory import held_bytes, tensors_of
+from anybatch.tools.memory import tensors_of
 from anybatch.tools.network_factory import factory
 from anybatch.tools.run import BASELINE
 from anybatch.tools.timing import Call
@@ -81,6 +82,21 @@ def _training_bytes(subject: Subject) -> int | None:
         return None
     states = (t for s in subject.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
     return peak + held_bytes((*tensors_of(subject.model), *states))
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory of tensors, each storage once.
+
+    Args:
+        tensors: Parameters, buffers, the state of an optimizer.
+
+    Example:
+        >>> x = torch.ones(10)
+        >>> held_bytes([x, x[2:], torch.ones(1)])
+        44
+    """
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values())
 
 
 def _training_operations(subject: Subject) -> int:

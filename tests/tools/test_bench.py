@@ -23,17 +23,14 @@ from anybatch.tools.bench import Bench, Variant, costs
 from anybatch.tools.measurements import (
     Measurement,
     Setting,
-    as_table,
     counted,
-    mean_ratio,
-    read_csv,
     surroundings,
     timed,
-    write_csv,
 )
 from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 from anybatch.tools.network_factory import factory
 from anybatch.tools.timing import WARM_UP, interleaved, summaries
+from benchmarks.measurement_files import as_table, mean_ratio, read_csv, write_csv
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NETWORK = """

@@ -74,21 +74,6 @@ def tensors_of(module: torch.nn.Module) -> tuple[Tensor, ...]:
     return (*module.parameters(), *module.buffers(), *filter(torch.is_tensor, more))
 
 
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory of tensors, each storage once.
-
-    Args:
-        tensors: Parameters, buffers, the state of an optimizer.
-
-    Example:
-        >>> x = torch.ones(10)
-        >>> held_bytes([x, x[2:], torch.ones(1)])
-        44
-    """
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(sizes.values())
-
-
 def _host_peak(call: Callable[[], Any]) -> int | None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of its start and its end
     activity = torch.profiler.ProfilerActivity.CPU

@@ -10,11 +10,6 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 
     return nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=False)
 
 
-def normed(inputs: int, outputs: int, size: int) -> nn.Sequential:
-    """A convolution and its norm."""
-    return nn.Sequential(conv(inputs, outputs, size), nn.BatchNorm2d(outputs))
-
-
 class _Block(nn.Module):
     """A residual block: what a subclass makes, plus the input or its projection."""
 

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import anybatch
 from anybatch.tools.bench import Bench, Variant, costs
-from anybatch.tools.memory import held_bytes
 from anybatch.tools.processes import OnProgress, Work
 from anybatch.tools.training import train
 from papers.cli import app
@@ -22,6 +21,7 @@ from papers.reproduction import pages as reproduced_pages
 from papers.reproduction import readings as measured
 from papers.reproduction import results as reproduced
 from papers.reproduction import spec as reproduction
+from papers.reproduction.costs import held_bytes
 from papers.reproduction.make import estimate
 from papers.reproduction.operations import count_flops
 from papers.reproduction.readings import distance, law, of_costs, of_noise
