@@ -8,27 +8,22 @@ prints the tables of each CSV file and leaves a PNG of the same name beside it.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from measurement_files import as_table, read_csv
 
-from anybatch.tools.files import write_whole
+from anybatch.core.files import write_bytes
 
 
 def draw(path: Path) -> Path:
     """Draw the image of a CSV file; its path."""
-    from anybatch.tools.figures import png
+    from anybatch.evaluation.figures import png
     from anybatch.tools.measurement_figures import ratios
 
     image = png(ratios(read_csv(path)))
     target = path.with_suffix(".png")
-    write_whole(target, partial(_write, image))
+    write_bytes(target, image)
     return target
-
-
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
 
 
 def main(typed: Sequence[str] | None = None) -> int:

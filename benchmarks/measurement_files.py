@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from anybatch.core.files import write_text
 from anybatch.core.text_tables import text_table
-from anybatch.tools.files import write_text
 from anybatch.tools.measurements import SHARES, Measurement, as_csv, cases, tables
 
 

@@ -13,7 +13,7 @@ from harness import SHAPES
 from measurement_files import mean_ratio, read_csv
 from roofline import MUST, issued
 
-from anybatch.tools.files import write_text
+from anybatch.core.files import write_text
 from anybatch.tools.measurements import Measurement, cases
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results"

@@ -25,7 +25,7 @@ import torch
 from harness import DTYPES, FORMATS, SHAPES, arguments, reason, start
 from torch import Tensor, nn
 
-from anybatch.tools.files import write_text
+from anybatch.core.files import write_text
 from anybatch.tools.measurements import Measurement, as_csv
 from anybatch.tools.timing import quartiles
 from layers import data, makers

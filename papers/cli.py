@@ -103,7 +103,7 @@ def reproduce(
 
     Stopped, it goes on where it was when started again with the same command.
     """
-    from anybatch.tools.files import output_folder
+    from anybatch.tools.report_files import output_folder
     from papers.reproduction import pages
     from papers.reproduction.make import ROWS, make, missing, placed, to_train
     from papers.reproduction.results import as_data

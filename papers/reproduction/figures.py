@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
+from anybatch.evaluation.figures import COLOURS, DASHES, MARKERS, blank
 from anybatch.tools.measurement_figures import ratios
 from anybatch.tools.measurements import Measurement
 from anybatch.tools.objective import objective

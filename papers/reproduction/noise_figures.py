@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from anybatch.tools.figures import COLOURS, blank
+from anybatch.evaluation.figures import COLOURS, blank
 from papers.reproduction.readings import law
 from papers.reproduction.results import rows_of
 from papers.reproduction.runs import RecordedRun

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anybatch.core.files import write_bytes, write_text
 from anybatch.tools import figures, report_files
-from anybatch.tools.files import write_bytes, write_text
 from papers.reproduction import figures as reproduced_figures
 from papers.reproduction.results import Grid, as_data, backing, checked, columns_of, grid
 from papers.reproduction.spec import MEASURED, SIZES, Reproduction, reproductions

@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from anybatch.tools.files import finite, write_text
+from anybatch.core.files import finite, write_text
 
 Row = dict[str, Any]
 SCHEMA = 1

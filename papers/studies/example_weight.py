@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.figures import COLOURS, MARKERS, png
 from anybatch.evaluation.recalibration import recalibrate
 from anybatch.tools.data import Dataset, load
-from anybatch.tools.figures import COLOURS, MARKERS, png
 from anybatch.tools.images import as_tensor
 from anybatch.tools.run import Run
 from anybatch.tools.training import train

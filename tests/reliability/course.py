@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.tools.files import write_whole
+from anybatch.core.files import write_whole
 
 # Short memories, so that a few steps cross every boundary; the rest is read from the first batch.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from anybatch.core.files import write_whole
 from anybatch.tools import networks
 from anybatch.tools.classification import batches
 from anybatch.tools.config import parse_options, read_config
 from anybatch.tools.data import Dataset, augment, load
-from anybatch.tools.files import output_folder, write_whole
 from anybatch.tools.images import ImageFiles
+from anybatch.tools.report_files import output_folder
 from anybatch.tools.run import MODELS, Run
 from anybatch.tools.timing import time_steps
 from anybatch.tools.training import method_options, prepare, step, train

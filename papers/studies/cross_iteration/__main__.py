@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anybatch.core.files import write_json, write_whole
+from anybatch.evaluation.figures import png
 from anybatch.tools.data import load
-from anybatch.tools.figures import png
-from anybatch.tools.files import output_folder, write_json, write_whole
 from anybatch.tools.machine import machine
+from anybatch.tools.report_files import output_folder
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
 from papers.studies.cross_iteration.compensation import (

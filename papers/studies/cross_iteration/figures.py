@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
+from anybatch.evaluation.figures import COLOURS, DASHES, MARKERS, blank
 from papers.studies.cross_iteration.compensation import Errors
 from papers.studies.cross_iteration.decay import Decay
 

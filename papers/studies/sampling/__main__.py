@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from anybatch.conversion import to_batchnorm
+from anybatch.core.files import write_whole
 from anybatch.evaluation.dataset_statistics import dataset_statistics
+from anybatch.evaluation.figures import png
 from anybatch.layers import VirtualDataset
 from anybatch.tools.classification import batches
 from anybatch.tools.data import Dataset, load
-from anybatch.tools.figures import png
-from anybatch.tools.files import output_folder, write_whole
 from anybatch.tools.machine import machine
+from anybatch.tools.report_files import output_folder
 from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, step
 from papers.studies.example_weight import image_arrays

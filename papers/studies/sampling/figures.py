@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
+from anybatch.evaluation.figures import COLOURS, DASHES, MARKERS, blank
 from anybatch.tools.run import BASELINE
 from papers.studies.sampling.averages import Averages
 from papers.studies.sampling.errors import STATISTICS, SampleErrors

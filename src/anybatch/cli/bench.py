@@ -82,7 +82,7 @@ def bench(
     """
     from anybatch.tools import bench_report
     from anybatch.tools.bench import costs
-    from anybatch.tools.files import output_folder
+    from anybatch.tools.report_files import output_folder
 
     start = time.perf_counter()
     given = read_settings(context, config)

@@ -94,8 +94,8 @@ def compare(
     from anybatch.tools import compare_report as report
     from anybatch.tools.compare import run_all, table
     from anybatch.tools.data import load, steps_per_epoch
-    from anybatch.tools.files import output_folder
     from anybatch.tools.processes import locked
+    from anybatch.tools.report_files import output_folder
     from anybatch.tools.timing import time_steps
 
     start = time.perf_counter()

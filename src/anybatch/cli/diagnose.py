@@ -77,7 +77,7 @@ def diagnose(
         anybatch diagnose --model mine.py:network --data mine.py:data
     """
     from anybatch.tools import diagnose_run as diagnosis
-    from anybatch.tools.files import output_folder
+    from anybatch.tools.report_files import output_folder
 
     given = read_settings(context, config)
     epochs = given["epochs"] if given["checkpoint"] is None else 0

@@ -67,8 +67,8 @@ def train(
 
     Stopped, it goes on after the last whole epoch when started again.
     """
-    from anybatch.tools.files import output_folder
     from anybatch.tools.processes import locked
+    from anybatch.tools.report_files import output_folder
     from anybatch.tools.training import train as train_run
 
     given = read_settings(context, config)

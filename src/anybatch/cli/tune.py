@@ -71,7 +71,7 @@ def tune(
     from anybatch.evaluation.example_weight_search import METRICS
     from anybatch.tools import tune as tuning
     from anybatch.tools.config import parse_options
-    from anybatch.tools.files import output_folder
+    from anybatch.tools.report_files import output_folder
 
     given = read_settings(context, config)
     check_choice("metric", given["metric"], METRICS)

@@ -5,10 +5,9 @@ versions and sources. Kernels that disagree or fail are named in one warning, an
 serve in their place.
 """
 
+import contextlib
 import hashlib
-import json
 import os
-import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.protocol import Backend, KernelFailure, Kernels, NormCall
+from anybatch.core.files import write_json
 from anybatch.core.kernel_trial import first_line, try_kernels, twin_of
 
 LENGTHS = tuple(3 << i for i in range(2, 24))  # positions of an example of a trial
@@ -128,11 +128,7 @@ def _file_of(kernels: Kernels) -> Path | None:
 
 
 def _keep(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole; where that fails, the kernels are tried again in the next process."""
-    try:
+    """Write a file; where that fails, the kernels are tried again in the next process."""
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(content, file)
-        os.replace(file.name, path)
-    except OSError:
-        return
+        write_json(path, content)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from anybatch.evaluation.batches import (
     target_of,
 )
 from anybatch.evaluation.example_weighing import Weighing, set_example_weight
+from anybatch.evaluation.figures import BLUE, GREY, RED, blank, save
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 
 Metric = Callable[[Any, Any], Any]
@@ -108,25 +110,21 @@ class ExampleWeightTuning:
         Raises:
             ImportError: Without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure  # no window, no state: nothing is opened
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install 'anybatch[tools]'") from error
-        figure = Figure(figsize=(4.2 * len(self.curves), 3.4), layout="constrained")
+        figure = blank(4.2 * len(self.curves), 3.4)
         panels = figure.subplots(1, len(self.curves), squeeze=False)[0]
         for axes, (name, values) in zip(panels, self.curves.items(), strict=True):
             scale = 100 if name in ("top1", "top5") else 1
-            axes.plot(self.alphas, [scale * v for v in values], "o-", color="#0072B2", ms=4)
-            axes.axvline(self.best, color="#D55E00", ls="--", label=f"best {self.metric}")
+            axes.plot(self.alphas, [scale * v for v in values], "o-", color=BLUE, ms=4)
+            axes.axvline(self.best, color=RED, ls="--", label=f"best {self.metric}")
             if self.plain in self.alphas:
                 level = scale * values[self.alphas.index(self.plain)]
-                axes.axhline(level, color="#7F7F7F", ls=":", label=f"plain, {self.plain:g}")
+                axes.axhline(level, color=GREY, ls=":", label=f"plain, {self.plain:g}")
             axes.set_xlabel("example weight")
             axes.set_ylabel(f"{name} (%)" if scale == 100 else name)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False, fontsize=8)
         if path is not None:
-            figure.savefig(path, dpi=144)
+            save(figure, Path(path))
         return figure
 
     def __str__(self) -> str:

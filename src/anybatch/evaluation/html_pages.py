@@ -1,5 +1,6 @@
 """HTML pages from the templates of a package."""
 
+import base64
 from typing import Any
 
 
@@ -29,3 +30,8 @@ def render(package: str, template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def encoded(image: bytes) -> str:
+    """The bytes of an image as a page holds them."""
+    return base64.b64encode(image).decode("ascii")

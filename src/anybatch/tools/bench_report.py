@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anybatch.evaluation.figures import png
 from anybatch.registry import get_method
 from anybatch.tools import measurement_figures
 from anybatch.tools.bench import Bench, Costs
-from anybatch.tools.figures import png
 from anybatch.tools.measurements import Measurement, as_csv, surroundings
 from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import BASELINE

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from anybatch.backends import BACKENDS
 from anybatch.core.dispatch import choices_made
+from anybatch.core.files import write_json
 from anybatch.core.kernel_trial import try_kernels
 from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import METHODS, get_method
 from anybatch.tools.bench import steady_options
-from anybatch.tools.files import output_folder, write_json
 from anybatch.tools.measurements import surroundings
-from anybatch.tools.report_files import terminal_table
+from anybatch.tools.report_files import output_folder, terminal_table
 from anybatch.tools.timing import interleaved, summaries
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 import statistics
 from typing import TYPE_CHECKING
 
+from anybatch.evaluation.figures import COLOURS, DASHES, MARKERS, blank
 from anybatch.tools.compare import Comparison, Line
-from anybatch.tools.figures import COLOURS, DASHES, MARKERS, blank
 from anybatch.tools.timing import StepTime
 from anybatch.tools.training import Row
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -58,27 +59,13 @@ def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
         lines: The table.
         names: What to call each row.
     """
-    figure = blank(8, 0.42 * len(lines) + 1.2)
-    axes = figure.subplots()
-    for place, line in enumerate(reversed(lines)):
-        index = len(lines) - 1 - place
-        colour = COLOURS[index % len(COLOURS)]
-        axes.barh(place, 100 * line.mean, color=colour, alpha=0.35, height=0.65)
-        seeds = [100 * accuracy for accuracy in line.accuracies]
-        marker = MARKERS[index % len(MARKERS)]
+    figure, axes = _bars(lines, names, {line.row: 100 * line.mean for line in lines}, ".1f")
+    for index, line in enumerate(lines):
+        place, seeds = len(lines) - 1 - index, [100 * value for value in line.accuracies]
+        marker, colour = MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]
         axes.plot(seeds, [place] * len(seeds), marker, color=colour, markersize=5, linestyle="")
-        axes.annotate(
-            f"{100 * line.mean:.1f}",
-            (0, place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    axes.set_yticks(range(len(lines)), [names[line.row] for line in reversed(lines)])
     axes.set_xlabel("held-out accuracy after the last epoch (%); a mark is a seed")
     axes.set_xlim(0, 102)
-    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -90,18 +77,28 @@ def cost_bars(lines: list[Line], times: dict[str, StepTime], names: dict[str, st
         times: Time of each method.
         names: What to call each row.
     """
-    timed = [line for line in lines if line.row in times]
-    figure = blank(8, 0.42 * len(timed) + 1.2)
-    axes = figure.subplots()
-    for place, line in enumerate(reversed(timed)):
-        time = times[line.row]
-        colour = COLOURS[(lines.index(line)) % len(COLOURS)]
+    timed = {line.row: times[line.row] for line in lines if line.row in times}
+    figure, axes = _bars(lines, names, {row: time.ratio for row, time in timed.items()}, ".2f")
+    for place, time in enumerate(reversed(timed.values())):
         spread = [[max(time.ratio - time.low, 0.0)], [max(time.high - time.ratio, 0.0)]]
-        axes.barh(place, time.ratio, color=colour, alpha=0.5, height=0.65, xerr=spread)
-        label = f"{time.ratio:.2f}"
-        axes.annotate(label, (0, place), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.errorbar([time.ratio], [place], xerr=spread, fmt="none", ecolor="black")
     axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(timed)), [names[line.row] for line in reversed(timed)])
     axes.set_xlabel("time of a training step, torch.nn.BatchNorm = 1 (bars: quartiles)")
-    axes.grid(axis="x", alpha=0.3)
     return figure
+
+
+def _bars(
+    lines: list[Line], names: dict[str, str], values: dict[str, float], form: str
+) -> "tuple[Figure, Axes]":
+    """A bar for each row that has a value, from the bottom up, with the value in it."""
+    shown = [line for line in reversed(lines) if line.row in values]
+    figure = blank(8, 0.42 * len(shown) + 1.2)
+    axes = figure.subplots()
+    for place, line in enumerate(shown):
+        value, colour = values[line.row], COLOURS[lines.index(line) % len(COLOURS)]
+        axes.barh(place, value, color=colour, alpha=0.35, height=0.65)
+        text, inside = format(value, form), ((0, place), (6, 0))
+        axes.annotate(text, *inside, textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(shown)), [names[line.row] for line in shown])
+    axes.grid(axis="x", alpha=0.3)
+    return figure, axes

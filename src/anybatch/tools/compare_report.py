@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anybatch.evaluation.figures import png
 from anybatch.registry import get_method
 from anybatch.tools import compare_figures as figures
 from anybatch.tools.compare import Comparison, Line
-from anybatch.tools.figures import png
 from anybatch.tools.machine import machine
 from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.timing import StepTime

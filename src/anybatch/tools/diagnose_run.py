@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.files import write_json
 from anybatch.evaluation.diagnosis.diagnose import diagnose
 from anybatch.evaluation.diagnosis.reading import HEAD
 from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.data import Dataset, load
-from anybatch.tools.files import write_json, write_text, write_whole
 from anybatch.tools.objective import objective
 from anybatch.tools.precision import forward
 from anybatch.tools.report_files import terminal_table
@@ -116,13 +115,6 @@ def write(found: Diagnosis, folder: Path) -> Path:
         found: The diagnosis.
         folder: Where; it exists.
     """
-    data: dict[str, Any] = found.to_dict()
-    write_json(folder / "diagnosis.json", data)
-    write_whole(folder / "diagnosis.png", partial(_plot, found))
-    path = folder / "report.html"
-    write_text(path, found.page())
-    return path
-
-
-def _plot(found: Diagnosis, path: Path) -> None:
-    found.plot(path)
+    write_json(folder / "diagnosis.json", found.to_dict())
+    found.plot(folder / "diagnosis.png")
+    return found.report(folder / "report.html")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from anybatch.tools.figures import COLOURS, MARKERS, blank
+from anybatch.evaluation.figures import COLOURS, MARKERS, blank
 from anybatch.tools.measurements import SHARES, Measurement, cases, tables
 
 if TYPE_CHECKING:

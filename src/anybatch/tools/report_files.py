@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
+import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anybatch.evaluation.html_pages import render
-from anybatch.tools.files import write_bytes, write_json, write_text
+from anybatch.core.files import write_bytes, write_json, write_text
+from anybatch.evaluation.html_pages import encoded, render
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,6 +62,24 @@ def terminal_table(
     return table
 
 
+def output_folder(path: Path) -> Path:
+    """Make a folder, or say why nothing can be written there.
+
+    Raises:
+        ValueError: If it cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output={str(path)!r}: cannot write there ({error.strerror}); "
+            "give a folder that you may write, with --output"
+        ) from error
+    return path
+
+
 def write_report(
     folder: Path,
     template: str,
@@ -92,7 +110,7 @@ def write_report(
     write_json(folder / name, content)
     for file, text in (texts or {}).items():
         write_text(folder / file, text)
-    encoded = {stem: base64.b64encode(image).decode("ascii") for stem, image in images.items()}
+    inside = {stem: encoded(image) for stem, image in images.items()}
     path = folder / page
-    write_text(path, render(package, template, data=content, images=encoded, **values))
+    write_text(path, render(package, template, data=content, images=inside, **values))
     return path

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import GammaDecay, convert, param_groups
+from anybatch.core.files import write_json, write_whole
 from anybatch.core.norm_layer import NormLayer
 from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.layers import VirtualDataset, accumulate
@@ -24,7 +25,6 @@ from anybatch.registry import get_method
 from anybatch.schedule import NormScheduler
 from anybatch.tools.data import Dataset, load, steps_per_epoch
 from anybatch.tools.examples import Examples
-from anybatch.tools.files import write_json, write_whole
 from anybatch.tools.images import ImageFiles, read_ahead
 from anybatch.tools.network_factory import build
 from anybatch.tools.objective import objective

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
+from anybatch.evaluation.figures import png
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.examples import Examples
-from anybatch.tools.figures import png
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
 from anybatch.tools.report_files import terminal_table, write_report

@@ -120,7 +120,7 @@ def test_a_step_is_timed_and_a_wrong_kind_is_refused() -> None:
 
 
 def test_figures_of_the_cross_iteration_study_are_drawn() -> None:
-    from anybatch.tools.figures import png
+    from anybatch.evaluation.figures import png
 
     table = {kind: [0.1, 0.2] for kind in KINDS}
     assert png(error_figure(Errors(table, table)))[:4] == b"\x89PNG"

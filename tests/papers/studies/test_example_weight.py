@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning
-from anybatch.tools.figures import png
+from anybatch.evaluation.figures import png
 from anybatch.tools.run import Run
 from papers.studies.example_weight import Weighed, _row, as_table, figure, image_arrays, weigh
 

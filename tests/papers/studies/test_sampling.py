@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import anybatch
+from anybatch.evaluation.figures import png
 from anybatch.layers import sample_positions
 from anybatch.tools.classification import batches, evaluate
 from anybatch.tools.data import Dataset
-from anybatch.tools.figures import png
 from anybatch.tools.run import Run
 from anybatch.tools.timing import Quartiles
 from anybatch.tools.training import prepare, step

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,15 +10,14 @@ import torch
 from anybatch import theory
 from anybatch.evaluation.diagnosis.layer_noise import Histogram, LayerNoise, Spread
 from anybatch.evaluation.diagnosis.probe import second_moment_noise
-from anybatch.evaluation.html_pages import render
+from anybatch.evaluation.figures import BLACK, BLUE, RED, blank, png
+from anybatch.evaluation.html_pages import encoded, render
 from anybatch.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"  # Okabe and Ito's
-_EXTRA = "pip install 'anybatch[tools]'"
 NAMED = 24  # norms, up to which their names stand below a plot
 
 
@@ -34,17 +31,13 @@ class Measured(Protocol):
 
 def figure(measured: Measured) -> Figure:
     """Noise of the four statistics of each norm, and the distributions of the noisiest."""
-    try:
-        from matplotlib.figure import Figure  # no window, no state: nothing is opened
-    except ImportError as error:
-        raise ImportError(f"a plot needs Matplotlib: {_EXTRA}") from error
     layers = measured.layers
     if not layers:
         raise ValueError("no batch norm was measured: there is no noise to plot")
     backward = any(layer.psi is not None for layer in layers)
     rows = 3 if backward else 2
     tall = 0.6 if len(layers) <= NAMED else 0.0
-    drawn = Figure(figsize=(11, (3.2 + tall) * rows), layout="constrained")
+    drawn = blank(11, (3.2 + tall) * rows)
     axes = drawn.subplots(rows, 2, squeeze=False)
     panels = [("mean (xi_mu)", "mean"), ("variance (xi_sigma)", "var"), ("g", "g"), ("Psi", "psi")]
     for place, (title, name) in enumerate(panels[: 2 * rows - 2]):
@@ -121,15 +114,12 @@ def _plain(name: str) -> str:
 
 def page(measured: Measured, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """The diagnosis as one HTML page; rows are the reading of each norm and its cells' texts."""
-    buffer = io.BytesIO()
-    if measured.layers:
-        figure(measured).savefig(buffer, format="png", dpi=120)
     return render(
         "anybatch.evaluation",
         "diagnosis.html.j2",
         diagnosis=measured,
         head=head,
         rows=rows,
-        picture=base64.b64encode(buffer.getvalue()).decode("ascii"),
+        picture=encoded(png(figure(measured), dpi=120)) if measured.layers else "",
         versions=f"anybatch {__version__}, torch {torch.__version__}",
     )

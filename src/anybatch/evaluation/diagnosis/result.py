@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from anybatch.core.files import finite, write_text
 from anybatch.core.text_tables import text_table
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise
 from anybatch.evaluation.diagnosis.outputs import ExampleNorm
@@ -60,7 +59,7 @@ class Diagnosis:
         others = [asdict(norm) for norm in self.others]
         norms = {"layers": layers, "others": others}
         found = {**rest, "reading": reading, "notes": self.notes, **norms}
-        return _plain(found)  # type: ignore[no-any-return]
+        return finite(found)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         table = text_table(HEAD, [row for _, row in self.rows()])
@@ -79,8 +78,9 @@ class Diagnosis:
             ImportError: Matplotlib is missing.
         """
         from anybatch.evaluation.diagnosis.report import figure
+        from anybatch.evaluation.figures import save
 
-        figure(self).savefig(path, dpi=144)
+        save(figure(self), Path(path))
         return Path(path)
 
     def report(self, path: str | Path) -> Path:
@@ -95,21 +95,7 @@ class Diagnosis:
         Raises:
             ImportError: Matplotlib or Jinja is missing.
         """
-        path = Path(path)
-        path.write_text(self.page(), encoding="utf-8")
-        return path
-
-    def page(self) -> str:
-        """The HTML page that `report` writes."""
         from anybatch.evaluation.diagnosis.report import page
 
-        return page(self, HEAD, self.rows())
-
-
-def _plain(data: Any) -> Any:
-    """Data as JSON knows it: lists, and None for numbers that are not finite."""
-    if isinstance(data, Mapping):
-        return {key: _plain(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_plain(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+        write_text(Path(path), page(self, HEAD, self.rows()))
+        return Path(path)

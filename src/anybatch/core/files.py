@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
-    write_whole(path, lambda temporary: _write(temporary, text))
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file of bytes whole."""
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     write_whole(path, write)
 
@@ -57,35 +60,10 @@ def write_json(path: Path, data: Any) -> None:
 
 def finite(data: Any) -> Any:
     """Data with None for every number that is not finite: JSON has no other word for it."""
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [finite(value) for value in data]
     if isinstance(data, float) and not -float("inf") < data < float("inf"):
         return None
     return data
-
-
-def output_folder(path: Path) -> Path:
-    """Make a folder, or say why nothing can be written there.
-
-    Raises:
-        ValueError: If it cannot be made or written.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"output={str(path)!r}: cannot write there ({error.strerror}); "
-            "give a folder that you may write, with --output"
-        ) from error
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
