@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anybatch.cli.console import Command, console, errors, plain_errors, start, typed_command
+from anybatch.cli.console import (
+    Command,
+    console,
+    errors,
+    plain_errors,
+    print_path,
+    start,
+    typed_command,
+)
 from anybatch.cli.options import AsJson, Device, Root, starting_with
 from anybatch.cli.progress import progress_bars, show_runs
 from anybatch.cli.settings import check_device, count_workers, parse_seeds
@@ -145,7 +153,7 @@ def reproduce(
         console.print(pages.section_table(pages.section(one, size, rows)))
     if elsewhere:
         console.print(f"{elsewhere} trainings are made by another process; start again to wait.")
-    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
+    print_path("report", page)
 
 
 def _list_reproductions(

@@ -65,6 +65,8 @@ def test_methods_are_compared_on_a_users_network_and_data(tmp_path: Path) -> Non
         ({"options": {"mabn": {"windou": 3}}}, "windou"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"target_batch_size": 4096}, "batch_size=4096"),
+        ({"model": nn.Linear(8, 3)}, "model: Linear has no batch norm"),
+        ({"model": nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))}, r"not fit .* shape \(6,\)"),
     ],
 )
 def test_a_wrong_argument_of_compare_is_named(settings: dict, words: str) -> None:

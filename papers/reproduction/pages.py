@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anybatch.core.files import write_bytes, write_text
-from anybatch.tools import figures, report_files
+from anybatch.evaluation import figures
+from anybatch.tools import report_files
 from papers.reproduction import figures as reproduced_figures
 from papers.reproduction.results import Grid, as_data, backing, checked, columns_of, grid
 from papers.reproduction.spec import MEASURED, SIZES, Reproduction, reproductions

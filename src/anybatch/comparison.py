@@ -100,9 +100,8 @@ def compare(
         >>> [line.row for line in found.lines]
         ['target', 'baseline', 'mabn']
     """
-    from anybatch.tools.compare import DEFAULT_METHODS, Comparison, table
+    from anybatch.tools.compare import DEFAULT_METHODS, Comparison, check_data, table
     from anybatch.tools.compare_report import FinishedComparison
-    from anybatch.tools.data import steps_per_epoch
     from anybatch.tools.own_data import own_data
     from anybatch.tools.run import Run
     from anybatch.tools.timing import time_steps
@@ -133,9 +132,8 @@ def compare(
         target_batch_size=target_batch_size,
         options=tuple((name, tuple(own.items())) for name, own in (options or {}).items()),
     )
+    check_data(comparison, data)
     runs = comparison.runs()
-    for run in runs:
-        steps_per_epoch(run, data)
     results, total = {}, sum(run.epochs for run in runs)
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -183,3 +183,16 @@ def test_commands_take_the_users_network_and_data(mine: str, tmp_path: Path) -> 
             assert json.loads((out / file).read_text())
     rows = json.loads((tmp_path / "compare" / "results.json").read_text())["table"]
     assert [row["row"] for row in rows] == ["target", "baseline", "mabn"]
+
+
+@pytest.mark.parametrize("command", ["train", "diagnose", "compare"])
+def test_a_users_network_without_its_data_ends_in_what_to_give(
+    mine: str, tmp_path: Path, command: str
+) -> None:
+    typed = [command, "--model", "mine.py:network", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, typed, env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert "model='mine.py:network': it does not fit the examples, of shape (64,)" in result.output
+    assert "--data mine.py:data" in result.output
+    assert not list((tmp_path / "out").rglob("*.json"))

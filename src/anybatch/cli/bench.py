@@ -6,16 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from anybatch.cli.console import console, plain_errors, typed_command
-from anybatch.cli.options import (
-    AsJson,
-    Config,
-    Device,
-    Methods,
-    Options,
-    Output,
-    Precision,
-    complete_model,
+from anybatch.cli import options
+from anybatch.cli.console import (
+    console,
+    plain_errors,
+    print_file,
+    print_lines,
+    print_path,
+    typed_command,
 )
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import (
@@ -24,6 +22,7 @@ from anybatch.cli.settings import (
     options_of,
     parse_counts,
     read_settings,
+    results_folder,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def bench(
         str,
         typer.Option(
             help="module:factory of your own, mine.py:factory, or a network of anybatch compare.",
-            autocompletion=complete_model,
+            autocompletion=options.complete_model,
         ),
     ] = "resnet8",
     input: Annotated[
@@ -47,26 +46,24 @@ def bench(
             "input. [dim]Default: 2x3x32x32, or 2x64 for mlp.[/]"
         ),
     ] = None,
-    methods: Methods = None,
+    methods: options.Methods = None,
     batch_sizes: Annotated[
         str | None,
         typer.Option(help="Batch sizes with commas. [dim]Default: the input's first number.[/]"),
     ] = None,
-    device: Device = "cpu",
-    precision: Precision = "float32",
+    device: options.Device = "cpu",
+    precision: options.Precision = "float32",
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Weights and inputs with channels last.")
     ] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile each network by torch.compile.")
     ] = False,
-    rounds: Annotated[
-        int, typer.Option(help="Rounds, in each of which every method has a turn.")
-    ] = 15,
-    option: Options = None,
-    config: Config = None,
-    output: Output = None,
-    as_json: AsJson = False,
+    rounds: options.Rounds = 15,
+    option: options.Options = None,
+    config: options.Config = None,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV and nothing else.")] = False,
 ) -> None:
     """Measure what each method would cost in a network: time, memory, inference.
@@ -82,7 +79,6 @@ def bench(
     """
     from anybatch.tools import bench_report
     from anybatch.tools.bench import costs
-    from anybatch.tools.report_files import output_folder
 
     start = time.perf_counter()
     given = read_settings(context, config)
@@ -90,7 +86,7 @@ def bench(
         raise ValueError("csv=True: give one of --json and --csv")
     variants, benches = _variants(given), _benches(given)
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in given["model"])
-    folder = output_folder(Path(given["output"] or f"runs/bench-{name}"))
+    folder = results_folder(given, f"bench-{name}")
     quiet, found = given["as_json"] or given["as_csv"], []
     with progress_bars(quiet) as bars:
         for one in benches:
@@ -102,16 +98,15 @@ def bench(
             )
             page = bench_report.write(outcome, folder)
     if given["as_json"]:
-        print((folder / "bench.json").read_text(encoding="utf-8"), end="")
+        print_file(folder / "bench.json")
         return
     if given["as_csv"]:
-        print((folder / "bench.csv").read_text(encoding="utf-8"), end="")
+        print_file(folder / "bench.csv")
         return
     for one, cost in zip(outcome.benches, outcome.found, strict=True):
         console.print(bench_report.costs_table(one, cost))
-        for method, reason in cost.failed.items():
-            console.print(f"{method} could not be measured: {reason}", markup=False)
-    console.print(f"report  {page.resolve()}", soft_wrap=True, highlight=False)
+        print_lines(f"{name} could not be measured: {why}" for name, why in cost.failed.items())
+    print_path("report", page)
 
 
 def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
@@ -122,10 +117,10 @@ def _variants(given: dict[str, Any]) -> "dict[str, Variant]":
     chosen = named_methods(given)
     if not chosen:
         raise ValueError(f"methods={given['methods']!r}: give one or more")
-    options = options_of(chosen, given)
+    own = options_of(chosen, given)
     for name in chosen:
-        get_method(name).check_options(dict(options.get(name, ())))
-    return {name: Variant(name, options.get(name, ())) for name in dict.fromkeys(chosen)}
+        get_method(name).check_options(dict(own.get(name, ())))
+    return {name: Variant(name, own.get(name, ())) for name in dict.fromkeys(chosen)}
 
 
 def _benches(given: dict[str, Any]) -> "list[Bench]":

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from anybatch.cli.console import console, plain_errors
-from anybatch.cli.options import AsJson, Methods, Output
+from anybatch.cli.console import console, plain_errors, print_file, print_lines, print_path
+from anybatch.cli.options import AsJson, Methods, Output, Rounds
 from anybatch.cli.progress import progress_bars, show_parts
-from anybatch.cli.settings import check_device
+from anybatch.cli.settings import check_device, parse_names
 
 
 @plain_errors()
@@ -18,9 +18,7 @@ def check(
         str | None,
         typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(help="Rounds, in each of which every method has a turn.")
-    ] = 5,
+    rounds: Rounds = 5,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -36,11 +34,11 @@ def check(
 
     if rounds < 0:
         raise ValueError(f"rounds={rounds}: give a number from 0 on")
-    names = checks.KEPT if methods is None else _names(methods)
+    names = checks.KEPT if methods is None else parse_names(methods)
     for name in names:
         if name not in checks.KEPT:
             raise ValueError(f"methods={name!r}: give one or more of {', '.join(checks.KEPT)}")
-    places = None if devices is None else _names(devices)
+    places = None if devices is None else parse_names(devices)
     for place in places or ():
         check_device(place)
         if place.partition(":")[0] not in checks.SIDES:
@@ -50,16 +48,12 @@ def check(
     path = checks.write(rows, Path(output or "runs/check"))
     faults = [row for row in rows if row.fault is not None]
     if as_json:
-        print(path.read_text(encoding="utf-8"), end="")
+        print_file(path)
     else:
         console.print(checks.check_table(rows))
         for row in faults:
             case = f"{row.device}, {row.method}, {row.precision}, {row.format}"
-            console.print(f"{case}: {row.fault}", markup=False, highlight=False)
-        console.print(f"report  {path.resolve()}", soft_wrap=True, highlight=False)
+            print_lines([f"{case}: {row.fault}"])
+        print_path("report", path)
     if faults:
         raise typer.Exit(1)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip().lower() for name in text.split(",") if name.strip())

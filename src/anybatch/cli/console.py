@@ -4,8 +4,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -64,11 +65,7 @@ def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
                     errors.print(f"[bold red]error[/]  {escape(str(error))}", soft_wrap=True)
                     raise typer.Exit(2) from error
                 if isinstance(error, OSError):  # a full disk, or a folder that was removed
-                    errors.print(
-                        f"[bold red]error[/]  {escape(str(error))}; what is done is kept. "
-                        f"To go on: [bold]{escape(typed_command(program))}[/]",
-                        soft_wrap=True,
-                    )
+                    _say_how_to_go_on(f"[bold red]error[/]  {escape(str(error))}", program)
                     raise typer.Exit(1) from error
                 raise
 
@@ -78,11 +75,13 @@ def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
 
 
 def _interrupted(program: str) -> typer.Exit:
-    errors.print(
-        f"\nstopped; what is done is kept. To go on: [bold]{escape(typed_command(program))}[/]",
-        soft_wrap=True,
-    )
+    _say_how_to_go_on("\nstopped", program)
     return typer.Exit(INTERRUPTED)
+
+
+def _say_how_to_go_on(why: str, program: str) -> None:
+    command = escape(typed_command(program))
+    errors.print(f"{why}; what is done is kept. To go on: [bold]{command}[/]", soft_wrap=True)
 
 
 def typed_command(program: str = "anybatch") -> str:
@@ -101,3 +100,19 @@ def start(application: typer.Typer) -> None:
 def _stop(*_: object) -> None:
     _stop_requested.set()
     raise KeyboardInterrupt
+
+
+def print_file(path: Path) -> None:
+    """Print a text file, and nothing else."""
+    print(path.read_text(encoding="utf-8"), end="")
+
+
+def print_path(what: str, path: Path) -> None:
+    """Say where a result is."""
+    console.print(f"{what}  {path.resolve()}", soft_wrap=True, highlight=False)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences as they are, without markup."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -3,7 +3,8 @@
 `anybatch.tools` is imported only when it is needed, as everywhere in the command line.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -17,32 +18,19 @@ def starting_with(incomplete: str, choices: Iterable[str]) -> list[str]:
     return [choice for choice in choices if choice.startswith(incomplete)]
 
 
-def complete_data(incomplete: str) -> list[str]:
-    """Complete names of data sets."""
-    from anybatch.tools.run import DATA
+def _completing(module: str, names: str) -> Callable[[str], list[str]]:
+    """Return a function that completes the names that a module lists."""
 
-    return starting_with(incomplete, DATA)
+    def complete(incomplete: str) -> list[str]:
+        return starting_with(incomplete, getattr(import_module(module), names))
 
-
-def complete_model(incomplete: str) -> list[str]:
-    """Complete names of networks."""
-    from anybatch.tools.networks import MODELS
-
-    return starting_with(incomplete, MODELS)
+    return complete
 
 
-def complete_precision(incomplete: str) -> list[str]:
-    """Complete precisions."""
-    from anybatch.tools.run import PRECISIONS
-
-    return starting_with(incomplete, PRECISIONS)
-
-
-def complete_metric(incomplete: str) -> list[str]:
-    """Complete names of metrics."""
-    from anybatch.evaluation.example_weight_search import METRICS
-
-    return starting_with(incomplete, METRICS)
+_complete_data = _completing("anybatch.tools.run", "DATA")
+_complete_precision = _completing("anybatch.tools.run", "PRECISIONS")
+complete_model = _completing("anybatch.tools.networks", "MODELS")
+complete_metric = _completing("anybatch.evaluation.example_weight_search", "METRICS")
 
 
 def complete_method(incomplete: str) -> list[tuple[str, str]]:
@@ -68,23 +56,29 @@ def complete_option(incomplete: str) -> list[str]:
     )
 
 
-Data = Annotated[
-    str,
-    typer.Option(
-        help="digits, cifar10, cifar100, imagefolder, imagenet or npz; or your own: "
-        "file.py:function, which returns (train, test).",
-        autocompletion=complete_data,
-    ),
-]
+_DATA = (
+    "digits, cifar10, cifar100, imagefolder, imagenet or npz; or your own: file.py:function, "
+    "which returns (train, test)."
+)
+_METHOD = "Short name of the method, or torch for torch's batch norm."
+Data = Annotated[str, typer.Option(help=_DATA, autocompletion=_complete_data)]
 TunedData = Annotated[
     str | None,
     typer.Option(
-        help="digits, cifar10, cifar100, imagefolder, imagenet or npz; or your own: "
-        "file.py:function, which returns (train, test). "
-        "[dim]Default: the checkpoint's, or digits.[/]",
-        autocompletion=complete_data,
+        help=f"{_DATA} [dim]Default: the checkpoint's, or digits.[/]",
+        autocompletion=_complete_data,
     ),
 ]
+Method = Annotated[str, typer.Option(help=_METHOD, autocompletion=complete_method)]
+TunedMethod = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{_METHOD} [dim]Default: the checkpoint's, or torch.[/]",
+        autocompletion=complete_method,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")]
+Rounds = Annotated[int, typer.Option(help="Rounds, in each of which every method has a turn.")]
 Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
 Model = Annotated[
     str | None,
@@ -114,7 +108,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Precision = Annotated[
     str,
     typer.Option(
-        help="float32, bfloat16 or float16 (autocast).", autocompletion=complete_precision
+        help="float32, bfloat16 or float16 (autocast).", autocompletion=_complete_precision
     ),
 ]
 TrainSize = Annotated[int | None, typer.Option(help="Use only so many training examples.")]

@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from anybatch.tools.run import Option, Run
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 def read_settings(context: typer.Context, config: Path | None) -> dict[str, Any]:
@@ -36,13 +39,25 @@ def build_run(given: dict[str, Any]) -> "Run":
     """Return the run of a command's options; its method is torch's batch norm."""
     from anybatch.tools.run import Run
 
-    model = given["model"] or ("mlp" if given["data"] == "digits" else "resnet8")
+    model = given["model"] or usual_model(given["data"])
     names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
     more: tuple[str, ...] = ("device", "precision", "train_size")
     check_device(given["device"])
     if "lr" in given:
         more += ("lr",)
     return Run(model=model, **{name: given[name] for name in (*names, *more)})
+
+
+def usual_model(data: str) -> str:
+    """Return the network for data where none is named."""
+    return "mlp" if data == "digits" else "resnet8"
+
+
+def results_folder(given: dict[str, Any], usual: str) -> Path:
+    """Return the folder of a command's results, which is made: the one typed, or one in runs."""
+    from anybatch.tools.report_files import output_folder
+
+    return output_folder(Path(given["output"] or f"runs/{usual}"))
 
 
 def build_method_run(given: dict[str, Any], doing: str) -> "Run":
@@ -55,18 +70,21 @@ def build_method_run(given: dict[str, Any], doing: str) -> "Run":
     Raises:
         ValueError: For an option of another method.
     """
+    method = given["method"].lower()
+    options = method_options(given, method, f"the method {doing}")
+    return build_run(given).but(
+        method=method, seed=given["seed"], centralize=given["centralize"], options=options
+    )
+
+
+def method_options(given: dict[str, Any], method: str, whose: str) -> "tuple[Option, ...]":
+    """Return the options that were typed, all of them of one method."""
     from anybatch.tools.config import parse_options
 
-    method = given["method"].lower()
     options = parse_options(given["option"] or [])
     if wrong := ", ".join(sorted(set(options) - {method})):
-        raise ValueError(f"option={wrong}: the method {doing} is {method!r}")
-    return build_run(given).but(
-        method=method,
-        seed=given["seed"],
-        centralize=given["centralize"],
-        options=options.get(method, ()),
-    )
+        raise ValueError(f"option={wrong}: {whose} is {method!r}")
+    return options.get(method, ())
 
 
 def check_device(name: str) -> None:
@@ -97,9 +115,12 @@ def named_methods(given: dict[str, Any]) -> tuple[str, ...]:
     from anybatch.tools.compare import DEFAULT_METHODS
 
     names = given["methods"]
-    if names is None:
-        return DEFAULT_METHODS
-    return tuple(name.strip().lower() for name in names.split(",") if name.strip())
+    return DEFAULT_METHODS if names is None else parse_names(names)
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse names with commas, in lower case."""
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
 
 
 def options_of(chosen: tuple[str, ...], given: dict[str, Any]) -> "dict[str, tuple[Option, ...]]":
@@ -113,21 +134,17 @@ def options_of(chosen: tuple[str, ...], given: dict[str, Any]) -> "dict[str, tup
     return options
 
 
-def parse_counts(name: str, text: str, example: str) -> tuple[int, ...]:
-    """Parse whole numbers from 1 on, separated by commas; each counts once.
-
-    Args:
-        name: Name of the option, for the error.
-        text: The text.
-        example: A valid text, for the error.
-
-    Raises:
-        ValueError: For anything else.
-    """
+def parse_numbers(name: str, text: str, kind: type[_Number], example: str) -> tuple[_Number, ...]:
+    """Parse numbers of a kind, separated by commas; the name and a valid text are for the error."""
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise ValueError(f"{name}={text!r}: give numbers with commas, as in {example}") from error
+
+
+def parse_counts(name: str, text: str, example: str) -> tuple[int, ...]:
+    """Parse whole numbers from 1 on, separated by commas; each counts once."""
+    numbers = parse_numbers(name, text, int, example)
     if min(numbers) < 1:
         raise ValueError(f"{name}={text!r}: give numbers from 1 on")
     return tuple(dict.fromkeys(numbers))
@@ -139,11 +156,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: For anything else.
     """
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"seeds={text!r}: give a number, or numbers with commas") from error
-    if len(numbers) > 1 or "," in text:
+    numbers = parse_numbers("seeds", text, int, "0,1,2, or how many")
+    if len(numbers) > 1:
         return numbers
     if numbers[0] < 1:
         raise ValueError(f"seeds={text!r}: give 1 or more, or the seeds with commas")

@@ -1,33 +1,14 @@
 """``anybatch train``: train one network with one method."""
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from anybatch.cli.console import console, plain_errors
-from anybatch.cli.options import (
-    Accumulate,
-    AsJson,
-    BatchSize,
-    Centralize,
-    Config,
-    Data,
-    Device,
-    Epochs,
-    LearningRate,
-    Model,
-    NormBatchSize,
-    Options,
-    Output,
-    Precision,
-    Root,
-    TrainSize,
-    complete_method,
-)
+from anybatch.cli import options
+from anybatch.cli.console import console, plain_errors, print_path
 from anybatch.cli.progress import progress_bars
-from anybatch.cli.settings import build_method_run, limit_threads, read_settings
+from anybatch.cli.settings import build_method_run, limit_threads, read_settings, results_folder
 
 if TYPE_CHECKING:
     from anybatch.tools.training import Row
@@ -36,30 +17,24 @@ if TYPE_CHECKING:
 @plain_errors()
 def train(
     context: typer.Context,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Short name of the method, or torch for torch's batch norm.",
-            autocompletion=complete_method,
-        ),
-    ] = "mabn",
-    data: Data = "digits",
-    root: Root = None,
-    model: Model = None,
-    batch_size: BatchSize = 2,
-    norm_batch_size: NormBatchSize = None,
-    accumulate: Accumulate = 1,
-    centralize: Centralize = False,
-    epochs: Epochs = 12,
-    lr: LearningRate = 0.1,
-    seed: Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")] = 0,
-    device: Device = "cpu",
-    precision: Precision = "float32",
-    train_size: TrainSize = None,
-    option: Options = None,
-    config: Config = None,
-    output: Output = None,
-    as_json: AsJson = False,
+    method: options.Method = "mabn",
+    data: options.Data = "digits",
+    root: options.Root = None,
+    model: options.Model = None,
+    batch_size: options.BatchSize = 2,
+    norm_batch_size: options.NormBatchSize = None,
+    accumulate: options.Accumulate = 1,
+    centralize: options.Centralize = False,
+    epochs: options.Epochs = 12,
+    lr: options.LearningRate = 0.1,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    precision: options.Precision = "float32",
+    train_size: options.TrainSize = None,
+    option: options.Options = None,
+    config: options.Config = None,
+    output: options.Output = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train one network with one method.
 
@@ -68,12 +43,11 @@ def train(
     Stopped, it goes on after the last whole epoch when started again.
     """
     from anybatch.tools.processes import locked
-    from anybatch.tools.report_files import output_folder
     from anybatch.tools.training import train as train_run
 
     given = read_settings(context, config)
     run = build_method_run(given, "trained")
-    folder = output_folder(Path(given["output"] or f"runs/train-{run.data_name}"))
+    folder = results_folder(given, f"train-{run.data_name}")
     limit_threads(run.device)
 
     def show(done: int, row: "Row") -> None:
@@ -93,6 +67,6 @@ def train(
         print(json.dumps(row, indent=2))
         return
     console.print(f"held-out accuracy [bold]{100 * row['accuracy']:.2f} %[/]  ({run.label})")
-    path = (folder / "runs" / f"{run.key}.json").resolve()
-    console.print(f"result  {path}", soft_wrap=True, highlight=False)
-    console.print(f"weights {path.with_suffix('.pt')}", soft_wrap=True, highlight=False)
+    path = folder / "runs" / f"{run.key}.json"
+    print_path("result ", path)
+    print_path("weights", path.with_suffix(".pt"))

@@ -4,7 +4,12 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.registry import get_method
+from anybatch.tools.data import Dataset, steps_per_epoch
+from anybatch.tools.network_factory import build
 from anybatch.tools.processes import OnProgress, in_processes
 from anybatch.tools.run import BASELINE, Option, Run
 from anybatch.tools.training import Row, stored_result, train
@@ -131,21 +136,21 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     return lines[:2] + sorted(lines[2:], key=lambda line: -line.mean)
 
 
-def run_all(
-    comparison: Comparison, folder: Path, workers: int, on_progress: OnProgress
-) -> dict[str, Row]:
-    """Train all runs that are not finished, in several processes of one thread each.
-
-    Args:
-        comparison: What to compare.
-        folder: Results are kept in it; a run that was stopped goes on.
-        workers: Processes.
-        on_progress: Called with a run's key, the epochs done, and its result at the end.
+def check_data(comparison: Comparison, data: Dataset) -> None:
+    """Check that methods can be compared on the data, before anything is trained.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
+        ValueError: For a batch larger than the training set, and a network without batch norms.
     """
-    return train_runs(comparison.runs(), folder, workers, on_progress)
+    for run in comparison.runs():
+        steps_per_epoch(run, data)
+    with torch.random.fork_rng():
+        model = build(comparison.base.model, data)
+    if not any(map(is_batch_norm, model.modules())):
+        raise ValueError(
+            f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "
+            "give a network with torch's"
+        )
 
 
 def train_runs(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion import GammaDecay, convert, param_groups
+from anybatch.conversion.observe import restored
 from anybatch.core.files import write_json, write_whole
 from anybatch.core.norm_layer import NormLayer
 from anybatch.evaluation.dataset_statistics import dataset_statistics
@@ -28,7 +29,7 @@ from anybatch.tools.examples import Examples
 from anybatch.tools.images import ImageFiles, read_ahead
 from anybatch.tools.network_factory import build
 from anybatch.tools.objective import objective
-from anybatch.tools.run import Run
+from anybatch.tools.run import Run, is_own
 
 Row = dict[str, Any]
 _READ = 500  # examples at a time
@@ -131,7 +132,27 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     learning_rate = _learning_rate(run, optimizer, steps)
     scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
     loss = partial(objective(run).loss, run, data, model)
+    if is_own(run.model):
+        _check_fit(run, data, model, loss)
     return Training(model, optimizer, learning_rate, progress, scaler, loss)
+
+
+def _check_fit(
+    run: Run, data: Dataset, model: nn.Module, loss: Callable[[Tensor, Any], Tensor]
+) -> None:
+    """Refuse a user's network that does not take the data, or gives what the loss does not take."""
+    x, y = next(objective(run).batches(run, data, 1))
+    try:
+        with restored(model), torch.no_grad():
+            model.eval()
+            loss(x.split(run.micro_batch_size)[0], next(iter(y.split(run.micro_batch_size))))
+    except Exception as error:  # anything can go wrong in there
+        given = f"model={run.model!r}" if data.network is None else "model"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{given}: it does not fit the examples, of shape {tuple(x.shape[1:])} and with their "
+            f"targets ({reason}); give data that it takes (on the command line --data mine.py:data)"
+        ) from error
 
 
 def _load_initial(model: nn.Module, initial: Mapping[str, Tensor]) -> None:
