@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 import anybatch
+from anybatch.tools.checkpoint import read_checkpoint
 from anybatch.tools.classification import evaluate
 from anybatch.tools.data import load
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
-from anybatch.tools.tune import build, read_checkpoint, training_batches
+from anybatch.tools.tune import build, training_batches
 
 
 def main() -> None:

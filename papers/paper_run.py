@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from anybatch.core.arguments import check_choice
 from anybatch.registry import get_method
 from anybatch.tools.networks import LIBRARIES, MODELS
-from anybatch.tools.run import DATA, Option, Run, check_choice
+from anybatch.tools.run import DATA, Option, Run
 from papers.networks import (
     CLASSIFIERS,
     DETECTORS,

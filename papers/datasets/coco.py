@@ -79,7 +79,7 @@ class AnnotatedImages(ImageFiles):
         some._kept = self._kept
         return some
 
-    def centred(self) -> Tensor:
+    def read(self) -> Tensor:
         """The images, standardized, ``(N, 3, height, width)``."""
         x = torch.zeros(self.shape)
         for row, file, size in zip(x, self.part.files, self.part.sizes, strict=True):

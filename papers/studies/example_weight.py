@@ -18,11 +18,12 @@ from torch import nn
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.figures import COLOURS, MARKERS, png
 from anybatch.evaluation.recalibration import recalibrate
+from anybatch.tools.checkpoint import read_checkpoint
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.images import as_tensor
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
-from anybatch.tools.tune import build, halves, read_checkpoint, training_batches
+from anybatch.tools.tune import build, halves, training_batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

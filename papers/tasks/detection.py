@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.tools.data import Dataset, noisy, shuffled
-from anybatch.tools.precision import precision
+from anybatch.tools.precision import autocast
 from anybatch.tools.run import Run
 from papers.datasets.coco import BOX, AnnotatedImages
 from papers.networks.one_stage import Detections, Targets
@@ -30,7 +30,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Targe
     for index, generator in shuffled(run, data, epoch):
         images = _images(data.train_x)[index]
         boxes = data.train_y[index.to(data.train_y.device)].cpu()
-        x, masks = images.centred(), images.masks() if finds_masks(run) else None
+        x, masks = images.read(), images.masks() if finds_masks(run) else None
         if run.augments:
             flips = torch.rand(len(x), generator=generator) < 0.5
             x, boxes, masks = flipped(x, boxes, masks, flips, images.widths())
@@ -91,7 +91,7 @@ def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Targets) -> Te
     Returns:
         The loss, with a gradient.
     """
-    with precision(run):
+    with autocast(run.precision, run.device):
         return cast(Detector, model).loss(x, y)
 
 
@@ -114,10 +114,10 @@ def evaluate(
     images = _images(data.test_x)
     found: list[Detections] = []
     masks: list[Tensor] | None = [] if finds_masks(run) else None
-    with torch.no_grad(), precision(run):
+    with torch.no_grad(), autocast(run.precision, run.device):
         for start in range(0, len(images), size):
             some = images[start : start + size]
-            found += cast(Detector, model).find(some.centred().to(run.device))
+            found += cast(Detector, model).find(some.read().to(run.device))
             if masks is not None:
                 masks += some.masks()
     return None, average_precision(found, data.test_y.cpu(), masks)

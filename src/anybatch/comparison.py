@@ -156,13 +156,6 @@ def _factory(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Modu
     if not callable(model):
         raise TypeError(f"model={model!r}: give a function that builds a network, or a network")
 
-    def build() -> nn.Module:
-        made = model()
-        if not isinstance(made, nn.Module):
-            raise TypeError(
-                f"model: it gave {type(made).__name__}; give a function that builds a "
-                "torch.nn.Module"
-            )
-        return made
+    from anybatch.tools.network_factory import check_network
 
-    return build
+    return lambda: check_network("model", model())

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anybatch.core.arguments import check_between
+from anybatch.core.arguments import check_between, check_from
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def noise(values: float, average_weight: float = 0.0, *, kurtosis: float = 3.0) 
         >>> noise(2, average_weight=0.9375).mean_std == noise(62).mean_std
         True
     """
-    _check_values("values", values)
+    check_from("values", values, 1)
     _check_weight(average_weight)
     if not kurtosis >= 1:
         raise ValueError(f"kurtosis={kurtosis!r}: give a number from 1 on; 3 is a Gaussian's")
@@ -177,7 +177,7 @@ def effective_values(values: float, correlation: float) -> float:
         >>> round(effective_values(64, 0.1), 2)
         8.77
     """
-    _check_values("values", values)
+    check_from("values", values, 1)
     check_between("correlation", correlation, -1.0, 1.0)
     share = 1 + (values - 1) * correlation
     if not share > 0:
@@ -220,7 +220,7 @@ def equivalent_batch_size(
         >>> equivalent_batch_size(4, 0.75)
         28.0
     """
-    _check_values("values", values)
+    check_from("values", values, 1)
     _check_weight(average_weight)
     return values * (1 if published else 1 + average_weight) / (1 - average_weight)
 
@@ -246,8 +246,8 @@ def average_weight_for(values: float, target: float, *, published: bool = False)
         >>> average_weight_for(4, 16), average_weight_for(4, 16, published=True)
         (0.6, 0.75)
     """
-    _check_values("values", values)
-    _check_values("target", target)
+    check_from("values", values, 1)
+    check_from("target", target, 1)
     if target <= values:
         return 0.0
     return 1 - values / target if published else (target - values) / (target + values)
@@ -315,7 +315,7 @@ def output_bound(values: float) -> float:
         >>> output_bound(2), output_bound(5)
         (1.0, 2.0)
     """
-    _check_values("values", values)
+    check_from("values", values, 1)
     return math.sqrt(values - 1)
 
 
@@ -434,13 +434,6 @@ def _trigamma(k: float) -> float:
     if math.isinf(k):
         return 0.0
     return float(torch.special.polygamma(1, torch.tensor(k, dtype=torch.float64)))
-
-
-def _check_values(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: give a number from 1 on")
-    if not 1 <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a number from 1 on")
 
 
 def _check_weight(value: float) -> None:

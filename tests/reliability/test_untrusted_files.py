@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from anybatch.tools.checkpoint import read_checkpoint
 from anybatch.tools.config import read_config
 from anybatch.tools.data import load
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
-from anybatch.tools.tune import read_checkpoint
 
 QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -9,10 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 from anybatch.cli import app
+from anybatch.tools.checkpoint import read_checkpoint
 from anybatch.tools.data import load
 from anybatch.tools.run import Run
 from anybatch.tools.training import train
-from anybatch.tools.tune import halves, read_checkpoint
+from anybatch.tools.tune import halves
 
 SMALL = {"epochs": 1, "train_size": 64, "batch_size": 8}
 

@@ -59,11 +59,12 @@ def tune(
     from anybatch.core.arguments import check_choice
     from anybatch.evaluation.example_weight_search import METRICS
     from anybatch.tools import tune as tuning
+    from anybatch.tools.checkpoint import read_checkpoint
 
     given = read_settings(context, config)
     check_choice("metric", given["metric"], METRICS)
     check_device(given["device"])
-    stored, state = tuning.read_checkpoint(checkpoint)
+    stored, state = read_checkpoint(checkpoint)
     method = None if given["method"] is None else given["method"].lower()
     network = {**{name: given[name] for name in ("data", "root", "model")}, "method": method}
     typed = {name: value for name, value in network.items() if value is not None}

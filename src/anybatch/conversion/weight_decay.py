@@ -7,7 +7,6 @@ has an effect only if a path leads from the norm to the output without crossing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.conversion.norm_paths import Paths, find_paths, scales
-from anybatch.core.arguments import check_between, check_module
+from anybatch.core.arguments import check_between, check_from, check_module
+from anybatch.core.text_tables import text_table
 
 _SHOWN = 4  # operations of a path, and norms met, that a table names
 
@@ -74,14 +74,7 @@ class DecayPlan:
     def __str__(self) -> str:
         head = ("norm", "kind", "decision", "why")
         cells = [(r.name or "(the model)", r.kind, r.decision, r.reason) for r in self.rows]
-        lines = [head, *cells]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        table.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*table, f"{len(self.decayed)} of {len(self.rows)} norms decayed."])
+        return f"{text_table(head, cells)}\n{len(self.decayed)} of {len(self.rows)} norms decayed."
 
 
 def decay_plan(model: nn.Module, example_inputs: Any = None) -> DecayPlan:
@@ -202,7 +195,7 @@ def param_groups(
         >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
     check_module("model", model)
-    _check_decay("weight_decay", weight_decay)
+    check_from("weight_decay", weight_decay, 0)
     check_between("gamma_target", gamma_target, 0.0, 1.0)
     biases = _amount("bias_decay", bias_decay, weight_decay)
     amounts = _norm_amounts(model, weight_decay, norm_decay, example_inputs)
@@ -278,12 +271,5 @@ def _own_parameters(norm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _amount(name: str, value: float | bool, weight_decay: float) -> float:
     if isinstance(value, bool):
         return float(weight_decay) if value else 0.0
-    _check_decay(name, value)
+    check_from(name, value, 0)
     return float(value)
-
-
-def _check_decay(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: give a number from 0 on, such as 5e-4")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: give a number from 0 on, such as 5e-4")

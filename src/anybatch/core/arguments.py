@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, its value and what would work."""
 
+import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -68,6 +69,14 @@ def check_count(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}: give a whole number from 1 on")
     if value < 1:
         raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def check_from(name: str, value: Any, low: float) -> None:
+    """Raise unless ``value`` is a finite number from ``low`` on."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: give a number from {low} on")
+    if not low <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: give a number from {low} on")
 
 
 def check_between(name: str, value: Any, low: float, high: float) -> None:

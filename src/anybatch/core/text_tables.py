@@ -1,5 +1,7 @@
-"""Results as plain text."""
+"""Results as plain text: tables and CSV."""
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 
 
@@ -19,3 +21,16 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV under a line of names.
+
+    Example:
+        >>> print(csv_text(("a", "b"), [(1, "x, y")]), end="")
+        a,b
+        1,"x, y"
+    """
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([head, *rows])
+    return buffer.getvalue()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from anybatch.conversion.norm_types import norm_kind
-from anybatch.core.arguments import check_choice, check_module
+from anybatch.core.arguments import check_choice, check_from, check_module
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.text_tables import text_table
@@ -163,8 +163,7 @@ def recalibrate(
     """
     check_module("model", model)
     check_choice("mode", mode, ("layerwise", "together"))
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance!r}: give a number from 0 on, such as 1e-6")
+    check_from("tolerance", tolerance, 0)
     group = group_of_processes(process_group)
     _refuse_lazy(model)
     with borrowed(model, training=False) as inner:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from anybatch.core.arguments import check_from
 from anybatch.core.reduction_scope import WORLD, active_group, check_group, sum_processes
 
 
@@ -42,8 +43,7 @@ def average_running_stats(
         tensor([0., 0., 0.])
     """
     check_group(process_group)
-    if not weight >= 0:
-        raise ValueError(f"weight={weight!r}: give a number from 0 on")
+    check_from("weight", weight, 0)
     pairs: list[tuple[Tensor, Tensor]] = []
     for layer in model.modules():
         if isinstance(layer, _NormBase):

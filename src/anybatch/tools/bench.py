@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FunctionType
@@ -21,11 +21,11 @@ from anybatch.schedule import NormScheduler
 from anybatch.tools.measurements import Measurement, Setting, counted, timed
 from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 from anybatch.tools.network_factory import Factory
+from anybatch.tools.precision import autocast
 from anybatch.tools.run import BASELINE, PRECISIONS, Option
 from anybatch.tools.timing import Call, graphed, interleaved
 
 MODES = ("eager", "compiled", "graph")
-_LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Show = Callable[[str, int, int], None]
 _T = TypeVar("_T")
@@ -278,10 +278,8 @@ class Subject:
             network(*self.inputs)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.bench.precision == "float32":
-            return nullcontext()
-        keeps = self.bench.mode != "graph"  # casts of a capture are no other's
-        return torch.autocast(self.device.type, _LOW[self.bench.precision], cache_enabled=keeps)
+        # Casts of a capture are no other's.
+        return autocast(self.bench.precision, self.device, self.bench.mode != "graph")
 
     def timed_step(self) -> Call:
         """Return a training step, after a first one."""

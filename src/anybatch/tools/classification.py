@@ -17,7 +17,7 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
     for index, generator in shuffled(run, data, epoch):
         x, y = data.train_x[index], data.train_y[index]
         if isinstance(x, ImageFiles):
-            x = x.augmented(generator) if run.augments else x.centred()
+            x = x.augmented(generator) if run.augments else x.read()
         elif isinstance(x, Tensor) and run.augments and x.dim() == 4:
             x = augment(x, generator)
         yield noisy(run, as_tensor(x), generator).to(run.device), y.to(run.device)

@@ -1,11 +1,10 @@
 """The report of a comparison: a table, JSON and CSV, plots, and an HTML page."""
 
-import csv
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anybatch.core.text_tables import csv_text
 from anybatch.evaluation.figures import png
 from anybatch.registry import get_method
 from anybatch.tools import compare_figures as figures
@@ -54,7 +53,30 @@ class FinishedComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return table, settings and runs as plain data."""
-        return as_data(self)
+        times = {row: asdict(time) for row, time in self.times.items()}
+        lines = [
+            {
+                "row": line.row,
+                "name": row_name(line),
+                "run": line.run.as_dict(),
+                "accuracies": list(line.accuracies),
+                "accuracy": line.mean,
+                "spread": line.spread,
+                "recovered": line.recovered,
+                "step_time": times.get(line.row),
+            }
+            for line in self.lines
+        ]
+        return {
+            "schema": SCHEMA,
+            "command": self.command,
+            "seconds": self.seconds,
+            "machine": machine(),
+            "seeds": list(self.comparison.seeds),
+            "notes": notes(self.comparison),
+            "table": lines,
+            "runs": [self.results[run.key] for run in self.comparison.runs()],
+        }
 
     def report(self, folder: str | Path) -> Path:
         """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``.
@@ -155,57 +177,16 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def as_data(outcome: FinishedComparison) -> dict[str, Any]:
-    """The comparison as plain data."""
-    lines = [
-        {
-            "row": line.row,
-            "name": row_name(line),
-            "run": line.run.as_dict(),
-            "accuracies": list(line.accuracies),
-            "accuracy": line.mean,
-            "spread": line.spread,
-            "recovered": line.recovered,
-            "step_time": _time(outcome.times, line),
-        }
-        for line in outcome.lines
-    ]
-    return {
-        "schema": SCHEMA,
-        "command": outcome.command,
-        "seconds": outcome.seconds,
-        "machine": machine(),
-        "seeds": list(outcome.comparison.seeds),
-        "notes": notes(outcome.comparison),
-        "table": lines,
-        "runs": [outcome.results[run.key] for run in outcome.comparison.runs()],
-    }
-
-
-def _time(times: dict[str, StepTime], line: Line) -> dict[str, float] | None:
-    time = times.get(line.row)
-    return None if time is None else asdict(time)
-
-
 def as_csv(outcome: FinishedComparison) -> str:
     """The table as CSV."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("row", "method", "batch", "accuracy", "spread", "recovered", "step_time"))
+    rows = []
     for line in outcome.lines:
-        time = _time(outcome.times, line)
-        writer.writerow(
-            (
-                line.row,
-                line.run.method,
-                line.run.statistics_size,
-                line.mean,
-                line.spread,
-                "" if line.recovered is None else line.recovered,
-                "" if time is None else time["ratio"],
-            )
-        )
-    return buffer.getvalue()
+        time = outcome.times.get(line.row)
+        fixed = (line.row, line.run.method, line.run.statistics_size, line.mean, line.spread)
+        recovered = "" if line.recovered is None else line.recovered
+        rows.append((*fixed, recovered, "" if time is None else time.ratio))
+    head = ("row", "method", "batch", "accuracy", "spread", "recovered", "step_time")
+    return csv_text(head, rows)
 
 
 def write(outcome: FinishedComparison, folder: Path) -> Path:
@@ -227,7 +208,7 @@ def write(outcome: FinishedComparison, folder: Path) -> Path:
     return write_report(
         folder,
         "compare.html.j2",
-        ("results.json", as_data(outcome)),
+        ("results.json", outcome.to_dict()),
         images,
         texts={"results.csv": as_csv(outcome)},
         base=base,

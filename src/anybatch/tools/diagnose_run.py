@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from anybatch.core.files import write_json
 from anybatch.evaluation.diagnosis.diagnose import diagnose
 from anybatch.evaluation.diagnosis.reading import HEAD
 from anybatch.evaluation.diagnosis.result import Diagnosis
+from anybatch.tools.checkpoint import load_weights, read_checkpoint
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
 from anybatch.tools.precision import forward
@@ -47,7 +47,7 @@ def diagnose_run(
     data = load(run)
     training = prepare(run, data)
     if checkpoint is not None:
-        _load(training.model, checkpoint)
+        load_weights(training.model, read_checkpoint(checkpoint)[1], run)
     for epoch in range(1, epochs + 1):
         train_epoch(run, training, data, epoch)
         show("training", epoch, epochs)
@@ -73,19 +73,6 @@ def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[
             if not count:
                 return
         epoch += 1
-
-
-def _load(model: nn.Module, file: Path) -> None:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        inside = state.get("model", state.get("state_dict", state))
-        model.load_state_dict(inside)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"checkpoint={str(file)!r}: cannot be loaded into this network ({reason}); give a "
-            "state_dict of it, saved with torch.save"
-        ) from error
 
 
 def diagnosis_table(found: Diagnosis, title: str) -> Table:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anybatch.tools.examples import Examples
+from anybatch.tools.examples import Unread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,37 +104,23 @@ def _check_inside(path: Path, root: Path) -> None:
         )
 
 
-class ImageFiles:
-    """Square images of files, standardized; nothing is read before it is asked for.
+class ImageFiles(Unread):
+    """Square images of files, standardized.
 
     Args:
-        files: The images.
+        items: The files.
         size: Their side, after cropping.
     """
 
-    def __init__(self, files: Sequence[Path], size: int) -> None:
-        self.files, self.size = files, size
+    def __init__(self, items: Sequence[Path], size: int) -> None:
+        self.items, self.size = items, size
 
     @property
     def shape(self) -> torch.Size:
         """Shape of a tensor of all images."""
-        return torch.Size((len(self.files), 3, self.size, self.size))
+        return torch.Size((len(self), 3, self.size, self.size))
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: slice | Tensor) -> "ImageFiles":
-        """Some of them, still unread."""
-        if isinstance(index, slice):
-            return ImageFiles(self.files[index], self.size)
-        return ImageFiles([self.files[k] for k in index.tolist()], self.size)
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """All of them in centred crops, so many at a time."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size].centred()
-
-    def centred(self) -> Tensor:
+    def read(self) -> Tensor:
         """The middle of each, of 224 in 256 parts of its shorter side."""
         return self._read([self._middle] * len(self))
 
@@ -151,7 +137,7 @@ class ImageFiles:
         return self._read([self._part(*drawn) for drawn in numbers])
 
     def _read(self, edits: Sequence[Edit]) -> Tensor:
-        images = np.stack(list(_readers().map(read_image, self.files, edits)))
+        images = np.stack(list(_readers().map(read_image, self.items, edits)))
         mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
         x = (torch.from_numpy(images).float() / 255 - mean) / std
         return x.permute(0, 3, 1, 2).contiguous()
@@ -187,11 +173,9 @@ def standardized(x: Tensor) -> Tensor:
     return (x.float() / 255 - mean) / std
 
 
-def as_tensor(x: Tensor | ImageFiles | Examples) -> Tensor:
+def as_tensor(x: Tensor | Unread) -> Tensor:
     """Examples themselves: what is not read yet is, of images in files their middle."""
-    if isinstance(x, Examples):
-        return x.batch()[0]
-    return x.centred() if isinstance(x, ImageFiles) else x
+    return x.read() if isinstance(x, Unread) else x
 
 
 def read_ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:

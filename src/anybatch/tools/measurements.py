@@ -1,7 +1,5 @@
 """Rows of measurements: one form for all benchmarks."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anybatch.core.text_tables import csv_text
 from anybatch.tools.machine import machine
 from anybatch.tools.timing import quartiles, summaries
 
@@ -147,11 +146,8 @@ def as_csv(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], device: str 
         columns: Their names, ``Measurement._fields`` for example.
         device: Where the work was done.
     """
-    around, buffer = surroundings(device), io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow((*columns, *around))
-    writer.writerows((*row, *around.values()) for row in rows)
-    return buffer.getvalue()
+    around = surroundings(device)
+    return csv_text((*columns, *around), [(*row, *around.values()) for row in rows])
 
 
 def tables(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:

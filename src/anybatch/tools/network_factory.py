@@ -56,16 +56,17 @@ def factory(name: str, example: tuple[int, ...] | None = None) -> Factory:
             "a torch.nn.Module without arguments, as each method needs a fresh one"
         )
 
-    def checked() -> nn.Module:
-        made = call("model", name, make)
-        if not isinstance(made, nn.Module):
-            raise TypeError(
-                f"model={name!r}: it gave {type(made).__name__}; give a function or class that "
-                "makes a torch.nn.Module without arguments"
-            )
-        return made
+    return lambda: check_network(f"model={name!r}", call("model", name, make))
 
-    return checked
+
+def check_network(given: str, made: object) -> nn.Module:
+    """Return what a user's function made, if it is a network; `given` names it in the error."""
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"{given}: it gave {type(made).__name__}; give a function or class that makes a "
+            "torch.nn.Module without arguments"
+        )
+    return made
 
 
 def build(name: str, data: Dataset) -> nn.Module:

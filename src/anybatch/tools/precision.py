@@ -1,6 +1,7 @@
 """The precision that a run's network computes in."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,18 @@ from anybatch.tools.run import Run
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def precision(run: Run) -> AbstractContextManager[None]:
-    """Return a context in which a network computes in the run's precision."""
-    if run.precision == "float32":
+def autocast(
+    precision: str, device: str | torch.device, cache_enabled: bool = True
+) -> AbstractContextManager[Any]:
+    """Return a context in which a network computes in a precision on a device."""
+    if precision == "float32":
         return nullcontext()
-    return torch.autocast(torch.device(run.device).type, _AUTOCAST[run.precision])
+    kind = torch.device(device).type
+    return torch.autocast(kind, _AUTOCAST[precision], cache_enabled=cache_enabled)
 
 
 def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
     """Return the network's output as float32, computed in the run's precision."""
-    with precision(run):
+    with autocast(run.precision, run.device):
         y: Tensor = model(x)
     return y.float()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from anybatch.core.arguments import check_choice, check_count, check_from
 from anybatch.registry import get_method
 from anybatch.tools.networks import LIBRARIES, MODELS, SEGMENTERS_OF_TORCHVISION
 
@@ -101,15 +102,15 @@ class Run:
         self.check_data_and_model()
         check_choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "epochs", "image_size", "accumulate"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         optional = ("norm_batch_size", "norm_epochs", "train_size", "validation_size", "test_size")
         for name in optional:
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
+                check_count(name, getattr(self, name))
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: give a whole number from 0 on")
         for name in ("lr", "momentum", "weight_decay", "gamma_target"):
-            _check_not_negative(name, getattr(self, name))
+            check_from(name, getattr(self, name), 0)
         if self.gamma_target > 1:
             raise ValueError(f"gamma_target={self.gamma_target!r}: give a number from 0 to 1")
         if self.norm_decay not in NORM_DECAYS:
@@ -300,23 +301,3 @@ def _contents(name: str) -> str:
     if not (is_own(name) and path.suffix == ".py" and path.is_file()):
         return ""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Check that a setting has one of the allowed values.
-
-    Raises:
-        ValueError: If it has not.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: give one of {', '.join(choices)}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
-
-
-def _check_not_negative(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"{name}={value!r}: give a number from 0 on")

@@ -258,13 +258,13 @@ def train(
     observer = None
     if observe is not None:
         observer = observe(run, training.model, steps_per_epoch(run, data))
-    rows = _resume(run, training, observer, checkpoint)
+    parts = _parts(training, observer)
+    rows = _resume(run, parts, checkpoint)
     while len(rows) < run.epochs:
         rows.append(train_epoch(run, training, data, len(rows) + 1))
         if len(rows) < run.epochs:
-            state = _state(run, training, rows)
-            if observer is not None:
-                state["observer"] = observer.state_dict()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"run": run.as_dict(), "epochs": rows}
             write_whole(checkpoint, partial(torch.save, state))
         if on_epoch is not None:
             on_epoch(len(rows), rows[-1])
@@ -323,20 +323,20 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     }
 
 
-def _state(run: Run, training: Training, rows: list[Row]) -> dict[str, Any]:
-    progress = training.progress
-    return {
-        "run": run.as_dict(),
-        "model": training.model.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "learning_rate": training.learning_rate.state_dict(),
-        "progress": None if progress is None else progress.state_dict(),
-        "scaler": training.scaler.state_dict(),
-        "epochs": rows,
+def _parts(training: Training, observer: Observer | None) -> dict[str, Any]:
+    """All that has a state, in the order in which it is loaded."""
+    parts = {
+        "progress": training.progress,
+        "model": training.model,
+        "optimizer": training.optimizer,
+        "learning_rate": training.learning_rate,
+        "scaler": training.scaler,
+        "observer": observer,
     }
+    return {name: part for name, part in parts.items() if part is not None}
 
 
-def _resume(run: Run, training: Training, observer: Observer | None, checkpoint: Path) -> list[Row]:
+def _resume(run: Run, parts: Mapping[str, Any], checkpoint: Path) -> list[Row]:
     """Load the checkpoint of a run that was stopped; the rows of its epochs."""
     if not checkpoint.is_file():
         return []
@@ -344,14 +344,8 @@ def _resume(run: Run, training: Training, observer: Observer | None, checkpoint:
         state = torch.load(checkpoint, map_location=run.device, weights_only=True)
         if type(run).from_dict(state["run"]) != run:
             raise ValueError("it belongs to another run")
-        if training.progress is not None:
-            training.progress.load_state_dict(state["progress"])
-        training.model.load_state_dict(state["model"])
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.learning_rate.load_state_dict(state["learning_rate"])
-        training.scaler.load_state_dict(state["scaler"])
-        if observer is not None:
-            observer.load_state_dict(state["observer"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     except Exception as error:
         raise ValueError(
             f"{checkpoint}: cannot go on from it ({error}); delete it to start the run again"

@@ -130,8 +130,8 @@ def test_folders_and_zip_files_of_all_layouts_hold_the_same(tmp_path: Path, scen
         other = load(PaperRun(root=str(root), **SETTINGS))
         assert torch.equal(plain.train_y, other.train_y)
         assert torch.equal(plain.test_y, other.test_y)
-        assert torch.equal(plain.train_x.centred(), other.train_x.centred())
-        assert torch.equal(plain.test_x.centred(), other.test_x.centred())
+        assert torch.equal(plain.train_x.read(), other.train_x.read())
+        assert torch.equal(plain.test_x.read(), other.test_x.read())
         assert torch.equal(plain.test_x.masks(), other.test_x.masks())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "b.zip", "coco"]
 
@@ -140,7 +140,7 @@ def test_folders_and_zip_files_of_all_layouts_hold_the_same(tmp_path: Path, scen
 def test_boxes_are_where_the_colours_are(scenes: Path, side: int) -> None:
     """In the resized and filled image, each box holds its colour and nothing around it does."""
     made = load(PaperRun(root=str(scenes), **{**SETTINGS, "image_size": side}))
-    x, masks = made.train_x.centred(), made.train_x.masks()
+    x, masks = made.train_x.read(), made.train_x.masks()
     assert x.shape[2] % 32 == x.shape[3] % 32 == 0
     wide, high = coco.resized((WIDE, HIGH), side)
     assert not x[:, :, high:].any()
@@ -186,9 +186,9 @@ def test_some_images_are_a_part_of_all(scenes: Path, data: Dataset) -> None:
         2,
         2,
     )
-    every = zip(data.train_x.centred(), data.train_y, strict=True)
+    every = zip(data.train_x.read(), data.train_y, strict=True)
     pairs = {y.numpy().tobytes(): x for x, y in every}
-    for x, y in zip(some.test_x.centred(), some.test_y, strict=True):
+    for x, y in zip(some.test_x.read(), some.test_y, strict=True):
         assert torch.equal(pairs[y.numpy().tobytes()], x)
 
 
@@ -236,9 +236,9 @@ def test_what_is_wrong_with_a_image_is_said_when_it_is_read(tmp_path: Path) -> N
     change("annotations", segmentation=[])(root / "test.json")
     made = load(PaperRun(root=str(root), **SETTINGS))
     with pytest.raises(ValueError, match=r"000.png: it is of \(96, 64\) pixels, its list says"):
-        made.train_x.centred()
+        made.train_x.read()
     with pytest.raises(ValueError, match="001.png: not an image that can be read"):
-        made.test_x.centred()
+        made.test_x.read()
     with pytest.raises(ValueError, match="000.png: a box has no segmentation"):
         made.test_x.masks()
     (tmp_path / "no.zip").write_bytes(b"PK")
@@ -386,7 +386,7 @@ def test_who_says_what_is_there_loses_little_and_is_understood(data: Dataset) ->
 
 def test_gradients_of_boxes_reach_the_network(data: Dataset) -> None:
     net = OneStage(2)
-    x = data.train_x.centred()[:2]
+    x = data.train_x.read()[:2]
     net.loss(x, Targets(data.train_y[:2])).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
