@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from anybatch.conversion.decisions import Decision
 from anybatch.conversion.module_swap import let_go, swap
 from anybatch.conversion.norm_copies import copied
+from anybatch.conversion.norm_types import listed
 from anybatch.conversion.norm_with_activation import ends_in_activation, keep_activation
+from anybatch.conversion.observe import undone_on_failure
 from anybatch.conversion.plan import Decisions, decide
 from anybatch.conversion.plan_table import PlanRow
 from anybatch.conversion.relu_fusion.fused_block import fuse_block, unfuse
@@ -24,7 +23,7 @@ from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice
-from anybatch.layers.weight_centralization import decentralize, weight_centralization
+from anybatch.layers.weight_centralization import weight_centralization
 
 
 def convert(
@@ -122,9 +121,10 @@ def convert(
     )
     _refuse(decided)
     chosen = [decision for decision in decided.rows if decision.method is not None]
-    centralized = [decision for decision in decided.rows if decision.centralize is not None]
-    with _all_or_nothing([*chosen, *centralized]):
-        replacements = {d.norm: replacement(d.norm, *_how(d)) for d in chosen}
+    with undone_on_failure(model, [decision.norm for decision in chosen]):
+        replacements = {
+            d.norm: replacement(d.norm, d.method, d.options) for d in chosen if d.method
+        }
         for decision in decided.rows:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
@@ -149,10 +149,6 @@ def convert(
     if not (chosen or unfused or decided.blocks):
         _warn_no_effect(decided)
     return converted
-
-
-def _how(decision: Decision) -> tuple[Any, Mapping[str, Any]]:
-    return decision.method, decision.options or {}
 
 
 def _refuse(decided: Decisions) -> None:
@@ -206,41 +202,4 @@ def _warn_no_effect(decided: Decisions) -> None:
 
 
 def _named(rows: Iterable[PlanRow]) -> str:
-    """Norms with their reasons, one per line."""
-    return "\n".join(f"  {row.name or 'the model'}: {row.reason}" for row in rows)
-
-
-@contextmanager
-def _all_or_nothing(decisions: Iterable[Decision]) -> Iterator[None]:
-    """Undo what the conversion did to tensors, hooks and classes if anything inside fails."""
-    decisions = list(decisions)
-    feeding = [d.centralize for d in decisions if d.centralize is not None]
-    classes = [(module, type(module)) for module in feeding]
-    hooks = [(d.bind, set(d.bind._forward_hooks)) for d in decisions if d.bind is not None]
-    saved = [
-        (tensor, tensor.detach().clone(), tensor.requires_grad)
-        for d in decisions
-        for tensor in (*d.norm.parameters(), *d.norm.buffers())
-    ]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value, requires_grad in saved:
-                tensor.copy_(value).requires_grad_(requires_grad)
-            for module, known in hooks:
-                for key in set(module._forward_hooks) - known:
-                    del module._forward_hooks[key]
-                    module._forward_hooks_with_kwargs.pop(key, None)
-            for module, cls in classes:
-                if type(module) is not cls:
-                    _uncentralize(module)
-        raise
-
-
-def _uncentralize(module: nn.Module) -> None:
-    """Give a layer back its uncentralized weights."""
-    weights = [parameter.detach().clone() for parameter in module.parameters(recurse=False)]
-    decentralize(module)
-    for parameter, weight in zip(module.parameters(recurse=False), weights, strict=True):
-        parameter.copy_(weight)
+    return listed((row.name, row.reason) for row in rows)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from anybatch.backends.aten.patches import geometry_of
-from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
+from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.method_options import is_already, kept_options, options_for
 from anybatch.conversion.norm_types import (
-    TORCH_NORMS,
     NormKind,
     channels_of,
     has_plain_forward,
@@ -51,7 +50,7 @@ class Decision:
     row: PlanRow
     norm: nn.Module
     method: Method | None = None
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     centralize: nn.Module | None = None
     bind: nn.Module | None = None
     uncentralized: bool = False
@@ -92,6 +91,7 @@ def _has_initial_statistics(norm: nn.Module) -> bool:
     return not counted and bool((mean == 0).all()) and bool((var == 1).all())
 
 
+@dataclass
 class NormDecider:
     """Decides about one norm after another.
 
@@ -104,30 +104,22 @@ class NormDecider:
         where: As in `convert`.
         centralize: As in `convert`.
         fresh: Whether the network is untrained.
+        copies: Of each norm that is to be made.
     """
 
-    def __init__(
-        self,
-        places: Mapping[nn.Module, tuple[str, ...]],
-        feeders: Mapping[str, Feeder],
-        methods: Mapping[str, Method],
-        options: Mapping[str, Any],
-        batch_size: int | None,
-        where: Where | None,
-        centralize: bool | None,
-        fresh: bool,
-    ) -> None:
-        self.places = places
-        self.feeders = feeders
-        self.methods = methods
-        self.options = options
-        self.batch_size = batch_size
-        self.where = where
-        self.centralize = centralize
-        self.fresh = fresh
-        self.by_name = {name: module for module, names in places.items() for name in names}
-        self.owners = _owners(places)
-        self.copies = 1  # of each norm that is to be made
+    places: Mapping[nn.Module, tuple[str, ...]]
+    feeders: Mapping[str, Feeder]
+    methods: Mapping[str, Method]
+    options: Mapping[str, Any]
+    batch_size: int | None
+    where: Where | None
+    centralize: bool | None
+    fresh: bool
+    copies: int
+
+    def __post_init__(self) -> None:
+        self.by_name = {name: module for module, names in self.places.items() for name in names}
+        self.owners = _owners(self.places)
         self.checked: set[tuple[str, int]] = set()  # methods whose options were tried, with dims
 
     def decide(self, norm: nn.Module, kind: NormKind) -> Decision:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,22 @@ from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
 from anybatch.conversion.module_swap import has_hooks, let_go, paths, swap
 from anybatch.conversion.norm_types import (
     channels_of,
+    check_bare,
     has_plain_forward,
     is_batch_norm,
+    listed,
     norm_kind,
     recomputed_parameter,
-    wrapper_refusal,
 )
 from anybatch.conversion.norm_with_activation import ends_in_activation
-from anybatch.conversion.observe import observe, tensors_in
+from anybatch.conversion.observe import observe, tensors_in, undone_on_failure
 from anybatch.conversion.producers import Feeder, find_feeders
 from anybatch.conversion.relu_fusion.fused_block import unfuse
-from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import NoEffectWarning
 from anybatch.layers.weight_centralization import decentralize, is_centralized
 
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """One norm and the layer that takes it in."""
-
-    norm: nn.Module
-    feeder: nn.Module
 
 
 def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -78,63 +69,32 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
           (2): ReLU()
         )
     """
-    check_module("model", model)
-    if (refusal := wrapper_refusal(model)) is not None:
-        raise ValueError(refusal)
+    check_bare(model)
     _check_eval(model)
     places = paths(model)
     feeders = find_feeders(model, example_inputs)
     by_name = {names[0]: module for module, names in places.items()}
-    folds, stay = [], {}
+    folds, stay = dict[nn.Module, nn.Module](), dict[str, str]()
     for norm, names in places.items():
         if not is_batch_norm(norm):
             continue
         reason = _obstacle(norm, feeders[names[0]], by_name, places)
         if reason is None:
-            folds.append(_Fold(norm, by_name[str(feeders[names[0]].name)]))
+            folds[norm] = by_name[str(feeders[names[0]].name)]
         else:
             stay[names[0]] = reason
     before = None if example_inputs is None else _outputs(model, example_inputs)
-    states = [_State(one.feeder) for one in folds]
-    identities: dict[nn.Module, nn.Module] = {one.norm: _identity(one.norm) for one in folds}
-    try:
-        for one in folds:
-            _merge(one)
+    identities = {norm: _identity(norm) for norm in folds}
+    with undone_on_failure(model, filter(is_centralized, folds.values())):
+        for norm, layer in folds.items():
+            _merge(norm, layer)
         folded = swap(model, identities)
         if before is not None:
             _check_same(before, _outputs(folded, example_inputs))
-    except BaseException:
-        for state in states:
-            state.put_back()
-        swap(model, {new: old for old, new in identities.items()})
-        raise
     let_go(folded, identities)
     unfuse(folded)
-    _warn(folds, stay)
+    _warn(len(folds), stay)
     return folded
-
-
-class _State:
-    """A layer's state before a norm is merged into it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.cls = type(module)
-        self.attributes = dict(module.__dict__)
-        self.parameters = dict(module._parameters)
-        held = [parameter for parameter in self.parameters.values() if parameter is not None]
-        in_place = is_centralized(module)  # decentralize writes into the weight itself
-        self.data = [(p, p.data.clone() if in_place else p.data) for p in held]
-
-    def put_back(self) -> None:
-        """Make the layer what it was, down to the last bit."""
-        self.module.__class__ = self.cls
-        self.module.__dict__.clear()
-        self.module.__dict__.update(self.attributes)
-        self.module._parameters.clear()
-        self.module._parameters.update(self.parameters)
-        for parameter, data in self.data:
-            parameter.data = data
 
 
 def _check_eval(model: nn.Module) -> None:
@@ -209,9 +169,9 @@ def _same_channels(norm: nn.Module, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _merge(one: _Fold) -> None:
+def _merge(norm: nn.Module, layer: nn.Module) -> None:
     """Write a norm's scale and shift into the layer before it, by arithmetic in float64."""
-    norm, layer = thawed(one.norm) if is_frozen_norm(one.norm) else one.norm, one.feeder
+    norm = thawed(norm) if is_frozen_norm(norm) else norm
     assert isinstance(norm, _NormBase)
     if is_centralized(layer):
         decentralize(layer)
@@ -279,11 +239,10 @@ def _relative(old: Tensor, new: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _warn(folds: list[_Fold], stay: Mapping[str, str]) -> None:
+def _warn(folded: int, stay: Mapping[str, str]) -> None:
     """Name the norms that were not merged."""
-    if not folds and not stay:
+    if not folded and not stay:
         warnings.warn("fold: the model has no batch norm", NoEffectWarning, stacklevel=3)
     elif stay:
-        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in stay.items())
-        message = f"fold left {len(stay)} of {len(stay) + len(folds)} norms:\n{named}"
+        message = f"fold left {len(stay)} of {len(stay) + folded} norms:\n{listed(stay.items())}"
         warnings.warn(message, NoEffectWarning, stacklevel=3)

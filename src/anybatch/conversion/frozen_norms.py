@@ -15,7 +15,11 @@ from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
-_TORCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+TORCH_NORMS: dict[int, type[_BatchNorm]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
 _PROBED = 1e-8  # the variance at which a forward shows its eps
 _SMALLEST_EPS = 1e-12  # for a frozen norm that adds none
 
@@ -63,8 +67,7 @@ def thawed(norm: nn.Module) -> _BatchNorm:
     eps = norm.eps if isinstance(norm, FrozenBatchNorm) else _measured_eps(norm)
     mean = norm._buffers["running_mean"]
     assert isinstance(mean, Tensor)
-    kind: type[_BatchNorm] = _TORCH[frozen_dims(norm)]
-    new = kind(len(mean), eps, device=mean.device, dtype=mean.dtype)
+    new = TORCH_NORMS[frozen_dims(norm)](len(mean), eps, device=mean.device, dtype=mean.dtype)
     for name in _AFFINE:
         value = norm._parameters.get(name)
         if value is None and (constant := norm._buffers.get(name)) is not None:
@@ -103,7 +106,7 @@ def _measured_eps(norm: nn.Module) -> float:
         ones = {name: torch.full_like(constants[name], value) for name, value in plain}
         scale = float(_run(norm, ones, x).flatten()[0])
         eps = max(float(f"{scale**-2 - _PROBED:.6g}"), _SMALLEST_EPS)
-        same = torch.allclose(_run(norm, constants, x), _norm(x, eps, **constants))
+        same = torch.allclose(_run(norm, constants, x), _norm(x, eps, constants))
     except Exception as error:
         raise ValueError(f"its forward fails on {tuple(x.shape)}: {error}") from error
     if not same or "forward" in norm.__dict__:
@@ -111,15 +114,9 @@ def _measured_eps(norm: nn.Module) -> float:
     return eps
 
 
-def _norm(
-    x: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-) -> Tensor:
-    return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+def _norm(x: Tensor, eps: float, constants: Mapping[str, Tensor]) -> Tensor:
+    weight, bias, mean, var = (constants[name] for name in (*_AFFINE, *_STATISTICS))
+    return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
 
 def _run(norm: nn.Module, constants: Mapping[str, Tensor], x: Tensor) -> Tensor:

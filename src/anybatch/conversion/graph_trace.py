@@ -65,6 +65,17 @@ class GraphTracer(fx.Tracer):
         return super().call_module(m, m.forward, args, kwargs)
 
 
+def graph_of(
+    model: nn.Module,
+    example_inputs: Any,
+    is_traced_leaf: Callable[[nn.Module], bool | None],
+    is_recorded_leaf: IsLeaf,
+) -> fx.Graph | None:
+    """The graph of a network: traced, or else recorded on example inputs; None for neither."""
+    graph = trace_graph(model, is_traced_leaf)
+    return record_graph(model, example_inputs, is_recorded_leaf) if graph is None else graph
+
+
 def trace_graph(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -> fx.Graph | None:
     """Trace a network symbolically, and leave it as it was.
 

@@ -14,10 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from anybatch.conversion.graph_trace import (
     FEEDING_LAYERS,
+    graph_of,
     is_query,
     name_of,
-    record_graph,
-    trace_graph,
 )
 from anybatch.conversion.norm_types import is_norm, norm_kind
 from anybatch.core.norm_layer import NormLayer
@@ -98,9 +97,7 @@ def find_paths(model: nn.Module, example_inputs: Any = None) -> dict[str, Paths]
     norms = {module: name for module, name in names.items() if _is_any_norm(module)}
     if model in norms:
         return {"": Paths((), called=True)}
-    graph = trace_graph(model, _is_traced_leaf)
-    if graph is None:
-        graph = record_graph(model, example_inputs, _is_leaf)
+    graph = graph_of(model, example_inputs, _is_traced_leaf, _is_leaf)
     return None if graph is None else _read(graph, names, norms)
 
 

@@ -6,6 +6,7 @@ Everything in ``conversion`` asks this file what a module is, so that `plan`, `c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,15 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from anybatch.conversion.frozen_norms import frozen_dims, is_frozen_norm
+from anybatch.conversion.frozen_norms import TORCH_NORMS, frozen_dims, is_frozen_norm
 from anybatch.conversion.norm_with_activation import ends_in_activation
+from anybatch.core.arguments import check_module
 from anybatch.core.norm_layer import NormLayer
 
-TORCH_NORMS: dict[int, type[_BatchNorm]] = {
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm2d,
-    3: nn.BatchNorm3d,
-}
 OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 # Methods of _NormBase and Module that a subclass may not change, or a replacement would lose it.
@@ -130,6 +127,18 @@ def wrapper_refusal(model: nn.Module) -> str | None:
         if module.__dict__.get("_compiled_call_impl") is not None:
             return _wrapped(where, "torch.compile (Module.compile)", "compile it afterwards", None)
     return None
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise unless the model is a network whose modules may be exchanged."""
+    check_module("model", model)
+    if (refusal := wrapper_refusal(model)) is not None:
+        raise ValueError(refusal)
+
+
+def listed(reasons: Iterable[tuple[str, str]]) -> str:
+    """Norms by name, each with the reason for what becomes of it, one per line."""
+    return "\n".join(f"  {name or 'the model'}: {reason}" for name, reason in reasons)
 
 
 def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:

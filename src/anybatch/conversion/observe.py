@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,9 @@ def observe(model: nn.Module, example_inputs: Any) -> Any:
     several = isinstance(example_inputs, (tuple, list))
     args = () if named else tuple(example_inputs) if several else (example_inputs,)
     try:
-        with restored(model), _in_eval(model), torch.no_grad():
+        with restored(model), torch.no_grad():
+            for module in model.modules():
+                module.training = False
             return model(*args, **kwargs)
     except Exception as error:
         raise ValueError(
@@ -66,19 +68,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """A context in which every module is in evaluation mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """A context that restores the model's attributes, its buffers and torch's random state."""
     saved = [(module, _attributes(module)) for module in model.modules()]
@@ -99,6 +88,35 @@ def restored(model: nn.Module) -> Iterator[None]:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module, written: Iterable[nn.Module]) -> Iterator[None]:
+    """A context that makes a model what it was, to the last bit, if anything inside fails.
+
+    Args:
+        model: The model, whose modules may be swapped and change their classes and attributes.
+        written: Its modules whose tensors may be written in place.
+    """
+    modules = [(module, type(module), _attributes(module)) for module in model.modules()]
+    parameters = [(p, p.data) for p in model.parameters() if not is_lazy(p)]
+    values = [
+        (tensor, tensor.detach().clone(), tensor.requires_grad)
+        for module in written
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in modules:
+            module.__class__ = cls
+            _restore(module, attributes)
+        for parameter, data in parameters:
+            parameter.data = data
+        with torch.no_grad():
+            for tensor, value, requires_grad in values:
+                tensor.copy_(value).requires_grad_(requires_grad)
+        raise
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -12,12 +12,12 @@ from anybatch.conversion.decisions import Decision, NormDecider, is_fresh
 from anybatch.conversion.method_options import check_arguments, methods_by_pattern
 from anybatch.conversion.module_swap import paths
 from anybatch.conversion.norm_copies import check_copies
-from anybatch.conversion.norm_types import norm_kind, wrapper_refusal
+from anybatch.conversion.norm_types import check_bare, norm_kind
 from anybatch.conversion.plan_table import Plan
 from anybatch.conversion.producers import find_feeders
 from anybatch.conversion.relu_fusion.find import Found, find_fusions
 from anybatch.conversion.relu_fusion.fused_block import Fusion
-from anybatch.core.arguments import check_module, counted
+from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
 from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import Method
@@ -118,34 +118,17 @@ def decide(
     share_affine: bool = True,
     **options: Any,
 ) -> Decisions:
-    """Decide norm by norm: `plan` shows the result and `convert` carries it out.
-
-    Args:
-        model: The network.
-        method: As in `plan`.
-        batch_size: As in `plan`.
-        example_inputs: As in `plan`.
-        where: As in `plan`.
-        centralize: As in `plan`.
-        fuse: As in `plan`.
-        copies: As in `plan`.
-        share_affine: As in `plan`.
-        **options: As in `plan`.
-
-    Returns:
-        The decisions.
-    """
-    check_module("model", model)
-    if (refusal := wrapper_refusal(model)) is not None:
-        raise ValueError(refusal)
+    """Decide norm by norm: `plan` shows the result and `convert` carries it out."""
+    check_bare(model)
     methods = methods_by_pattern(method)
     check_arguments(methods, options, batch_size)
     check_copies(copies, methods.values())
     places = paths(model)
     feeders = find_feeders(model, example_inputs)
     fresh = is_fresh(model)
-    decider = NormDecider(places, feeders, methods, options, batch_size, where, centralize, fresh)
-    decider.copies = copies
+    decider = NormDecider(
+        places, feeders, methods, options, batch_size, where, centralize, fresh, copies
+    )
     kinds = [(module, kind) for module in places if (kind := norm_kind(module)) is not None]
     rows = [decider.decide(module, kind) for module, kind in kinds]
     found = Found()

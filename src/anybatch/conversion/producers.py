@@ -14,9 +14,9 @@ from torch import fx, nn
 
 from anybatch.conversion.graph_trace import (
     FEEDING_LAYERS,
+    graph_of,
     is_query,
     name_of,
-    record_graph,
     trace_graph,
 )
 from anybatch.conversion.module_swap import paths
@@ -132,9 +132,7 @@ def find_feeders(model: nn.Module, example_inputs: Any = None) -> dict[str, Feed
         return {"": Feeder(None, "the model is this norm alone")}
     if not norms:
         return {}
-    graph = trace_graph(model, _is_traced_leaf)
-    if graph is None:
-        graph = record_graph(model, example_inputs, _is_leaf)
+    graph = graph_of(model, example_inputs, _is_traced_leaf, _is_leaf)
     if graph is not None:
         calls = _read(graph, dict(model.named_modules()), names)
         return {names[norm]: _resolve(norm, calls, names) for norm in norms}

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
+from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.module_swap import move_hooks
-from anybatch.conversion.norm_types import TORCH_NORMS, dims_of
+from anybatch.conversion.norm_types import dims_of
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
@@ -62,7 +62,9 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
     if isinstance(built, NormLayer):
         built.adopt_(norm)
     else:
-        _take_over(built, norm)
+        built._parameters["weight"], built._parameters["bias"] = norm.weight, norm.bias
+        built.training = norm.training
+        move_hooks(norm, built)
         if isinstance(built, FrozenBatchNorm):
             _freeze(built, norm)
     if is_frozen:
@@ -137,13 +139,6 @@ def _place(norm: nn.Module) -> dict[str, Any]:
         if tensor.is_floating_point():
             return {"device": tensor.device, "dtype": tensor.dtype}
     return {"device": None, "dtype": None}
-
-
-def _take_over(new: nn.Module, norm: _NormBase) -> None:
-    """Let a torch module (a group norm) take over a batch norm's parameters, mode and hooks."""
-    new._parameters["weight"], new._parameters["bias"] = norm.weight, norm.bias
-    new.training = norm.training
-    move_hooks(norm, new)
 
 
 def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:

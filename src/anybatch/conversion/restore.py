@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.conversion.module_swap import let_go, paths, swap
-from anybatch.conversion.norm_types import recomputed_parameter, wrapper_refusal
+from anybatch.conversion.norm_types import check_bare, listed, recomputed_parameter
 from anybatch.conversion.norm_with_activation import ends_in_activation, give_back_activation
 from anybatch.conversion.relu_fusion.fused_block import unfuse
 from anybatch.conversion.replacement import torch_norm
@@ -51,9 +51,7 @@ def to_batchnorm(model: nn.Module) -> nn.Module:
         >>> to_batchnorm(model)[1]
         BatchNorm1d(4, eps=1e-05, momentum=0.01, affine=True, ...track_running_stats=True)
     """
-    check_module("model", model)
-    if (refusal := wrapper_refusal(model)) is not None:
-        raise ValueError(refusal)
+    check_bare(model)
     layers, centralized = _check_plain(model)
     replacements: dict[nn.Module, nn.Module] = {layer: torch_norm(layer) for layer in layers}
     for module in centralized:
@@ -132,8 +130,9 @@ def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], l
     ours = (*layers, *centralized, *(m for m in places if isinstance(m, NormCopies)))
     obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
     if obstacles:
-        named = "\n".join(f"  {name or 'the model'}: {why}" for name, why in obstacles)
-        raise ValueError(f"nothing was changed, as no plain layer is the same as\n{named}")
+        raise ValueError(
+            f"nothing was changed, as no plain layer is the same as\n{listed(obstacles)}"
+        )
     return layers, centralized
 
 
