@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 from anybatch.conversion.convert import convert
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.conversion.relu_fusion.fused_block import fusions
-from anybatch.core.arguments import check_module
+from anybatch.core.arguments import check_count, check_module
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.notices import NoEffectWarning
 from anybatch.registry import get_method
 
 
@@ -59,8 +61,8 @@ class NormScheduler:
         last_epoch: int = 0,
     ) -> None:
         check_module("model", model)
-        _check_whole("total_epochs", total_epochs, 1)
-        _check_whole("last_epoch", last_epoch, 0)
+        check_count("total_epochs", total_epochs)
+        check_count("last_epoch", last_epoch, 0)
         self.model = model
         self.total_epochs = total_epochs
         self.switch = _checked_switch(switch, total_epochs)
@@ -140,8 +142,8 @@ class NormScheduler:
         if missing:
             raise ValueError(f"state lacks {', '.join(sorted(missing))}: give a state_dict()")
         last_epoch, total_epochs = state["last_epoch"], state["total_epochs"]
-        _check_whole("total_epochs", total_epochs, 1)
-        _check_whole("last_epoch", last_epoch, 0)
+        check_count("total_epochs", total_epochs)
+        check_count("last_epoch", last_epoch, 0)
         switch = _checked_switch(state["switch"], total_epochs)
         if self._switched > min(last_epoch + 1, total_epochs):
             raise ValueError(
@@ -150,7 +152,9 @@ class NormScheduler:
                 "undone: load into a newly built model"
             )
         self.last_epoch, self.total_epochs, self.switch = last_epoch, total_epochs, switch
-        self._apply()
+        with warnings.catch_warnings():  # of norms whose statistics are loaded afterwards
+            warnings.simplefilter("ignore", NoEffectWarning)
+            self._apply()
 
     def _apply(self) -> None:
         """Make the switches that are due, then tell every layer the epoch."""
@@ -170,7 +174,7 @@ def _checked_switch(switch: Mapping[int, str] | None, total_epochs: int) -> dict
     checked = {}
     for epoch, method in (switch or {}).items():
         number = int(epoch) if isinstance(epoch, str) and epoch.isdigit() else epoch
-        _check_whole("switch's epochs", number, 1)
+        check_count("switch's epochs", number)
         if number > total_epochs:
             raise ValueError(
                 f"switch at epoch {number} never happens: total_epochs={total_epochs}; give "
@@ -179,10 +183,3 @@ def _checked_switch(switch: Mapping[int, str] | None, total_epochs: int) -> dict
         get_method(method)
         checked[number] = method
     return checked
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: give a whole number from {least}")
-    if value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number from {least}")

@@ -190,6 +190,16 @@ def test_frozen_norms_that_are_frozen_already_stay() -> None:
     assert type(model[4]) is anybatch.FrozenBatchNorm2d
 
 
+def test_freezing_norms_that_counted_no_batch_warns_of_them_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[2](torch.randn(2, 4, 3, 3))
+    with pytest.warns(anybatch.NoEffectWarning, match="1 norm became constants") as told:
+        convert(model, "frozen")
+    assert [line.split(":")[0].strip() for line in str(told[0].message).splitlines()[1:]] == ["1"]
+    with torch.device("meta"):  # its numbers are loaded afterwards
+        convert(nn.Sequential(nn.BatchNorm2d(4)), "frozen")
+
+
 @pytest.mark.parametrize("options", [{"track_running_stats": False}, {"example_weight": 0.5}])
 def test_what_has_no_constants_is_refused(options: Any) -> None:
     model = nn.Sequential(anybatch.BatchNorm2d(4, **options))

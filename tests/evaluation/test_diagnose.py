@@ -1,6 +1,7 @@
 """Diagnosis: measured noise against theory, the readings, and a network left as it was."""
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -494,8 +495,15 @@ def test_a_diagnosis_is_available_as_data(found: Diagnosis) -> None:
 
 def test_a_diagnosis_is_printed_as_a_table(found: Diagnosis) -> None:
     lines = str(found).splitlines()
-    assert lines[0].split()[:4] == ["norm", "kind", "values", "acts"]
+    assert lines[0].split()[:5] == ["norm", "acts", "as", "mean", "var"]
     assert lines[2].endswith("noisy")
+    assert max(map(len, lines)) <= 80
+    name = "backbone.features.block." * 3 + "norm"
+    long = dataclasses.replace(found.layers[0], name=name, gap=2.0)
+    lines = str(dataclasses.replace(found, layers=(long,))).splitlines()
+    assert max(map(len, lines)) <= 80
+    column = "".join(line.partition(" ")[0] for line in lines[2 : lines.index("")])
+    assert column == name  # wrapped, not cut
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -112,7 +112,7 @@ def print_path(what: str, path: Path) -> None:
     console.print(f"{what}  {path.resolve()}", soft_wrap=True, highlight=False)
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print sentences as they are, without markup."""
+def print_lines(lines: Iterable[str], soft_wrap: bool = True) -> None:
+    """Print sentences without markup; a softly wrapped one can be copied as it is."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=soft_wrap)

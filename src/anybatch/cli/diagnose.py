@@ -74,5 +74,5 @@ def diagnose(
     console.print(
         diagnosis.diagnosis_table(found, f"{run.data_name}, {run.model_name}, {run.label}")
     )
-    print_lines((*found.reading.sentences, *found.notes))
+    print_lines((*found.reading.sentences, *found.notes), soft_wrap=False)
     print_path("report", page)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from anybatch.conversion.decisions import has_initial_statistics
 from anybatch.conversion.module_swap import let_go, swap
 from anybatch.conversion.norm_copies import copied
 from anybatch.conversion.norm_types import listed
@@ -24,6 +25,7 @@ from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice
 from anybatch.layers.weight_centralization import weight_centralization
+from anybatch.registry import FROZEN
 
 
 def convert(
@@ -96,8 +98,8 @@ def convert(
         TypeError: For an option that the method does not have.
 
     Warns:
-        NoEffectWarning: If there was nothing to convert, or if weights of a fresh network were not
-            centralized because it cannot be traced.
+        NoEffectWarning: If there was nothing to convert, if weights of a fresh network were not
+            centralized because it cannot be traced, or if "frozen" norms have counted no batch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -169,11 +171,20 @@ def _refuse(decided: Decisions) -> None:
 
 
 def _report(decided: Decisions, verbose: bool) -> None:
-    """Log what was done; warn about weights that only tracing keeps from being centralized."""
+    """Log what was done; warn of frozen norms that saw no batch, and of weights not centralized."""
     line = summary(decided)
     LOGGER.info(line)
     if verbose:
         print(line)
+    unseen = [d.row for d in decided.rows if d.method is FROZEN and _is_unseen(d.norm)]
+    if unseen:
+        warnings.warn(
+            f"convert: {counted(len(unseen), 'norm')} became constants that change nothing, mean 0 "
+            "and variance 1, as no batch was counted: load or train the network first, and convert "
+            f"it then\n{_named(unseen)}",
+            NoEffectWarning,
+            stacklevel=3,
+        )
     untraced = [decision.row for decision in decided.rows if decision.untraced]
     if untraced:
         warnings.warn(
@@ -183,6 +194,11 @@ def _report(decided: Decisions, verbose: bool) -> None:
             NoEffectWarning,
             stacklevel=3,
         )
+
+
+def _is_unseen(norm: nn.Module) -> bool:
+    var = norm._buffers.get("running_var")
+    return var is not None and not var.is_meta and has_initial_statistics(norm)
 
 
 def _warn_no_effect(decided: Decisions) -> None:

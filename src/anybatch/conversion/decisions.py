@@ -77,10 +77,11 @@ def is_fresh(model: nn.Module) -> bool:
     """
     norms = [module for module in model.modules() if is_batch_norm(module)]
     tracked = [n for n in norms if isinstance(n._buffers.get("running_var"), Tensor)]
-    return bool(tracked) and all(_has_initial_statistics(norm) for norm in tracked)
+    return bool(tracked) and all(has_initial_statistics(norm) for norm in tracked)
 
 
-def _has_initial_statistics(norm: nn.Module) -> bool:
+def has_initial_statistics(norm: nn.Module) -> bool:
+    """Whether a batch norm has counted no batch, and its running statistics say so."""
     mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
     count = norm._buffers.get("num_batches_tracked")
     if var is None or mean is None or isinstance(mean, nn.UninitializedBuffer):

@@ -63,12 +63,12 @@ def check_module(name: str, value: object) -> None:
     raise TypeError(f"{name}={shown(value)}: give a torch.nn.Module")
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise unless ``value`` is a whole number above 0."""
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise unless ``value`` is a whole number from ``least`` on."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: give a whole number from 1 on")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+        raise TypeError(f"{name}={value!r}: give a whole number from {least} on")
+    if value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number from {least} on")
 
 
 def check_from(name: str, value: Any, low: float) -> None:

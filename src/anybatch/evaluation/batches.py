@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.conversion.observe import tensors_in
 from anybatch.core.arguments import check_count, shown
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -66,7 +67,7 @@ def check_loader(loader: object) -> None:
         )
     if not isinstance(loader, Iterable) or isinstance(loader, (str, bytes, nn.Module)):
         raise TypeError(
-            f"loader={_short(loader)}: give something that iterates over batches, such as a "
+            f"loader={shown(loader)}: give something that iterates over batches, such as a "
             "torch.utils.data.DataLoader or a list of tensors"
         )
 
@@ -75,7 +76,7 @@ def check_repeatable(loader: Iterable[Any], passes: str) -> None:
     """Raise for a loader that can be read once only, where it is read several times."""
     if isinstance(loader, Iterator):
         raise ValueError(
-            f"loader={_short(loader)}: it can be read once, and {passes}; give a DataLoader, or "
+            f"loader={shown(loader)}: it can be read once, and {passes}; give a DataLoader, or "
             "list(loader) where memory allows"
         )
 
@@ -212,7 +213,7 @@ def examples_in(batch: Any) -> int:
         >>> examples_in({"mask": None, "x": torch.zeros(5, 2)})
         5
     """
-    found = next(_tensors(batch), None)
+    found = next(tensors_in(batch), None)
     return 0 if found is None else len(found) if found.dim() else 1
 
 
@@ -231,16 +232,13 @@ def to_device(batch: Any, device: torch.device | str | None) -> Any:
     """
     if device is None:
         return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        moved = {name: to_device(value, device) for name, value in batch.items()}
-        return moved if type(batch) is dict else _like(batch, moved)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if type(batch) in (tuple, list):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return value.to(device) if callable(getattr(value, "to", None)) else value
+
+    return _mapped(batch, moved)
 
 
 def _countable(batch: Any) -> int:
@@ -264,13 +262,17 @@ def _join(batches: list[Any]) -> Any:
 
 
 def _part(batch: Any, start: int, stop: int) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
+    return _mapped(batch, lambda value: value[start:stop] if isinstance(value, Tensor) else value)
+
+
+def _mapped(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """A nest of mappings, tuples and lists with a function applied to all that is in it."""
     if isinstance(batch, Mapping):
-        return {key: _part(value, start, stop) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return _alike(batch, [_part(value, start, stop) for value in batch])
-    return batch
+        made = {name: _mapped(value, function) for name, value in batch.items()}
+        return made if type(batch) is dict else _like(batch, made)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
+        return _alike(batch, [_mapped(value, function) for value in batch])
+    return function(batch)
 
 
 def _alike(given: Any, parts: list[Any]) -> Any:
@@ -300,7 +302,7 @@ def _batches(
         advance()
     if empty:
         raise ValueError(
-            f"loader={_short(loader)} gave no batch: give one with data (with drop_last=True a set "
+            f"loader={shown(loader)} gave no batch: give one with data (with drop_last=True a set "
             "smaller than the batch gives none; a generator that has been read gives no more)"
         )
 
@@ -319,17 +321,6 @@ def _known(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
             "forward=lambda model, batch: ..."
         )
     return known
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def _length(loader: Iterable[Any], max_batches: int | None) -> int | None:
@@ -372,11 +363,6 @@ def progress_bar(total: int | None, progress: Shown, title: str) -> Iterator[Cal
     with Progress(*columns, Elapsed(), Remaining(), console=Console(stderr=True)) as bars:
         task = bars.add_task(title, total=total)
         yield lambda: bars.advance(task)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"<{type(value).__name__}>"
 
 
 def _describe(batch: Any) -> str:

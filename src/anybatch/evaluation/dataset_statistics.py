@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from anybatch.conversion.observe import tensors_in
 from anybatch.evaluation.batches import Shown, reading
+from anybatch.evaluation.population_moments import Pool
 
 
 class DatasetStatistics(NamedTuple):
@@ -51,28 +51,23 @@ def dataset_statistics(
         >>> mean, std
         (tensor([0.5000]), tensor([0.5000]))
     """
-    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    pool: Pool | None = None
     with reading(loader, progress=progress, title="dataset statistics") as batches:
         for batch in batches:
             x = _channels(batch, key)
-            if x.shape[1]:
-                own_mean = x.mean(1)
-                own_squares = (x - own_mean.unsqueeze(1)).square_().sum(1)
-                total = count + x.shape[1]
-                apart = own_mean - mean
-                squares = squares + own_squares + apart.square() * (count * x.shape[1] / total)
-                mean, count = mean + apart * (x.shape[1] / total), total
-    if count == 0:
+            pool = Pool.empty(x.shape[1]) if pool is None else pool
+            pool.add(x)
+    if pool is None or not pool.count:
         raise ValueError("loader: it gave no value; give it anew, or with examples")
-    std = (squares / count).sqrt()
+    std = (pool.m2 / pool.count).sqrt()
     if not bool(std.isfinite().all()):
         bad = [int(channel) for channel in (~std.isfinite()).nonzero()]
         raise ValueError(f"loader: channels {bad} have values that are not finite")
-    return DatasetStatistics(mean.float(), std.float())
+    return DatasetStatistics(pool.mean.float(), std.float())
 
 
 def _channels(batch: Any, key: int | str | None) -> Tensor:
-    """The values of each channel, ``(C, n)``, in float64."""
+    """The tensor ``(N, C, ...)`` of a batch that counts."""
     if key is not None:
         found = batch[key]
     else:
@@ -85,4 +80,4 @@ def _channels(batch: Any, key: int | str | None) -> Tensor:
             f"loader: a batch ({what}) has no floating-point tensor (N, C, ...); say with key= "
             "which one counts"
         )
-    return found.detach().cpu().double().movedim(1, 0).flatten(1)
+    return found.cpu()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from anybatch.conversion.convert import convert
 from anybatch.conversion.module_swap import move_hooks, swap, unwrapped
-from anybatch.conversion.norm_types import norm_kind
+from anybatch.conversion.norm_types import listed, norm_kind
 from anybatch.core.arguments import check_between, check_module
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
@@ -168,7 +168,8 @@ def weighable(model: nn.Module, where: Where | None) -> dict[str, nn.Module]:
     """
     check_module("model", model)
     found: dict[str, nn.Module] = {}
-    refused, waiting = [], []
+    refused: list[tuple[str, str]] = []
+    waiting: list[str] = []
     for name, module in model.named_modules():
         if not matches(where, name, module):
             continue
@@ -176,7 +177,7 @@ def weighable(model: nn.Module, where: Where | None) -> dict[str, nn.Module]:
             if getattr(module, "running_var", None) is None:
                 waiting.append(name)
             elif type(module).forward is not nn.GroupNorm.forward or "forward" in vars(module):
-                refused.append(f"{name}: a group norm with its own forward")
+                refused.append((name, "a group norm with its own forward"))
             else:
                 found[name] = module
             continue
@@ -187,9 +188,9 @@ def weighable(model: nn.Module, where: Where | None) -> dict[str, nn.Module]:
         if kind.refusal is None or sync or isinstance(module, NormLayer):
             found[name] = module
         else:
-            refused.append(f"{name}: {kind.refusal}")
+            refused.append((name, kind.refusal))
     if refused:
-        raise ValueError("model: norms that cannot be weighed:\n  " + "\n  ".join(refused))
+        raise ValueError(f"model: norms that cannot be weighed:\n{listed(refused)}")
     if not found:
         raise ValueError(_nothing(model, where, waiting))
     return found

@@ -9,9 +9,9 @@ from torch import nn
 
 from anybatch.backends import BACKENDS
 from anybatch.core.dispatch import choices_made
-from anybatch.core.norm_layer import NormLayer
 from anybatch.core.text_tables import text_table
 from anybatch.evaluation.restore_model import borrowed
+from anybatch.layers.control import select
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,8 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     """
     found: dict[str, LayerBackend] = {}
     with borrowed(model) as inner, torch.enable_grad():
-        layers = {n: m for n, m in inner.named_modules() if isinstance(m, NormLayer)}
-        if not layers:
-            raise ValueError(
-                f"model: {type(model).__name__} has no anybatch layer: convert it first, for "
-                'example with anybatch.convert(model, "bn")'
-            )
+        chosen = set(select(inner, None))
+        layers = {name: module for name, module in inner.named_modules() if module in chosen}
         with choices_made() as choices:
             for name, layer in layers.items():
                 found[name] = LayerBackend(name, type(layer).__name__, "")

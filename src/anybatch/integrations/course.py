@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
-from anybatch.layers.control import Accumulation, check_joinable, join_forwards
+from anybatch.layers.control import Accumulation, check_joinable, join_forwards, select
 from anybatch.registry import METHODS, get_method
 from anybatch.schedule import NormScheduler
 
@@ -49,12 +49,7 @@ class Course:
         epoch: int,
         is_running: Callable[[], bool] | None = None,
     ) -> None:
-        layers = [module for module in model.modules() if isinstance(module, NormLayer)]
-        if not layers:
-            raise ValueError(
-                f"model: {type(model).__name__} has no anybatch layer: convert it first, for "
-                'example with anybatch.convert(model, "bn")'
-            )
+        layers = select(model, None)
         if total_epochs is None and any(_is_scheduled(layer) for layer in layers):
             raise ValueError(
                 "total_epochs=None: the training is limited by steps or time, and its method "

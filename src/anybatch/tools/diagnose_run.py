@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from anybatch.core.files import write_json
 from anybatch.evaluation.diagnosis.diagnose import diagnose
-from anybatch.evaluation.diagnosis.reading import HEAD
 from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.checkpoint import load_weights, read_checkpoint
 from anybatch.tools.data import Dataset, load
@@ -78,20 +77,15 @@ def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[
 def diagnosis_table(found: Diagnosis, title: str) -> Table:
     """Build the table for the terminal, without columns of which nothing was measured."""
     styles = {"noisy": "red", "borderline": "yellow"}
-    rows = []
-    for _, (name, _, values, acts_as, *rest) in found.rows():
-        short = acts_as if acts_as == "-" else f"{acts_as} of {values}"
-        rows.append((name, short, *(text.partition(" (")[0] for text in rest)))
-    head = (HEAD[0], "acts as", *(title.replace("variance", "var") for title in HEAD[4:]))
-    shown = [k for k in range(len(head)) if any(row[k] != "-" for row in rows)]
+    head, rows = found.table()
     return terminal_table(
-        [head[k] for k in shown],
-        [[row[k] for k in shown] for row in rows],
+        head,
+        rows,
         title=title,
         caption="noise from batch to batch; a single value's is 1",
         styles=[styles.get(word) for word, _ in found.rows()],
-        left=(HEAD[-1],),
-        wrapped=(HEAD[0], HEAD[-1]),
+        left=head[-1:],
+        wrapped=(head[0], head[-1]),
     )
 
 

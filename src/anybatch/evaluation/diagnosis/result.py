@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from anybatch.core.files import finite, write_text
@@ -11,6 +12,8 @@ from anybatch.core.text_tables import text_table
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise
 from anybatch.evaluation.diagnosis.outputs import ExampleNorm
 from anybatch.evaluation.diagnosis.reading import HEAD, Reading, Word, cells, example_cells, word
+
+_WIDTH = 80  # of what is printed
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,21 @@ class Diagnosis:
         found = {**rest, "reading": reading, "notes": self.notes, **norms}
         return finite(found)  # type: ignore[no-any-return]
 
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Head and rows of a narrow table: the noise alone, and no column of nothing."""
+        titles = (title.replace("variance", "var") for title in HEAD[4:])
+        lines = [(HEAD[0], "acts as", *titles)]
+        for _, (name, _, values, acts_as, *rest) in self.rows():
+            short = acts_as if acts_as == "-" else f"{acts_as} of {values}"
+            lines.append((name, short, *(text.partition(" (")[0] for text in rest)))
+        kept = [k for k in range(len(lines[0])) if any(line[k] != "-" for line in lines[1:])]
+        head, *rows = (tuple(line[k] for k in kept) for line in lines)
+        return head, rows
+
     def __str__(self) -> str:
-        table = text_table(HEAD, [row for _, row in self.rows()])
-        return "\n".join([table, "", *self.reading.sentences, *self.notes])
+        head, rows = self.table()
+        said = [fill(text, _WIDTH) for text in (*self.reading.sentences, *self.notes)]
+        return "\n".join([text_table(head, rows, _WIDTH, (0, len(head) - 1)), "", *said])
 
     def plot(self, path: str | Path) -> Path:
         """Write a figure of the noise of every norm, and the distributions of the noisiest.
