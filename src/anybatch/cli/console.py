@@ -46,9 +46,6 @@ def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
     """Decorate a command so that errors become one line and an exit code.
 
     The exit code is 2 for a wrong argument, 130 for Ctrl-C and 1 for a full disk.
-
-    Args:
-        program: The program that the command is part of.
     """
 
     def decorate(command: _Command) -> _Command:

@@ -63,9 +63,7 @@ def results_folder(given: dict[str, Any], usual: str) -> Path:
 def build_method_run(given: dict[str, Any], doing: str) -> "Run":
     """Return the run of a command that takes one method, with the method's options.
 
-    Args:
-        given: The command's options.
-        doing: What the command does with the method, as in "trained", for the error.
+    `doing` says what the command does with the method, as in "trained", for the error.
 
     Raises:
         ValueError: For an option of another method.

@@ -61,9 +61,6 @@ class Decision:
 def is_fresh(model: nn.Module) -> bool:
     """Whether the running statistics of a network's batch norms are still the initial ones.
 
-    Args:
-        model: The network.
-
     Returns:
         True if there are running statistics and all are initial: no batch counted, means 0,
         variances 1, or on the meta device. False if there are none.
@@ -337,10 +334,6 @@ def _owners(places: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
 
 def layer_seed(seed: int, name: str) -> int:
     """The seed of one layer: different for each layer, the same in every run and on every rank.
-
-    Args:
-        seed: Seed of the network.
-        name: Path of the layer.
 
     Example:
         >>> layer_seed(0, "norm1") == layer_seed(0, "norm2")

@@ -79,12 +79,7 @@ def graph_of(
 def trace_graph(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -> fx.Graph | None:
     """Trace a network symbolically, and leave it as it was.
 
-    Args:
-        model: The network.
-        is_leaf: As in `GraphTracer`.
-
-    Returns:
-        The graph; None if tracing fails.
+    `is_leaf` is as in `GraphTracer`. The graph is None if tracing fails.
 
     Example:
         >>> graph = trace_graph(nn.Sequential(nn.Linear(2, 2)), lambda module: None)
@@ -109,11 +104,7 @@ def trace_graph(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -
 def record_graph(model: nn.Module, example_inputs: Any, is_leaf: IsLeaf) -> fx.Graph | None:
     """Record one forward in evaluation mode without gradients, and leave the network as it was.
 
-    Args:
-        model: The network.
-        example_inputs: What its forward takes: a tensor, a tuple of positional or a mapping of
-            keyword arguments; None for no recording.
-        is_leaf: Whether a module is a leaf.
+    `example_inputs` are as `observe` takes them, or None for no recording.
 
     Returns:
         The graph; None without example inputs, and for a network with lazy parameters, which a

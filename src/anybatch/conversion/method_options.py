@@ -16,9 +16,6 @@ from anybatch.registry import Method, check_options, get_method
 def methods_by_pattern(method: str | Mapping[str, str]) -> dict[str, Method]:
     """Name patterns with the method for each, from the `method` argument of `convert`.
 
-    Args:
-        method: A short name, or a mapping of name patterns to short names.
-
     Returns:
         Name pattern -> method; the pattern ``"*"`` for a single name.
 

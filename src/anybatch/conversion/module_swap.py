@@ -61,12 +61,7 @@ def paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put each replacement wherever its original sits, under every name and every parent.
 
-    Args:
-        model: the network, changed in place.
-        replacements: original module -> its replacement.
-
-    Returns:
-        The model, or the replacement of the model itself.
+    The result is the model, or the replacement of the model itself.
 
     Example:
         >>> norm, model = nn.BatchNorm1d(3), nn.Sequential()

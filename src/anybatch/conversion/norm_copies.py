@@ -17,10 +17,6 @@ from anybatch.registry import Method
 def check_copies(copies: int, methods: Iterable[Method]) -> None:
     """Refuse a number of copies, or methods that cannot have copies.
 
-    Args:
-        copies: How many copies each norm is to have.
-        methods: Those that norms are converted to.
-
     Raises:
         ValueError: If it is below 1, or a method has no statistics or follows a convolution.
     """

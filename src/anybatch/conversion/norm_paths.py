@@ -73,10 +73,7 @@ def find_paths(model: nn.Module, example_inputs: Any = None) -> dict[str, Paths]
 
     The model is left as it was.
 
-    Args:
-        model: the network.
-        example_inputs: what its forward takes, as a tensor, a tuple of positional or a mapping of
-            keyword arguments; used where the network cannot be traced symbolically.
+    `example_inputs`, as `observe` takes them, are for networks that cannot be traced symbolically.
 
     Returns:
         The first path of each norm -> its `Paths`; None where the network does not trace and there

@@ -56,11 +56,7 @@ class NormKind:
 def norm_kind(module: nn.Module) -> NormKind | None:
     """Say what kind of normalization a module is, or None if it is none.
 
-    Args:
-        module: any module.
-
-    Returns:
-        The kind, with the reason and the remedy where a batch norm cannot be taken over.
+    The kind has the reason and the remedy where a batch norm cannot be taken over.
 
     Example:
         >>> norm_kind(nn.BatchNorm2d(4))

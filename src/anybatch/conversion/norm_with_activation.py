@@ -35,10 +35,6 @@ def apply_activation(norm: nn.Module, args: Any, output: Tensor) -> Any:
 def keep_activation(old: nn.Module, new: nn.Module) -> None:
     """Let a norm's replacement end in the norm's activation.
 
-    Args:
-        old: a norm that ends in an activation.
-        new: its replacement, which has its hooks.
-
     Example:
         >>> old, new = nn.BatchNorm2d(3), nn.GroupNorm(1, 3)
         >>> old.drop, old.act = nn.Identity(), nn.ReLU()
@@ -55,10 +51,7 @@ def keep_activation(old: nn.Module, new: nn.Module) -> None:
 def give_back_activation(layer: nn.Module, norm: nn.Module) -> None:
     """Make a torch batch norm the kind of norm that a layer with an activation came from.
 
-    Args:
-        layer: the layer that ends in an activation.
-        norm: the torch batch norm in its place, which has its hooks; it becomes one of the class
-            that `keep_activation` was given.
+    The norm is in the place of the layer, and has its hooks.
 
     Example:
         >>> old, new, back = nn.BatchNorm2d(3), nn.GroupNorm(1, 3), nn.BatchNorm2d(3)

@@ -15,13 +15,8 @@ from torch.nn.parameter import is_lazy
 def observe(model: nn.Module, example_inputs: Any) -> Any:
     """Run a network on example inputs in evaluation mode, without gradients, and restore it.
 
-    Args:
-        model: The network.
-        example_inputs: One tensor, a tuple or list of positional arguments, or a mapping of keyword
-            arguments.
-
-    Returns:
-        What the network returns.
+    The inputs are one tensor, a tuple or list of positional arguments, or a mapping of keyword
+    arguments.
 
     Raises:
         ValueError: If the forward fails; the message holds its error.

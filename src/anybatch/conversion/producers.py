@@ -106,10 +106,7 @@ def find_feeders(model: nn.Module, example_inputs: Any = None) -> dict[str, Feed
     A pair counts only if the norm and its feeder are each called once in a forward. The model is
     left as it was: modes, buffers, attributes and the random state are restored.
 
-    Args:
-        model: The network.
-        example_inputs: What its forward takes, as a tensor, a tuple of positional or a mapping of
-            keyword arguments; used where the network cannot be traced symbolically.
+    `example_inputs`, as `observe` takes them, are for networks that cannot be traced symbolically.
 
     Returns:
         The first path of each batch norm -> its `Feeder`.

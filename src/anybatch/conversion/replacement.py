@@ -26,14 +26,8 @@ _TORCH_MOMENTUM = 0.1
 def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> nn.Module:
     """Build a norm's replacement and let it take over the norm.
 
-    Args:
-        norm: a torch batch norm, an anybatch layer or a frozen norm.
-        method: the method's row in the table.
-        options: keyword arguments of the method's layer; `num_groups` is an upper bound, cut to
-            a divisor of the channels.
-
-    Returns:
-        The replacement, in the norm's mode, with the norm's Parameters and hooks.
+    It is in the norm's mode, with its Parameters and hooks. The option `num_groups` is an upper
+    bound, cut to a divisor of the channels.
 
     Raises:
         ValueError: the method cannot take this norm over.
@@ -76,13 +70,7 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
 def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
     """Replace a copy of a norm, to see whether it can be done and whether it changes parameters.
 
-    Args:
-        norm: a torch batch norm, an anybatch layer or a frozen norm; left untouched.
-        method: the method's row in the table.
-        options: keyword arguments of the method's layer.
-
-    Returns:
-        Whether taking over rewrites the norm's weight or bias.
+    True if taking over rewrites the norm's weight or bias.
 
     Raises:
         ValueError: the method cannot take this norm over.
@@ -181,11 +169,7 @@ def _twin(norm: nn.Module) -> nn.Module:
 def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     """The plain torch batch norm of an anybatch layer, with its Parameters, buffers and hooks.
 
-    Args:
-        layer: a layer whose inference is an affine map per channel.
-
-    Returns:
-        A torch.nn.BatchNorm of the layer's dimension; in eval mode where the layer is frozen.
+    It is in evaluation mode where the layer is frozen.
 
     Example:
         >>> import anybatch

@@ -99,11 +99,8 @@ def for_plain_code(
 ) -> dict[str, Tensor]:
     """A ``state_dict`` of a converted network with the weights that plain code needs.
 
-    Args:
-        model: The network.
-        state: Its tensors by key.
-        complete: Keep the state of methods, and weights before they were centred, beside them, so
-            that the network itself loads all (default False).
+    If `complete`, the state of methods, and weights before they were centred, stay beside them, so
+    that the network itself loads all.
     """
     plain = dict(state)
     for name, module in model.named_modules(remove_duplicate=False):

@@ -11,11 +11,7 @@ _REASONS = 3  # for which norms stay as they are, that the line names
 
 
 def summary(decisions: Decisions) -> str:
-    """Describe a conversion in one line that a reader can act on.
-
-    Args:
-        decisions: What was decided, and carried out.
-    """
+    """Describe a conversion in one line that a reader can act on."""
     rows = decisions.rows
     done = Counter(row.method for row in rows if row.method is not None)
     all_norms = counted(len(rows), "norm")

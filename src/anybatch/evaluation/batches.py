@@ -84,13 +84,7 @@ def check_repeatable(loader: Iterable[Any], passes: str) -> None:
 def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
     """Batches of another size from a loader's; a last one that is not whole is left out.
 
-    Args:
-        loader: Gives batches: tensors, or nests of tuples, lists and mappings of tensors whose
-            first dimension counts examples.
-        size: Examples in a batch; None for the batches as they come.
-
-    Yields:
-        Batches of the same structure.
+    The first dimension of each tensor counts examples. With `size` None they stay as they are.
 
     Raises:
         ValueError: If a batch holds no tensor.

@@ -155,10 +155,6 @@ class Weighing:
 def weighable(model: nn.Module, where: Where | None) -> dict[str, nn.Module]:
     """The norms that example weighing applies to, by name.
 
-    Args:
-        model: The network.
-        where: Which layers: a name pattern or a predicate ``(name, module)``.
-
     Raises:
         ValueError: If there is none, or one that cannot be weighed.
 

@@ -7,11 +7,8 @@ from typing import Any
 def render(package: str, template: str, **values: Any) -> str:
     """A page, in which every value is escaped and none may be missing.
 
-    Args:
-        package: Package whose folder ``templates`` holds the template; the style that all pages
-            share is this package's.
-        template: Name of the template.
-        **values: What it shows.
+    The template is in the folder ``templates`` of the package; the style that all pages share is in
+    this package's.
 
     Raises:
         ImportError: Without Jinja.

@@ -75,15 +75,7 @@ class Pool:
 
 
 def pool_across(pool: Pool, group: Any) -> Pool:
-    """The pool of all processes' values.
-
-    Args:
-        pool: This process's.
-        group: A process group of ``torch.distributed``.
-
-    Returns:
-        The same on every process.
-    """
+    """The pool of all processes' values."""
     count = torch.tensor([pool.count, pool.calls], dtype=torch.float64, device=pool.mean.device)
     total = count.clone()
     dist.all_reduce(total, group=group)

@@ -70,11 +70,7 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
 def random_numbers(model: nn.Module) -> Undo:
     """Note the states of all random numbers that a network's forward may draw.
 
-    Args:
-        model: Gives the devices.
-
-    Returns:
-        A function that puts them back, as often as it is called.
+    The result is a function that puts them back, as often as it is called.
 
     Example:
         >>> rewind = random_numbers(nn.Linear(1, 1))

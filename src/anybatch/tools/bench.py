@@ -125,10 +125,7 @@ def costs(bench: Bench, variants: Mapping[str, Variant], show: Show | None = Non
     A training step is forward, mean square of what comes out, backward and SGD with momentum, on
     random inputs. The baseline is the network as it is, named "torch".
 
-    Args:
-        bench: The network, and how it is measured.
-        variants: Methods by name.
-        show: Called with what is under way, how much is done, and of how much.
+    `show` is called with what is under way, how much is done, and of how much.
 
     Returns:
         The rows, those of "torch" first; a variant that cannot be measured gives its reason.
@@ -360,9 +357,6 @@ def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
 
     torch keeps compiled graphs by the code of a function, up to a limit, and looks through them
     at each call; so this gives each network a function whose code is its own.
-
-    Args:
-        network: A network, or any function of tensors.
     """
 
     def call(*inputs: Any) -> Any:

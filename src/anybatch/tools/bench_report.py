@@ -46,11 +46,7 @@ def row_name(method: str) -> str:
 
 
 def lines(costs: Costs) -> list[tuple[str, tuple[str, ...]]]:
-    """The text of a table: each method's short name and its cells; ratios are to the network's own.
-
-    Args:
-        costs: Of one batch size.
-    """
+    """Each method's short name and the cells of its row; ratios are to the network's own."""
     by_name: dict[str, dict[str, Measurement]] = {}
     for row in costs.rows:
         by_name.setdefault(row.name, {})[row.question] = row
@@ -139,12 +135,7 @@ def settings(outcome: FinishedBench) -> dict[str, Any]:
 
 
 def write(outcome: FinishedBench, folder: Path) -> Path:
-    """Write ``bench.json``, ``bench.csv``, ``bench.png`` and ``report.html``, each whole.
-
-    Args:
-        outcome: The benchmark.
-        folder: Folder to write to; it exists.
-    """
+    """Write ``bench.json``, ``bench.csv``, ``bench.png`` and ``report.html``, each whole."""
     pairs = zip(outcome.benches, outcome.found, strict=True)
     text = as_csv(outcome.rows, Measurement._fields, outcome.benches[0].device)
     return write_report(

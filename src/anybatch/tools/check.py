@@ -74,14 +74,8 @@ def check(
 ) -> list[Checked]:
     """Try the kernels of methods in every type and format, and time the layers.
 
-    Args:
-        names: Short names of methods.
-        places: Devices; None for all that are present.
-        rounds: Of the timing; 0 for none.
-        show: Called with what is under way, how much is done, and of how much.
-
-    Returns:
-        A row per device, method, type and format.
+    `places` None stands for all devices, `rounds` 0 for no timing. `show` is called with what is
+    under way, how much is done, and of how much.
     """
     places = devices() if places is None else places
     cases, found = list(product(places, names, PRECISIONS, FORMATS)), []

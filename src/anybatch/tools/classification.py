@@ -24,29 +24,14 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Tenso
 
 
 def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of a network's scores.
-
-    Args:
-        run: The run.
-        data: Its data.
-        model: The network.
-        x: Examples.
-        y: Their classes.
-    """
+    """Mean cross-entropy of a network's scores."""
     return F.cross_entropy(forward(run, model, x), y)
 
 
 def evaluate(run: Run, model: nn.Module, data: Dataset, size: int = 500) -> tuple[float, float]:
     """Mean loss and accuracy on the held-out examples.
 
-    Args:
-        run: The run.
-        model: The network; it is left in evaluation mode.
-        data: The data.
-        size: Examples at a time.
-
-    Returns:
-        Loss, and accuracy from 0 to 1.
+    The network is left in evaluation mode. Accuracy is from 0 to 1.
     """
     model.eval()
     loss = correct = 0.0

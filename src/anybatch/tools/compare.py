@@ -158,11 +158,8 @@ def train_runs(
 ) -> dict[str, Row]:
     """Train those of the runs that are not finished, in order, in processes of one thread each.
 
-    Args:
-        runs: What to train, each once.
-        folder: Results are kept in it; a run that was stopped goes on.
-        workers: Processes.
-        on_progress: Called with a run's key, the epochs done, and its result at the end.
+    The folder keeps their results; a run that was stopped goes on. `on_progress` is called with a
+    run's key, the epochs done, and its result at the end.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.

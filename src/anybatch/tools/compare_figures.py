@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 def curves(
     comparison: Comparison, lines: list[Line], results: dict[str, Row], names: dict[str, str]
 ) -> "Figure":
-    """Accuracy over the epochs: mean over the seeds, and the band between the worst and the best.
-
-    Args:
-        comparison: What was compared.
-        lines: The table.
-        results: Results by key.
-        names: What to call each row.
-    """
+    """Accuracy over the epochs: mean over the seeds, in the band from the worst to the best."""
     figure = blank(8, 5)
     axes = figure.subplots()
     groups = comparison.groups()
@@ -53,12 +46,7 @@ def curves(
 
 
 def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
-    """Final accuracy of each row, a point a seed.
-
-    Args:
-        lines: The table.
-        names: What to call each row.
-    """
+    """Final accuracy of each row, a point a seed."""
     figure, axes = _bars(lines, names, {line.row: 100 * line.mean for line in lines}, ".1f")
     for index, line in enumerate(lines):
         place, seeds = len(lines) - 1 - index, [100 * value for value in line.accuracies]
@@ -70,13 +58,7 @@ def accuracy_bars(lines: list[Line], names: dict[str, str]) -> "Figure":
 
 
 def cost_bars(lines: list[Line], times: dict[str, StepTime], names: dict[str, str]) -> "Figure":
-    """Time of a training step relative to torch's batch norm, with quartiles.
-
-    Args:
-        lines: The table.
-        times: Time of each method.
-        names: What to call each row.
-    """
+    """Time of a training step relative to torch's batch norm, with quartiles."""
     timed = {line.row: times[line.row] for line in lines if line.row in times}
     figure, axes = _bars(lines, names, {row: time.ratio for row, time in timed.items()}, ".2f")
     for place, time in enumerate(reversed(timed.values())):

@@ -190,12 +190,7 @@ def as_csv(outcome: FinishedComparison) -> str:
 
 
 def write(outcome: FinishedComparison, folder: Path) -> Path:
-    """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``, each whole.
-
-    Args:
-        outcome: The comparison.
-        folder: Folder to write to; it exists.
-    """
+    """Write ``results.json``, ``results.csv``, PNG plots and ``report.html``, each whole."""
     base, lines = outcome.comparison.base, outcome.lines
     names = {line.row: f"{row_name(line)}, {line.run.statistics_size}" for line in lines}
     images = {

@@ -12,9 +12,6 @@ from anybatch.tools.run import Option
 def read_config(path: Path) -> dict[str, Any]:
     """Read options from a TOML file (Python 3.11 on) or a JSON file.
 
-    Args:
-        path: Ends in ``.toml`` or ``.json``.
-
     Raises:
         ValueError: If it is neither, is not there or cannot be read.
     """
@@ -45,9 +42,6 @@ def _read_toml(text: str) -> Any:
 
 def parse_options(pairs: list[str]) -> dict[str, tuple[Option, ...]]:
     """Read ``METHOD.NAME=VALUE`` arguments.
-
-    Args:
-        pairs: For example ``["mabn.window=8", "gn.num_groups=4"]``.
 
     Raises:
         ValueError: For another form, or a method that does not exist.

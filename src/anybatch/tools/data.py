@@ -80,9 +80,6 @@ class Dataset:
 def load(run: Run) -> Dataset:
     """Load the data of a run.
 
-    Args:
-        run: Its data, root, image_size and train_size are used.
-
     Raises:
         ValueError: If files are missing, incomplete or of another form.
     """
@@ -139,11 +136,6 @@ def steps_per_epoch(run: Run, data: Dataset) -> int:
 def shuffled(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, torch.Generator]]:
     """Yield the examples of each batch of an epoch; all follows from seed and epoch alone.
 
-    Args:
-        run: Its seed and batch_size are used.
-        data: The data.
-        epoch: From 1 on.
-
     Yields:
         Numbers of the examples, and what draws their noise and augmentation.
     """
@@ -163,13 +155,7 @@ def noisy(run: Run, x: Tensor, generator: torch.Generator) -> Tensor:
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Flip each image with a chance of a half, and crop it at a random shift.
 
-    Args:
-        x: ``(N, C, H, W)``.
-        generator: Draws flips and shifts.
-        pad: Largest shift, in pixels; what comes in is 0.
-
-    Returns:
-        Images of the same size.
+    Shifts are of up to `pad` pixels; what comes in is 0.
     """
     n, _, height, width = x.shape
     # Drawn on the generator's device, so that every device sees the same images.

@@ -30,13 +30,8 @@ def diagnose_run(
 ) -> Diagnosis:
     """Train or load a run's network, and diagnose it on its training batches.
 
-    Args:
-        run: The network, the data, the method and the batch size.
-        epochs: To train before; 0 for none.
-        checkpoint: File of the network's ``state_dict``, or of a run that was stopped; None for
-            no file.
-        max_batches: To measure.
-        show: Called with what is under way, how much is done, and of how much.
+    It is trained for `epochs`, unless there is a checkpoint. `show` is called with what is under
+    way, how much is done, and of how much.
 
     Raises:
         ValueError: If the file cannot be loaded into the network.
@@ -90,12 +85,7 @@ def diagnosis_table(found: Diagnosis, title: str) -> Table:
 
 
 def write(found: Diagnosis, folder: Path) -> Path:
-    """Write ``diagnosis.json``, ``diagnosis.png`` and ``report.html``, each whole.
-
-    Args:
-        found: The diagnosis.
-        folder: Where; it exists.
-    """
+    """Write ``diagnosis.json``, ``diagnosis.png`` and ``report.html``, each whole."""
     write_json(folder / "diagnosis.json", found.to_dict())
     found.plot(folder / "diagnosis.png")
     return found.report(folder / "report.html")

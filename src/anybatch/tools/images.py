@@ -32,12 +32,7 @@ Edit = Callable[["Image"], "Image"]
 def read_image(file: Place, edit: Edit) -> NDArray[np.uint8]:
     """An image in red, green and blue, edited while the file is open.
 
-    Args:
-        file: Of a format that Pillow reads.
-        edit: What to do with it.
-
-    Returns:
-        ``(height, width, 3)``.
+    Of shape ``(height, width, 3)``.
 
     Raises:
         ValueError: If it cannot be read.
@@ -48,12 +43,7 @@ def read_image(file: Place, edit: Edit) -> NDArray[np.uint8]:
 def edited(file: Place, edit: Edit) -> NDArray[np.uint8]:
     """The pixels of an image, edited while the file is open.
 
-    Args:
-        file: Of a format that Pillow reads.
-        edit: What to do with it; it gives one of bytes.
-
-    Returns:
-        ``(height, width)``, or with the colours behind.
+    Of shape ``(height, width)``, or with the colours behind; `edit` gives an image of bytes.
 
     Raises:
         ValueError: If it cannot be read.
@@ -72,13 +62,7 @@ def edited(file: Place, edit: Edit) -> NDArray[np.uint8]:
 def files_by_class(folder: Path, names: Sequence[str], root: Path) -> tuple[list[Path], list[int]]:
     """The images of a split, class by class.
 
-    Args:
-        folder: Of the split; it has a folder per class.
-        names: Of the classes.
-        root: Of the data; a link that leads out of it is refused.
-
-    Returns:
-        Files, and the number of each one's class.
+    Files, and the number of each one's class.
 
     Raises:
         ValueError: If there are none, or a link leads out of the root.
@@ -125,14 +109,7 @@ class ImageFiles(Unread):
         return self._read([self._middle] * len(self))
 
     def augmented(self, generator: torch.Generator) -> Tensor:
-        """A random part of each, of 8 to 100 % of its area and up to 4:3, flipped or not.
-
-        Args:
-            generator: Draws sizes, shapes, places and flips.
-
-        Returns:
-            ``(N, 3, size, size)``.
-        """
+        """A random part of each, of 8 to 100 % of its area and up to 4:3, flipped or not."""
         numbers = torch.rand(len(self), 5, generator=generator).tolist()
         return self._read([self._part(*drawn) for drawn in numbers])
 
@@ -181,12 +158,7 @@ def as_tensor(x: Tensor | Unread) -> Tensor:
 def read_ahead(batches: Iterator[Any], count: int = 2) -> Iterator[Any]:
     """Batches, of which the next ones are made while one is used.
 
-    Args:
-        batches: Makes them, in a thread of its own, in order.
-        count: How many are made ahead.
-
-    Yields:
-        The batches.
+    They are made in a thread of its own, in order, so many ahead.
     """
     with ThreadPoolExecutor(1) as maker:
         waiting = [maker.submit(next, batches, None) for _ in range(count)]

@@ -33,9 +33,6 @@ _TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 20.
 def ratios(rows: Sequence[Measurement]) -> Figure:
     """The ratio of each row to its baseline: a panel per question, precision and mode.
 
-    Args:
-        rows: Measurements.
-
     Returns:
         The figure; a line of a panel is a name, a mark per case, filled where channels come first,
         with its quartiles.

@@ -64,13 +64,7 @@ class Setting(NamedTuple):
 def timed(
     setting: Setting, times: Mapping[str, Sequence[float]], baseline: str
 ) -> list[Measurement]:
-    """Times as rows.
-
-    Args:
-        setting: What was measured.
-        times: Seconds by name, round by round, as `interleaved` gives them.
-        baseline: The name that ratios are to.
-    """
+    """Times as rows."""
     ratios = summaries({name: list(values) for name, values in times.items()}, baseline)
     found = []
     for name, values in times.items():
@@ -87,11 +81,7 @@ def counted(
 ) -> list[Measurement]:
     """Bytes or operations as rows.
 
-    Args:
-        setting: What was measured.
-        sizes: Counts by name; None where they could not be measured, which gives no row.
-        baseline: The name that ratios are to.
-        unit: A million of them: "MB" (default; 10^6 bytes) or "MFLOP".
+    A count that is None gives no row. The unit is a million of what is counted.
     """
     base, found = sizes[baseline], []
     for name, size in sizes.items():
@@ -110,9 +100,6 @@ def _short(value: float) -> float:
 
 def surroundings(device: str = "cpu") -> dict[str, Any]:
     """Return what measurements are made on: machine, commit, versions.
-
-    Args:
-        device: Where the work was done.
 
     Example:
         >>> surroundings()["device"]
@@ -139,13 +126,7 @@ def _version(distribution: str) -> str:
 
 
 def as_csv(rows: Iterable[tuple[Any, ...]], columns: Sequence[str], device: str = "cpu") -> str:
-    """Rows as CSV, each with what it was measured on.
-
-    Args:
-        rows: Of one kind.
-        columns: Their names, ``Measurement._fields`` for example.
-        device: Where the work was done.
-    """
+    """Rows as CSV, each with what it was measured on."""
     around = surroundings(device)
     return csv_text((*columns, *around), [(*row, *around.values()) for row in rows])
 

@@ -13,9 +13,7 @@ def kept_bytes(call: Callable[[], Any], own: Iterable[Tensor] = ()) -> int:
 
     Each storage counts once, whole, however many tensors are views of it.
 
-    Args:
-        call: The forward.
-        own: Tensors that do not count, parameters and state for example.
+    `own` are tensors that do not count, parameters and state for example.
 
     Example:
         >>> x = torch.ones(1000, requires_grad=True)

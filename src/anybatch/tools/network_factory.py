@@ -72,10 +72,6 @@ def check_network(given: str, made: object) -> nn.Module:
 def build(name: str, data: Dataset) -> nn.Module:
     """Build the network of a run.
 
-    Args:
-        name: As `Run.model` has it.
-        data: The data that it is built for.
-
     Raises:
         ValueError: If the network does not take such examples, or cannot be built.
     """
@@ -124,11 +120,6 @@ def find(argument: str, name: str, known: Sequence[str] = ()) -> Callable[[], An
 
 def call(argument: str, name: str, make: Callable[[], Any]) -> Any:
     """Call a user's function.
-
-    Args:
-        argument: What it is given as, for errors.
-        name: As `find` takes it.
-        make: The function.
 
     Raises:
         ValueError: If it fails.

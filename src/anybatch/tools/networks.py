@@ -61,12 +61,6 @@ def with_he_weights(net: nn.Module) -> nn.Module:
 def from_library(name: str, classes: int, channels: int, **options: object) -> nn.Module:
     """Build a network of another library, as that library initializes it.
 
-    Args:
-        name: ``torchvision:NAME`` or ``timm:NAME``.
-        classes: Number of outputs.
-        channels: Channels of an image.
-        **options: Further arguments of the network's factory.
-
     Raises:
         ValueError: If there is no such network, or its library is not installed.
     """

@@ -91,9 +91,6 @@ def _examples(name: str, given: Any) -> Examples:
 def load_own(run: Run) -> OwnData:
     """Load the data that a function of the user gives.
 
-    Args:
-        run: Its `data` names the function, as in ``mine.py:data``.
-
     Raises:
         ValueError: If there is no such function, or it fails.
         TypeError: If it gives something else.

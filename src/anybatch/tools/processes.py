@@ -35,13 +35,9 @@ def in_processes(
 ) -> dict[str, Row]:
     """Do the same with each of the runs, in order, in processes of one thread each.
 
-    Args:
-        runs: What to do it with, each once.
-        folder: Where their results are kept.
-        workers: Processes.
-        on_progress: Called with a run's key, the epochs done, and its result at the end.
-        work: Called in a process with a run, the folder and what to call after each epoch; it gives
-            the result.
+    `work` is called in a process with a run, the folder and what to call after each epoch; it gives
+    the result. `on_progress` is called with a run's key, the epochs done, and its result at the
+    end.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
@@ -108,9 +104,6 @@ class Busy(Exception):
 def holding(lock: Path) -> Iterator[None]:
     """Hold a lock file; the lock ends with the process, even one that is killed.
 
-    Args:
-        lock: The file.
-
     Raises:
         Busy: If another process holds it.
     """
@@ -124,9 +117,6 @@ def holding(lock: Path) -> Iterator[None]:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process; two that write the same runs would undo each other's work.
-
-    Args:
-        folder: The folder; it gets a lock file.
 
     Raises:
         ValueError: If another process holds it.

@@ -44,11 +44,7 @@ def time_steps(
 ) -> dict[str, StepTime]:
     """Time a training step of each run, interleaved in one process.
 
-    Args:
-        runs: By name, all with the same network and batch size.
-        data: Their data.
-        rounds: Blocks a run; the first is not counted.
-        block_seconds: Length of a block.
+    The first of the rounds is not counted.
 
     Returns:
         The time of each run; ratios are to torch's batch norm with the whole batch, which is in
@@ -156,10 +152,6 @@ def _watch(device: torch.device, clock: Clock) -> Callable[[Call, int], float]:
 def summaries(times: Mapping[str, list[float]], baseline: str) -> dict[str, StepTime]:
     """Medians, and the ratios to one of the calls.
 
-    Args:
-        times: What `interleaved` gave.
-        baseline: The name that ratios are to.
-
     Example:
         >>> summaries({"old": [2.0, 4.0, 2.0], "new": [1.0, 1.0, 1.0]}, "old")["new"].ratio
         0.5
@@ -190,8 +182,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 def graphed(call: Call) -> Call:
     """A CUDA graph of a call, whose replay has no launches of its own.
 
-    Args:
-        call: It works on the same tensors each time, and does not wait for the device.
+    The call works on the same tensors each time, and does not wait for the device.
 
     Raises:
         RuntimeError: If the call cannot be captured.

@@ -64,12 +64,7 @@ class Training(NamedTuple):
 
 
 def method_options(run: Run, steps: int) -> dict[str, Any]:
-    """Options of a run's method: its own, and defaults that suit a short run.
-
-    Args:
-        run: The run.
-        steps: Steps in an epoch.
-    """
+    """Options of a run's method: its own, and defaults that suit a short run."""
     usual: dict[str, Any] = {}
     if run.method == "brn" and not run.pretrained:  # its default warm-up is longer than a short run
         usual = {"warmup_steps": max(run.epochs * steps // 4, 1), "smooth": True}
@@ -104,11 +99,8 @@ def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) ->
 def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None) -> Training:
     """Build the network, convert it, and make its optimizer and schedules.
 
-    Args:
-        run: The run.
-        data: Its data.
-        initial: State of the trained network that the run starts from, before conversion (default
-            None: fresh). A last layer for other classes stays fresh.
+    `initial` is the state of a trained network that the run starts from, before conversion; a last
+    layer for other classes stays fresh.
     """
     steps = steps_per_epoch(run, data)
     torch.manual_seed(run.seed)

@@ -62,12 +62,7 @@ def build(run: Run, data: Dataset, state: dict[str, Tensor]) -> nn.Module:
 def halves(data: Dataset, device: str = "cpu") -> tuple[Batches, Batches]:
     """The held-out examples in two halves, mixed: one to tune on, one to report on.
 
-    Args:
-        data: The data.
-        device: Where the batches are put.
-
-    Returns:
-        Batches of each half, always the same ones.
+    Batches of each half, always the same ones.
     """
     order = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
     middle = len(order) // 2
@@ -154,12 +149,7 @@ def as_data(outcome: TunedNetwork) -> dict[str, Any]:
 
 
 def write(outcome: TunedNetwork, folder: Path) -> Path:
-    """Write ``tune.json``, ``tune.png`` and ``tune.html``, each whole.
-
-    Args:
-        outcome: A tuned network.
-        folder: Folder to write to; it exists.
-    """
+    """Write ``tune.json``, ``tune.png`` and ``tune.html``, each whole."""
     tuned = outcome.tuned
     return write_report(
         folder,

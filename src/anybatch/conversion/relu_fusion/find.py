@@ -51,12 +51,7 @@ class Found:
 def find_fusions(model: nn.Module, norms: Iterable[nn.Module]) -> Found:
     """Find what norms can do in their own pass; the model is left as it was.
 
-    Args:
-        model: the network.
-        norms: those that are layers of anybatch, or will be.
-
-    Returns:
-        The blocks to fuse, and what there is to say of each norm.
+    `norms` are those that are layers of anybatch, or will be.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())

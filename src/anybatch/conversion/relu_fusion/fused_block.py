@@ -174,12 +174,7 @@ def plain_class(block: nn.Module) -> type[nn.Module]:
 
 
 def fuse_block(block: nn.Module, fusion: Fusion) -> None:
-    """Let a block run a rewritten forward.
-
-    Args:
-        block: of a plain class; changed in place.
-        fusion: what it runs.
-    """
+    """Let a block run a rewritten forward."""
     block.__class__ = fused_class(plain_class(block))
     block.__dict__["_fusion"] = fusion
 
@@ -187,11 +182,7 @@ def fuse_block(block: nn.Module, fusion: Fusion) -> None:
 def unfuse(model: nn.Module) -> list[tuple[nn.Module, Fusion]]:
     """Let all blocks of a network run their own forwards again.
 
-    Args:
-        model: changed in place.
-
-    Returns:
-        The blocks that were fused, with what they ran.
+    The result are the blocks that were fused, with what they ran.
     """
     found = list(fusions(model))
     for block in model.modules():

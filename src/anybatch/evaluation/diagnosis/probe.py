@@ -77,11 +77,8 @@ class NormProbe:
     def attach(self, source: Callable[[], Tensor | None]) -> Any:
         """Hook the norm.
 
-        Args:
-            source: Gives the tensor that gradients shall be led to; None for no backward pass.
-
-        Returns:
-            A handle to take the hook off.
+        `source` gives the tensor that gradients are led to, or None for no backward pass. The
+        result is a handle to take the hook off.
         """
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
@@ -156,8 +153,7 @@ class NormProbe:
     def summary(self, fresh: bool) -> LayerNoise:
         """Summarize what was collected.
 
-        Args:
-            fresh: Whether running statistics are as they started, and say nothing.
+        With `fresh`, running statistics are as they started, and say nothing.
 
         Raises:
             ValueError: For fewer than two batches.
