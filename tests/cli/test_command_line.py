@@ -154,7 +154,7 @@ def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
         (["compare", "--methods", "torch"], "the baseline of every comparison"),
         (["compare", "--accumulate", "3"], "accumulate=3: give a divisor of batch_size=2"),
         (["train", "--method", "mabm"], "did you mean 'mabn'"),
-        (["compare", "--data", "mnist"], "data='mnist': give one of digits"),
+        (["compare", "--data", "mnist"], "data='mnist': give one of 'digits'"),
         (["compare", "--data", "cifar10", "--root", "/nowhere/at/all"], "nothing of that name"),
         (["compare", "--data", "cifar10"], "give them with --root"),
         (["compare", "--batch-size", "0"], "batch_size=0"),

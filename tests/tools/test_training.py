@@ -37,8 +37,8 @@ SMALL = {"train_size": 24, "epochs": 3}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": "mnist"}, "data='mnist': give one of digits, cifar10"),
-        ({"model": "alexnet"}, "model='alexnet': give one of mlp"),
+        ({"data": "mnist"}, "data='mnist': give one of 'digits', 'cifar10'"),
+        ({"model": "alexnet"}, "model='alexnet': give one of 'mlp'"),
         ({"model": "resnet8"}, "model='resnet8': digits are 8x8, give 'mlp'"),
         ({"method": "mabm"}, "did you mean 'mabn'"),
         ({"method": "mabn", "options": (("windows", 3),)}, "windows=3: mabn has no such option"),
@@ -48,11 +48,11 @@ SMALL = {"train_size": 24, "epochs": 3}
         ({"norm_batch_size": 3}, "norm_batch_size=3: give a number from 1 to batch_size=2"),
         ({"seed": -1}, "seed=-1"),
         ({"lr": -0.1}, "lr=-0.1"),
-        ({"precision": "fp8"}, "precision='fp8': give one of float32"),
+        ({"precision": "fp8"}, "precision='fp8': give one of 'float32'"),
         ({"milestones": (3, 12)}, "milestones=(3, 12): give epochs in rising order, from 1 to 11"),
         ({"norm_decay": "some"}, "norm_decay='some': give True, False or 'auto'"),
         ({"gamma_target": 2.0}, "gamma_target=2.0: give a number from 0 to 1"),
-        ({"model": "timm:"}, "model='timm:': give one of mlp"),
+        ({"model": "timm:"}, "model='timm:': give one of 'mlp'"),
     ],
     ids=str,
 )
@@ -254,7 +254,7 @@ def test_images_that_are_read_as_they_are_needed(tmp_path: Path) -> None:
     assert not torch.equal(first[0], other[0])
     plain = torch.cat([x for x, _ in batches(run.but(augment=False), data, 1)])
     index = torch.randperm(6, generator=torch.Generator().manual_seed(100_003 * 0 + 1))
-    assert torch.equal(plain, data.train_x[index].centred())
+    assert torch.equal(plain, data.train_x[index].read())
     row = train(run, tmp_path / "out")
     assert len(row["epochs"]) == 2
 

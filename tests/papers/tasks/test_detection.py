@@ -473,15 +473,15 @@ def test_a_library_that_detection_misses_is_named(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "resnet8"}, "model='resnet8': give one of onestage, fasterrcnn50"),
-        ({"model": "torchvision:resnet18"}, "model='torchvision:resnet18': give one of onestage"),
-        ({"norms": "tail"}, "norms='tail': give one of all, heads, body"),
+        ({"model": "resnet8"}, "model='resnet8': give one of 'onestage', 'fasterrcnn50'"),
+        ({"model": "torchvision:resnet18"}, "model='torchvision:resnet18': give one of 'onestage'"),
+        ({"norms": "tail"}, "norms='tail': give one of 'all', 'heads', 'body'"),
         ({"method": "vdn"}, "method='vdn': a detector takes no virtual examples"),
         ({"method": "frozen", "options": (("window", 3),)}, "method 'frozen' has none"),
         ({"method": "frozen", "centralize": True}, "'frozen' converts nothing"),
-        ({"weights": "resnet50.pth"}, "weights='resnet50.pth': give one of fasterrcnn50"),
+        ({"weights": "resnet50.pth"}, "weights='resnet50.pth': give one of 'fasterrcnn50'"),
         ({"model": "fasterrcnn50", "norm_batch_size": 2}, "normalize regions, not images"),
-        ({"data": "cifar10", "model": "onestage"}, "model='onestage': give one of mlp"),
+        ({"data": "cifar10", "model": "onestage"}, "model='onestage': give one of 'mlp'"),
         ({"data": "cifar10", "model": "resnet8", "norms": "heads"}, "norms='heads': leave it out"),
         ({"data": "cifar10", "model": "resnet8", "weights": "x"}, "weights='x': leave it out"),
         ({"data": "cifar10", "model": "resnet8", "method": "frozen"}, "frozen': it is for detec"),
@@ -751,4 +751,4 @@ def test_the_library_knows_no_data_with_boxes(scenes: Path) -> None:
     command = ["train", "--data", "coco", "--model", "onestage", "--root", str(scenes)]
     result = CliRunner().invoke(library, command)
     assert result.exit_code == 2
-    assert "data='coco': give one of digits" in result.output
+    assert "data='coco': give one of 'digits'" in result.output

@@ -367,9 +367,9 @@ def test_torchvisions_networks_where_they_are(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": "camvid", "model": "resnet8"}, "model='resnet8': give one of unet, pspnet8"),
-        ({"data": "cifar10", "model": "unet"}, "model='unet': give one of mlp"),
-        ({"data": "camvid", "model": "torchvision:resnet18"}, "give one of unet"),
+        ({"data": "camvid", "model": "resnet8"}, "model='resnet8': give one of 'unet', 'pspnet8'"),
+        ({"data": "cifar10", "model": "unet"}, "model='unet': give one of 'mlp'"),
+        ({"data": "camvid", "model": "torchvision:resnet18"}, "give one of 'unet'"),
         ({"data": "cifar10", "model": "torchvision:fcn_resnet50"}, "it segments images"),
     ],
 )
@@ -554,4 +554,4 @@ def test_an_estimate_knows_the_size_of_images() -> None:
 def test_the_library_knows_no_data_to_segment(command: str) -> None:
     result = CliRunner().invoke(library, [command, "--data", "camvid", "--model", "pspnet8"])
     assert result.exit_code == 2
-    assert "data='camvid': give one of digits" in " ".join(result.output.split())
+    assert "data='camvid': give one of 'digits'" in " ".join(result.output.split())
