@@ -1,5 +1,6 @@
 """The interface between layers and backends: what a method describes, what a backend does."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -90,6 +91,28 @@ class Scope(Protocol):
     def sum(self, *tables: Tensor | None) -> list[Tensor | None]:
         """Sums over all processes."""
 
+    def pool(
+        self, mean: Tensor | None, var: Tensor, counts: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Mean, variance and number of values of all processes."""
+
+
+class Contribution(NamedTuple):
+    """What contributes to the statistics of a batch, where not simply all of its values.
+
+    Attributes:
+        counts: Values per channel of each group, more than one.
+        scope: Valid positions, other processes; None for neither.
+        layer: The layer.
+        step: Its memory of an optimizer step of several forwards; None where one makes it. See
+            `anybatch.core.gradient_accumulation.StepMemory`.
+    """
+
+    counts: tuple[int, ...]
+    scope: Any
+    layer: Any
+    step: Any
+
 
 class Formula(Protocol):
     """A gradient of a method's own, by torch's operators.
@@ -137,12 +160,16 @@ class MethodSpec(NamedTuple):
         kept: The layer's state and options for the forward rule.
         averages: Those for the backward rule.
         centered: Whether there is a mean.
+        limit: Times its running variance that a channel may have; see `anybatch.core.outliers`.
+        outliers: Batches in a row in which a channel had more; None without a limit.
     """
 
     method: RuleSet = RuleSet()
     kept: RuleState = RuleState()
     averages: RuleState = RuleState()
     centered: bool = True
+    limit: float = math.inf
+    outliers: Tensor | None = None
 
     @property
     def family(self) -> str:
@@ -267,6 +294,8 @@ class NormCall(NamedTuple):
         statistics: What the rule decided, where torch's operators ran it.
         memory: Averages for its backward pass.
         scope: Which elements contribute; None for all of the batch.
+        beyond: What a backend has to take beside the values of the batch, such as a mask; "" for
+            nothing.
     """
 
     cut: Cut
@@ -281,6 +310,7 @@ class NormCall(NamedTuple):
     statistics: Statistics | None = None
     memory: BackwardMemory | None = None
     scope: Any = None
+    beyond: str = ""
 
 
 Rows = tuple[Tensor | None, ...]  # weight, bias, running mean and running variance of a layer
@@ -309,10 +339,12 @@ class Backend(Protocol):
     Attributes:
         name: For `anybatch.explain`.
         takes_relu: Families of kernels that apply a ReLU, and add a residual before it.
+        takes_scopes: Families of kernels that take what is `beyond` a batch's values.
     """
 
     name: str
     takes_relu: frozenset[str]
+    takes_scopes: frozenset[str]
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         """Why it cannot serve a batch; None if it can.
@@ -350,7 +382,8 @@ class Backend(Protocol):
             weight: Scale.
             bias: Shift.
             residual: What is added before the ReLU.
-            state: Running mean, running variance and number of batches, and what a family adds.
+            state: Running mean, running variance and number of batches, what a family adds, and
+                a `Contribution` where the call has a scope or a step.
             relu: Whether a ReLU follows.
 
         Returns:

@@ -63,6 +63,9 @@ EPS = OPTION + OPTIONS
 UPDATE_WEIGHT = EPS + 1
 PLACES = UPDATE_WEIGHT + 1
 
+SETTLED = 20  # batches that running statistics have seen before a channel may be an outlier
+PATIENCE = 10  # batches in a row after which it is not an accident
+
 BATCH_MEAN, BATCH_VAR, USED_MEAN, USED_VAR, AVERAGE = range(5)  # what state takes in
 USES = ("r", "d", "center", "share", "own")  # rows of a table of statistics after mean and variance
 

@@ -55,6 +55,7 @@ class TorchLibraryBackend:
 
     name = "torch_library"
     takes_relu: frozenset[str] = frozenset()
+    takes_scopes: frozenset[str] = frozenset()
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         return self.memory_obstacle(x, rows) or spec_obstacle(call, x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import BACKENDS
-from anybatch.backends.protocol import Backend, KernelFailure, NormCall, Rows
+from anybatch.backends.protocol import Backend, Contribution, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
 from anybatch.core.autograd import Pass, WithBackwardMemory, normalize
 from anybatch.core.fused_activation import Activation
@@ -43,7 +43,7 @@ class ExecutionPlan(NamedTuple):
         return self.backend.memory_obstacle(x, rows) is None
 
 
-Plans = dict[torch.Size, ExecutionPlan]
+Plans = dict[Any, ExecutionPlan]  # by shape, or by shape and what contributes beyond the batch
 Choice = tuple[str, dict[str, str]]  # the backend, and why those asked before it do not serve
 
 
@@ -83,7 +83,9 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPla
     reasons: dict[str, str] = {}
     plan = None
     for backend in layer.asked:
-        obstacle = backend.supports(call, x, rows)
+        obstacle = call.beyond or None
+        if obstacle is None or call.spec.family in backend.takes_scopes:
+            obstacle = backend.supports(call, x, rows)
         if obstacle is None and not torch.compiler.is_compiling():
             obstacle = fault_of(backend, call, x, layer)
         if obstacle is None:
@@ -98,10 +100,10 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPla
     return plan
 
 
-def with_plan(plans: Plans | None, x: Tensor, plan: ExecutionPlan) -> Plans:
+def with_plan(plans: Plans | None, key: Any, plan: ExecutionPlan) -> Plans:
     """The plans with one more, or it alone where there are too many."""
     found = {} if plans is None or len(plans) >= MOST_PLANS else plans
-    found[x.shape] = plan
+    found[key] = plan
     return found
 
 
@@ -114,6 +116,7 @@ def run_plan(
     update: bool,
     then: Activation | None = None,
     contexts: list[Any] | None = None,
+    given: Contribution | None = None,
 ) -> Tensor | None:
     """Normalize a batch by a plan; None where its kernels fail, and state is as it was.
 
@@ -126,10 +129,13 @@ def run_plan(
         update: Whether state may change.
         then: A ReLU that follows, or None.
         contexts: Takes what the backend keeps of the forward; None where nobody asks.
+        given: What contributes to the statistics; None for all values of the batch.
     """
-    inside = then is not None and plan.takes_relu and then.is_plain()
+    inside = then is not None and plan.takes_relu and then.is_plain() and given is None
     residual = then.residual if then is not None and inside else None
     call = plan.calls[update]
+    if given is not None:
+        call, state = call._replace(scope=given.scope), (*state, given)
     if torch.compiler.is_compiling():
         how, traced = Pass(plan.backend, call), (*state, *state_of(call.spec))
         y = normalize(x, rows[0], rows[1], how, residual, traced)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anybatch.backends import BACKENDS
 from anybatch.backends.aten import recorded
-from anybatch.backends.protocol import Backend, NormCall, Rows, Spec
+from anybatch.backends.protocol import Backend, Contribution, NormCall, Spec
 from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
 from anybatch.core.autograd import apply_plain, statistics_of
 from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
@@ -20,6 +20,9 @@ from anybatch.core.reduction_scope import ReductionScope, active_group
 from anybatch.core.rule import spec_of
 from anybatch.core.rule_layer import RuleLayer
 from anybatch.core.transforms import check_state
+
+_SCOPED = "a mask or a process group decides which elements contribute"
+_ACCUMULATED = "gradient accumulation joins the statistics of micro-batches"
 
 
 class DispatchedLayer(InferenceLayer):
@@ -43,7 +46,12 @@ class DispatchedLayer(InferenceLayer):
         """
         if type(self).rule is not RuleLayer.rule:
             return f"{type(self).__name__} has a rule of torch's operators"
-        return spec_of(self, self.method)
+        spec = spec_of(self, self.method)
+        if isinstance(spec, str) or self.outlier_limit is None:
+            return spec
+        return spec._replace(
+            limit=float(self.outlier_limit), outliers=self.method_state["outliers"]
+        )
 
     def _normalize_batch(
         self,
@@ -61,9 +69,9 @@ class DispatchedLayer(InferenceLayer):
         if update and recorded.is_transformed():
             check_state(self, x)
         if training and not recomputed:
-            obstacle = self._obstacle(cut, values, source)
+            obstacle = self._obstacle(cut, values, source, update)
             if obstacle is None:
-                y = self._run_compiled(x, cut, update, then, again)
+                y = self._run_compiled(x, cut, update, then, again, source)
                 if y is not None:
                     return y
             else:
@@ -83,56 +91,95 @@ class DispatchedLayer(InferenceLayer):
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 
-    def _obstacle(self, cut: Partition, values: int, source: ReductionScope | None) -> str | None:
+    def _obstacle(
+        self, cut: Partition, values: int, source: ReductionScope | None, update: bool
+    ) -> str | None:
         """The reason for torch's operators alone in training, whatever the batch; None if none."""
-        if source is not None or (
-            self._group is not None and active_group(self.process_group) is not None
-        ):
-            return "a mask or a process group decides which elements contribute"
+        together = self._group is not None and active_group(self.process_group) is not None
+        if together and (source is None or source.group is None):
+            return _SCOPED
         if any(t is None for t in self._buffers.values()):
             return "a running statistic was set to None"
         if not self.track_running_stats:
             return "track_running_stats=False: running statistics stay as they are"
-        if self.outlier_limit is not None:
-            return f"outlier_limit={self.outlier_limit}: channels are compared with the state"
-        if self.step is not None:
-            return "gradient accumulation joins the statistics of micro-batches"
+        if self.step is not None and (self.group_size is not None or not update):
+            return _ACCUMULATED
         if self._lacks_values(cut, values):
             return "groups of one value per channel have no statistics"
         return None
 
     def _run_compiled(
-        self, x: Tensor, cut: Partition, update: bool, then: Activation | None, again: bool
+        self,
+        x: Tensor,
+        cut: Partition,
+        update: bool,
+        then: Activation | None,
+        again: bool,
+        source: ReductionScope | None,
     ) -> Tensor | None:
         """The forward in compiled kernels, where some can serve a batch."""
-        if update:
-            self.meet(cut.batches[0])
-        rows = self._rows()
-        plan = self._plan_for(x, cut, rows)
+        plan = self._plan_for(x, cut, source)
         if plan is None:
             return None
+        given = None
+        if source is not None or self.step is not None:
+            given = self._contribution(x, cut, source)
+            if min(given.counts) < 2:
+                only_aten("too few valid values for statistics")
+                return None
+        if update:
+            self.meet(cut.batches[0])
         contexts: list[Any] | None = [] if again else None
-        y = run_plan(plan, x, rows, self, self._kernel_state(x), update, then, contexts)
+        step = self.step
+        aside = {} if step is None else step.rewind(self, "", update)
+        try:
+            how = self._kernel_state(x), update, then, contexts, given
+            y = run_plan(plan, x, self._rows(), self, *how)
+        finally:
+            if step is not None:
+                step.leave(self, "", aside, update)
         if contexts and y is not None:
             call = plan.calls[update]
             self._recent.note(x, statistics_of(plan.backend, call, contexts[0], x))
         return y
 
-    def _plan_for(self, x: Tensor, cut: Partition, rows: Rows) -> ExecutionPlan | None:
+    def _contribution(
+        self, x: Tensor, cut: Partition, source: ReductionScope | None
+    ) -> Contribution:
+        """The values that contribute to the statistics of a batch on a CPU."""
+        counts = tuple(size * x.shape[2:].numel() for size in cut.sizes)
+        if source is not None and source.mask is not None:
+            mask = source.mask.contiguous()
+            counts = tuple(int(part.count_nonzero()) for part in mask.split(cut.sizes))
+            source = source._replace(mask=mask)
+        return Contribution(counts, source, self, self.step)
+
+    def _plan_for(
+        self, x: Tensor, cut: Partition, source: ReductionScope | None
+    ) -> ExecutionPlan | None:
         """The plan by which compiled kernels serve a batch; None if they do not."""
+        beyond, rows, plans = "", self._rows(), self._plans
+        key: Any = x.shape
+        if source is not None:
+            beyond = _SCOPED
+        elif self.step is not None:
+            beyond = _ACCUMULATED
+        if beyond:
+            key = x.shape, beyond
+        elif self.outlier_limit is not None:
+            beyond = f"outlier_limit={self.outlier_limit}: channels are compared with the state"
         compiling = torch.compiler.is_compiling()
+        if plans is not None and not compiling:
+            plan: ExecutionPlan | None = plans.get(key)
+            if plan is not None and plan.fits(x, rows):
+                return plan
         call = self._call(x, cut)
         if isinstance(call, str):
             only_aten(call)
             return None
-        plan: ExecutionPlan | None = None
-        if self._plans is not None and not compiling:
-            plan = self._plans.get(x.shape)
-        if plan is not None and plan.fits(x, rows):
-            return plan
-        plan = find_plan(call, x, rows, self)
-        if plan is not None and not compiling and self.steady and self._group is None:
-            self._plans = with_plan(self._plans, x, plan)
+        plan = find_plan(call._replace(beyond=beyond), x, rows, self)
+        if plan is not None and not compiling and self.steady and (self._group is None or source):
+            self._plans = with_plan(self._plans, key, plan)
         return plan
 
     def _call(self, x: Tensor, cut: Partition) -> NormCall | str:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anybatch.backends import is_finite
+from anybatch.backends import is_finite, is_traced
 from anybatch.backends.protocol import BackwardMemory
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -122,6 +122,11 @@ class StepMemory:
             return done == 0
         return done.remainder(self.steps) == 0
 
+    def _begins(self, way: str) -> bool:
+        """The same as `_is_first`, of which a device waits."""
+        done = int(self.tensors[way + "micro_batches"])
+        return not (done % self.steps if self.counts and self.steps is not None else done)
+
     def rewind(self, layer: StatefulLayer, way: str, update: bool) -> dict[str, Tensor]:
         """Take the layer's memory back to the start of the step.
 
@@ -133,7 +138,13 @@ class StepMemory:
         Returns:
             What to give to `leave`.
         """
-        first, aside = self._is_first(way), {}
+        aside: dict[str, Tensor] = {}
+        if update and self.tensors["count"].is_cpu and not is_traced():
+            state = dict(_state(layer, way))
+            both = [self.tensors[f"start_{name}"] for name in state], list(state.values())
+            torch._foreach_copy_(*(both if self._begins(way) else both[::-1]))
+            return aside
+        first = self._is_first(way)
         for name, tensor in _state(layer, way):
             start = self.tensors[f"start_{name}"]
             rewound = torch.where(first, tensor, start)
@@ -175,7 +186,7 @@ class StepMemory:
             new_mean = torch.lerp(old_mean, mean, share)
             new_var = torch.addcmul(new_var, (mean - old_mean).square(), share * (1 - share))
         if update:
-            self._keep("", before, count, new_mean, new_var)
+            self.keep("", before, count, new_mean, new_var)
         return new_mean, new_var, AccumulatedMoments(before + count, share, mean, old_mean)
 
     def average(
@@ -199,7 +210,7 @@ class StepMemory:
         one, two = (None if new is None else torch.lerp(kept, new, share) for kept, new in pairs)
         assert two is not None
         if update:
-            self._keep(way, before, count, one, two)
+            self.keep(way, before, count, one, two)
         return one, two
 
     def _weigh(self, way: str, count: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,16 +218,30 @@ class StepMemory:
         before = self.tensors[way + "count"].to(like.dtype).masked_fill(self._is_first(way), 0)
         return before, count / (before + count).clamp(min=1)
 
-    def _keep(
-        self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
+    def earlier(self, way: str) -> tuple[float, Tensor, Tensor]:
+        """Values seen before a micro-batch, and their mean and variance; reading them waits."""
+        count, mean, var = (self.tensors[way + name] for name in ("count", "mean", "var"))
+        return 0.0 if self._begins(way) else float(count), mean, var
+
+    def keep(
+        self,
+        way: str,
+        before: float | Tensor,
+        count: float | Tensor,
+        mean: Tensor | None,
+        var: Tensor,
     ) -> None:
-        finite = is_finite(var.abs()).all()
-        kept = self.tensors[way + "count"]
-        kept.copy_(before + count * finite)
+        """Keep the statistics of all micro-batches, with one of so many values, if finite.
+
+        Where the values before it are a number of the host, reading whether they are does not wait.
+        """
+        finite: Any = is_finite(var.abs()).all()
+        on_host = isinstance(before, float)
+        self.tensors[way + "count"].copy_(before + count * finite)
         for name, new in (("mean", mean), ("var", var)):
-            if new is not None:
+            if new is not None and (finite if on_host else True):
                 kept = self.tensors[way + name]
-                kept.copy_(torch.where(finite, new, kept))
+                kept.copy_(new if on_host else torch.where(finite, new, kept))
 
 
 class StepBackward(NamedTuple):

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.protocol import Statistics
-
-SETTLED = 20  # batches that running statistics have seen before anything is out of proportion
-PATIENCE = 10  # batches in a row after which it is not an accident
+from anybatch.backends.rule import PATIENCE, SETTLED
 
 
 class OutlierGuard(NamedTuple):

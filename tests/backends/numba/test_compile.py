@@ -13,6 +13,7 @@ pytest.importorskip("numba")
 MODULES = (
     "passes",
     "passes_relu",
+    "passes_valid",
     "rules",
     "forward_loops",
     "backward_loops",
@@ -53,7 +54,7 @@ def test_what_is_kept_on_disk_calls_nothing_that_is() -> None:
         if hasattr(value, "py_func")
     }
     kept = {name for name, value in compiled.items() if not value.targetoptions.get("forceinline")}
-    assert {"forward", "backward", "_forward", "_backward", "record"} <= kept
+    assert {"forward", "backward", "sampled_forward", "sampled_backward", "record"} <= kept
     for name, value in compiled.items():
         assert not kept & set(value.py_func.__code__.co_names), name
 

@@ -31,6 +31,7 @@ class AtenBackend:
 
     name = "aten"
     takes_relu: frozenset[str] = frozenset()
+    takes_scopes: frozenset[str] = frozenset()
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         return None

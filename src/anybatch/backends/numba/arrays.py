@@ -72,6 +72,38 @@ def activation_at(address, shape, like):
 
 
 @inlined
+def row_or_none(address, channels, like):
+    """A row; an empty one where there is none, at address 0."""
+    return array_at(address, channels if address != 0 else 0, like)
+
+
+@inlined
+def valid_at(address, x, last):
+    """The mask of an activation, ``(N, L)``; an empty one where there is none, at address 0."""
+    examples = x.shape[0] if address != 0 else 0
+    return carray(_pointer(address), (examples, x.shape[1] if last else x.shape[2]), np.bool_)
+
+
+@inlined
+def counts_at(address, starts, values):
+    """Values per channel of each group: given, or all, so many of an example."""
+    counts = np.empty(starts.shape[0] - 1)
+    for g in range(counts.shape[0]):
+        counts[g] = (starts[g + 1] - starts[g]) * values
+    if address != 0:
+        counts[:] = carray(_pointer(address), counts.shape[0], np.float64)
+    return counts
+
+
+@inlined
+def through_at(address, groups, columns):
+    """Room for mean(g) and mean(g z) of each group and column; fresh where none is given, at 0."""
+    if address == 0:
+        return np.empty((2, groups, columns))
+    return carray(_pointer(address), (2, groups, columns), np.float64)
+
+
+@inlined
 def running_at(addresses, channels, like):
     """Running mean, running variance and batches tracked."""
     mean, var, tracked = addresses

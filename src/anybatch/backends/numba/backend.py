@@ -34,6 +34,7 @@ class NumbaBackend:
 
     name = "numba"
     takes_relu = frozenset({"rule", "sample"})
+    takes_scopes = frozenset({"rule"})
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         obstacle = memory_obstacle(x, rows)

@@ -6,14 +6,17 @@ import numpy as np
 from anybatch.backends.numba.arrays import (
     activation_at,
     array_at,
+    counts_at,
     numbers_at,
+    row_or_none,
+    through_at,
+    valid_at,
 )
 from anybatch.backends.numba.bound_rules import (
     CENTER,
     LENGTH,
     RESULTS,
     RULE,
-    D,
 )
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.forward_loops import arguments
@@ -33,57 +36,41 @@ from anybatch.backends.numba.passes_relu import (
     row_masked_gradient,
     row_masked_sums,
 )
-from anybatch.backends.numba.rules import (
-    flow,
-    given,
-    move_average,
-)
+from anybatch.backends.numba.passes_valid import plane_valid_gradient, row_valid_gradient
+from anybatch.backends.numba.rules import FIRST, SECOND, flow, move_average
 from anybatch.backends.numba.threads import fork
 
 
 @inlined
-def _backward_planes(
-    part,
-    parts,
-    dy,
-    x,
-    dx,
-    y,
-    g_added,
-    starts,
-    weight,
-    relu,
-    used,
-    centers,
-    sums,
-    on,
-    eps,
-    method,
-    memory,
-    numbers,
-    wanted,
-):
+def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
     """Sums and gradient of some columns, each while it is in cache."""
+    weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     groups, columns = used.shape[1], used.shape[2]
     width, values, found = x.shape[1] // columns, numbers.copy(), np.empty(RESULTS)
+    stage, valid, room = scope[0], scope[1], np.empty(x.shape[2], weight.dtype)
     begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
-        count = (last - first) * x.shape[2] * width
         for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
             center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
+                if stage == SECOND:
+                    continue
                 if relu:
                     total, product = plane_masked_sums(dy, y, x, g_added, c, first, last, center)
                 else:
                     total, product = plane_sums(dy, x, c, first, last, center)
                 sums[0, g, c], sums[1, g, c] = total, product
             state = (method, memory, weight, values, found)
-            flow(*state, sums, used, weight, on, eps, g, k, width, count)
-            if wanted:
+            flow(*state, sums, used, weight, on, eps, g, k, width, scope)
+            if wanted and stage != FIRST:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
-                    if relu and g_added.shape[0] == 0:
+                    if valid.shape[0] > 0:
+                        plane_valid_gradient(
+                            dy, x, valid, dx, c, first, last, center, on_dy, on_x, constant, room
+                        )
+                    elif relu and g_added.shape[0] == 0:
                         plane_masked_gradient(
                             dy, y, x, dx, c, first, last, center, on_dy, on_x, constant
                         )
@@ -93,29 +80,9 @@ def _backward_planes(
 
 
 @inlined
-def _backward_group(
-    g,
-    parts,
-    dy,
-    x,
-    dx,
-    y,
-    g_added,
-    starts,
-    layout,
-    weight,
-    relu,
-    used,
-    centers,
-    sums,
-    on,
-    eps,
-    method,
-    memory,
-    numbers,
-    wanted,
-):
+def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
     """Sums and gradient of a group of examples."""
+    weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
     channels, columns = sums.shape[2], used.shape[2]
@@ -123,9 +90,11 @@ def _backward_group(
     center = np.empty((period // (channels * inner), channels, inner), weight.dtype)
     for c in range(channels):
         center[:, c] = centers[g, c // width]
-    partial = np.zeros((parts, 2, period))
+    stage, valid, partial = scope[0], scope[1], np.zeros((parts, 2, period))
     middle = center.reshape(-1)
-    if relu and g_added.shape[0] == 0:
+    if stage == SECOND:
+        pass
+    elif relu and g_added.shape[0] == 0:
         fork(row_masked_sums, parts, (dy, y, x, first, last, middle, partial))
     elif relu:
         fork(row_kept_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
@@ -135,17 +104,21 @@ def _backward_group(
     for c in range(channels):
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
         sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
-    values, found, count = numbers.copy(), np.empty(RESULTS), (last - first) // columns
+    values, found = numbers.copy(), np.empty(RESULTS)
     for k in range(columns):
         state = (method, memory, weight, values, found)
-        flow(*state, sums, used, weight, on, eps, g, k, width, count)
-    if wanted:
+        flow(*state, sums, used, weight, on, eps, g, k, width, scope)
+    if wanted and stage != FIRST:
         table = np.empty((3, *center.shape), weight.dtype)
         for kind in range(3):
             for c in range(channels):
                 table[kind, :, c] = on[kind, g, c]
         rows = table.reshape(3, -1)
-        if relu and g_added.shape[0] == 0:
+        if valid.shape[0] > 0:
+            flat, one = valid.reshape(-1), rows[:, :channels].copy()
+            some = (dy, x, flat, dx, first, last, middle[:channels], one)
+            fork(row_valid_gradient, parts, some)
+        elif relu and g_added.shape[0] == 0:
             fork(row_masked_gradient, parts, (dy, y, x, dx, first, last, middle, rows))
         else:
             above = g_added if relu else dy
@@ -153,88 +126,30 @@ def _backward_group(
 
 
 @inlined
-def _backward_groups(
-    part,
-    parts,
-    dy,
-    x,
-    dx,
-    y,
-    g_added,
-    starts,
-    layout,
-    weight,
-    relu,
-    used,
-    centers,
-    sums,
-    on,
-    eps,
-    method,
-    memory,
-    numbers,
-    wanted,
-):
+def _backward_groups(part, parts, dy, x, dx, y, g_added, starts, layout, shared):
     """Some groups of examples, each by one thread."""
     groups = starts.shape[0] - 1
-    rest = (used, centers, sums, on, eps, method, memory, numbers, wanted)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _backward_group(g, 1, dy, x, dx, y, g_added, starts, layout, weight, relu, *rest)
+        _backward_group(g, 1, dy, x, dx, y, g_added, starts, layout, shared)
 
 
 @jit
-def backward(
-    method,
-    kept,
-    like,
-    dy,
-    x,
-    dx,
-    shape,
-    last,
-    starts,
-    weight,
-    dw,
-    db,
-    wanted,
-    parts,
-    relu,
-    y,
-    g_added,
-    used,
-    memory,
-    settings,
-    pace,
-    eps,
-    update,
-):
+def backward(method, kept, data, used, memory, settings, pace, eps, update, scope):
     """Gradients of `forward`.
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         kept: An empty array of the type of parameters and state.
-        like: One of the type of activations.
-        dy: Gradient of the output.
-        x: Input.
-        dx: Takes the gradient of the input.
-        shape: Of the three.
-        last: Whether channels are.
-        starts: Where groups of examples begin, and the end.
-        weight: Scale.
-        dw: Takes the gradient of the scale.
-        db: Takes the gradient of the shift.
-        wanted: Whether to write `dx`.
-        parts: Threads.
-        relu: Whether a ReLU followed.
-        y: Its output; 0 without one.
-        g_added: Takes the gradient of what was added before it; 0 where none is wanted.
+        data: The batch, see `BackwardData`.
         used: Statistics that it was normalized by.
         memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
         pace: Weight of the newest in exponential averages.
         eps: Added to the variance.
         update: Whether averages may change.
+        scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
+    like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, relu, y, g_added = data
     groups, channels = used.shape[1], shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
@@ -244,26 +159,29 @@ def backward(
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     numbers = arguments(method, memory, settings, pace, eps)
     centers = used[max(method[CENTER], 0)]  # of the groups' own variances
-    rest = (weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted)
-    if not in_rows(x, last):
-        fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, *rest))
+    stage, valid, given, through, before, share = scope
+    valid = valid_at(valid, x, last)
+    counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
+    through = through_at(through, groups, used.shape[2])
+    earlier = row_or_none(before, used.shape[2], kept)
+    narrowed = (stage, valid, counts, through, earlier, share)
+    shared = (weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, narrowed)
+    if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
+        fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
     else:
         flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
-        some = (*flat, starts, row_layout(x, last, starts), *rest)
+        some = (*flat, starts, row_layout(x, last, starts), shared)
         if groups >= parts:
             fork(_backward_groups, parts, some)
         else:
             for g in range(groups):
                 _backward_group(g, parts, *some)
-    for c in range(channels):
-        first = second = 0.0
-        for g in range(groups):
-            first += sums[0, g, c]
-            second += sums[1, g, c]
-        db[c], dw[c] = first, second
-    if update and method[RULE] != 0:
-        values, psi = x.size // channels, np.empty(channels)
+    if stage != SECOND:
         for c in range(channels):
-            d = given(used, method[D], 0, c, 0.0)
-            psi[c] = weight[c] * (sums[1, 0, c] - d * sums[0, 0, c]) / values
-        move_average(method, memory, weight, numbers, np.empty(RESULTS), psi)
+            first = second = 0.0
+            for g in range(groups):
+                first += sums[0, g, c]
+                second += sums[1, g, c]
+            db[c], dw[c] = first, second
+    if update and method[RULE] != 0 and stage != FIRST:
+        move_average(method, memory, weight, numbers, np.empty(RESULTS), through[1, 0])

@@ -12,7 +12,10 @@ from anybatch.backends.numba.arrays import (
     activation_at,
     array_at,
     counter_at,
+    counts_at,
     numbers_at,
+    row_or_none,
+    valid_at,
 )
 from anybatch.backends.numba.bound_rules import (
     CENTERED,
@@ -36,50 +39,57 @@ from anybatch.backends.numba.passes_relu import (
     plane_activate,
     row_activate,
 )
+from anybatch.backends.numba.passes_valid import (
+    first_valid,
+    plane_valid_moments,
+    row_valid_moments,
+)
 from anybatch.backends.numba.rules import (
+    FIRST,
+    SECOND,
+    bar_outliers,
     choose,
     count_batch,
     count_steps,
+    enters,
     factors,
-    fits,
+    join,
     move_state,
     track,
     track_groups,
     unbiased,
 )
 from anybatch.backends.numba.threads import fork
-from anybatch.backends.rule import EPS, NUMBER, PLACES, UPDATE_WEIGHT
+from anybatch.backends.rule import EPS, NUMBER, PLACES, SETTLED, UPDATE_WEIGHT
 
 
 @inlined
-def _forward_planes(
-    part,
-    parts,
-    x,
-    y,
-    added,
-    starts,
-    weight,
-    bias,
-    relu,
-    own,
-    used,
-    eps,
-    method,
-    memory,
-    numbers,
-):
+def _forward_planes(part, parts, x, y, added, starts, shared):
     """Statistics and output of some columns, each while it is in cache."""
+    weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
     groups, columns = used.shape[1], used.shape[2]
     width, centered = x.shape[1] // columns, method[CENTERED] != 0
     values, found = numbers.copy(), np.empty(RESULTS)
+    stage, valid, counts, earlier, share, guard = scope
     begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
+        start = first_valid(valid, first, last) if valid.shape[0] > 0 else 0
         for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
             for c in range(k * width, (k + 1) * width):
-                own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
-            choose(method, memory, weight, values, found, own, used, g, k, width)
+                if stage == SECOND:
+                    pass
+                elif valid.shape[0] > 0:
+                    own[0, g, c], own[1, g, c] = plane_valid_moments(
+                        x, valid, c, first, last, start, counts[g], centered
+                    )
+                else:
+                    own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
+            if stage == FIRST:
+                continue
+            for c in range(k * width, (k + 1) * width):
+                join(own, g, c, earlier, share)
+            choose(method, memory, weight, values, found, own, used, g, k, width, guard)
             for c in range(k * width, (k + 1) * width):
                 mean, scale, shift = factors(method, used, g, k, c, weight, bias, eps)
                 if relu:
@@ -89,43 +99,39 @@ def _forward_planes(
 
 
 @inlined
-def _forward_group(
-    g,
-    parts,
-    x,
-    y,
-    added,
-    starts,
-    layout,
-    weight,
-    bias,
-    relu,
-    own,
-    used,
-    eps,
-    method,
-    memory,
-    numbers,
-):
+def _forward_group(g, parts, x, y, added, starts, layout, shared):
     """Statistics and output of a group of examples."""
+    weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
     channels, centered = own.shape[2], method[CENTERED] != 0
+    stage, valid, counts, earlier, share, guard = scope
     repeats = period // (channels * inner)
-    shift = np.zeros((repeats, channels, inner), weight.dtype)
-    if centered:
+    on, width = np.empty((3, repeats, channels, inner), weight.dtype), channels // used.shape[2]
+    if stage != SECOND:
+        shift, start = np.zeros((repeats, channels, inner), weight.dtype), first
+        if valid.shape[0] > 0:
+            start = first_valid(valid, starts[g], starts[g + 1]) * channels
+        if centered:
+            for c in range(channels):
+                shift[:, c] = x[start + c * inner]
+        sums, flat = np.zeros((parts, 2, period)), shift.reshape(-1)
+        if valid.shape[0] > 0:
+            some = (x, valid.reshape(-1), first, last, flat[:channels], sums)
+            fork(row_valid_moments, parts, some)
+        else:
+            fork(row_moments, parts, (x, first, last, flat, sums))
+        total = channel_sums(sums, shift.shape)
         for c in range(channels):
-            shift[:, c] = x[first + c * inner]
-    sums = np.zeros((parts, 2, period))
-    fork(row_moments, parts, (x, first, last, shift.reshape(-1), sums))
-    count, total = (last - first) // channels, channel_sums(sums, shift.shape)
+            sum_, squares, away = total[0, c], total[1, c], np.float64(shift[0, c, 0])
+            own[0, g, c], own[1, g, c] = settle(sum_, squares, counts[g], away, centered)
+    if stage == FIRST:
+        return
     for c in range(channels):
-        away = np.float64(shift[0, c, 0])
-        own[0, g, c], own[1, g, c] = settle(total[0, c], total[1, c], count, away, centered)
-    on, width = np.empty((3, *shift.shape), weight.dtype), channels // used.shape[2]
+        join(own, g, c, earlier, share)
     values, found = numbers.copy(), np.empty(RESULTS)
     for k in range(used.shape[2]):
-        choose(method, memory, weight, values, found, own, used, g, k, width)
+        choose(method, memory, weight, values, found, own, used, g, k, width, guard)
         for c in range(k * width, (k + 1) * width):
             mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
             on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
@@ -136,28 +142,11 @@ def _forward_group(
 
 
 @inlined
-def _forward_groups(
-    part,
-    parts,
-    x,
-    y,
-    added,
-    starts,
-    layout,
-    weight,
-    bias,
-    relu,
-    own,
-    used,
-    eps,
-    method,
-    memory,
-    numbers,
-):
+def _forward_groups(part, parts, x, y, added, starts, layout, shared):
     """Some groups of examples, each by one thread."""
-    groups, rest = starts.shape[0] - 1, (own, used, eps, method, memory, numbers)
+    groups = starts.shape[0] - 1
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _forward_group(g, 1, x, y, added, starts, layout, weight, bias, relu, *rest)
+        _forward_group(g, 1, x, y, added, starts, layout, shared)
 
 
 @inlined
@@ -172,45 +161,13 @@ def arguments(method, memory, settings, pace, eps):
 
 
 @jit
-def forward(
-    method,
-    kept,
-    like,
-    x,
-    y,
-    shape,
-    last,
-    starts,
-    weight,
-    bias,
-    parts,
-    relu,
-    added,
-    own,
-    used,
-    tracked,
-    memory,
-    settings,
-    pace,
-    eps,
-    update,
-):
+def forward(method, kept, data, own, used, tracked, memory, settings, pace, eps, update, scope):
     """Normalize a batch, and remember it if it is to `update`.
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         kept: An empty array of the type of parameters and state.
-        like: One of the type of activations.
-        x: Input.
-        y: Output, to be written.
-        shape: Of both.
-        last: Whether channels are.
-        starts: Where groups of examples begin, and the end.
-        weight: Scale.
-        bias: Shift.
-        parts: Threads.
-        relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; 0 for nothing.
+        data: The batch, see `ForwardData`.
         own: Takes the groups' own statistics, ``(2, G, C)``; without a rule it may be `used`.
         used: Takes those to normalize by, ``(rows, G, K)``.
         tracked: Batches that running statistics have seen.
@@ -219,45 +176,57 @@ def forward(
         pace: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the variance.
         update: Whether state may change.
+        scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
+    like, x, y, shape, last, starts, weight, bias, parts, relu, added = data
     channels = shape[2] if last else shape[1]
-    x, y, added = (
-        array_at(x, shape, like),
-        array_at(y, shape, like),
-        activation_at(added, shape, like),
-    )
+    x, y = array_at(x, shape, like), array_at(y, shape, like)
+    added = activation_at(added, shape, like)
     method = numbers_at(method, LENGTH)
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     numbers = arguments(method, memory, settings, pace, eps)
-    groups, values = used.shape[1], x.shape[1] if last else x.shape[2]
-    rest = (weight, bias, relu, own, used, eps, method, memory, numbers)
-    if not in_rows(x, last):
-        fork(_forward_planes, parts, (x, y, added, starts, *rest))
+    groups, tracked = used.shape[1], counter_at(tracked)
+    stage, valid, given, before, steps, outliers, share, total, limit = scope
+    valid = valid_at(valid, x, last)
+    counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
+    earlier = (row_or_none(before, channels, kept), row_or_none(steps, channels, kept))
+    limit = limit if tracked[()] >= SETTLED else np.inf
+    seen = numbers_at(outliers, channels if outliers != 0 else 0)
+    guard = (limit, seen, eps)
+    narrowed = (stage, valid, counts, earlier, share, guard)
+    shared = (weight, bias, relu, own, used, eps, method, memory, numbers, narrowed)
+    if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
+        fork(_forward_planes, parts, (x, y, added, starts, shared))
     else:
         flat = (x.reshape(-1), y.reshape(-1), added.reshape(-1))
-        some = (*flat, starts, row_layout(x, last, starts), *rest)
+        some = (*flat, starts, row_layout(x, last, starts), shared)
         if groups >= parts:
             fork(_forward_groups, parts, some)
         else:
             for g in range(groups):
                 _forward_group(g, parts, *some)
-    if not update:
+    if not update or stage == FIRST:
         return
     running_mean, running_var = (
         array_at(memory[0], channels, kept),
         array_at(memory[1], channels, kept),
     )
-    tracked = counter_at(tracked)
+    if outliers != 0:
+        bar_outliers(method, own, running_mean, running_var, guard)
+    if total > 0:
+        counts[0] = total
     if method[RULE] == 0:
-        track_groups(own, starts, values, pace, running_mean, running_var, tracked)
+        track_groups(own, counts, pace, running_mean, running_var, tracked)
         return
-    pace, count = count_batch(tracked, pace), (starts[1] - starts[0]) * values
+    pace = count_batch(tracked, pace)
     for c in range(channels):
         if method[TRACKS_USED] == 0:
-            var = unbiased(own[1, 0, c], count)
+            var = unbiased(own[1, 0, c], counts[0])
             track(c, own[0, 0, c], var, pace, running_mean, running_var)
-        elif method[CENTERED] != 0:
-            track(c, used[0, 0, c], used[1, 0, c], pace, running_mean, running_var)
-        elif fits(used[1, 0, c], running_var):  # the uncentred form has no mean
+        elif not enters(used[1, 0, c], own[1, 0, c], running_var, outliers != 0):
+            continue
+        else:
+            if method[CENTERED] != 0:  # the uncentred form has no mean
+                running_mean[c] += pace * (used[0, 0, c] - running_mean[c])
             running_var[c] += pace * (used[1, 0, c] - running_var[c])
-    move_state(method, memory, weight, numbers, own, used)
+    move_state(method, memory, weight, numbers, own, used, outliers != 0)

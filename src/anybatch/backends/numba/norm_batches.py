@@ -13,8 +13,15 @@ from anybatch.backends.layout import dense
 from anybatch.backends.native_memory import address_of
 from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.huge_pages import empty_like
+from anybatch.backends.numba.scopes import LoopScope, scope_of
 from anybatch.backends.numba.threads import is_small, parts
-from anybatch.backends.protocol import MethodSpec, NormCall, Statistics, iter_norm_batches
+from anybatch.backends.protocol import (
+    Contribution,
+    MethodSpec,
+    NormCall,
+    Statistics,
+    iter_norm_batches,
+)
 
 Array = Any
 
@@ -57,6 +64,7 @@ class SavedBatch(NamedTuple):
         spec: The method of a rule; None for another.
         share: Part of the groups' own statistics in those used, without a rule.
         own: Whether the backward statistics are the batch's own, without a rule.
+        scope: What contributes to them; None for the groups' values.
         ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
             with a value.
     """
@@ -66,19 +74,24 @@ class SavedBatch(NamedTuple):
     share: float = 1.0
     own: bool = True
     ends: Array | None = None
+    scope: LoopScope | None = None
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, one row per group."""
         table = torch.from_numpy(self.used).to(KEPT[like.dtype])
         table = table[:, 0] if table.shape[1] == 1 else table
         if self.spec is not None:
-            return self.spec.statistics(table)
+            found = self.spec.statistics(table)
+            if self.scope is None:
+                return found
+            counts = torch.from_numpy(self.scope.counts).to(table.dtype)
+            return found.of(counts[0] if len(counts) == 1 else counts.unsqueeze(1))
         return Statistics(table[0], table[1], share=self.share, own=torch.tensor(self.own))
 
 
 Forward = Callable[[NormCall, ForwardData, int, tuple[Any, ...]], SavedBatch]
 Backward = Callable[[NormCall, BackwardData, SavedBatch, Any], None]
-Step = tuple[int, tuple[int, int, int], Array, int]
+Step = tuple[int, tuple[int, int, int], Array, int, tuple[int, int]]
 
 
 class Work(NamedTuple):
@@ -91,7 +104,7 @@ class Work(NamedTuple):
         like: An empty array of it.
         small: Whether one thread does it, and writes little.
         steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
-            where its groups begin, and how many there are.
+            where its groups begin, how many there are, and its first example and group.
     """
 
     forward: Forward
@@ -117,8 +130,9 @@ def work_for(call: NormCall, x: Tensor, forward: Forward, backward: Backward) ->
             (examples, length, channels) if call.last else (examples, channels, length),
             _starts(sizes),
             len(sizes),
+            (first, group),
         )
-        for first, _, examples, sizes in iter_norm_batches(call.cut)
+        for first, group, examples, sizes in iter_norm_batches(call.cut)
     )
     return Work(forward, backward, x.dtype, LIKE[x.dtype], is_small(x.numel()), steps)
 
@@ -143,10 +157,14 @@ def forward(
         residual = dense(residual, last)
         added = address_of(residual, dtype, size)
     kept = []
-    for first, shape, starts, groups in steps:
+    for first, shape, starts, groups, place in steps:
         here = added and added + first
         data = (like, x_ + first, y_ + first, shape, last, starts, w, b, threads, relu, here)
-        kept.append(one(call, data, groups, state))
+        given = state
+        if type(state[-1]) is Contribution:
+            length = shape[1] if last else shape[2]
+            given = *state[:-1], scope_of(state[-1], place[0], place[1], groups, length)
+        kept.append(one(call, data, groups, given))
     # The mask of a ReLU is the sign of its output.
     return y, (y,) if relu else (), (kept, state[2])
 
@@ -181,7 +199,7 @@ def backward(
     dx_, w = dx.data_ptr(), address_of(weight, KEPT[dtype], x.shape[1])
     dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
     wanted, relu = needs[0], y_ != 0
-    for (first, shape, starts, _), batch in zip(steps, kept, strict=True):
+    for (first, shape, starts, *_), batch in zip(steps, kept, strict=True):
         places = (above + first, x_ + first, dx_ + first)
         behind = (relu, y_ and y_ + first, g_ and g_ + first)
         how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)

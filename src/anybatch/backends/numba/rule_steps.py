@@ -23,6 +23,7 @@ from anybatch.backends.numba.norm_batches import (
 from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
+from anybatch.backends.numba.scopes import PLAIN, PLAIN_BACKWARD, run_backward, run_forward
 from anybatch.backends.numba.threads import without_threads as without_threads
 from anybatch.backends.protocol import MethodSpec, NormCall, RuleState
 from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, RuleSet
@@ -62,7 +63,7 @@ def forward_batch(
     call: NormCall,
     data: ForwardData,
     groups: int,
-    state: tuple[Tensor, ...],
+    state: tuple[Any, ...],
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call.
 
@@ -72,20 +73,24 @@ def forward_batch(
         call: How the layer goes through the batch.
         data: The normalization batch.
         groups: Groups of examples.
-        state: Running mean, running variance and number of batches.
+        state: Running mean, running variance and number of batches, and a `LoopScope` where not
+            simply all values of the batch contribute.
     """
     channels, columns = data[3][2] if data[4] else data[3][1], call.columns
     dtype = state[0].dtype
-    mean, var, tracked = running_addresses(state, dtype, channels)
+    mean, var, tracked = running_addresses(state[:3], dtype, channels)
     used = own = np.empty((spec.rows, groups, columns))
-    if spec.method.forward.rule is not None or columns != channels:
+    if spec.method.forward.rule is not None or columns != channels or spec.outliers is not None:
         own = np.empty((2, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
-    forward_loops.forward(
-        method, LIKE[dtype], *data, own, used, *moved, call.pace, call.eps, call.update
-    )
-    return SavedBatch(used, spec)
+    given = method, LIKE[dtype], data, own, used, *moved, call.pace, call.eps, call.update
+    scope = state[3] if len(state) > 3 else None
+    if scope is None and spec.outliers is None:
+        forward_loops.forward(*given, PLAIN)
+    else:
+        scope = run_forward(partial(forward_loops.forward, *given), spec, scope, own)
+    return SavedBatch(used, spec, scope=scope)
 
 
 def backward_batch(
@@ -105,7 +110,13 @@ def backward_batch(
         memory = _memory(0, 0, spec.averages, dtype, kept.used.shape[2])
         averages = memory, _settings(spec.averages), pace
     like = LIKE[KEPT[call.work[1].dtype]]
-    backward_loops.backward(method, like, *data, kept.used, *averages, call.eps, call.update)
+    given = method, like, data, kept.used, *averages, call.eps, call.update
+    if kept.scope is None:
+        backward_loops.backward(*given, PLAIN_BACKWARD)
+    else:
+        run = partial(backward_loops.backward, *given)
+        shape, dtype = kept.used.shape[1:], KEPT[call.work[1].dtype]
+        run_backward(run, spec, kept.scope, shape, data[10], dtype)
 
 
 def _memory(

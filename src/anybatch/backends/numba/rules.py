@@ -38,6 +38,7 @@ from anybatch.backends.rule import (
     BATCH_VAR,
     COUNTER,
     FULL,
+    PATIENCE,
     ROW,
     ROWS,
     USED_MEAN,
@@ -48,6 +49,8 @@ from anybatch.backends.rule import (
 IN_WINDOWS = 2 + ROWS  # places in a memory
 IN_LENGTHS = IN_WINDOWS + WINDOWS
 IN_COUNTERS = IN_LENGTHS + WINDOWS
+
+FIRST, SECOND = 1, 2  # halves of a pass, between which processes join their statistics; 0: both
 
 # --- a rule -----------------------------------------------------------------
 
@@ -82,10 +85,29 @@ def count_steps(method, memory, values):
 
 
 @inlined
-def choose(method, memory, like, values, found, own, used, g, k, width):
+def join(own, g, c, earlier, share):
+    """Pool a channel's mean and variance with those of earlier micro-batches, if there are any."""
+    old_mean, old_var = earlier
+    if old_mean.shape[0] > 0:
+        old, apart = np.float64(old_var[c]), own[0, g, c] - old_mean[c]
+        own[0, g, c] = old_mean[c] + share * apart
+        own[1, g, c] = old + share * (own[1, g, c] - old) + share * (1 - share) * apart * apart
+
+
+@inlined
+def is_outlier(method, own, g, c, mean, var, guard):
+    """Whether a channel's variance about its running mean is out of all proportion."""
+    limit, _, eps = guard
+    apart = own[0, g, c] - mean if method[CENTERED] != 0 else 0.0
+    return own[1, g, c] + apart * apart > (var + eps) * limit
+
+
+@inlined
+def choose(method, memory, like, values, found, own, used, g, k, width, guard):
     """Decide how a column, of so many channels, is normalized.
 
     `values` holds the rule's arguments, those of the layer already; `found` takes its results.
+    Of a column with an outlier the batch's own statistics are used, see `anybatch.core.outliers`.
     """
     mean, var = own[0, g, k], own[1, g, k]
     if width > 1:
@@ -102,6 +124,10 @@ def choose(method, memory, like, values, found, own, used, g, k, width):
     values[2], values[3] = row_at(memory[0], k, like), row_at(memory[1], k, like)
     read_state(method, memory, like, values, k, own.shape[2])
     run_rule(method[RULE], values, found)
+    for c in range(k * width, (k + 1) * width):
+        old_mean, old_var = row_at(memory[0], c, like), row_at(memory[1], c, like)
+        if is_outlier(method, own, g, c, old_mean, old_var, guard) and guard[1][c] < PATIENCE:
+            found[0], found[1], found[2], found[3], found[4] = mean, var, 1.0, 0.0, 1.0
     used[0, g, k], used[1, g, k] = found[0], found[1]
     if method[R] > 0:
         used[method[R], g, k] = found[2]
@@ -132,30 +158,39 @@ def factors(method, used, g, k, c, weight, bias, eps):
 
 
 @inlined
-def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k, width, count):
+def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k, width, scope):
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
-    factors of dy and x, and the constant.
+    factors of dy and x, and the constant. `through` ``(2, G, K)`` has mean(g) and mean(g z), before
+    their average over steps; between two halves it has the sums.
     """
+    stage, _, counts, through, earlier, step_share = scope
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
     r, d = given(used, method[R], g, k, 1.0), given(used, method[D], g, k, 0.0)
     share = given(used, method[SHARE], g, k, 1.0)
     apart = given(used, method[CENTER], g, k, used[0, g, k]) - used[0, g, k]
-    mean_g = psi = 0.0
-    for c in range(k * width, (k + 1) * width):
-        sum_dy = sums[0, g, c]
-        sum_dyz = (sums[1, g, c] + apart * sum_dy) * inverse
-        sums[1, g, c] = r * sum_dyz + d * sum_dy
-        mean_g += weight[c] * r * sum_dy
-        psi += weight[c] * r * sum_dyz
-        on[0, g, c] = weight[c] * r * inverse
-    mean_g /= count
-    psi /= count
+    if stage != SECOND:
+        mean_g = psi = 0.0
+        for c in range(k * width, (k + 1) * width):
+            sum_dy = sums[0, g, c]
+            sum_dyz = (sums[1, g, c] + apart * sum_dy) * inverse
+            sums[1, g, c] = r * sum_dyz + d * sum_dy
+            mean_g += weight[c] * r * sum_dy
+            psi += weight[c] * r * sum_dyz
+        through[0, g, k], through[1, g, k] = mean_g, psi
+    if stage == FIRST:
+        return
+    count = counts[g] * width
+    mean_g, psi = through[0, g, k] / count, through[1, g, k] / count
+    if earlier.shape[0] > 0:
+        psi = earlier[k] + step_share * (psi - earlier[k])
+    through[1, g, k] = psi
     if method[RULE] != 0 and given(used, method[OWN], g, k, 0.0) == 0:
         psi = averaged(method, memory, like, values, found, psi, k, weight.shape[0])
     centered = method[CENTERED] != 0
     for c in range(k * width, (k + 1) * width):
+        on[0, g, c] = weight[c] * r * inverse
         on[1, g, c] = -share * psi * inverse * inverse
         on[2, g, c] = -share * mean_g * inverse if centered else 0.0
 
@@ -173,7 +208,27 @@ def averaged(method, memory, like, values, found, psi, k, channels):
 
 
 @inlined
-def move_state(method, memory, like, values, own, used):
+def enters(value, own_var, state, guarded):
+    """Whether a channel enters the state: finite there and, `guarded`, not barred before."""
+    return fits(value, state) and not (guarded and math.isnan(own_var))
+
+
+@inlined
+def bar_outliers(method, own, running_mean, running_var, guard):
+    """Replace the variance of outliers by nan, which no state takes, and count them."""
+    seen = guard[1]
+    for c in range(seen.shape[0]):
+        mean, var, out = np.float64(running_mean[c]), np.float64(running_var[c]), True
+        for g in range(own.shape[1]):
+            far = is_outlier(method, own, g, c, mean, var, guard)
+            out = out and far
+            if far and seen[c] < PATIENCE:
+                own[1, g, c] = np.nan
+        seen[c] = seen[c] + 1 if out else 0
+
+
+@inlined
+def move_state(method, memory, like, values, own, used, guarded):
     """Take in a step, where its variance is finite: one group, a column a channel."""
     channels, complete = own.shape[2], True
     for i in range(method[HAS_ROWS]):
@@ -183,7 +238,7 @@ def move_state(method, memory, like, values, own, used):
         row = array_at(memory[2 + i], channels, like)
         speed = 1.0 if weight < 0 or values[COUNTER] == 1 else values[weight]
         for c in range(channels):
-            if fits(table[1, 0, c], row):
+            if enters(table[1, 0, c], own[1, 0, c], row, guarded):
                 if speed == 1:
                     row[c] = table[source, 0, c]
                 else:
@@ -195,7 +250,8 @@ def move_state(method, memory, like, values, own, used):
         take = method[WINDOW_TAKES + i]
         table = own if take <= BATCH_VAR else used
         source = 0 if take in (BATCH_MEAN, USED_MEAN) else 1
-        push(window, table[source, 0], table[1, 0])
+        gate = own[1, 0] if guarded else table[1, 0]
+        push(window, table[source, 0], gate)
     count_whole(method, memory, complete)
 
 
@@ -269,20 +325,18 @@ def track(c, mean, var, pace, running_mean, running_var):
 
 
 @inlined
-def track_groups(own, starts, values, pace, running_mean, running_var, tracked):
-    """Track groups of examples, each weighing by its examples; those of one value count not."""
-    total = 0
-    for g in range(starts.shape[0] - 1):
-        size = starts[g + 1] - starts[g]
-        total += size if size * values > 1 else 0
+def track_groups(own, counts, pace, running_mean, running_var, tracked):
+    """Track groups of examples, each weighing by its values; those of one value count not."""
+    total = 0.0
+    for g in range(counts.shape[0]):
+        total += counts[g] if counts[g] > 1 else 0.0
     if total == 0:
         return
     pace, pooled = count_batch(tracked, pace), np.zeros((2, running_mean.shape[0]))
-    for g in range(starts.shape[0] - 1):
-        size = starts[g + 1] - starts[g]
-        if size * values > 1:
-            share = size / total
-            of_var = unbiased(share, size * values)
+    for g in range(counts.shape[0]):
+        if counts[g] > 1:
+            share = counts[g] / total
+            of_var = unbiased(share, counts[g])
             for c in range(running_mean.shape[0]):
                 pooled[0, c] += own[0, g, c] * share
                 pooled[1, c] += own[1, g, c] * of_var

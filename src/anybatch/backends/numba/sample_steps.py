@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from anybatch.backends.numba import sampled
 from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.norm_batches import SavedBatch
+from anybatch.backends.numba.threads import parts
 from anybatch.backends.protocol import NormCall, SamplePart, Statistics
 
 
@@ -46,11 +48,11 @@ def prepare(call: NormCall, x: Tensor) -> Work:
     rows, channels = x.shape[0], x.shape[1]
     length = x.numel() // (rows * channels)
     if spatial not in tables:
-        parts = call.spec.parts
-        runs = [_run_table(part, spatial) for part in parts]
-        shares = [part.share for part in parts]
-        counts = [part.values for part in parts]
-        if len(parts) == 1:
+        given = call.spec.parts
+        runs = [_run_table(part, spatial) for part in given]
+        shares = [part.share for part in given]
+        counts = [part.values for part in given]
+        if len(given) == 1:
             runs, shares, counts = [*runs, sampled.NO_RUNS], [*shares, 0.0], [*counts, 0]
         tables[spatial] = tuple(runs), tuple(shares), tuple(counts), length
     planes = x.is_contiguous() and length > 1
@@ -78,24 +80,14 @@ def forward(
     y: Tensor = empty_like(x)
     if residual is not None:
         residual = dense(residual, call.last)
-    kept = sampled.forward(
-        LIKE[x.dtype],
-        address_of(x, x.dtype, x.numel()),
-        y.data_ptr(),
-        shape,
-        planes,
-        relu,
-        0 if residual is None else address_of(residual, x.dtype, x.numel()),
-        sample,
-        x.shape[1],
-        address_of(weight, x.dtype, x.shape[1]),
-        address_of(bias, x.dtype, x.shape[1]),
-        running_addresses(state, x.dtype, x.shape[1]),
-        call.pace,
-        call.eps,
-        call.update,
-    )
-    return y, (y,) if relu else (), kept
+    added = 0 if residual is None else address_of(residual, x.dtype, x.numel())
+    rows = (address_of(row, x.dtype, x.shape[1]) for row in (weight, bias))
+    data = LIKE[x.dtype], address_of(x, x.dtype, x.numel()), y.data_ptr(), shape, planes, relu
+    table, stats = np.empty((4, x.shape[1])), np.empty((2, x.shape[1]))
+    running = running_addresses(state, x.dtype, x.shape[1])
+    how = running, call.pace, call.eps, call.update, parts(x.numel())
+    sampled.sampled_forward((*data, added, *rows), sample, *how, table, stats)
+    return y, (y,) if relu else (), (stats, table)
 
 
 def backward(
@@ -117,13 +109,13 @@ def backward(
         g = empty_like(x) if needs[3] else None
     places = (0 if t is None else address_of(t, x.dtype, x.numel()) for t in (dy, x, dx, y, g))
     dy_, x_, dx_, y_, g_ = places
-    how = (planes, y is not None, y_, g_, sample[3])
     rows = (address_of(weight, x.dtype, x.shape[1]), dw.data_ptr(), db.data_ptr())
-    sampled.backward(LIKE[x.dtype], dy_, x_, dx_, shape, *how, *rows, context, call.eps)
+    data = (LIKE[x.dtype], dy_, x_, dx_, shape, planes, y is not None, y_, g_, *rows)
+    sampled.sampled_backward(data, sample, *context, call.eps, parts(x.numel()))
     dx_or_none = dx if needs[0] else None
     return dx_or_none, dw if needs[1] else None, db if needs[2] else None, g
 
 
 def statistics(call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
     """See `anybatch.backends.protocol.Backend.statistics`."""
-    return [SavedBatch(context.stats[:, None]).statistics(like)]
+    return [SavedBatch(context[0][:, None]).statistics(like)]

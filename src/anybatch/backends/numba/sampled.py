@@ -15,10 +15,8 @@ import math
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import LIKE as LIKE
 from anybatch.backends.numba.arrays import array_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
-from anybatch.backends.numba.huge_pages import empty_like as empty_like
 from anybatch.backends.numba.rules import count_batch, track, unbiased
 from anybatch.backends.numba.sampled_passes import (
     WIDE,
@@ -31,7 +29,7 @@ from anybatch.backends.numba.sampled_passes import (
     rows_correct,
     rows_moments,
 )
-from anybatch.backends.numba.threads import fork, parts
+from anybatch.backends.numba.threads import fork
 
 
 @inlined
@@ -110,30 +108,25 @@ def _map_at(address, shape, like):
 
 
 @jit
-def _forward(
-    like,
-    x,
-    y,
-    shape,
-    planes,
-    relu,
-    added,
-    runs,
-    shares,
-    counts,
-    length,
-    weight,
-    bias,
-    running,
-    pace,
-    eps,
-    update,
-    parts,
-    table,
-    stats,
-):
-    """`forward`, into `table` and `stats`."""
-    channels, (first, second) = stats.shape[1], runs
+def sampled_forward(data, sample, running, pace, eps, update, parts, table, stats):
+    """The whole forward, into ``table`` and ``stats``, which `sampled_backward` needs.
+
+    Args:
+        data: An empty array of the type of all tensors; input; output, to be written; shape of both
+            and whether they are planes; whether a ReLU follows; what is added before it, or 0;
+            scale; shift.
+        sample: Tables of runs, their shares, their counts, and L.
+        running: Running mean, variance and number of batches.
+        pace: Momentum, -1 for the mean of all batches.
+        eps: Added to the variance.
+        update: Whether state may change.
+        parts: Threads.
+        table: Takes mean and variance of both samples, ``(4, C)``.
+        stats: Takes those to normalize by, ``(2, C)``.
+    """
+    like, x, y, shape, planes, relu, added, weight, bias = data
+    (first, second), shares, counts, length = sample
+    channels = stats.shape[1]
     x, y, added = array_at(x, shape, like), array_at(y, shape, like), _map_at(added, shape, like)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
     running = running_at(running, channels, like)
@@ -157,36 +150,26 @@ def _forward(
 
 
 @jit
-def _backward(
-    like,
-    dy,
-    x,
-    dx,
-    shape,
-    planes,
-    relu,
-    y,
-    g,
-    length,
-    weight,
-    dw,
-    db,
-    runs,
-    shares,
-    counts,
-    stats,
-    table,
-    eps,
-    parts,
-):
-    """`backward`, of what `forward` kept."""
+def sampled_backward(data, sample, stats, table, eps, parts):
+    """The whole backward.
+
+    Args:
+        data: An empty array of the type of all tensors; gradient of the output; input; gradient of
+            the input, to be written; shape of the three and whether they are planes; whether a
+            ReLU followed; its output, or 0; gradient of what was added before it, to be written, or
+            0; scale; gradients of scale and shift, to be written.
+        sample: As of `sampled_forward`.
+        stats: Of `sampled_forward`.
+        table: Of `sampled_forward`.
+        eps: Added to the variance.
+        parts: Threads.
+    """
+    like, dy, x, dx, shape, planes, relu, y, g, weight, dw, db = data
+    runs, shares, counts, length = sample
     channels, work = stats.shape[1], np.zeros((7, stats.shape[1]))
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
-    y, g, weight = (
-        _map_at(y, shape, like),
-        _map_at(g, shape, like),
-        array_at(weight, channels, like),
-    )
+    y, g = _map_at(y, shape, like), _map_at(g, shape, like)
+    weight = array_at(weight, channels, like)
     dw, db = array_at(dw, channels, like), array_at(db, channels, like)
     wanted = np.empty(channels)
     for c in range(channels):
@@ -244,88 +227,3 @@ def point_runs(where, spatial):
 
 
 NO_RUNS = np.empty((0, 3), np.int64)
-
-
-class Kept:
-    """What one forward leaves for its backward."""
-
-    __slots__ = ("counts", "runs", "shares", "stats", "table")
-
-    def __init__(self, runs, shares, counts, stats, table) -> None:
-        self.runs, self.shares, self.counts = runs, shares, counts
-        self.stats, self.table = stats, table
-
-
-def forward(
-    like,
-    x,
-    y,
-    shape,
-    planes,
-    relu,
-    added,
-    sample,
-    channels,
-    weight,
-    bias,
-    running,
-    pace,
-    eps,
-    update,
-):
-    """The whole forward.
-
-    Args:
-        like: An empty array of the type of all tensors.
-        x: Planes ``(N * C, L)`` or rows ``(N * L, C)``.
-        y: The same, to be written.
-        shape: Of both.
-        planes: Whether they are planes.
-        relu: Whether a ReLU follows.
-        added: What is added before it, like `x`; 0 for nothing.
-        sample: Tables of runs, their shares, their counts, and L.
-        channels: C.
-        weight: Scale.
-        bias: Shift.
-        running: Running mean, variance and number of batches.
-        pace: Momentum, -1 for the mean of all batches.
-        eps: Added to the variance.
-        update: Whether state may change.
-
-    Returns:
-        What `backward` needs.
-    """
-    runs, shares, counts, length = sample
-    table, stats, threads = (
-        np.empty((4, channels)),
-        np.empty((2, channels)),
-        parts(math.prod(shape)),
-    )
-    how = (length, weight, bias, running, pace, eps, update, threads, table, stats)
-    _forward(like, x, y, shape, planes, relu, added, runs, shares, counts, *how)
-    return Kept(runs, shares, counts, stats, table)
-
-
-def backward(like, dy, x, dx, shape, planes, relu, y, g, length, weight, dw, db, kept, eps):
-    """The whole backward; tensors as in `forward`.
-
-    Args:
-        like: An empty array of the type of all tensors.
-        dy: Gradient of the output.
-        x: Input.
-        dx: Takes the gradient of the input.
-        shape: Of the three.
-        planes: Whether they are planes.
-        relu: Whether a ReLU followed.
-        y: Its output; 0 without one.
-        g: Takes the gradient of what was added before it; 0 where none is wanted.
-        length: Pixels of a map.
-        weight: Scale.
-        dw: Takes the gradient of the scale.
-        db: Takes the gradient of the shift.
-        kept: What `forward` returned.
-        eps: Added to the variance.
-    """
-    of_forward = (kept.runs, kept.shares, kept.counts, kept.stats, kept.table)
-    given = (like, dy, x, dx, shape, planes, relu, y, g, length, weight, dw, db)
-    _backward(*given, *of_forward, eps, parts(math.prod(shape)))

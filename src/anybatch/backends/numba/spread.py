@@ -130,37 +130,12 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
 
 
 @jit
-def spread_forward(
-    kind,
-    like,
-    x,
-    y,
-    shape,
-    last,
-    starts,
-    weight,
-    bias,
-    parts,
-    used,
-    ends,
-    running,
-    pace,
-    eps,
-    update,
-):
+def spread_forward(kind, data, used, ends, running, pace, eps, update):
     """Normalize a batch by a spread, and track it if it is to `update`.
 
     Args:
         kind: L1 or RANGE.
-        like: An empty array of the type of all tensors.
-        x: Input.
-        y: Output, to be written.
-        shape: Of both.
-        last: Whether channels are.
-        starts: Where the group of examples begins, and the end.
-        weight: Scale.
-        bias: Shift.
-        parts: Threads.
+        data: The batch, see `ForwardData`.
         used: Takes mean and squared spread, ``(2, 1, C)``.
         ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``.
         running: Running mean, running variance, batches tracked.
@@ -168,6 +143,7 @@ def spread_forward(
         eps: Added to the squared spread.
         update: Whether state may change.
     """
+    like, x, y, shape, last, starts, weight, bias, parts, _, _ = data
     channels = shape[2] if last else shape[1]
     x, y = array_at(x, shape, like), array_at(y, shape, like)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
@@ -254,29 +230,17 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
 
 
 @jit
-def spread_backward(
-    kind, like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, used, ends, eps
-):
+def spread_backward(kind, data, used, ends, eps):
     """Gradients of `spread_forward`.
 
     Args:
         kind: L1 or RANGE.
-        like: An empty array of the type of all tensors.
-        dy: Gradient of the output.
-        x: Input.
-        dx: Takes the gradient of the input.
-        shape: Of the three.
-        last: Whether channels are.
-        starts: Where the group of examples begins, and the end.
-        weight: Scale.
-        dw: Takes the gradient of the scale.
-        db: Takes the gradient of the shift.
-        wanted: Whether to write `dx`.
-        parts: Threads.
+        data: The batch, see `BackwardData`.
         used: What it was normalized by.
         ends: Of `spread_forward`.
         eps: Added to the squared spread.
     """
+    like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, _, _, _ = data
     channels = shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     weight = array_at(weight, channels, like)

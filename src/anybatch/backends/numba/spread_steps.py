@@ -35,13 +35,12 @@ def forward_batch(
     running = running_addresses(state, state[0].dtype, call.columns)
     used = np.empty((2, 1, call.columns))
     ends = spread.ends(data[0], call.columns)
-    given = data[:9]  # without what a ReLU asks for
     constants = running, call.pace, call.eps, call.update
-    spread.spread_forward(spread.KINDS[call.spec.name], *given, used, ends, *constants)
+    spread.spread_forward(spread.KINDS[call.spec.name], data, used, ends, *constants)
     return SavedBatch(used, ends=ends)
 
 
 def backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
     """The backward of one normalization batch, in one compiled call."""
-    kind, given = spread.KINDS[call.spec.name], data[:12]
-    spread.spread_backward(kind, *given, kept.used, kept.ends, call.eps)
+    kind = spread.KINDS[call.spec.name]
+    spread.spread_backward(kind, data, kept.used, kept.ends, call.eps)

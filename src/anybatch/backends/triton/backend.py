@@ -29,6 +29,7 @@ class TritonBackend:
 
     name = "triton"
     takes_relu: frozenset[str] = frozenset()
+    takes_scopes: frozenset[str] = frozenset()
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         return memory_obstacle(x, rows) or spec_obstacle(call, x)
