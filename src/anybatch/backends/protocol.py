@@ -104,8 +104,7 @@ class Contribution(NamedTuple):
         counts: Values per channel of each group, more than one.
         scope: Valid positions, other processes; None for neither.
         layer: The layer.
-        step: Its memory of an optimizer step of several forwards; None where one makes it. See
-            `anybatch.core.gradient_accumulation.StepMemory`.
+        step: Its `StepMemory`, of an optimizer step of several forwards; None where one makes it.
     """
 
     counts: tuple[int, ...]
@@ -294,8 +293,7 @@ class NormCall(NamedTuple):
         statistics: What the rule decided, where torch's operators ran it.
         memory: Averages for its backward pass.
         scope: Which elements contribute; None for all of the batch.
-        beyond: What a backend has to take beside the values of the batch, such as a mask; "" for
-            nothing.
+        beyond: What a backend has to take beside the batch's values, such as a mask, or "".
     """
 
     cut: Cut
@@ -382,8 +380,7 @@ class Backend(Protocol):
             weight: Scale.
             bias: Shift.
             residual: What is added before the ReLU.
-            state: Running mean, running variance and number of batches, what a family adds, and
-                a `Contribution` where the call has a scope or a step.
+            state: Running mean, running variance, batches, what a family adds; a `Contribution`.
             relu: Whether a ReLU follows.
 
         Returns:

@@ -15,14 +15,7 @@ from torch import Tensor
 from anybatch.backends import choice
 from anybatch.backends.layout import dense, is_channels_last
 from anybatch.backends.numba import backend as numba
-from anybatch.backends.protocol import (
-    Kernels,
-    MethodSpec,
-    NormCall,
-    Rows,
-    RuleState,
-    Statistics,
-)
+from anybatch.backends.protocol import Kernels, MethodSpec, NormCall, Rows, RuleState, Statistics
 from anybatch.backends.rule import COUNTERS, NUMBERS, ROWS, RULE_SETS, WINDOWS
 from anybatch.backends.triton import backend as triton
 from anybatch.backends.triton.backend import spec_obstacle

@@ -97,8 +97,7 @@ Accumulate = Annotated[
     int, typer.Option(help="Micro-batches that a step's examples come in (gradient accumulation).")
 ]
 Centralize = Annotated[
-    bool,
-    typer.Option("--centralize", help="Centralize weights before norms, whatever the method."),
+    bool, typer.Option("--centralize", help="Centralize weights before norms, whatever the method.")
 ]
 LearningRate = Annotated[
     float, typer.Option(help="Learning rate for 64 examples; it is scaled with the batch size.")

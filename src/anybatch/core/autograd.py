@@ -24,7 +24,9 @@ from anybatch.core.statistics import stack
 class WithBackwardMemory(Protocol):
     """A layer, as a gradient by torch's operators needs it."""
 
-    def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
+    def memory_of_backward(
+        self, chosen: Statistics, count: int, update: bool
+    ) -> BackwardMemory | None:
         """Averages that stand in for the batch's statistics in the backward pass."""
 
 
@@ -95,7 +97,7 @@ class Normalize(torch.autograd.Function):
                 dy = dy.masked_fill(y <= 0, 0)
             statistics = statistics_of(backend, call, context, x)
             assert layer is not None
-            memory = layer.backward_memory(statistics, call.update)
+            memory = layer.memory_of_backward(statistics, x.numel() // x.shape[1], call.update)
             call = call._replace(statistics=statistics, memory=memory)
         residual = dy if needs[3] else None
         if again or is_batched(dy):

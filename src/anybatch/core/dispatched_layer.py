@@ -87,7 +87,8 @@ class DispatchedLayer(InferenceLayer):
         self._last = chosen if torch.compiler.is_compiling() else None
         memory = None
         if training:
-            memory = self._backward_memory(chosen, cut, values, update or recomputed)
+            count = cut.sizes[0] * values
+            memory = self.memory_of_backward(chosen, count, update or recomputed)
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 

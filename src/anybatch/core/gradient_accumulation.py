@@ -231,10 +231,7 @@ class StepMemory:
         mean: Tensor | None,
         var: Tensor,
     ) -> None:
-        """Keep the statistics of all micro-batches, with one of so many values, if finite.
-
-        Where the values before it are a number of the host, reading whether they are does not wait.
-        """
+        """Keep the statistics of all micro-batches, with one of so many values, if finite."""
         finite: Any = is_finite(var.abs()).all()
         on_host = isinstance(before, float)
         self.tensors[way + "count"].copy_(before + count * finite)

@@ -35,11 +35,7 @@ class Outcome(NamedTuple):
 
 
 def try_kernels(
-    make: Callable[[], Any],
-    backend: Backend,
-    shape: tuple[int, ...],
-    like: Tensor,
-    last: bool,
+    make: Callable[[], Any], backend: Backend, shape: tuple[int, ...], like: Tensor, last: bool
 ) -> Outcome:
     """Compare the kernels of a backend with torch's operators.
 

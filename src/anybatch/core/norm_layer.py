@@ -108,15 +108,7 @@ class NormLayer(DispatchedLayer):
         dtype = torch.float32 if dtype in _LOW else dtype
         self.method_state: dict[str, Tensor] = {}
         self.frozen = self.affine_frozen = False
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
         self.norm_batch_size = norm_batch_size

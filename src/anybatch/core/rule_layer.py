@@ -233,15 +233,15 @@ class RuleLayer(ScopedLayer):
             counts,
         )
 
-    def _backward_memory(
-        self, chosen: Statistics, cut: Partition, values: int, update: bool
+    def memory_of_backward(
+        self, chosen: Statistics, count: int, update: bool
     ) -> BackwardMemory | None:
-        """The method's memory of the backward statistics, which counts optimizer steps."""
+        """The memory of the backward statistics of so many values, which counts optimizer steps."""
         inner = self.backward_memory(chosen, update)
         if self.step is None or inner is None:
             return inner
-        count = cut.sizes[0] * values if chosen.counts is None else chosen.counts
-        return StepBackward(self, self.step, inner, count, update)
+        values = count if chosen.counts is None else chosen.counts
+        return StepBackward(self, self.step, inner, values, update)
 
     def _moments(self, x: Tensor, sizes: tuple[int, ...], source: ReductionScope | None) -> Moments:
         """Mean and variance of each group; with a source, of so many values."""

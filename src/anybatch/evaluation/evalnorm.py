@@ -49,11 +49,7 @@ class EvalNorm:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
-        return {
-            "batch_size": self.batch_size,
-            "batches": self.batches,
-            "alphas": dict(self.alphas),
-        }
+        return {"batch_size": self.batch_size, "batches": self.batches, "alphas": dict(self.alphas)}
 
     def __str__(self) -> str:
         rows = [(name or "(the model)", f"{alpha:.4f}") for name, alpha in self.alphas.items()]

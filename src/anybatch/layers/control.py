@@ -36,10 +36,7 @@ def select(model: nn.Module, where: Where | None, optional: bool = False) -> lis
 
 
 def freeze(
-    model: nn.Module,
-    statistics: bool = True,
-    affine: bool = False,
-    where: Where | None = None,
+    model: nn.Module, statistics: bool = True, affine: bool = False, where: Where | None = None
 ) -> nn.Module:
     """Freeze normalization layers, through ``.train()`` and in the checkpoint.
 
@@ -72,10 +69,7 @@ def freeze(
 
 
 def thaw(
-    model: nn.Module,
-    statistics: bool = True,
-    affine: bool = False,
-    where: Where | None = None,
+    model: nn.Module, statistics: bool = True, affine: bool = False, where: Where | None = None
 ) -> nn.Module:
     """Undo `freeze`.
 

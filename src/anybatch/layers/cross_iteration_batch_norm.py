@@ -8,6 +8,7 @@ from torch import Tensor
 
 from anybatch.backends import is_finite
 from anybatch.backends.aten.patches import ConvCall
+from anybatch.backends.layout import is_dense
 from anybatch.backends.protocol import BackwardMemory, CrossIterationSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
@@ -197,11 +198,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
         The paper counts ``2 (window - 1) (C + C fan_in)``: it keeps the weights too, which here are
         one number per channel, their product with the gradient.
         """
-        return sum(
-            self.method_state[name].numel()
-            for name in self.per_step_state
-            if name in self.method_state
-        )
+        state = self.method_state
+        return sum(state[name].numel() for name in self.per_step_state if name in state)
 
     def reset_memory(self) -> None:
         for tensor in self.method_state.values():
@@ -287,11 +285,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
         self, mean: Tensor, var: Tensor, batch: Batch, feed: ConvCall | None
     ) -> tuple[Statistics, Tensor]:
         """Equations 9 to 11, in means and variances; and the number of values behind them."""
-        slots = {
-            n: self.method_state[n].to(var.dtype)
-            for n in self.per_step_state
-            if n in self.method_state
-        }
+        state = self.method_state
+        slots = {n: state[n].to(var.dtype) for n in self.per_step_state if n in state}
         means, variances = taylor.compensated(slots, feed, self.order)
         place = torch.arange(means.shape[0], device=var.device)
         age = (self.method_state["position"] - place).remainder(means.shape[0])
@@ -321,8 +316,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
             if self.order != 1:
                 return f"order={self.order}: the kernels take the first order, or none"
             fed = at.feed.x
-            if not (fed.is_contiguous() and fed.dtype == at.feed.rows.dtype == x.dtype):
-                return "the bound layer's input is not contiguous, or of another type"
+            if not (is_dense(fed) and fed.dtype == at.feed.rows.dtype == x.dtype):
+                return "the bound layer's input has gaps in memory, or is of another type"
         return CrossIterationSpec(
             at is not None,
             method_state,
@@ -336,7 +331,9 @@ class CrossIterationBatchNorm(BoundNormLayer):
 
     def _kernel_state(self, x: Tensor) -> tuple[Any, ...]:
         state = super()._kernel_state(x)
-        return state if self._flow.batch is None else (*state, self._flow.batch.feed, x.detach())
+        at = self._flow.batch
+        # The list takes what kernels make of the feed.
+        return state if at is None else (*state, at.feed, x.detach(), [])
 
     def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
         if "backward_window" not in self.method_state or self.window == 1 or self.burning:
@@ -375,10 +372,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if feed is not None:
             own = mean if batch.seen is None else batch.seen.own_mean
             assert own is not None
-            sample = self.gradient_sample
-            how = taylor.StatisticsGradients(
-                self.order, sample, method_state["step"] * (sample or 1)
-            )
+            sample, start = self.gradient_sample, method_state["step"] * (self.gradient_sample or 1)
+            how = taylor.StatisticsGradients(self.order, sample, start)
             if source is None:
                 new.update(how.of_batch(feed, y, own))
             else:
@@ -407,10 +402,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
             self.window = mean.shape[0]
             self.open_memory()
         elif isinstance(mean, Tensor) and not len(mean) and "mean" in self.method_state:
-            names = (prefix + name for name in self.method_state if self.method_state[name].dim())
-            empty = {
-                name: torch.zeros_like(self.method_state[name[len(prefix) :]]) for name in names
-            }
+            rings = {name: ring for name, ring in self.method_state.items() if ring.dim()}
+            empty = {prefix + name: torch.zeros_like(ring) for name, ring in rings.items()}
             state_dict = {**state_dict, **empty}  # of a network that has seen no batch yet
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._flow = BoundState()

@@ -271,11 +271,7 @@ class SampledBatchNorm(NormLayer):
         return None if whole else parts
 
     def _place_parts(
-        self,
-        rows: int,
-        spatial: tuple[int, ...],
-        numbers: tuple[Place, ...],
-        device: torch.device,
+        self, rows: int, spatial: tuple[int, ...], numbers: tuple[Place, ...], device: torch.device
     ) -> tuple[Part | None, ...]:
         """The virtual part of a normalization batch and the sampled one; None for an empty one."""
         first, kind = min(self._virtual_rows(), rows), self.sample.split("+")[0]

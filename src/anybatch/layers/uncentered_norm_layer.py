@@ -29,11 +29,7 @@ class UncenteredNormLayer(NormLayer):
             own["centralized"] = is_centralized(self._feeder[0])
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        *rest: Any,
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         centred = local_metadata.get("centralized")

@@ -1,6 +1,5 @@
 """The backend of compiled loops on a CPU: each layer in one call a normalization batch."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
@@ -10,11 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import choice
-from anybatch.backends.layout import (
-    PLAIN_TYPES,
-    is_channels_last,
-    is_dense,
-)
+from anybatch.backends.layout import PLAIN_TYPES, is_channels_last, is_dense
 from anybatch.backends.protocol import Kernels, NormCall, Rows, Statistics
 from anybatch.backends.tracing import is_traced
 
@@ -58,33 +53,11 @@ class NumbaBackend:
         steps, call = _steps(call), call._replace(last=not x.is_contiguous())
         return call._replace(work=(steps, steps.prepare(call, x)))
 
-    def forward(
-        self,
-        call: NormCall,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        state: tuple[Any, ...],
-        relu: bool,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
-        found: tuple[Tensor, tuple[Tensor | None, ...], Any]
-        found = call.work[0].forward(call, x, weight, bias, residual, state, relu)
-        return found
+    def forward(self, call: NormCall, *args: Any, **named: Any) -> Any:
+        return call.work[0].forward(call, *args, **named)
 
-    def backward(
-        self,
-        call: NormCall,
-        context: Any,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        saved: Sequence[Tensor],
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        found: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-        found = call.work[0].backward(call, context, dy, x, weight, saved, needs)
-        return found
+    def backward(self, call: NormCall, *args: Any, **named: Any) -> Any:
+        return call.work[0].backward(call, *args, **named)
 
     def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
         found: list[Statistics] = call.work[0].statistics(call, context, like)

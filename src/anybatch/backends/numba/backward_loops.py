@@ -12,12 +12,7 @@ from anybatch.backends.numba.arrays import (
     through_at,
     valid_at,
 )
-from anybatch.backends.numba.bound_rules import (
-    CENTER,
-    LENGTH,
-    RESULTS,
-    RULE,
-)
+from anybatch.backends.numba.bound_rules import CENTER, LENGTH, RESULTS, RULE
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.forward_loops import arguments
 from anybatch.backends.numba.passes import (

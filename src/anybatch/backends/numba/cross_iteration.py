@@ -1,71 +1,46 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """The compiled loops of cross-iteration batch normalization (cross-iteration-bn, section 3).
 
-``feed`` is what the bound layer did, as in three dimensions: ``(input, rows, bias, taps, meetings,
-sizes, groups)`` with the input ``(N, C_in, D, H, W)``, one row of weights an output channel, the
-tables of `anybatch.backends.aten.patches` for each dimension, and the output's sizes. ``rings``
-is the window, a slot a step; see `CrossIterationBatchNorm`.
+``feed`` is what the bound layer did, as in three dimensions: ``(input, shape, last, rows, bias,
+taps, meetings, sizes, groups)`` with the input flat, its shape ``(C_in, D, H, W)`` and whether
+channels are last in memory, one row of weights an output channel, the tables of
+`anybatch.backends.aten.patches` for each dimension, and the output's sizes. ``rings`` is the
+window, a slot a step; see `CrossIterationBatchNorm`.
 """
 
 import math
 
 import numpy as np
-import torch
 
 from anybatch.backends.numba.arrays import array_at, running_at
-from anybatch.backends.numba.arrays import read as read
 from anybatch.backends.numba.compile import inlined, jit
-from anybatch.backends.numba.passes import plane_gradient, plane_moments, plane_sums, plane_write
-from anybatch.backends.numba.rules import count_batch, fits, keep, slide, track, unbiased
+from anybatch.backends.numba.passes import (
+    channel_sums,
+    plane_moments,
+    plane_write,
+    row_layout,
+    row_moments,
+    row_write,
+    settle,
+)
+from anybatch.backends.numba.rules import count_batch, fits, track, unbiased
 
 _CIRCLE = 2**31
-ONE = (
-    np.zeros((1, 1), np.int64),
-    np.ones((1, 1), np.float32),
-)  # taps and meetings of a missing dimension
-
-
+# Taps and meetings of a missing dimension.
+ONE = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
 # What stands for a feed and for the window's gradients in the naive form.
 _TABLE, _CUBE = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
-NO_FEED = (
-    np.empty((0, 1, 1, 1, 1), np.float32),
-    _TABLE,
-    np.empty(0, np.float32),
-    (ONE[0],) * 3,
-    (ONE[1],) * 3,
-    (1, 1, 1),
-    1,
-)
+_NO_MAP = np.empty(0, np.float32), (1, 1, 1, 1), False, _TABLE, np.empty(0, np.float32)
+NO_FEED = (*_NO_MAP, (ONE[0],) * 3, (ONE[1],) * 3, (1, 1, 1), 1)
 NO_GRADIENTS = (_TABLE, _TABLE, _CUBE, _CUBE)
-
-
-def table(channels):
-    """Room for a batch's own means and variances."""
-    return np.empty((2, channels))
-
-
-def workspace(groups, outputs, count, fan_in, dtype):
-    """Room for a sample's outputs and patches, aligned as torch's, so that products round alike."""
-    return (
-        torch.empty(shape, dtype=dtype).numpy()
-        for shape in ((groups, outputs, count), (groups, count, fan_in))
-    )
-
-
-def product(apart, seen, slope):
-    """Write a sample's gradient of the variance: by torch, lest a second BLAS start threads."""
-    one, other, out = (torch.from_numpy(array) for array in (apart, seen, slope))
-    if len(apart) == 1:
-        torch.mm(one[0], other[0], out=out)
-    else:
-        torch.bmm(one, other, out=out.view(*apart.shape[:2], -1))
 
 
 @inlined
 def _mean_patch(feed, first, examples, patches, place):
     """Write the mean patch of each channel group into a slot, ``(groups, fan_in)``."""
-    inputs, _, _, taps, meetings, _, groups = feed
-    channels, depth, height, width = inputs.shape[1:]
+    inputs, (channels, depth, height, width), last, _, _, taps, meetings, _, groups = feed
+    positions = depth * height * width
+    ahead, apart = (1, channels) if last else (positions, 1)  # to the next channel, and position
     k0, k1, k2 = taps[0].shape[1], taps[1].shape[1], taps[2].shape[1]
     m0, m1, m2 = meetings
     total = np.empty((depth, height, width), inputs.dtype)
@@ -74,11 +49,11 @@ def _mean_patch(feed, first, examples, patches, place):
     per_group = channels // groups
     for c in range(channels):
         total[:] = 0
+        flat = total.reshape(-1)
         for i in range(first, first + examples):
-            for d in range(depth):
-                for h in range(height):
-                    for w in range(width):
-                        total[d, h, w] += inputs[i, c, d, h, w]
+            start = i * channels * positions + c * ahead
+            for k in range(positions):
+                flat[k] += inputs[start + k * apart]
         for d in range(depth):
             for h in range(height):
                 for k in range(k2):
@@ -103,24 +78,22 @@ def _mean_patch(feed, first, examples, patches, place):
                     patches[place, c // per_group, at + tap] = value / examples
 
 
-@jit
-def sample(like, x, shape, feed, first, means, patches, place, paces, start, apart, seen):
-    """Write outputs and patches, minus their means, at the next points of the covering sequence.
+@inlined
+def _sample(x, last, feed, first, means, patches, slopes, place, paces, start, count):
+    """Write the gradients of the statistics, from the next points of the covering sequence.
 
-    ``apart`` is ``(groups, outputs / groups, points)``, times 2 / points; ``seen`` is ``(groups,
-    points, fan_in)``: their product is the gradient of the variance. That of the mean, the mean of
-    these patches, is in the slot afterwards.
+    That of the mean is the points' mean patch, that of the variance twice the mean product of
+    outputs and patches, both minus their means.
     """
-    inputs, _, _, taps, _, sizes, _ = feed
+    inputs, (channels, depth, height, width), fed_last, _, _, taps, _, sizes, groups = feed
     t0, t1, t2 = taps
-    x, examples = array_at(x, shape, like), shape[0]
-    groups, out_group, count = apart.shape
-    per_group = inputs.shape[1] // groups
+    examples, positions = x.shape[0], depth * height * width
+    out_group, per_group = means.shape[0] // groups, channels // groups
+    ahead, between = (1, channels) if fed_last else (positions, 1)
     k0, k1, k2 = t0.shape[1], t1.shape[1], t2.shape[1]
-    height, width = inputs.shape[3], inputs.shape[4]
-    at = np.zeros(4, np.int64)
-    offsets = np.empty(k0 * k1 * k2, np.int64)
-    flat_inputs = inputs.reshape(inputs.shape[0], inputs.shape[1], -1)
+    at, offsets = np.zeros(4, np.int64), np.empty(k0 * k1 * k2, np.int64)
+    apart = np.empty((groups, count, out_group), x.dtype)
+    seen = np.empty((groups, count, patches.shape[2]), x.dtype)
     for s in range(count):
         number = (start + s) % _CIRCLE
         for j in range(4):
@@ -138,17 +111,18 @@ def sample(like, x, shape, feed, first, means, patches, place, paces, start, apa
                     inside = inside and met
                     offsets[(a * k1 + b) * k2 + e] = (d * height + h) * width + w if met else -1
         flat = (at[1] * sizes[1] + at[2]) * sizes[2] + at[3]
-        example = first + at[0]
+        example = (first + at[0]) * channels * positions
         for g in range(groups):
             for i in range(out_group):
                 o = g * out_group + i
-                apart[g, i, s] = 2 * (x[at[0], o, flat] - means[o]) / count
+                value = x[at[0], flat, o] if last else x[at[0], o, flat]
+                apart[g, s, i] = 2 * (value - means[o]) / count
             f = 0
             for c in range(g * per_group, (g + 1) * per_group):
                 for tap in range(offsets.shape[0]):
                     value = seen.dtype.type(0)
                     if inside or offsets[tap] >= 0:
-                        value = flat_inputs[example, c, offsets[tap]]
+                        value = inputs[example + c * ahead + offsets[tap] * between]
                     seen[g, s, f] = value
                     f += 1
     for g in range(groups):
@@ -160,18 +134,19 @@ def sample(like, x, shape, feed, first, means, patches, place, paces, start, apa
         for s in range(count):
             for f in range(seen.shape[2]):
                 seen[g, s, f] -= patches[place, g, f]
-
-
-@jit
-def from_product(product, values, means, patches, slopes, place):
-    """Write the gradient of the variance, from the whole convolution weight gradient."""
-    _, channels, fan_in = slopes.shape
-    width = channels // patches.shape[1]
-    for c in range(channels):
-        for k in range(fan_in):
-            slopes[place, c, k] = 2 * (
-                product[c, k] / values - means[c] * patches[place, c // width, k]
-            )
+        for i in range(out_group):
+            slope = slopes[place, g * out_group + i]
+            slope[:] = 0
+            for s in range(0, count - 3, 4):  # four at a time: fewer reads and writes of the sum
+                one, two, three, four = seen[g, s], seen[g, s + 1], seen[g, s + 2], seen[g, s + 3]
+                a, b = apart[g, s, i], apart[g, s + 1, i]
+                c, d = apart[g, s + 2, i], apart[g, s + 3, i]
+                for f in range(slope.shape[0]):
+                    slope[f] += (a * one[f] + b * two[f]) + (c * three[f] + d * four[f])
+            for s in range(count // 4 * 4, count):
+                one, a = seen[g, s], apart[g, s, i]
+                for f in range(slope.shape[0]):
+                    slope[f] += a * one[f]
 
 
 @inlined
@@ -193,40 +168,38 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
 
 @jit
 def cross_iteration_norm(
-    like,
-    x,
-    y,
-    shape,
-    weight,
-    bias,
-    own,
-    means,
-    variances,
-    running,
-    pace,
-    eps,
-    update,
-    counters,
-    rings,
-    feed,
-    first,
-    settings,
+    data, own, used, running, pace, eps, update, counters, rings, feed, first, paces, settings
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
-    `own` takes the batch's own means and variances. `settings` is (order, whether running
-    statistics follow the window, whether to write the mean patch of all positions into the slot).
+    `own` takes the batch's own statistics, ``(2, 1, C)``, `used` those of the window and the share.
+    `settings` is (order, whether running statistics follow the window, points of a sample for the
+    gradients of statistics, 0 for all positions, steps before the window is used). Of all
+    positions, the caller writes the gradient of the variance, and records the step.
     """
-    order, window_runs, whole = settings
+    order, window_runs, points, burn_in = settings
+    like, x, y, shape, last, starts, weight, bias, _, _, _ = data
     _, position, entries = counters
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
-    _, rows, feed_bias, _, _, _, groups = feed
+    _, _, _, rows, feed_bias, _, _, _, groups = feed
     biased, width = feed_bias.shape[0] > 0, ring_mean.shape[1] // groups
     slots, channels = ring_mean.shape
     x, y = array_at(x, shape, like), array_at(y, shape, like)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
     running_mean, running_var, tracked = running_at(running, channels, like)
-    values = x.shape[0] * x.shape[2]
+    values = x.shape[0] * x.shape[1 if last else 2]
+    flat, period, total_of = x.reshape(-1), row_layout(x, last, starts)[0], own[:, 0]
+    on = np.empty((3, period // channels, channels), x.dtype)
+    if last:
+        on[0], sums = flat[:channels], np.zeros((1, 2, period))
+        row_moments(0, 1, flat, 0, x.size, on[0].reshape(-1), sums)
+        total_of = channel_sums(sums, (on.shape[1], channels, 1))
+    for c in range(channels):
+        if last:
+            away = np.float64(on[0, 0, c])
+            own[0, 0, c], own[1, 0, c] = settle(total_of[0, c], total_of[1, c], values, away, True)
+        else:
+            own[0, 0, c], own[1, 0, c] = plane_moments(x, c, 0, x.shape[0], True)
     place, known = position[()], entries[()]
     total = np.float64(values)
     for age in range(1, known + 1):
@@ -236,8 +209,7 @@ def cross_iteration_norm(
         pace = count_batch(tracked, pace)
     earlier = np.empty((2, slots))
     for c in range(channels):
-        own[0, c], own[1, c] = plane_moments(x, c, 0, x.shape[0], True)
-        mean = own[0, c] * values
+        mean = own[0, 0, c] * values
         for age in range(1, known + 1):
             slot = (place - age) % slots
             past_mean, past_var = np.float64(ring_mean[slot, c]), np.float64(ring_var[slot, c])
@@ -250,27 +222,40 @@ def cross_iteration_norm(
             earlier[0, age], earlier[1, age] = past_mean, past_var
             mean += past_mean * ring_values[slot]
         mean /= total
-        var = (own[1, c] + (own[0, c] - mean) ** 2) * values
+        var = (own[1, 0, c] + (own[0, 0, c] - mean) ** 2) * values
         for age in range(1, known + 1):
             spread = earlier[1, age] + (earlier[0, age] - mean) ** 2
             var += spread * ring_values[(place - age) % slots]
         var /= total
         if total <= 1:  # one value, and nothing remembered
             mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
-        means[c], variances[c] = mean, var
+        used[0, 0, c], used[1, 0, c] = mean, var
         if tracks and window_runs:
             track(c, mean, unbiased(var, total), pace, running_mean, running_var)
         elif tracks:
-            track(c, own[0, c], unbiased(own[1, c], values), pace, running_mean, running_var)
-        plane_write(x, y, c, 0, x.shape[0], mean, weight[c] / math.sqrt(var + eps), bias[c])
-    if whole:
+            spread = unbiased(own[1, 0, c], values)
+            track(c, own[0, 0, c], spread, pace, running_mean, running_var)
+        scale = weight[c] / math.sqrt(var + eps)
+        if last:
+            on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, bias[c]
+        else:
+            plane_write(x, y, c, 0, x.shape[0], mean, scale, bias[c])
+    if last:
+        row_write(0, 1, flat, y.reshape(-1), 0, x.size, on.reshape(3, -1))
+    if update and order > 0 and points == 0:
         _mean_patch(feed, first, x.shape[0], mean_gradient, place)
+    elif update:
+        if order > 0:
+            where = place, paces, counters[0][()] * points, points
+            _sample(x, last, feed, first, own[0, 0], mean_gradient, var_gradient, *where)
+        _record(own, values, order, feed, rings, counters, burn_in)
     return values / total if total > 1 else 0.0
 
 
-@jit
-def record(own, values, order, feed, rings, counters, burn_in):
+@inlined
+def _record(own, values, order, feed, rings, counters, burn_in):
     """Write a step's statistics into its slot, and count it if it is finite and counts."""
+    own = own[:, 0]
     step, position, entries = counters
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
     slots, channels = ring_mean.shape
@@ -280,7 +265,7 @@ def record(own, values, order, feed, rings, counters, burn_in):
     for c in range(channels):
         finite = finite and fits(own[1, c], ring_var)
     if order > 0:
-        _, rows, bias, _, _, _, groups = feed
+        _, _, _, rows, bias, _, _, _, groups = feed
         for c in range(channels):
             of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
             of_var = _product(rows, c, var_gradient, place, c)
@@ -303,26 +288,12 @@ def record(own, values, order, feed, rings, counters, burn_in):
 
 
 @jit
-def windowed_backward(
-    like, dy, x, dx, shape, weight, dw, db, means, variances, eps, update, window, count
-):
-    """Gradients with the mean of g * z averaged over a window; see `slide_mean`."""
-    channels, values = shape[1], shape[0] * shape[2]
-    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
-    weight = array_at(weight, channels, like)
-    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
-    psi, average = np.empty(channels), np.empty(channels)
-    for c in range(channels):
-        db[c], second = plane_sums(dy, x, c, 0, x.shape[0], means[c])
-        dw[c] = second / math.sqrt(variances[c] + eps)
-        psi[c] = weight[c] * dw[c] / values
-    slide(window, psi, average)
-    average /= min(count[()] + 1, window.shape[0])
-    if update:
-        keep(window, psi)
-        count[()] += 1
-    for c in range(channels):
-        inverse = 1 / math.sqrt(variances[c] + eps)
-        on_x, constant = -average[c] * inverse * inverse, -weight[c] * db[c] / values * inverse
-        scale = weight[c] * inverse
-        plane_gradient(dy, x, dx, c, 0, x.shape[0], means[c], scale, on_x, constant)
+def record(product, own, values, order, feed, rings, counters, burn_in):
+    """The gradient of the variance from the whole convolution weight gradient; record the step."""
+    patches, slopes, place = rings[5], rings[6], counters[1][()]
+    width = slopes.shape[1] // patches.shape[1]
+    for c in range(slopes.shape[1]):
+        for k in range(slopes.shape[2]):
+            away = own[0, 0, c] * patches[place, c // width, k]
+            slopes[place, c, k] = 2 * (product[c, k] / values - away)
+    _record(own, values, order, feed, rings, counters, burn_in)

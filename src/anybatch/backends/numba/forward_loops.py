@@ -17,13 +17,7 @@ from anybatch.backends.numba.arrays import (
     row_or_none,
     valid_at,
 )
-from anybatch.backends.numba.bound_rules import (
-    CENTERED,
-    LENGTH,
-    RESULTS,
-    RULE,
-    TRACKS_USED,
-)
+from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_USED
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.passes import (
     channel_sums,
@@ -35,15 +29,8 @@ from anybatch.backends.numba.passes import (
     row_write,
     settle,
 )
-from anybatch.backends.numba.passes_relu import (
-    plane_activate,
-    row_activate,
-)
-from anybatch.backends.numba.passes_valid import (
-    first_valid,
-    plane_valid_moments,
-    row_valid_moments,
-)
+from anybatch.backends.numba.passes_relu import plane_activate, row_activate
+from anybatch.backends.numba.passes_valid import first_valid, plane_valid_moments, row_valid_moments
 from anybatch.backends.numba.rules import (
     FIRST,
     SECOND,
@@ -99,6 +86,29 @@ def _forward_planes(part, parts, x, y, added, starts, shared):
 
 
 @inlined
+def row_own(g, parts, x, starts, layout, valid, counts, centered, like, own):
+    """Write the statistics of a group of examples into `own`, from rows."""
+    period, inner, example = layout
+    first, last, channels = starts[g] * example, starts[g + 1] * example, own.shape[2]
+    shift, start = np.zeros((period // (channels * inner), channels, inner), like.dtype), first
+    if valid.shape[0] > 0:
+        start = first_valid(valid, starts[g], starts[g + 1]) * channels
+    if centered:
+        for c in range(channels):
+            shift[:, c] = x[start + c * inner]
+    sums, flat = np.zeros((parts, 2, period)), shift.reshape(-1)
+    if valid.shape[0] > 0:
+        some = (x, valid.reshape(-1), first, last, flat[:channels], sums)
+        fork(row_valid_moments, parts, some)
+    else:
+        fork(row_moments, parts, (x, first, last, flat, sums))
+    total = channel_sums(sums, shift.shape)
+    for c in range(channels):
+        one, two, away = total[0, c], total[1, c], np.float64(shift[0, c, 0])
+        own[0, g, c], own[1, g, c] = settle(one, two, counts[g], away, centered)
+
+
+@inlined
 def _forward_group(g, parts, x, y, added, starts, layout, shared):
     """Statistics and output of a group of examples."""
     weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
@@ -109,22 +119,7 @@ def _forward_group(g, parts, x, y, added, starts, layout, shared):
     repeats = period // (channels * inner)
     on, width = np.empty((3, repeats, channels, inner), weight.dtype), channels // used.shape[2]
     if stage != SECOND:
-        shift, start = np.zeros((repeats, channels, inner), weight.dtype), first
-        if valid.shape[0] > 0:
-            start = first_valid(valid, starts[g], starts[g + 1]) * channels
-        if centered:
-            for c in range(channels):
-                shift[:, c] = x[start + c * inner]
-        sums, flat = np.zeros((parts, 2, period)), shift.reshape(-1)
-        if valid.shape[0] > 0:
-            some = (x, valid.reshape(-1), first, last, flat[:channels], sums)
-            fork(row_valid_moments, parts, some)
-        else:
-            fork(row_moments, parts, (x, first, last, flat, sums))
-        total = channel_sums(sums, shift.shape)
-        for c in range(channels):
-            sum_, squares, away = total[0, c], total[1, c], np.float64(shift[0, c, 0])
-            own[0, g, c], own[1, g, c] = settle(sum_, squares, counts[g], away, centered)
+        row_own(g, parts, x, starts, layout, valid, counts, centered, weight, own)
     if stage == FIRST:
         return
     for c in range(channels):

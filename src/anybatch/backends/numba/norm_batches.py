@@ -37,23 +37,7 @@ ForwardData = tuple[Array, int, int, tuple[int, int, int], bool, Array, int, int
 # the end; scale; gradients of scale and shift, to be written; whether the input needs a gradient;
 # threads; whether a ReLU followed; its output, or 0; gradient of what was added before it, to be
 # written, or 0.
-BackwardData = tuple[
-    Array,
-    int,
-    int,
-    int,
-    tuple[int, int, int],
-    bool,
-    Array,
-    int,
-    int,
-    int,
-    bool,
-    int,
-    bool,
-    int,
-    int,
-]
+BackwardData = tuple[Any, ...]
 
 
 class SavedBatch(NamedTuple):
@@ -62,8 +46,6 @@ class SavedBatch(NamedTuple):
     Attributes:
         used: Rows of mean and variance, and of what a rule gives, ``(rows, G, K)``.
         spec: The method of a rule; None for another.
-        share: Part of the groups' own statistics in those used, without a rule.
-        own: Whether the backward statistics are the batch's own, without a rule.
         scope: What contributes to them; None for the groups' values.
         ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
             with a value.
@@ -71,8 +53,6 @@ class SavedBatch(NamedTuple):
 
     used: Array
     spec: MethodSpec | None = None
-    share: float = 1.0
-    own: bool = True
     ends: Array | None = None
     scope: LoopScope | None = None
 
@@ -80,13 +60,11 @@ class SavedBatch(NamedTuple):
         """The same as tensors, one row per group."""
         table = torch.from_numpy(self.used).to(KEPT[like.dtype])
         table = table[:, 0] if table.shape[1] == 1 else table
-        if self.spec is not None:
-            found = self.spec.statistics(table)
-            if self.scope is None:
-                return found
-            counts = torch.from_numpy(self.scope.counts).to(table.dtype)
-            return found.of(counts[0] if len(counts) == 1 else counts.unsqueeze(1))
-        return Statistics(table[0], table[1], share=self.share, own=torch.tensor(self.own))
+        found = (self.spec or MethodSpec()).statistics(table)
+        if self.scope is None:
+            return found
+        counts = torch.from_numpy(self.scope.counts).to(table.dtype)
+        return found.of(counts[0] if len(counts) == 1 else counts.unsqueeze(1))
 
 
 Forward = Callable[[NormCall, ForwardData, int, tuple[Any, ...]], SavedBatch]

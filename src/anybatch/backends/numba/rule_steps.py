@@ -65,23 +65,17 @@ def forward_batch(
     groups: int,
     state: tuple[Any, ...],
 ) -> SavedBatch:
-    """The forward of one normalization batch, in one compiled call.
+    """The forward of one normalization batch of a method that is described at an address.
 
-    Args:
-        spec: The method.
-        method: Where it is described.
-        call: How the layer goes through the batch.
-        data: The normalization batch.
-        groups: Groups of examples.
-        state: Running mean, running variance and number of batches, and a `LoopScope` where not
-            simply all values of the batch contribute.
+    `state` is the running mean, running variance and number of batches, and a `LoopScope` where not
+    simply all values of the batch contribute.
     """
     channels, columns = data[3][2] if data[4] else data[3][1], call.columns
     dtype = state[0].dtype
     mean, var, tracked = running_addresses(state[:3], dtype, channels)
     used = own = np.empty((spec.rows, groups, columns))
     if spec.method.forward.rule is not None or columns != channels or spec.outliers is not None:
-        own = np.empty((2, groups, channels))
+        own = np.empty((2 if spec.outliers is None else 3, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
     given = method, LIKE[dtype], data, own, used, *moved, call.pace, call.eps, call.update

@@ -215,8 +215,11 @@ def enters(value, own_var, state, guarded):
 
 @inlined
 def bar_outliers(method, own, running_mean, running_var, guard):
-    """Replace the variance of outliers by nan, which no state takes, and count them."""
-    seen = guard[1]
+    """Replace the variance of outliers by nan, which no state takes, and count them.
+
+    The variance before it is in the third row of `own` then.
+    """
+    seen, own[2] = guard[1], own[1]
     for c in range(seen.shape[0]):
         mean, var, out = np.float64(running_mean[c]), np.float64(running_var[c]), True
         for g in range(own.shape[1]):
@@ -342,20 +345,3 @@ def track_groups(own, counts, pace, running_mean, running_var, tracked):
                 pooled[1, c] += own[1, g, c] * of_var
     for c in range(running_mean.shape[0]):
         track(c, pooled[0, c], pooled[1, c], pace, running_mean, running_var)
-
-
-@inlined
-def slide(window, new, sums):
-    """Push a step into a window where it is finite; `sums` become those with the step in it."""
-    length = window.shape[0]
-    sums[:] = new
-    for k in range(1, length):
-        for c in range(new.shape[0]):
-            sums[c] += window[k, c]
-    return length
-
-
-@inlined
-def keep(window, new):
-    """Push a step into a window where it is finite."""
-    push(window, new, new)

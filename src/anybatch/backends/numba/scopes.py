@@ -45,15 +45,7 @@ class LoopScope(NamedTuple):
 
 
 def scope_of(given: Contribution, first: int, group: int, groups: int, length: int) -> LoopScope:
-    """That of a normalization batch.
-
-    Args:
-        given: That of the whole batch.
-        first: First example.
-        group: First group.
-        groups: How many.
-        length: Positions of an example.
-    """
+    """That of a normalization batch, which begins at an example and a group of the whole."""
     counts, scope, layer, step = given
     mask, joined = (None, None) if scope is None else (scope.mask, scope.group)
     place = 0 if mask is None else address_of(mask, torch.bool, mask.numel()) + first * length
@@ -66,14 +58,8 @@ def run_forward(
 ) -> LoopScope | None:
     """The forward of a normalization batch: one call or, of several processes, two.
 
-    Args:
-        run: Takes the tuple.
-        spec: The method.
-        scope: What contributes; None for the batch's values alone.
-        own: The batch's own statistics ``(2, G, C)``; the call writes them.
-
-    Returns:
-        The scope, with the values of all processes.
+    `run` takes the tuple, and writes the batch's own statistics into `own`. The scope that is
+    returned has the values of all processes.
     """
     limit, outliers = spec.limit, 0
     if spec.outliers is not None:
@@ -102,7 +88,7 @@ def run_forward(
             earlier = tuple(address_of(row, row.dtype, own.shape[2]) for row in rows)
     run((stage, mask, scope.counts.ctypes.data, *earlier, outliers, share, total, limit))
     if step is not None:
-        step.keep("", before, count, *torch.from_numpy(own[:, 0]))
+        step.keep("", before, count, *torch.from_numpy(own[[0, -1], 0]))
     return scope
 
 
@@ -114,15 +100,9 @@ def run_backward(
     wanted: bool,
     dtype: torch.dtype,
 ) -> None:
-    """The backward of a normalization batch, see `run_forward`.
+    """The backward of a normalization batch, of groups and columns by `shape`; see `run_forward`.
 
-    Args:
-        run: Takes the tuple.
-        spec: The method.
-        scope: What contributes.
-        shape: Groups, and statistics of each.
-        wanted: Whether the input needs a gradient.
-        dtype: Of the statistics, in which processes send them.
+    `wanted` says whether the input needs a gradient; processes send sums in a `dtype`.
     """
     counts, mask, averages = scope.counts, scope.mask, spec.method.backward.rule is not None
     through = np.empty((2, *shape))

@@ -165,11 +165,13 @@ def spread_forward(kind, data, used, ends, running, pace, eps, update):
 
 
 @inlined
-def _flow(kind, eps, weight, mean_dy, sum_dyx, var, count, below, above):
+def _flow(kind, eps, weight, var, count, sums):
     """From a channel's sums: gradient of its weight, and the four factors of dx.
 
     They are those of dy, of one, and of values at its lower and its upper end.
     """
+    sum_dy, sum_dyx, below, above = sums
+    mean_dy = sum_dy / count
     inverse = 1 / math.sqrt(var + eps)
     dw, on_dy = sum_dyx * inverse, weight * inverse
     on_spread = -on_dy * inverse * dw * math.sqrt(var)
@@ -189,9 +191,8 @@ def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, used,
         low, high = ends[0, c], ends[1, c]
         total, product, below, above = plane_sums(dy, x, c, used[0, 0, c], low, high)
         db[c] = total
-        dw[c], on_dy, constant, on_low, on_high = _flow(
-            kind, eps, weight[c], total / count, product, used[1, 0, c], count, below, above
-        )
+        sums, var = (total, product, below, above), used[1, 0, c]
+        dw[c], on_dy, constant, on_low, on_high = _flow(kind, eps, weight[c], var, count, sums)
         if wanted:
             plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
 
@@ -212,17 +213,8 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
         db[c] = total[0, c]
         rounded = np.float64(table[0, 0, c, 0]) - used[0, 0, c]
         product = total[1, c] + rounded * total[0, c]
-        dw[c], on_dy, constant, on_low, on_high = _flow(
-            kind,
-            eps,
-            weight[c],
-            total[0, c] / count,
-            product,
-            used[1, 0, c],
-            count,
-            beyond[0, c],
-            beyond[1, c],
-        )
+        of_c, var = (total[0, c], product, beyond[0, c], beyond[1, c]), used[1, 0, c]
+        dw[c], on_dy, constant, on_low, on_high = _flow(kind, eps, weight[c], var, count, of_c)
         table[3, :, c], table[4, :, c] = on_dy, constant
         table[5, :, c], table[6, :, c] = on_low, on_high
     if wanted:

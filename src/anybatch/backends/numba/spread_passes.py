@@ -4,11 +4,7 @@
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.numba.passes import (
-    block_of,
-    blocks,
-    stretch,
-)
+from anybatch.backends.numba.passes import block_of, blocks, stretch
 from anybatch.backends.numba.streaming_stores import lanes, leaves, put_gradient, settle_stores
 
 

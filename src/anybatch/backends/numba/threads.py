@@ -20,11 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _REGION, _NUMBER, _TEAM = "anybatch_region", "anybatch_thread_number", "anybatch_team_size"
-_SYMBOLS = {
-    _REGION: "GOMP_parallel",
-    _NUMBER: "omp_get_thread_num",
-    _TEAM: "omp_get_num_threads",
-}
+_SYMBOLS = {_REGION: "GOMP_parallel", _NUMBER: "omp_get_thread_num", _TEAM: "omp_get_num_threads"}
 
 
 def _find() -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from anybatch.backends.aten import patches
 from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import cross_iteration, rule_steps
+from anybatch.backends.numba.arrays import read
 from anybatch.backends.numba.backend import SERIAL
 from anybatch.backends.numba.norm_batches import (
     Array,
@@ -21,16 +22,14 @@ from anybatch.backends.numba.norm_batches import (
 from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
-from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall
-from anybatch.backends.rule import Part, RuleSet
+from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall, RuleState
+from anybatch.backends.rule import AVERAGE, WINDOW, Part, RuleSet, rule
 
 
 def obstacle(call: NormCall, x: Tensor) -> str | None:
     """Why the loops cannot serve a batch."""
     if not call.spec.windowed:
         return None
-    if not x.is_contiguous():
-        return "an input that is not contiguous: the loops of a window take no other"
     if x.numel() // x.shape[0] * max(call.cut[2]) > SERIAL:
         return f"a normalization batch of more than {SERIAL} values: the loops have one thread"
     return None
@@ -43,8 +42,17 @@ def prepare(call: NormCall, x: Tensor) -> Work:
 
 
 _BATCH_NORM = rule_steps.batches_of(MethodSpec())
-# The same backward pass with a weight of the batch's own statistics, a row of the table.
-_WEIGHTED_BACKWARD = rule_steps.batches_of(MethodSpec(RuleSet(Part(uses=("share",)))))[1]
+
+
+@rule
+def _window_mean(psi_mean: float) -> float:
+    """The mean of ``mean(g * z)`` over the window, for the backward pass."""
+    return psi_mean
+
+
+_WEIGHTED = RuleSet(Part(uses=("share",)))  # a row of the batch's own share
+_SLIDES = Part(_window_mean, (WINDOW,), windows=(AVERAGE,), counters=(False,))
+_WINDOWED = _WEIGHTED._replace(backward=_SLIDES)
 
 
 def _plain_batch(
@@ -59,75 +67,36 @@ def _plain_batch(
 def _window_batch(
     call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
 ) -> SavedBatch:
-    """One normalization batch, in one compiled call and what records it."""
-    like, x, y, shape, _, _, weight, bias, *_ = data
-    (examples, channels, length), spec = shape, call.spec
-    mean, var, tracked, conv, output = state
+    """One normalization batch, in one compiled call; of all positions' gradients, two."""
+    _, x, _, shape, last, *_ = data
+    examples, length, channels = shape if last else (shape[0], shape[2], shape[1])
+    mean, var, tracked, conv, output, made = state
+    spec, order = call.spec, 0 if conv is None else 1
     # Its first example: state knows the whole batch.
     first = (x - output.data_ptr()) // (output.nbytes // output.shape[0])
-    rings, counters = _arrays(spec)
-    fed, paces = cross_iteration.NO_FEED, None
-    if conv is not None:
-        fed, paces = _conv_arrays(spec, conv, output)
-    order = 0 if conv is None else 1
-    values, count = examples * length, spec.gradient_sample
-    whole = call.update and order > 0 and (count is None or count >= values)
-    own, used = cross_iteration.table(channels), np.empty((3, 1, channels))
-    share = cross_iteration.cross_iteration_norm(
-        *(like, x, y, shape, weight, bias),
-        own,
-        used[0, 0],
-        used[1, 0],
-        running_addresses((mean, var, tracked), mean.dtype, channels),
-        call.pace,
-        call.eps,
-        call.update,
-        counters,
-        rings,
-        fed,
-        first,
-        (order, spec.tracks_window, whole),
-    )
-    if call.update:
-        if conv is not None:
-            given = data, own[0], fed, paces, conv, output, first
-            _write_slope(spec, (rings, counters), *given)
-        cross_iteration.record(own, values, order, fed, rings, counters, spec.burn_in_steps)
-    if spec.backward_window is not None and share > 0:
-        share = 1.0
-    used[2] = share
-    return SavedBatch(used, share=share, own=False)
-
-
-def _write_slope(
-    spec: CrossIterationSpec,
-    arrays: tuple[tuple[Array, ...], tuple[Array, ...]],
-    data: ForwardData,
-    means: Array,
-    fed: Any,
-    paces: Any,
-    conv: patches.ConvCall,
-    output: Tensor,
-    first: int,
-) -> None:
-    """Write the gradient of the variance into the slot of this step."""
-    (*_, patch_ring, slope_ring), counters = arrays
-    like, x, _, (examples, channels, length), *_ = data
-    count = spec.gradient_sample
-    place, values = int(counters[1]), examples * length
-    if count is None or count >= values:
+    if not made:
+        bare = cross_iteration.NO_FEED, (0, 0, 0, 0)
+        made += bare if conv is None else _conv_arrays(spec, conv, output)
+    (rings, counters), (fed, paces) = _arrays(spec), made
+    values, points = examples * length, spec.gradient_sample or 0
+    points = points if points < values else 0
+    own, used = np.empty((2, 1, channels)), np.empty((3, 1, channels))
+    how = running_addresses((mean, var, tracked), mean.dtype, channels), call.pace, call.eps
+    given = call.update, counters, rings, fed, first, paces
+    settings = order, spec.tracks_window, points, spec.burn_in_steps
+    share = cross_iteration.cross_iteration_norm(data, own, used, *how, *given, settings)
+    if call.update and order and not points:
         some = slice(first, first + examples)
         whole = patches.raw_gradient(conv.geometry, conv.x[some], output[some])
         product = whole.contiguous().numpy()
-        cross_iteration.from_product(product, values, means, patch_ring, slope_ring, place)
-        return
-    groups, fan_in = patch_ring.shape[1:]
-    room = groups, channels // groups, count, fan_in, output.dtype
-    apart, seen = cross_iteration.workspace(*room)
-    start = int(counters[0]) * count
-    given = (fed, first, means, patch_ring, place, paces, start, apart, seen)
-    cross_iteration.sample(like, x, (examples, channels, length), *given)
-    cross_iteration.product(apart, seen, slope_ring[place])
+        step = order, fed, rings, counters, spec.burn_in_steps
+        cross_iteration.record(product, own, values, *step)
+    if spec.backward_window is None or share == 0:
+        used[2] = share
+        return SavedBatch(used, MethodSpec(_WEIGHTED))
+    used[2] = 1.0
+    averages = RuleState(windows=(spec.backward_window,), counters=(spec.memory["backward_step"],))
+    return SavedBatch(used, MethodSpec(_WINDOWED, averages=averages))
 
 
 def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -151,11 +120,12 @@ def _conv_arrays(spec: CrossIterationSpec, conv: patches.ConvCall, y: Tensor) ->
     for one in (conv.x, conv.rows, conv.bias):  # that there is memory to read
         if one is not None:
             address_of(one, one.dtype, one.numel())
-    x = conv.x.numpy()
-    x = x.reshape(*x.shape[:2], *missing, *x.shape[2:]) if missing else x
-    bias = none if conv.bias is None else cross_iteration.read(conv.bias)
-    rows = cross_iteration.read(conv.rows.contiguous())
-    return (x, rows, bias, taps, meetings, sizes, conv.geometry.groups), paces
+    x, last = conv.x, not conv.x.is_contiguous()
+    flat = (x.movedim(1, -1) if last else x).reshape(-1).numpy()
+    shape = x.shape[1], *missing, *x.shape[2:]
+    bias = none if conv.bias is None else read(conv.bias)
+    rows = read(conv.rows.contiguous())
+    return (flat, shape, last, rows, bias, taps, meetings, sizes, conv.geometry.groups), paces
 
 
 def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
@@ -178,19 +148,5 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
 
 def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Any) -> None:
     """The backward of one normalization batch, in one compiled call."""
-    spec = call.spec
-    if kept.own:
-        _BATCH_NORM[1](call, data, kept, tracked)
-        return
-    if kept.share == 0 or spec.backward_window is None:
-        _WEIGHTED_BACKWARD(call, data, kept, tracked)
-        return
-    like, dy, x, dx, shape, _, _, weight, dw, db, *_ = data
-    cross_iteration.windowed_backward(
-        *(like, dy, x, dx, shape, weight, dw, db),
-        *kept.used[:2, 0],
-        call.eps,
-        call.update,
-        spec.backward_window.numpy(),
-        spec.memory["backward_step"].numpy(),
-    )
+    assert kept.spec is not None
+    rule_steps.batches_of(kept.spec)[1](call, data, kept, tracked)

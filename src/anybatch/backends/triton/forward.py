@@ -321,19 +321,7 @@ def forward_parts(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
     mean, square = row_moments(
-        x,
-        c,
-        inside,
-        begin,
-        end,
-        own_tiles,
-        channels,
-        length,
-        LAST,
-        CENTERED,
-        BLOCK_M,
-        BLOCK_C,
-        ACC,
+        x, c, inside, begin, end, own_tiles, channels, length, LAST, CENTERED, BLOCK_M, BLOCK_C, ACC
     )
     put(partial, 0, place, groups * parts, c, channels, mean, inside)
     put(partial, 1, place, groups * parts, c, channels, square, inside)

@@ -8,21 +8,10 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.protocol import MethodSpec
-from anybatch.backends.rule import (
-    BACKWARD_OPTIONS,
-    COUNTERS,
-    NUMBERS,
-    OPTIONS,
-    ROWS,
-    WINDOWS,
-)
+from anybatch.backends.rule import BACKWARD_OPTIONS, COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS
 from anybatch.backends.triton.backward import backward_parts, backward_write
 from anybatch.backends.triton.constants import PARTS, TILE, TILES
-from anybatch.backends.triton.forward import (
-    forward_parts,
-    forward_track,
-    forward_write,
-)
+from anybatch.backends.triton.forward import forward_parts, forward_track, forward_write
 from anybatch.backends.triton.method_kernels import kernels_for, padded
 
 # Chosen by reckoning for an H200: 132 processors of 2,048 threads, 4.8 TB/s, 50 MB of cache.

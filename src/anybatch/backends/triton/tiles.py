@@ -48,15 +48,7 @@ def part_channels(channels, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def part_rows(
-    place,
-    parts,
-    tiles,
-    start,
-    small,
-    large,
-    length,
-    BLOCK_M: tl.constexpr,
-    LONG: tl.constexpr,
+    place, parts, tiles, start, small, large, length, BLOCK_M: tl.constexpr, LONG: tl.constexpr
 ):
     """Group, first row, end of the group's rows, and tiles of a part of a group."""
     if LONG:
