@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends import BACKENDS
+from anybatch.backends import BACKENDS, choice
 from anybatch.backends.protocol import Backend, Contribution, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
 from anybatch.core.autograd import Pass, WithBackwardMemory, normalize
@@ -43,7 +43,33 @@ class ExecutionPlan(NamedTuple):
         return self.backend.memory_obstacle(x, rows) is None
 
 
-Plans = dict[Any, ExecutionPlan]  # by shape, or by shape and what contributes beyond the batch
+class Refusal(NamedTuple):
+    """Batches of one shape and layout that torch's operators alone serve.
+
+    Attributes:
+        choice: Of backends, see `anybatch.use_fused`.
+        dtype: Type of the batches.
+        strides: Of the batches.
+        negated: Whether they are yet to be negated, or zeros without memory.
+    """
+
+    choice: str
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    negated: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Refusal":
+        """For batches like this one."""
+        return cls(choice.selected, x.dtype, x.stride(), x.is_neg() or x._is_zerotensor())
+
+    def fits(self, x: Tensor, rows: Rows) -> bool:
+        """Whether a batch of the same shape still is one of these."""
+        return self == Refusal.of(x)
+
+
+# By shape, or by shape and what contributes beyond the batch.
+Plans = dict[Any, ExecutionPlan | Refusal]
 Choice = tuple[str, dict[str, str]]  # the backend, and why those asked before it do not serve
 
 
@@ -100,7 +126,7 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPla
     return plan
 
 
-def with_plan(plans: Plans | None, key: Any, plan: ExecutionPlan) -> Plans:
+def with_plan(plans: Plans | None, key: Any, plan: ExecutionPlan | Refusal) -> Plans:
     """The plans with one more, or it alone where there are too many."""
     found = {} if plans is None or len(plans) >= MOST_PLANS else plans
     found[key] = plan

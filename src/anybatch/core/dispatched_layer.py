@@ -5,12 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.backends import BACKENDS
+from anybatch.backends import BACKENDS, is_traced
 from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import Backend, Contribution, NormCall, Spec
 from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
 from anybatch.core.autograd import apply_plain, statistics_of
-from anybatch.core.dispatch import ExecutionPlan, find_plan, only_aten, run_plan, with_plan
+from anybatch.core.dispatch import (
+    ExecutionPlan,
+    Refusal,
+    find_plan,
+    only_aten,
+    run_plan,
+    with_plan,
+)
 from anybatch.core.fused_activation import Activation
 from anybatch.core.graphs import refuse_trace
 from anybatch.core.grouping import Partition, partition
@@ -84,7 +91,9 @@ class DispatchedLayer(InferenceLayer):
                 self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
-        self._last = chosen if torch.compiler.is_compiling() else None
+        last = chosen if torch.compiler.is_compiling() else None
+        if self._last is not last:  # setting an attribute drops plans
+            self._last = last
         memory = None
         if training:
             count = cut.sizes[0] * values
@@ -159,7 +168,7 @@ class DispatchedLayer(InferenceLayer):
         self, x: Tensor, cut: Partition, source: ReductionScope | None
     ) -> ExecutionPlan | None:
         """The plan by which compiled kernels serve a batch; None if they do not."""
-        beyond, rows, plans = "", self._rows(), self._plans
+        beyond, rows = "", self._rows()
         key: Any = x.shape
         if source is not None:
             beyond = _SCOPED
@@ -169,18 +178,17 @@ class DispatchedLayer(InferenceLayer):
             key = x.shape, beyond
         elif self.outlier_limit is not None:
             beyond = f"outlier_limit={self.outlier_limit}: channels are compared with the state"
-        compiling = torch.compiler.is_compiling()
-        if plans is not None and not compiling:
-            plan: ExecutionPlan | None = plans.get(key)
-            if plan is not None and plan.fits(x, rows):
-                return plan
-        call = self._call(x, cut)
+        remembers = not is_traced() and (self._group is None or source is not None) and self.steady
+        known = self._plans.get(key) if remembers and self._plans is not None else None
+        if known is not None and known.fits(x, rows):
+            return known if isinstance(known, ExecutionPlan) else None
+        call, plan = self._call(x, cut), None
         if isinstance(call, str):
             only_aten(call)
-            return None
-        plan = find_plan(call._replace(beyond=beyond), x, rows, self)
-        if plan is not None and not compiling and self.steady and (self._group is None or source):
-            self._plans = with_plan(self._plans, key, plan)
+        else:
+            plan = find_plan(call._replace(beyond=beyond), x, rows, self)
+        if remembers:
+            self._plans = with_plan(self._plans, key, plan or Refusal.of(x))
         return plan
 
     def _call(self, x: Tensor, cut: Partition) -> NormCall | str:
@@ -197,8 +205,8 @@ class DispatchedLayer(InferenceLayer):
         plans = self._plans  # which another thread may take away
         if plans is None or torch.compiler.is_compiling():
             return None
-        plan: ExecutionPlan | None = plans.get(x.shape)
-        if plan is None or not runs_once():
+        plan = plans.get(x.shape)
+        if not isinstance(plan, ExecutionPlan) or not runs_once():
             return None
         inside = then is not None
         if inside and not (plan.takes_relu and then.is_plain()):  # type: ignore[union-attr]
