@@ -279,8 +279,8 @@ def _record(own, values, order, feed, rings, counters, burn_in):
             mean_gradient[place] = 0
             var_gradient[place] = 0
     if finite:
-        ring_mean[place] = own[0]
-        ring_var[place] = own[1]
+        for c in range(channels):  # a slice's assignment compiles what it would say of shapes
+            ring_mean[place, c], ring_var[place, c] = own[0, c], own[1, c]
         ring_values[place] = values
         if step[()] > burn_in:
             position[()] = (place + 1) % slots

@@ -250,8 +250,8 @@ def rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
             for c in range(width):
                 total[c] += one[c]
                 moment[c] += two[c]
-        sums[b, 0] = total
-        sums[b, 1] = moment
+        for c in range(width):
+            sums[b, 0, c], sums[b, 1, c] = total[c], moment[c]
     if past:
         settle_stores()
 
