@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import compiled_loops
 import selection
 
 # What processes of a training import first: it computes as it is imported.
@@ -20,6 +21,13 @@ if not torch.cuda.is_available():
 def _same_start() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fast tests torch's operators serve 16 bits: to compile loops for them takes a minute."""
+    if request.node.get_closest_marker("exhaustive") is None:
+        monkeypatch.setattr("anybatch.backends.numba.backend.LOW", ())
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +50,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cases = [{k: selection.key(v) for k, v in i.callspec.params.items()} for i in group]
         pairs = group[0].get_closest_marker("pairs")
         fast = selection.chosen(cases, test, pairs.args if pairs else ())
+        few = group[0].get_closest_marker("few")
+        if few is not None:
+            fast = selection.some(fast, few.args[0], test)
         for number, item in enumerate(group):
             if number not in fast:
                 item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile before the tests, each type in one worker alone."""
+    compiled_loops.share_compilation(len(session.items))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -8,7 +8,8 @@ others do not. The fast set takes, for each test:
 - with three parameters or more, each pair of values of the two with the most, if these are few.
 
 `make test-all` runs all cases. A test marked `every_case` has all of them in the fast set, one
-marked `pairs("x", "y")` each pair of values of these two parameters.
+marked `pairs("x", "y")` each pair of values of these two parameters, one marked `few(n)`, whose
+cases take seconds each, n of those above.
 """
 
 from collections import Counter
@@ -99,3 +100,8 @@ def chosen(cases: Sequence[Case], test: str, pairs: tuple[str, ...] = ()) -> set
         return set(range(len(cases)))
     numbers = of_families(cases, test)
     return {numbers[i] for i in covering([cases[i] for i in numbers], pairs)}
+
+
+def some(numbers: set[int], most: int, test: str) -> set[int]:
+    """So many of a test's cases, others from test to test."""
+    return set(sorted(numbers, key=lambda number: crc32(f"{test} {number}".encode()))[:most])

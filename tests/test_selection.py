@@ -41,6 +41,12 @@ def test_one_method_of_each_family_is_fast_and_every_method_in_some_test() -> No
     assert taken == selection.METHODS
 
 
+def test_a_few_cases_are_others_in_another_test() -> None:
+    taken = [selection.some(set(range(20)), 3, f"test {number}") for number in range(8)]
+    assert {len(few) for few in taken} == {3}
+    assert len(set.union(*taken)) > 10
+
+
 def test_values_without_a_hash_are_told_apart() -> None:
     first, second = {"a": 1}, {"a": 1}
     assert selection.chosen(cases(x=[first, second], y=[1, 2]), "test") == {0, 3}

@@ -231,6 +231,7 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
     tmp_path: Path, request_to_stop: signal.Signals
@@ -416,6 +417,7 @@ def test_what_is_offered_is_taken() -> None:
         assert parse_options([f"{option}1"]) == {method: ((name, 1),)}
 
 
+@pytest.mark.exhaustive
 def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
     start = "import sys; sys.argv[0] = 'anybatch'; from anybatch.cli import main; main()"
     command = [sys.executable, "-c", start]

@@ -78,6 +78,7 @@ def test_a_trained_real_network_keeps_its_eval_output(network: Network, method: 
     assert not any(type(m).__module__.startswith("anybatch") for m in model.modules())
 
 
+@pytest.mark.few(6)
 @each_network
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_network_trains_at_batch_2_and_at_batch_1(network: Network, method: str) -> None:

@@ -171,6 +171,7 @@ def test_all_ways_to_write_it_are_found() -> None:
     assert list(rows.values()) == ["relu"] * 4 + ["add and relu"] * 4
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("make", [two_blocks, Ways], ids=["residual", "ways"])
 @pytest.mark.parametrize("choice", ["auto", "never"])
@@ -192,6 +193,7 @@ def test_training_with_fused_relu_is_the_same(
     assert set(calls) == {None}  # inference is the block's own forward
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["resnet8", "resnet50", "vgg11", "mlp"])
 def test_networks_of_the_tools_are_fused(name: str) -> None:
     shape = {"mlp": (12,), "vgg11": (3, 32, 32)}.get(name, (3, 16, 16))

@@ -335,6 +335,7 @@ def checkpointed(reentrant: bool) -> Callable[..., Tensor]:
     return way
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @each_name
 @each_residual

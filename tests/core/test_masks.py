@@ -366,6 +366,7 @@ def plain_inference(layer: NormLayer, x: Tensor) -> Tensor:
     return layer.weight.view(1, -1, 1, 1) * z + layer.bias.view(1, -1, 1, 1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in SAMPLED])
 def test_a_masked_layer_compiles_whole(name: str) -> None:

@@ -118,6 +118,7 @@ def _memory_is_its_own(rank: int) -> None:
         assert torch.equal(fresh.stem[1].method_state[name], mine)
 
 
+@pytest.mark.exhaustive
 def test_memory_survives_the_broadcast_of_buffers() -> None:
     spawn(_memory_is_its_own)
 
@@ -135,6 +136,7 @@ def _sharded_apart(rank: int) -> None:
         model(data(rank, 0)[0])
 
 
+@pytest.mark.exhaustive
 def test_a_weight_that_was_given_back_is_named() -> None:
     spawn(_sharded_apart)
 
@@ -180,5 +182,6 @@ def _mixed_precision(rank: int) -> None:
             torch.testing.assert_close(mine.running_var, other.running_var, **close)
 
 
+@pytest.mark.exhaustive
 def test_shards_in_bfloat16_keep_their_statistics_in_float32() -> None:
     spawn(_mixed_precision)

@@ -106,11 +106,13 @@ def _methods(rank: int, world: int, shares_name: str) -> None:
                 assert torch.equal(agreed, value.double()), (name, key)  # to the bit
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shares", list(SHARES))
 def test_two_processes_give_what_one_gives(shares: str) -> None:
     spawn(_methods, 2, shares)
 
 
+@pytest.mark.exhaustive
 def test_four_processes_give_what_one_gives() -> None:
     spawn(_methods, 4, "", world_size=4)
 
@@ -164,6 +166,7 @@ def _cross_iteration(rank: int) -> None:
                 close(value, alone.state_dict()[key], (feeder, order, masked, key))
 
 
+@pytest.mark.exhaustive
 def test_windows_of_several_processes_are_those_of_one() -> None:
     spawn(_cross_iteration)
 
@@ -189,6 +192,7 @@ def _groups(rank: int) -> None:
                 close(value, alone.state_dict()[key], (method, masked, key))
 
 
+@pytest.mark.exhaustive
 def test_groups_are_local_and_their_running_statistics_common() -> None:
     spawn(_groups)
 
@@ -259,6 +263,7 @@ def _samples(rank: int) -> None:
     check(layer, whole, [_rows(whole[:2])], [1.0])
 
 
+@pytest.mark.exhaustive
 def test_samples_of_several_processes_are_their_definition() -> None:
     spawn(_samples)
 
@@ -279,6 +284,7 @@ def _virtual_dataset(rank: int) -> None:
         anybatch.VirtualDataset(network(None), 0.5, 2.0, 3, ranks=[1])(x)
 
 
+@pytest.mark.exhaustive
 def test_virtual_examples_of_some_processes() -> None:
     spawn(_virtual_dataset)
 
@@ -375,6 +381,7 @@ def _average(rank: int) -> None:
         anybatch.average_running_stats(model, weight=0)
 
 
+@pytest.mark.exhaustive
 def test_running_statistics_are_averaged_on_demand() -> None:
     spawn(_average)
 
@@ -406,6 +413,7 @@ def _compiled(rank: int) -> None:
             assert layer.batch_size == 4
 
 
+@pytest.mark.exhaustive
 def test_a_synchronized_layer_compiles_whole() -> None:
     spawn(_compiled)
 
@@ -431,6 +439,7 @@ def _part(rank: int) -> None:
         pickle.dumps(layer)
 
 
+@pytest.mark.exhaustive
 def test_a_group_of_some_processes() -> None:
     spawn(_part)
 

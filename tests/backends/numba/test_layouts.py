@@ -108,6 +108,7 @@ def test_loops_over_channels_last_are_exact_in_float32(name: str, last: bool) ->
     check(name, (17, 24, 41, 29), torch.float32, last, 3)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["bn", "ghost", "l1", "range", "fs"])
@@ -132,6 +133,7 @@ def test_outputs_past_the_caches(name: str, last: bool, dtype: torch.dtype) -> N
             assert float((ours.double() - theirs).abs().max()) <= tolerance(dtype, theirs)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -165,6 +167,7 @@ def test_loops_over_channels_last_serve_groups_and_successive_batches(
         check(name, shape, last=last, steps=6, **options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(

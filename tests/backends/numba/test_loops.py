@@ -157,6 +157,7 @@ def test_it_can_be_switched_off() -> None:
         use_fused("no")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=20, deadline=None)
 @given(

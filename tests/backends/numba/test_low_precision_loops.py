@@ -75,6 +75,7 @@ def batches(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> list[Tens
 SHAPES = [(2, 32, 7, 7), (13, 6, 4, 4), (5, 3, 23, 9)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -96,6 +97,7 @@ def test_loops_serve_activations_of_16_bits(
     close(*found, dtype)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("added", [False, True])
@@ -121,6 +123,7 @@ def test_a_relu_in_the_same_pass_in_16_bits(added: bool, last: bool, dtype: torc
             close(*found, dtype)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
 def test_outputs_of_16_bits_past_the_caches(
@@ -138,6 +141,7 @@ def test_outputs_of_16_bits_past_the_caches(
     close(list(ours), list(step(exact, x.double(), dy.double())), dtype)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 def test_networks_in_16_bits_and_under_autocast_take_the_loops(dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), anybatch.BatchNorm2d(4))

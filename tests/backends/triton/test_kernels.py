@@ -118,6 +118,7 @@ def agrees(case: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, st
             check(kept[name].cpu(), value, dtype, f"{name}, step {number}")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("case", cases(NAMES))
 def test_every_rule_is_the_papers_equations(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, truth, options = CASES[case]
@@ -126,6 +127,7 @@ def test_every_rule_is_the_papers_equations(case: str, monkeypatch: pytest.Monke
     agrees(case, (3, 2), torch.float64, True, STEPS[case.split()[0]])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("case", ["bn", "mbn", "brn", "mabn", "ghost 4 norm 5", "bgn 2 of 3"])
@@ -161,6 +163,7 @@ def both(
     return found[0], found[1]
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(
     name=st.sampled_from(NAMES),
@@ -258,6 +261,7 @@ def test_only_the_parameters_or_only_the_input(name: str) -> None:
     assert dx.shape == x.shape
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recomputed_forward_does_not_count(name: str, reentrant: bool) -> None:
@@ -273,6 +277,7 @@ def test_a_recomputed_forward_does_not_count(name: str, reentrant: bool) -> None
         assert torch.allclose(value, state(twin)[key], atol=1e-6), key
 
 
+@pytest.mark.exhaustive
 def test_results_of_triton_do_not_depend_on_runs(source: Callable[[str], None]) -> None:
     for kind in SOURCES:
         source(kind)
@@ -362,6 +367,7 @@ def test_everything_works_without_triton() -> None:
     assert done.stdout.strip() == "1"
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", NAMES)
