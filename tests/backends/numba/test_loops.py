@@ -39,22 +39,27 @@ def _auto() -> Iterator[None]:
     use_fused("auto")
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.zeros(2, 4, 3),
-        torch.zeros(2, 4),
-        torch.zeros(2, 3, 4).transpose(1, 2),
-        torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
-        torch.zeros(2, 4, SERIAL),
-    ],
-    ids=["channels", "flat", "transposed", "channels_last", "large"],
-)
-def test_a_dense_batch_qualifies(x: torch.Tensor) -> None:
-    row = torch.zeros(4)
+DENSE = {
+    "channels": torch.zeros(2, 4, 3),
+    "flat": torch.zeros(2, 4),
+    "transposed": torch.zeros(2, 3, 4).transpose(1, 2),
+    "channels_last": torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last),
+    "large": torch.zeros(2, 4, SERIAL),
+}
+
+
+@pytest.mark.parametrize("layout", DENSE)
+def test_a_dense_batch_qualifies(layout: str) -> None:
+    x, row = DENSE[layout], torch.zeros(4)
     assert obstacle(x, row, row) is None
     assert obstacle(x.double(), row.double(), row.double()) is None
-    for low in (x.bfloat16(), x.half()):
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", DENSE)
+def test_a_dense_batch_of_16_bits_qualifies_for_rules(layout: str) -> None:
+    row = torch.zeros(4)
+    for low in (DENSE[layout].bfloat16(), DENSE[layout].half()):
         assert obstacle(low, row, row) is None
         assert obstacle(low, row, row, spec=SAMPLE)
         assert obstacle(low, row.to(low.dtype), row.to(low.dtype))
