@@ -231,7 +231,7 @@ def test_two_processes_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("request_to_stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_keeps_what_is_done_and_says_how_to_go_on(
     tmp_path: Path, request_to_stop: signal.Signals

@@ -335,7 +335,7 @@ def checkpointed(reentrant: bool) -> Callable[..., Tensor]:
     return way
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @each_name
 @each_residual

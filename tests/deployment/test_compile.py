@@ -115,7 +115,7 @@ def _backends_as_before() -> Iterator[None]:
     use_fused("auto")
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["bn", "mabn"])
 @pytest.mark.usefixtures("_backends_as_before")

@@ -352,6 +352,7 @@ def _networks(rank: int) -> None:
             close(plain_model(x), alone.eval()(x), method)
 
 
+@pytest.mark.exhaustive
 def test_replicas_are_one_process_with_the_whole_batch() -> None:
     spawn(_networks)
 

@@ -91,6 +91,7 @@ def plain(model: nn.Module, epochs: int, micro_batches: int = 1, divisor: int = 
     return losses
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["mbn", "mabn", "cbn"])
 def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
     model = anybatch.convert(network(), method, batch_size=2)
@@ -114,6 +115,7 @@ def test_a_callback_that_is_added_to_a_running_training_joins_it(tmp_path: Path)
     assert anybatch.MomentumBatchNorm2d in kinds
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["bn", "mabn"])
 def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     """Eleven batches by fives: the last step of an epoch has one."""
@@ -155,6 +157,7 @@ class Stops(InOrder):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("use", ["forward", "state_dict", "another training"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_training_that_is_cut_off_leaves_nothing_joined(
@@ -183,6 +186,7 @@ def test_a_training_that_is_cut_off_leaves_nothing_joined(
     assert layer.step is None
 
 
+@pytest.mark.exhaustive
 def test_a_smaller_batch_size_is_found_without_a_joined_model(tmp_path: Path) -> None:
     model = anybatch.convert(network(), "bn")
     layer = next(m for m in model.modules() if isinstance(m, anybatch.core.norm_layer.NormLayer))
@@ -293,6 +297,7 @@ def test_a_resumed_trainer_run_of_centred_weights_is_the_whole_one(tmp_path: Pat
     torch.testing.assert_close(logits(plain), logits(whole.model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["mbn", "mabn"])
 def test_the_trainer_converts_by_name_and_resumes(tmp_path: Path, method: str) -> None:
     options = {"batch_size": 2} if method == "mbn" else {"window": 4}

@@ -60,6 +60,7 @@ def _path(request: pytest.FixtureRequest) -> Iterator[None]:
     use_fused("auto")
 
 
+@pytest.mark.few(48)
 @pytest.mark.usefixtures("_path")
 @pytest.mark.pairs("case", "_path")
 @pytest.mark.parametrize("case", CASES)

@@ -705,6 +705,7 @@ def test_one_value_a_channel_has_statistics_once_there_is_a_window() -> None:
     assert norm.method_state["entries"] == 3
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_sample": None}, {"backward_stats": "window"}], ids=str

@@ -359,6 +359,7 @@ def test_random_positions_are_uniform_and_unrelated() -> None:
     assert abs(float(pairs[0]) / 400 - 49 * 90 / 2450) < 0.3
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sample", [*REAL, *MIXED])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_graph_holds_for_every_draw(sample: str) -> None:

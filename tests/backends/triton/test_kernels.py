@@ -118,7 +118,7 @@ def agrees(case: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool, st
             check(kept[name].cpu(), value, dtype, f"{name}, step {number}")
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", cases(NAMES))
 def test_every_rule_is_the_papers_equations(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, truth, options = CASES[case]
@@ -127,7 +127,7 @@ def test_every_rule_is_the_papers_equations(case: str, monkeypatch: pytest.Monke
     agrees(case, (3, 2), torch.float64, True, STEPS[case.split()[0]])
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("case", ["bn", "mbn", "brn", "mabn", "ghost 4 norm 5", "bgn 2 of 3"])
