@@ -72,6 +72,7 @@ def test_a_layer_is_the_papers_equations(
     run(case, shape, dtype)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("case", CASES)
 def test_channels_last_is_the_papers_equations(case: str) -> None:
     run(case, SHAPES["(N, C, H, W)"], torch.float64, last=True)

@@ -95,5 +95,6 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found, expected, msg=lambda message: f"{what}: {message}")
 
 
+@pytest.mark.exhaustive
 def test_two_processes_give_what_torchs_layer_gives_for_the_whole_batch() -> None:
     spawn(_run_cases)

@@ -464,6 +464,7 @@ def reproduce(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.exhaustive
 def test_measurements_are_made_once_stored_drawn_and_traced(tiny: Path) -> None:
     store, docs = tiny / "store", tiny / "docs"
     names = ("costs", "noise", "channel", "--store", str(store), "--workers", "2")
