@@ -96,7 +96,7 @@ class Method:
 
     @property
     def uses_batch_size(self) -> bool:
-        """Whether the batch size that `anybatch.convert` is given makes a difference."""
+        """True if the batch size that `anybatch.convert` is given makes a difference."""
         return "batch_size" in self.options
 
     def build(

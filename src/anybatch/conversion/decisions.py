@@ -59,7 +59,7 @@ class Decision:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Whether the running statistics of a network's batch norms are still the initial ones.
+    """True if the running statistics of a network's batch norms are still the initial ones.
 
     Returns:
         True if there are running statistics and all are initial: no batch counted, means 0,
@@ -78,7 +78,7 @@ def is_fresh(model: nn.Module) -> bool:
 
 
 def has_initial_statistics(norm: nn.Module) -> bool:
-    """Whether a batch norm has counted no batch, and its running statistics say so."""
+    """True if a batch norm has counted no batch, and its running statistics say so."""
     mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
     count = norm._buffers.get("num_batches_tracked")
     if var is None or mean is None or isinstance(mean, nn.UninitializedBuffer):
@@ -292,7 +292,7 @@ def _cut_groups(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
 
 
 def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | None:
-    """Why a norm's feeder cannot have its weights centralized, or None."""
+    """The reason why a norm's feeder cannot have its weights centralized, or None."""
     if module is None:
         return feeder.reason
     if feeder.other_consumers:
@@ -311,7 +311,7 @@ def _centralization_obstacle(feeder: Feeder, module: nn.Module | None) -> str | 
 
 
 def _binding_obstacle(norm: nn.Module, feeder: Feeder, module: nn.Module | None) -> str | None:
-    """Why a norm cannot follow the weights of what feeds it, or None."""
+    """The reason why a norm cannot follow the weights of what feeds it, or None."""
     if module is None:
         return feeder.reason
     if not is_centralized(module) and not has_plain_forward(module, any_weight=True):

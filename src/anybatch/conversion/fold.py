@@ -141,7 +141,7 @@ def _obstacle(
 
 
 def _norm_obstacle(norm: nn.Module) -> str | None:
-    """Why a norm's inference cannot be merged into anything, or None."""
+    """The reason why a norm's inference cannot be merged into anything, or None."""
     if is_frozen_norm(norm):
         try:
             thawed(norm)
@@ -161,7 +161,7 @@ def _norm_obstacle(norm: nn.Module) -> str | None:
 
 
 def _same_channels(norm: nn.Module, layer: nn.Module) -> bool:
-    """Whether the channels a norm counts are those that the layer before it puts out."""
+    """True if the channels a norm counts are those that the layer before it puts out."""
     channels, kind = channels_of(norm), norm_kind(norm)
     if isinstance(layer, nn.Linear):
         return kind is not None and kind.dims == 1 and layer.out_features == channels

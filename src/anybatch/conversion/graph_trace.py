@@ -234,7 +234,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def is_query(node: fx.Node) -> bool:
-    """Whether a node asks for a tensor's shape or type, not for its values."""
+    """True if a node asks for a tensor's shape or type, not for its values."""
     if node.op == "call_method":
         return node.target in _QUERIES
     attribute = node.args[1] if len(node.args) > 1 else None

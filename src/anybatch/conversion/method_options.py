@@ -64,7 +64,7 @@ def options_for(
 
 
 def is_already(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
-    """Whether a norm is a layer of the method, with the options that were asked for."""
+    """True if a norm is a layer of the method, with the options that were asked for."""
     if not isinstance(norm, NormLayer) or type(norm) is not method.layer(norm.dims):
         return False
     wanted = {**options, **method.fixed}

@@ -110,7 +110,7 @@ def let_go(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything listens to, or changes, what goes into or comes out of a module.
+    """True if anything listens to, or changes, what goes into or comes out of a module.
 
     Layers that follow the weights of a convolution do not count, nor does a norm's own activation.
     """

@@ -57,7 +57,7 @@ class Paths:
 
 
 def scales(module: nn.Module) -> bool:
-    """Whether a module is a norm that learns a scale: torch's, ours, or one that looks like it.
+    """True if a module is a norm that learns a scale: torch's, ours, or one that looks like it.
 
     Example:
         >>> scales(nn.LayerNorm(4)), scales(nn.LayerNorm(4, elementwise_affine=False))
@@ -124,7 +124,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _undoes(module: nn.Module) -> bool:
-    """Whether a norm's output forgets the scale of its input: constants do not make it so."""
+    """True if a norm's output forgets the scale of its input: constants do not make it so."""
     kind = norm_kind(module)
     if kind is not None and kind.family == "frozen":
         return False

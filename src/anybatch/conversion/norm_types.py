@@ -74,7 +74,7 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalization of any kind."""
+    """True if a module is a normalization of any kind."""
     return norm_kind(module) is not None
 
 
@@ -138,7 +138,7 @@ def listed(reasons: Iterable[tuple[str, str]]) -> str:
 
 
 def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:
-    """Whether a convolution or linear layer computes what its torch class computes.
+    """True if a convolution or linear layer computes what its torch class computes.
 
     A subclass that pads, standardizes its weight or quantizes in its own forward does not; nor
     does a layer whose weight is recomputed by a parametrization or a weight-norm hook, but for
@@ -160,7 +160,7 @@ def has_plain_forward(module: nn.Module, *, any_weight: bool = False) -> bool:
 
 
 def recomputed_parameter(module: nn.Module) -> str | None:
-    """Why a module's weight or bias is not a parameter of its own, with the remedy; None if it is.
+    """The reason why a weight or bias is no parameter of its own, with the remedy; None if it is.
 
     Example:
         >>> from torch.nn.utils import prune

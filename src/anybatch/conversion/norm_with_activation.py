@@ -16,7 +16,7 @@ _PARTS = {"drop", "act"}
 
 
 def ends_in_activation(norm: nn.Module) -> bool:
-    """Whether a norm applies a dropout and an activation to what it normalized.
+    """True if a norm applies a dropout and an activation to what it normalized.
 
     Example:
         >>> ends_in_activation(nn.BatchNorm2d(3))

@@ -146,7 +146,7 @@ def decide(
 
 
 def _can_fuse(decision: Decision) -> bool:
-    """Whether a norm is, or becomes, a layer that can do more than normalize."""
+    """True if a norm is, or becomes, a layer that can do more than normalize."""
     if decision.method is None:
         return isinstance(decision.norm, NormLayer) and decision.row.decision == "keep"
     return issubclass(decision.method.layer(2), NormLayer)

@@ -61,12 +61,12 @@ class Feeder:
 
     @property
     def untraced(self) -> bool:
-        """Whether there is no feeder only because the model could not be traced."""
+        """True if there is no feeder only because the model could not be traced."""
         return (self.reason or "").endswith(_UNTRACED)
 
     @property
     def sole(self) -> bool:
-        """Whether there is a feeder and the norm alone uses its output."""
+        """True if there is a feeder and the norm alone uses its output."""
         return self.name is not None and self.other_consumers == 0
 
     def __str__(self) -> str:

@@ -102,7 +102,7 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
 
 
 def _keeps_momentum(norm: _NormBase, method: Method) -> bool:
-    """Whether a norm's momentum means the same to the method.
+    """True if a norm's momentum means the same to the method.
 
     It does where both keep torch's running average. The values 0, statistics that stay, and None,
     the average over all batches, mean the same to every method that keeps running statistics.

@@ -134,7 +134,7 @@ def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], l
 
 
 def _obstacle(layer: nn.Module) -> str | None:
-    """Why no plain layer computes the same in evaluation, or None."""
+    """The reason why no plain layer computes the same in evaluation, or None."""
     if isinstance(layer, NormCopies):
         return "several copies of a norm: choose one with anybatch.keep_copy(model, number)"
     if (why := recomputed_parameter(layer)) is not None or not isinstance(layer, NormLayer):

@@ -25,7 +25,7 @@ _SHOWN = 4  # operations of a path, and norms met, that a table names
 
 @dataclass(frozen=True)
 class DecayRow:
-    """Whether weight decay of one norm's scale and shift has an effect.
+    """The decision whether weight decay of one norm's scale and shift has an effect.
 
     Args:
         name: its path in the network (the first, where it has several).

@@ -28,14 +28,14 @@ _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def in_backward() -> bool:
-    """Whether this forward runs inside a backward pass."""
+    """True if this forward runs inside a backward pass."""
     if torch.compiler.is_compiling():
         return False
     return _task() != -1
 
 
 def may_run_again() -> bool:
-    """Whether this forward may be one that is checkpointed.
+    """True if this forward may be one that is checkpointed.
 
     Such a forward runs without gradients (reentrant checkpoints) or under hooks on
     what is saved for backward (the others).
@@ -48,7 +48,7 @@ def may_run_again() -> bool:
 
 
 def hooks_on_saved() -> bool:
-    """Whether hooks may give backward another tensor than the one that this forward saves.
+    """True if hooks may give backward another tensor than the one that this forward saves.
 
     A checkpoint gives one that was computed again, perhaps by other kernels with other last bits.
     """
@@ -58,7 +58,7 @@ def hooks_on_saved() -> bool:
 
 
 def runs_once() -> bool:
-    """Whether this forward neither is nor may be one that runs again.
+    """True if this forward neither is nor may be one that runs again.
 
     The same as `in_backward` and `may_run_again`, at once, where no compiler is.
     """

@@ -197,7 +197,7 @@ def statistics_of(backend: Backend, call: NormCall, context: Any, like: Tensor) 
 
 
 def is_batched(dy: Tensor) -> bool:
-    """Whether a gradient is one of a batch of gradients (``is_grads_batched``, ``jacobian``)."""
+    """True if a gradient is one of a batch of gradients (``is_grads_batched``, ``jacobian``)."""
     legacy = torch._C._functorch.is_legacy_batchedtensor(dy)
     return bool(legacy or torch._C._functorch.is_batchedtensor(dy))
 

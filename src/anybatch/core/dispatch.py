@@ -1,4 +1,4 @@
-"""Which backend serves a batch: chosen here, and remembered by shape and layout."""
+"""The choice of the backend that serves a batch, remembered by shape and layout."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ MOST_PLANS = 16  # shapes of batches that a layer remembers
 
 
 class ExecutionPlan(NamedTuple):
-    """How batches of one shape and layout are served, while the layer's settings do not change.
+    """The way in which batches of one shape and layout are served, while settings do not change.
 
     Attributes:
         backend: Serves them.
@@ -37,7 +37,7 @@ class ExecutionPlan(NamedTuple):
     takes_relu: bool
 
     def fits(self, x: Tensor, rows: Rows) -> bool:
-        """Whether a batch of the same shape still is one of these."""
+        """True if a batch of the same shape still is one of these."""
         if x.dtype is not self.dtype or x.stride() != self.strides or is_wrapped(x):
             return False
         return self.backend.memory_obstacle(x, rows) is None

@@ -1,4 +1,4 @@
-"""What a layer may do to its output in its own pass: add another tensor, take a ReLU."""
+"""Operations on a layer's output in its own pass: adding another tensor, taking a ReLU."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Activation(NamedTuple):
     residual: Tensor | None
 
     def is_plain(self) -> bool:
-        """Whether what is added is memory to read."""
+        """True if what is added is memory to read."""
         return self.residual is None or type(self.residual) in (Tensor, nn.Parameter)
 
     def of(self, y: Tensor, fresh: bool = False) -> Tensor:

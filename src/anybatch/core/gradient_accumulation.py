@@ -51,7 +51,7 @@ class StatefulLayer(Protocol):
 
 
 class AccumulatedMoments(NamedTuple):
-    """What an optimizer step has seen, this micro-batch included.
+    """The moments that an optimizer step has seen, this micro-batch included.
 
     Attributes:
         total: Values a channel, a number on the layer's device.
@@ -67,7 +67,7 @@ class AccumulatedMoments(NamedTuple):
 
 
 class StepMemory:
-    """What a layer keeps within an optimizer step.
+    """The state of a layer within an optimizer step.
 
     Args:
         layer: The layer.

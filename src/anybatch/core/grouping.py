@@ -1,4 +1,4 @@
-"""How a batch is cut: into steps along which memory runs, and groups within a step."""
+"""Parts of a batch: steps along which memory runs, and groups within a step."""
 
 from functools import lru_cache
 from operator import index

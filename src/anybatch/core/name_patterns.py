@@ -11,7 +11,7 @@ Where = str | Callable[[str, nn.Module], bool]
 
 
 def matches(where: Where | None, names: str | Iterable[str], module: nn.Module) -> bool:
-    """Whether `where` selects a module.
+    """True if `where` selects a module.
 
     Args:
         where: A name pattern such as ``"encoder.*"``, a predicate ``(name, module)``, or None for

@@ -1,4 +1,4 @@
-"""What the library tells its user: the logger, and warnings that are given once."""
+"""Messages to the library's user: the logger, and warnings that are given once."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""Whose values stand behind a batch's statistics, where they are not simply all of its own."""
+"""The elements that contribute to batch statistics when a mask or process group is used."""
 
 import zlib
 from collections.abc import Iterator

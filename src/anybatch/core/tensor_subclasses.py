@@ -26,7 +26,7 @@ def as_plain(x: Tensor) -> Tensor:
 
 
 def is_overridden(*tensors: Tensor | None) -> bool:
-    """Whether a subclass among the tensors overrides torch's functions."""
+    """True if a subclass among the tensors overrides torch's functions."""
     given = [t for t in tensors if isinstance(t, Tensor)]
     if torch.compiler.is_compiling():
         disabled = torch._C._disabled_torch_function_impl
@@ -61,7 +61,7 @@ def batch_norm(*tensors: Tensor | None, function: Callable[..., Tensor]) -> Tens
 
 
 def is_distributed(x: Any) -> bool:
-    """Whether a tensor is a ``DTensor`` of ``torch.distributed``."""
+    """True if a tensor is a ``DTensor`` of ``torch.distributed``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

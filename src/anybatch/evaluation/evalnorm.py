@@ -209,7 +209,7 @@ class _Fit:
 
 
 def _applies(layer: NormLayer) -> bool:
-    """Whether a layer normalized by mean and variance of the batch in training."""
+    """True if a layer normalized by mean and variance of the batch in training."""
     return layer.centered and layer.columns == layer.num_features and not layer.frozen
 
 

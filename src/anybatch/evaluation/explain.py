@@ -1,4 +1,4 @@
-"""Which backend serves each layer of a network, and why the others do not."""
+"""The backend that serves each layer of a network, and why the others do not."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class LayerBackend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; ``str()`` of it is a table.
+    """The result of `explain`; ``str()`` of it is a table.
 
     Attributes:
         layers: One row per layer.

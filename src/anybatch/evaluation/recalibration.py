@@ -272,13 +272,13 @@ class _Meter:
 
 
 def _counts(module: nn.Module) -> bool:
-    """Whether a module is a norm that this is about, though perhaps to be left alone."""
+    """True if a module is a norm that this is about, though perhaps to be left alone."""
     kind = norm_kind(module)
     return kind is not None and (kind.family != "other" or isinstance(module, nn.GroupNorm))
 
 
 def _obstacle(name: str, module: nn.Module, where: Where | None) -> str | None:
-    """Why a layer is left alone; None where it is not."""
+    """The reason why a layer is left alone, or None."""
     kind = norm_kind(module)
     frozen = isinstance(module, NormLayer) and module.frozen
     if frozen or (kind is not None and kind.family == "frozen"):

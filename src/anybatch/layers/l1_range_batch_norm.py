@@ -69,7 +69,7 @@ class SpreadNorm(NormLayer):
 
     @staticmethod
     def marks(values: _Values) -> Tensor:
-        """Which values the spread grows with (1), falls with (2), or both (3): uint8 like ``x``."""
+        """Marks of values that the spread grows with (1), falls with (2), or both (3): uint8."""
         raise NotImplementedError
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Where the samples of batch normalization sampling are: from a draw and a shape to positions."""
+"""Positions of the samples of batch normalization sampling, from a draw and a shape."""
 
 import random
 from operator import index
@@ -75,7 +75,7 @@ def patch_sides(sides: tuple[int, ...], ratio: float) -> tuple[int, ...]:
 
 
 def _begin(number: Place, length: int, side: int) -> Place:
-    """Where ``side`` of ``length`` positions begin, each place as likely as another."""
+    """Begin of ``side`` of ``length`` positions, each place as likely as another."""
     return (number * (length - side + 1)) >> _BITS
 
 

@@ -224,7 +224,7 @@ class SampledBatchNorm(NormLayer):
 
     @property
     def is_virtual(self) -> bool:
-        """Whether statistics come from virtual examples, alone or with others."""
+        """True if statistics come from virtual examples, alone or with others."""
         return self.sample.endswith("virtual")
 
     def _parts(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[tuple[Part, ...], ...] | None:
@@ -284,7 +284,7 @@ class SampledBatchNorm(NormLayer):
         return tuple(found)
 
     def _virtual_rows(self) -> int:
-        """How many of the first rows are virtual."""
+        """Number of the first rows that are virtual."""
         if not self.is_virtual:
             return 0
         rows = self.wrapped_rows if self.num_virtual is None else self.num_virtual
@@ -316,7 +316,7 @@ class SampledBatchNorm(NormLayer):
         return parts
 
     def _is_sampled(self, group: Any) -> bool:
-        """Whether this process is one of those sampled in this draw."""
+        """True if this process is one of those sampled in this draw."""
         assert self.ranks is not None
         if not self._agreed:
             seed = int(first_of(group, self.method_state["seed"]))

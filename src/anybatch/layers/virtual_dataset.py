@@ -122,7 +122,7 @@ class VirtualDataset(nn.Module):
         return output
 
     def _is_here(self, layers: Mapping[str, SampledBatchNorm]) -> bool:
-        """Whether this process has virtual examples."""
+        """True if this process has virtual examples."""
         if self.ranks is None:
             return True
         for name, layer in layers.items():

@@ -178,7 +178,7 @@ _PLAIN = {centralized: plain for plain, centralized in _CENTRALIZED.items()}
 
 
 def is_centralized(module: nn.Module) -> bool:
-    """Whether a layer uses centred weights.
+    """True if a layer uses centred weights.
 
     Example:
         >>> from torch import nn

@@ -46,7 +46,7 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
 
 
 def is_large(shape: tuple[int, ...]) -> bool:
-    """Whether images of a shape ``(channels, height, width)`` meet the stem for ImageNet."""
+    """True if images of a shape ``(channels, height, width)`` meet the stem for ImageNet."""
     return shape[2] > _LARGEST_SMALL_IMAGE
 
 

@@ -222,7 +222,7 @@ class Run:
 
     @property
     def converted(self) -> bool:
-        """Whether the network's norms are converted to the method."""
+        """True if the network's norms are converted to the method."""
         return self.method not in self.unconverted
 
     @property
@@ -259,7 +259,7 @@ class Run:
 
     @property
     def augments(self) -> bool:
-        """Whether training images are flipped and shifted."""
+        """True if training images are flipped and shifted."""
         return self.data in self.augmented if self.augment is None else self.augment
 
     def as_dict(self) -> dict[str, Any]:

@@ -41,12 +41,12 @@ class Unsound(Exception):
 
 
 def is_list(module: nn.Module) -> bool:
-    """Whether a module only holds others, and its parent calls these."""
+    """True if a module only holds others, and its parent calls these."""
     return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def is_passed_over(module: nn.Module) -> bool:
-    """Whether a part is a chain that ends in a norm, and nothing but a chain."""
+    """True if a part is a chain that ends in a norm, and nothing but a chain."""
     cls = plain_class(module)
     chain = issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward
     if not chain or not module._modules or "forward" in module.__dict__ or has_hooks(module):

@@ -53,7 +53,7 @@ class Fusion:
     run: Any = field(default=None, repr=False)
 
     def holds(self) -> bool:
-        """Whether all parts are there, and nothing listens to those that are passed over."""
+        """True if all parts are there, and nothing listens to those that are passed over."""
         for module, parts in self.parts:
             if module._modules != parts:
                 return False
@@ -149,7 +149,7 @@ def fused_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _may_run(block: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether a block's rewritten forward does what its own would."""
+    """True if a block's rewritten forward does what its own would."""
     fusion = block.__dict__.get("_fusion")
     return (
         fusion is not None

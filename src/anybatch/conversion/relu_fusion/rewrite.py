@@ -108,7 +108,7 @@ class GraphWriter:
         return users[0]
 
     def is_relu(self, node: fx.Node, given: fx.Node) -> bool:
-        """Whether a node is the ReLU of one value, and that alone."""
+        """True if a node is the ReLU of one value, and that alone."""
         if node.args != (given,):
             return False
         if node.op == "call_module":

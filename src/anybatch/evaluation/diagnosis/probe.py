@@ -59,7 +59,7 @@ class NormProbe:
 
     @property
     def active(self) -> bool:
-        """Whether the norm uses the statistics of a batch, as it stands."""
+        """True if the norm uses the statistics of a batch, as it stands."""
         if isinstance(self.norm, NormLayer):
             return self.norm.training and not self.norm.frozen
         return self.norm.training or self.norm.running_mean is None

@@ -101,7 +101,7 @@ def word(layer: LayerNoise) -> Word:
 
 
 def is_stale(layer: LayerNoise) -> bool:
-    """Whether a norm's running statistics are further from the data's than their noise allows."""
+    """True if a norm's running statistics are further from the data's than their noise allows."""
     return layer.stale is not None and layer.stale > layer.stale_limit
 
 
