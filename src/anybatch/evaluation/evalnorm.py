@@ -135,17 +135,13 @@ def eval_norm(
         if not layers:
             raise ValueError(f"model: {type(model).__name__} has no batch norm to do this for")
         fits = {name: _Fit(module, batch_size) for name, module in layers.items()}
-        try:
-            for name, module in layers.items():
-                module.__dict__["forward"] = fits[name].forward
-            with torch.no_grad():
-                shown = {"progress": progress, "title": "batches", "max_batches": max_batches}
-                with reading(loader, device=device_of(inner), **shown) as batches:  # type: ignore[arg-type]
-                    for batch in batches:
-                        run(inner, batch, forward)
-        finally:
-            for module in layers.values():
-                module.__dict__.pop("forward", None)
+        for name, module in layers.items():
+            module.__dict__["forward"] = fits[name].forward
+        device = device_of(inner)
+        reader = reading(loader, device=device, max_batches=max_batches, progress=progress)
+        with torch.no_grad(), reader as batches:
+            for batch in batches:
+                run(inner, batch, forward)
         found = {name: fit.alpha(name) for name, fit in fits.items() if fit.batches}
         if not found:
             raise ValueError(

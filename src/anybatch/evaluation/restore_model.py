@@ -67,6 +67,17 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
         put_back()
 
 
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """A context that leaves all modules in training or evaluation mode as it found them."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def random_numbers(model: nn.Module) -> Undo:
     """Note the states of all random numbers that a network's forward may draw.
 

@@ -90,19 +90,9 @@ class RunningGroupNorm(BatchGroupNorm):
     def _ranks(self) -> tuple[int, ...]:
         return tuple(range(2, 9))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        _, _, missing_keys, *_ = rest  # as torch.nn.Module has them
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if prefix + name in missing_keys:  # a group norm's checkpoint
                 missing_keys.remove(prefix + name)

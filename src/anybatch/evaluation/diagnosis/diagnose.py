@@ -18,7 +18,7 @@ from anybatch.evaluation.diagnosis.outputs import OutputProbe, compare_outputs, 
 from anybatch.evaluation.diagnosis.probe import NormProbe, measurable_norms
 from anybatch.evaluation.diagnosis.reading import read
 from anybatch.evaluation.diagnosis.result import Diagnosis
-from anybatch.evaluation.restore_model import borrowed
+from anybatch.evaluation.restore_model import borrowed, kept_modes
 from anybatch.layers.control import no_update
 
 _ROUGH_BELOW = 20  # batches
@@ -171,24 +171,23 @@ class _Measurement:
         self.goal: Tensor | None = None
 
     def measure(self, batches: Iterable[Any]) -> None:
-        modes = [(module, module.training) for module in self.model.modules()]
         for probe in self.probes:  # running statistics stay as they are
             probe.hold_still()
             probe.attach(lambda: self.goal)
         for batch in batches:
             loss = self._train(batch)
-            self.losses += [] if loss is None else [(loss, self._evaluate(batch, modes))]
+            self.losses += [] if loss is None else [(loss, self._evaluate(batch))]
             if self.done < _COMPARED:
-                self._compare(batch, modes)
+                self._compare(batch)
             self.size = self.size or examples_in(batch)
             self.done += 1
 
-    def _compare(self, batch: Any, modes: list[tuple[nn.Module, bool]]) -> None:
+    def _compare(self, batch: Any) -> None:
         """Measure disparities and seams, the probes of noise at rest."""
         for probe in self.probes:
             probe.paused = True
         forward = partial(run, self.model, batch, self.forward)
-        compare_outputs(self.model, self.outputs, modes, forward, not self.fresh)
+        compare_outputs(self.model, self.outputs, forward, not self.fresh)
         for probe in self.probes:
             probe.paused = False
 
@@ -204,18 +203,14 @@ class _Measurement:
                 torch.autograd.grad(loss, self.goal, allow_unused=True)
         return float(loss.detach())
 
-    def _evaluate(self, batch: Any, modes: list[tuple[nn.Module, bool]]) -> float | None:
+    def _evaluate(self, batch: Any) -> float | None:
         """The loss of the batch in evaluation mode."""
         if self.fresh or any(probe.norm.running_mean is None for probe in self.probes):
             return None
         self.goal = None
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                loss = self._loss(run(self.model, batch, self.forward), batch)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with kept_modes(self.model), torch.no_grad():
+            self.model.eval()
+            loss = self._loss(run(self.model, batch, self.forward), batch)
         return None if loss is None else float(loss)
 
     def _loss(self, output: Any, batch: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain
+from anybatch.evaluation.restore_model import kept_modes
 
 _KEPT_VALUES = 2**16  # of an output
 
@@ -66,31 +67,26 @@ class OutputProbe:
 def compare_outputs(
     model: nn.Module,
     probes: Sequence[OutputProbe],
-    modes: Sequence[tuple[nn.Module, bool]],
     forward: Callable[[], Any],
     trained: bool,
 ) -> None:
-    """Run a batch in evaluation mode, and if ``trained``, before with the norms in training mode.
-
-    ``modes`` are the modes of all modules, which are put back.
-    """
+    """Run a batch in evaluation mode, and if ``trained`` before that with the norms in training."""
     handles = [probe.norm.register_forward_hook(probe.note, with_kwargs=True) for probe in probes]
-    before = dict(modes)
+    before = [probe.norm.training for probe in probes]
     try:
         for probe in probes if trained else ():
             probe.trained = []
-        for training in (True, False)[not trained :]:
-            model.eval()
-            for probe in probes:
-                probe.norm.training = training and before[probe.norm]
-            forward()
+        with kept_modes(model):
+            for training in (True, False)[not trained :]:
+                model.eval()
+                for probe, mode in zip(probes, before, strict=True):
+                    probe.norm.training = training and mode
+                forward()
     finally:
         for handle in handles:
             handle.remove()
         for probe in probes:
             probe.trained = None
-        for module, mode in modes:
-            module.training = mode
 
 
 def example_norms(model: nn.Module) -> dict[str, nn.Module]:
