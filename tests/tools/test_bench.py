@@ -101,7 +101,7 @@ def test_ratios_are_by_round() -> None:
     assert (found["old"].ratio, found["old"].low, found["old"].high) == (1.0, 1.0, 1.0)
     assert found["new"].ratio == 2.0  # that of the medians would be 2, too: 2 / 1
     assert summaries({"old": [1.0, 9.0, 9.0], "new": [2.0, 9.0, 1.0]}, "old")["new"].ratio == 1.0
-    with pytest.raises(ValueError, match="rounds=0: give 1 or more"):
+    with pytest.raises(ValueError, match="rounds=0: give a whole number from 1 on"):
         interleaved({}, 0)
 
 

@@ -9,6 +9,7 @@ from anybatch.cli.console import console, plain_errors, print_file, print_lines,
 from anybatch.cli.options import AsJson, Methods, Output, Rounds
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import check_device, parse_names
+from anybatch.core.arguments import check_count
 
 
 @plain_errors()
@@ -32,8 +33,7 @@ def check(
     """
     from anybatch.tools import check as checks
 
-    if rounds < 0:
-        raise ValueError(f"rounds={rounds}: give a number from 0 on")
+    check_count("rounds", rounds, 0)
     names = checks.KEPT if methods is None else parse_names(methods)
     for name in names:
         if name not in checks.KEPT:

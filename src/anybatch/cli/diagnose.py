@@ -9,6 +9,7 @@ from anybatch.cli import options
 from anybatch.cli.console import console, plain_errors, print_file, print_lines, print_path
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import build_method_run, limit_threads, read_settings, results_folder
+from anybatch.core.arguments import check_count
 
 
 @plain_errors()
@@ -58,8 +59,7 @@ def diagnose(
 
     given = read_settings(context, config)
     epochs = given["epochs"] if given["checkpoint"] is None else 0
-    if epochs < 0:
-        raise ValueError(f"epochs={epochs}: give a number from 0 on")
+    check_count("epochs", epochs, 0)
     run = build_method_run({**given, "epochs": max(epochs, 1)}, "diagnosed")
     folder = results_folder(given, f"diagnose-{run.data_name}")
     limit_threads(run.device)

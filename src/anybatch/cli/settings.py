@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from anybatch.core.arguments import check_count
+
 if TYPE_CHECKING:
     from anybatch.tools.run import Option, Run
 
@@ -169,7 +171,6 @@ def count_workers(workers: int | None, device: str) -> int:
         ValueError: For a number below 1.
     """
     if workers is not None:
-        if workers < 1:
-            raise ValueError(f"workers={workers}: give 1 or more")
-        return int(workers)
+        check_count("workers", workers)
+        return workers
     return max(os.cpu_count() or 1, 1) if device == "cpu" else 1

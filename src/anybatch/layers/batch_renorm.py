@@ -95,8 +95,7 @@ class BatchRenorm(NormLayer):
             raise ValueError(f"max_r={max_r!r}: give a number from 1 on")
         if not max_d >= 0:
             raise ValueError(f"max_d={max_d!r}: give a number from 0 on")
-        if warmup_steps != 0:
-            check_count("warmup_steps", warmup_steps)
+        check_count("warmup_steps", warmup_steps, 0)
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
         super().__init__(
             *shared,

@@ -377,9 +377,8 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
         check_count("window", window)
         if not clip >= 1:
             raise ValueError(f"clip={clip!r}: give a number from 1 on")
-        for name, steps in (("warmup", warmup_steps), ("renorm_warmup", renorm_warmup_steps)):
-            if steps != 0:
-                check_count(f"{name}_steps", steps)
+        check_count("warmup_steps", warmup_steps, 0)
+        check_count("renorm_warmup_steps", renorm_warmup_steps, 0)
         for name, choice in (("forward", forward_stats), ("backward", backward_stats)):
             check_choice(f"{name}_stats", choice, ("ema", "sma", "batch"))
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -18,7 +18,7 @@ from anybatch.core.files import write_json
 from anybatch.core.kernel_trial import try_kernels
 from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import METHODS, get_method
-from anybatch.tools.bench import steady_options
+from anybatch.tools.bench import Show, steady_options
 from anybatch.tools.measurements import surroundings
 from anybatch.tools.report_files import output_folder, terminal_table
 from anybatch.tools.timing import interleaved, summaries
@@ -32,7 +32,6 @@ KEPT = tuple(name for name, method in METHODS.items() if method.builder is None)
 CHANNELS = 16
 SIDES = {"cpu": (7,), "cuda": (8, 32, 128)}  # of maps; on a GPU each takes other kernels
 TIMED = (8, 64, 28, 28)
-Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

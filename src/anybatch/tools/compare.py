@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.core.arguments import check_count
 from anybatch.registry import get_method
 from anybatch.tools.data import Dataset, steps_per_epoch
 from anybatch.tools.network_factory import build
@@ -49,8 +50,7 @@ class Comparison:
             get_method(name)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: give each once")
-        if self.target_batch_size < 1:
-            raise ValueError(f"target_batch_size={self.target_batch_size}: give 1 or more")
+        check_count("target_batch_size", self.target_batch_size)
 
     def groups(self) -> dict[str, list[Run]]:
         """The runs, by row of the table: the target, the baseline, then each method."""

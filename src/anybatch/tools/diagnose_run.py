@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from anybatch.core.files import write_json
 from anybatch.evaluation.diagnosis.diagnose import diagnose
 from anybatch.evaluation.diagnosis.result import Diagnosis
+from anybatch.tools.bench import Show
 from anybatch.tools.checkpoint import load_weights, read_checkpoint
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
@@ -21,8 +22,6 @@ from anybatch.tools.training import prepare, train_epoch
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Show = Callable[[str, int, int], None]
 
 
 def diagnose_run(

@@ -107,8 +107,7 @@ class Run:
         for name in optional:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: give a whole number from 0 on")
+        check_count("seed", self.seed, 0)
         for name in ("lr", "momentum", "weight_decay", "gamma_target"):
             check_from(name, getattr(self, name), 0)
         if self.gamma_target > 1:

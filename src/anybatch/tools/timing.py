@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anybatch.core.arguments import check_count
 from anybatch.tools.data import Dataset
 from anybatch.tools.objective import objective
 from anybatch.tools.run import BASELINE, Run
@@ -106,8 +107,7 @@ def interleaved(
         >>> len(times["nothing"])
         5
     """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}: give 1 or more")
+    check_count("rounds", rounds)
     watch = _watch(torch.device(device), clock)
     counts = dict.fromkeys(calls, 1)
     for name, call in calls.items():
