@@ -53,7 +53,7 @@ def test_check_names_kernels_that_disagree_and_fails(
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (("--rounds", "-1"), "rounds=-1: give a number from 0 on"),
+        (("--rounds", "-1"), "rounds=-1: give a whole number from 0 on"),
         (("--devices", "tpu"), "devices='tpu'|device='tpu'"),
         (("--devices", "meta"), "devices='meta': give cpu, cuda"),
         (("--methods", "gn"), "methods='gn': give one or more of bn,"),

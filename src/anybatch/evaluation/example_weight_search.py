@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,8 @@ def tune_example_weight(
     weighing = Weighing(unwrapped(model)[0], where)
     totals = [_Totals() for _ in alphas]
     with borrowed(model, training=False) as inner, torch.no_grad():
-        rewind = random_numbers(inner)
+        rewind, device = random_numbers(inner), device_of(inner)
+        read = partial(reading, loader, device=device, max_batches=max_batches, progress=progress)
         rounds = (
             [range(len(alphas))] if in_one_pass else [range(k, k + 1) for k in range(len(alphas))]
         )
@@ -209,13 +211,7 @@ def tune_example_weight(
             for number, indices in enumerate(rounds, 1):
                 rewind()
                 title = "tuning" if in_one_pass else f"tuning, {number} of {len(rounds)}"
-                with reading(
-                    loader,
-                    device=device_of(inner),
-                    max_batches=max_batches,
-                    progress=progress,
-                    title=title,
-                ) as batches:
+                with read(title=title) as batches:
                     for batch in batches:
                         for index in indices:
                             weighing.set(alphas[index])

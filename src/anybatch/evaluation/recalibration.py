@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -178,20 +179,15 @@ def recalibrate(
         if mode == "together":
             for module in chosen.values():
                 module.train(not isinstance(module, nn.GroupNorm))
-        rewind = random_numbers(inner)
+        rewind, device = random_numbers(inner), device_of(inner)
+        read = partial(reading, loader, device=device, max_batches=max_batches, progress=progress)
         old = {name: _stored(module) for name, module in chosen.items()}
         meter = _Meter(chosen)
         passes, settled = 0, False
         while not settled:
             rewind()
             title = f"pass {passes + 1} of up to {most}" if most > 1 else "recalibrating"
-            with reading(
-                loader,
-                device=device_of(inner),
-                max_batches=max_batches,
-                progress=progress,
-                title=title,
-            ) as batches:
+            with read(title=title) as batches:
                 pools, examples, reused = meter.measure(inner, batches, forward, group)
             passes += 1
             new = {name: _statistics(chosen[name], pool) for name, pool in pools.items()}

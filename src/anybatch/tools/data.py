@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from anybatch.tools.examples import Examples
+from anybatch.tools.examples import Unread
 from anybatch.tools.images import ImageFiles, files_by_class, read_image
 from anybatch.tools.run import Run
 
@@ -50,9 +50,9 @@ class Dataset:
     """
 
     name: str
-    train_x: Tensor | ImageFiles | Examples
+    train_x: Tensor | Unread
     train_y: Tensor
-    test_x: Tensor | ImageFiles | Examples
+    test_x: Tensor | Unread
     test_y: Tensor
     classes: int
     network: Callable[[], nn.Module] | None = None
@@ -65,7 +65,7 @@ class Dataset:
     def to(self, device: str) -> "Dataset":
         """The data on a device; what is read when it is needed stays where it is until then."""
 
-        def moved(x: Tensor | ImageFiles | Examples) -> Tensor | ImageFiles | Examples:
+        def moved(x: Tensor | Unread) -> Tensor | Unread:
             return x.to(device) if isinstance(x, Tensor) else x
 
         return replace(
@@ -74,6 +74,16 @@ class Dataset:
             train_y=self.train_y.to(device),
             test_x=moved(self.test_x),
             test_y=self.test_y.to(device),
+        )
+
+    def only(self, train: slice | Tensor, test: slice | Tensor) -> "Dataset":
+        """Some of the training and of the held-out examples."""
+        return replace(
+            self,
+            train_x=self.train_x[train],
+            train_y=self.train_y[train],
+            test_x=self.test_x[test],
+            test_y=self.test_y[test],
         )
 
 
@@ -93,14 +103,7 @@ def load(run: Run) -> Dataset:
                 f"{name}_size={wanted}: give a number from 1 to {there}, "
                 f"the {_SPLITS[name]} examples there are in {data.name}"
             )
-    train, test = slice(run.train_size), slice(run.test_size)
-    return replace(
-        data,
-        train_x=data.train_x[train],
-        train_y=data.train_y[train],
-        test_x=data.test_x[test],
-        test_y=data.test_y[test],
-    )
+    return data.only(slice(run.train_size), slice(run.test_size))
 
 
 def _validation(data: Dataset, size: int) -> Dataset:
@@ -113,13 +116,8 @@ def _validation(data: Dataset, size: int) -> Dataset:
         )
     order = torch.randperm(there, generator=torch.Generator().manual_seed(0))
     held_out, kept = order[:size], order[size:]
-    return replace(
-        data,
-        train_x=data.train_x[kept],
-        train_y=data.train_y[kept],
-        test_x=data.train_x[held_out],
-        test_y=data.train_y[held_out],
-    )
+    everything = replace(data, test_x=data.train_x, test_y=data.train_y)
+    return everything.only(kept, held_out)
 
 
 def steps_per_epoch(run: Run, data: Dataset) -> int:

@@ -22,6 +22,11 @@ class Unread:
 
     items: Sequence[Any]
 
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of a tensor of all inputs."""
+        raise NotImplementedError
+
     def read(self) -> Tensor:
         """Read all inputs."""
         raise NotImplementedError

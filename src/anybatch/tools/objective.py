@@ -23,10 +23,6 @@ class Objective:
     """The objective of a run.
 
     Attributes:
-        numbers: Names of the numbers that a network is judged by, each from 0 to 1. Tables show
-            the first.
-        curve: Name under which stored rows keep the first number by epoch.
-        units: Units in which a table may give the first number, in per cent.
         batches: Makes the batches of an epoch from the run, its data and the epoch, from 1 on:
             examples and their targets, on the run's device. Order, noise and augmentation follow
             from seed and epoch alone.
@@ -34,16 +30,20 @@ class Objective:
             gradient.
         evaluate: Takes the run, its network, which is left in evaluation mode, and the data;
             returns the mean loss on the held-out examples, None if there is none, and the numbers.
+        numbers: Names of the numbers that a network is judged by, each from 0 to 1. Tables show
+            the first.
+        curve: Name under which stored rows keep the first number by epoch.
+        units: Units in which a table may give the first number, in per cent.
         prepare_norms: Prepares a fresh network's norms for conversion; returns which norms the
             method converts, None for all.
     """
 
-    numbers: tuple[str, ...]
-    curve: str
-    units: tuple[str, ...]
     batches: Batches
     loss: Loss
     evaluate: Evaluate
+    numbers: tuple[str, ...] = ("accuracy",)
+    curve: str = "accuracies"
+    units: tuple[str, ...] = ("accuracy", "error")
     prepare_norms: PrepareNorms = lambda run, model: None
 
     @property
@@ -69,20 +69,6 @@ def _evaluate(run: Run, model: nn.Module, data: Dataset) -> tuple[float, dict[st
 
 # Objectives by `Run.task`. Whoever has more tasks adds theirs here.
 OBJECTIVES = {
-    "classification": Objective(
-        numbers=("accuracy",),
-        curve="accuracies",
-        units=("accuracy", "error"),
-        batches=classification.batches,
-        loss=classification.loss,
-        evaluate=_evaluate,
-    ),
-    "own": Objective(
-        numbers=("accuracy",),
-        curve="accuracies",
-        units=("accuracy", "error"),
-        batches=own_data.batches,
-        loss=own_data.loss,
-        evaluate=own_data.evaluate,
-    ),
+    "classification": Objective(classification.batches, classification.loss, _evaluate),
+    "own": Objective(own_data.batches, own_data.loss, own_data.evaluate),
 }

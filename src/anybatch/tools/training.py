@@ -86,7 +86,7 @@ def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) ->
     # Images in files or of bytes are standardized by what is known of such images.
     if isinstance(data.train_x, Examples):
         mean, std = dataset_statistics(data.train_x.split(_READ), progress=False)
-    elif isinstance(data.train_x, ImageFiles) or data.train_x.dtype == torch.uint8:
+    elif not isinstance(data.train_x, Tensor) or data.train_x.dtype == torch.uint8:
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
