@@ -78,6 +78,7 @@ def test_train_and_eval_flags_are_kept_one_by_one(method: str) -> None:
     assert not model[4].training
 
 
+@pytest.mark.few(4)
 @each_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_device_and_type_are_kept(method: str, dtype: torch.dtype) -> None:

@@ -74,6 +74,7 @@ def test_the_activation_of_a_converted_norm_stays(method: str) -> None:
     torch.testing.assert_close(model[1](model[0](x)), h)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["bn", "mabn", "brn", "cbn"])
 def test_a_norm_with_activation_goes_back_to_what_it_was(method: str) -> None:
     model, x = randomize(network()).eval(), picture()

@@ -395,7 +395,9 @@ def test_a_checkpointed_masked_layer_counts_once(use_reentrant: bool) -> None:
         expected, grad = masked_step(twin, x, dy, mask)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(x.grad, grad)
-    assert same(state(layer), state(twin))
+    mine, its = state(layer), state(twin)
+    assert same(mine, its, but=("backward_average",))  # of sums in another order
+    torch.testing.assert_close(mine["backward_average"], its["backward_average"])
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {

@@ -37,7 +37,6 @@ def test_a_plain_cpu_batch_is_served_by_numba_each_time() -> None:
     ("layer", "reason"),
     [
         (anybatch.MovingAverageBatchNorm2d(4, centered=True), "centered=True"),
-        (anybatch.BatchNorm2d(4, outlier_limit=9.0), "outlier_limit=9.0"),
         (anybatch.BatchNorm2d(4, affine=False), "no weight and bias"),
         (anybatch.BatchNorm2d(4).bfloat16(), "torch.float64"),
         (anybatch.SampledBatchNorm2d(4, ratio=1.0), "the sample is the whole batch"),
@@ -54,7 +53,9 @@ def test_operators_of_torch_serve_and_the_reason_is_told(layer: nn.Module, reaso
 
 def test_a_mask_and_the_choice_of_the_user_are_reasons() -> None:
     layer, x = anybatch.BatchNorm2d(4), torch.randn(2, 4, 3, 3)
-    assert "mask" in served(layer, x, mask=torch.tensor([True, False]))[1]
+    mask = torch.tensor([True, False])
+    assert served(layer, x, mask=mask)[0] == "numba"
+    assert "mask" in served(anybatch.L1BatchNorm2d(4), x, mask=mask)[1]
     use_fused("never")
     assert served(layer, x) == ("aten", "use_fused('never')")
 

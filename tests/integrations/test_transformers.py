@@ -285,6 +285,7 @@ def test_a_network_of_another_head_starts_fresh_with_a_warning(tmp_path: Path) -
     assert isinstance(body.resnet.embedder.embedder.normalization, anybatch.GhostBatchNorm2d)
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_trainer_run_of_centred_weights_is_the_whole_one(tmp_path: Path) -> None:
     whole = trainer(anybatch.convert(network(), "mabn"), tmp_path / "a", NormCallback())
     whole.train()

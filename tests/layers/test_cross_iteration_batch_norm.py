@@ -103,6 +103,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize(("feeder", "options"), CASES, ids=str)
 def test_a_pair_is_the_reference_over_twenty_steps_of_sgd(
     feeder: str, options: dict[str, Any]

@@ -60,6 +60,7 @@ def random_layer(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **o
 # --- the passes ----------------------------------------------------------------
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("sample", [*REAL, *MIXED])
 @pytest.mark.parametrize(
     "shape",

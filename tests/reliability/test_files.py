@@ -52,7 +52,7 @@ def result(folder: Path) -> dict[str, object]:
     return {"accuracy": row["accuracy"], "epochs": epochs}
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [0, 2_000, 40_000])
 def test_a_disk_that_is_full(tmp_path: Path, size: int, whole: dict[str, object]) -> None:
     """No file may grow beyond a size: writes fail as on a full disk, at the same places."""

@@ -104,6 +104,7 @@ def test_an_outlier_limit_works_with_all_other_options(name: str, how: str) -> N
         assert same(before, memories(layer))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["bn", "mabn", "mbn", "brn"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_with_an_outlier_limit_compiles_whole(name: str) -> None:

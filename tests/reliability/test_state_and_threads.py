@@ -186,6 +186,7 @@ class Features(Dataset[tuple[Tensor, Tensor]]):
         return features, torch.stack(train(model, range(4)))
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_models_work_in_the_workers_of_a_loader(start: str) -> None:

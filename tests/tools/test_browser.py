@@ -114,6 +114,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.parent.name: path for path in root.glob("*/*.html")}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["compare", "diagnose", "tune", "bench"])
 def test_a_report_in_a_browser(
@@ -135,6 +136,7 @@ def test_a_report_in_a_browser(
     assert found["small"] == 0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("name", ["compare", "diagnose", "tune", "bench"])
 def test_a_report_is_readable_by_day_and_in_the_dark(

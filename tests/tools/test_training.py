@@ -455,6 +455,7 @@ def test_a_stopped_training_ends_with_the_same_numbers(
     assert train(run, tmp_path / "stopped") == again  # a finished run is not trained again
 
 
+@pytest.mark.exhaustive
 def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     run = Run(method="mabn", epochs=4, train_size=400)
     code = (

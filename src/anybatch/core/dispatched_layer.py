@@ -91,9 +91,10 @@ class DispatchedLayer(InferenceLayer):
                 self._recent.note(x, chosen)
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
-        last = chosen if torch.compiler.is_compiling() else None
-        if self._last is not last:  # setting an attribute drops plans
-            self._last = last
+        if torch.compiler.is_compiling():
+            self._last = chosen
+        elif self._last is not None:  # setting an attribute drops plans
+            self._last = None
         memory = None
         if training:
             count = cut.sizes[0] * values

@@ -141,6 +141,8 @@ class StepMemory:
         aside: dict[str, Tensor] = {}
         if update and self.tensors["count"].is_cpu and not is_traced():
             state = dict(_state(layer, way))
+            if not state:
+                return aside
             both = [self.tensors[f"start_{name}"] for name in state], list(state.values())
             torch._foreach_copy_(*(both if self._begins(way) else both[::-1]))
             return aside

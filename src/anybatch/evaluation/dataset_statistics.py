@@ -47,6 +47,7 @@ def dataset_statistics(
             not finite.
 
     Example:
+        >>> import torch
         >>> mean, std = dataset_statistics([torch.zeros(2, 1), torch.ones(2, 1)])
         >>> mean, std
         (tensor([0.5000]), tensor([0.5000]))

@@ -209,6 +209,7 @@ def test_settings_that_make_no_difference_are_one_run() -> None:
     assert len({cell.run for cell in table.cells if cell.row == "BN"}) == 3
 
 
+@pytest.mark.exhaustive
 def test_every_setting_of_every_cell_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of a small network: no option is out of range, whatever the table."""
 
@@ -418,6 +419,7 @@ def in_this_process(
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
 
 
+@pytest.mark.exhaustive
 def test_a_reproduction_is_killed_goes_on_and_is_drawn(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

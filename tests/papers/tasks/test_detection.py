@@ -479,7 +479,7 @@ def test_a_library_that_detection_misses_is_named(monkeypatch: pytest.MonkeyPatc
         ({"method": "vdn"}, "method='vdn': a detector takes no virtual examples"),
         ({"method": "frozen", "options": (("window", 3),)}, "method 'frozen' has none"),
         ({"method": "frozen", "centralize": True}, "'frozen' converts nothing"),
-        ({"weights": "resnet50.pth"}, "weights='resnet50.pth': give one of 'fasterrcnn50'"),
+        ({"weights": "resnet50.pth"}, "weights='resnet50.pth': give one of fasterrcnn50"),
         ({"model": "fasterrcnn50", "norm_batch_size": 2}, "normalize regions, not images"),
         ({"data": "cifar10", "model": "onestage"}, "model='onestage': give one of 'mlp'"),
         ({"data": "cifar10", "model": "resnet8", "norms": "heads"}, "norms='heads': leave it out"),
@@ -574,6 +574,7 @@ def test_detectors_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     assert result["epochs"][0]["average_precision_50"] < 0.2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["torch", "mabn", "cbn"])
 def test_a_stopped_detection_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
