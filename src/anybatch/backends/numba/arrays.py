@@ -88,10 +88,9 @@ def valid_at(address, x, last):
 def counts_at(address, starts, values):
     """Values per channel of each group: given, or all, so many of an example."""
     counts = np.empty(starts.shape[0] - 1)
-    for g in range(counts.shape[0]):
-        counts[g] = (starts[g + 1] - starts[g]) * values
-    if address != 0:
-        counts[:] = carray(_pointer(address), counts.shape[0], np.float64)
+    given = carray(_pointer(address), counts.shape[0] if address != 0 else 0, np.float64)
+    for g in range(counts.shape[0]):  # a slice's assignment compiles what it would say of shapes
+        counts[g] = given[g] if address != 0 else (starts[g + 1] - starts[g]) * values
     return counts
 
 

@@ -219,12 +219,12 @@ def bar_outliers(method, own, running_mean, running_var, guard):
 
     The variance before it is in the third row of `own` then.
     """
-    seen, own[2] = guard[1], own[1]
+    seen = guard[1]
     for c in range(seen.shape[0]):
         mean, var, out = np.float64(running_mean[c]), np.float64(running_var[c]), True
         for g in range(own.shape[1]):
             far = is_outlier(method, own, g, c, mean, var, guard)
-            out = out and far
+            out, own[2, g, c] = out and far, own[1, g, c]
             if far and seen[c] < PATIENCE:
                 own[1, g, c] = np.nan
         seen[c] = seen[c] + 1 if out else 0
