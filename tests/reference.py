@@ -59,17 +59,17 @@ class Layer:
         """One normalization batch."""
         raise NotImplementedError
 
-    def track(self, channel: int, mean: Tensor, var: Tensor, pace: float) -> None:
-        """running <- (1 - pace) running + pace new, where the new is finite."""
+    def track(self, channel: int, mean: Tensor, var: Tensor, update_weight: float) -> None:
+        """running <- (1 - update_weight) running + update_weight new, where the new is finite."""
         if math.isfinite(mean) and math.isfinite(var):
             old_mean, old_var = (
                 self.running_mean[channel].clone(),
                 self.running_var[channel].clone(),
             )
-            self.running_mean[channel] = (1 - pace) * old_mean + pace * mean
-            self.running_var[channel] = (1 - pace) * old_var + pace * var
+            self.running_mean[channel] = (1 - update_weight) * old_mean + update_weight * mean
+            self.running_var[channel] = (1 - update_weight) * old_var + update_weight * var
 
-    def pace(self) -> float:
+    def update_weight(self) -> float:
         """Count a batch; the weight of it in the running statistics."""
         self.num_batches_tracked += 1
         return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
@@ -130,13 +130,13 @@ class BatchNorm(Layer):
         n, channels, length = x.shape
         if n * length == 1:
             return self.by_running(x)
-        pace = self.pace()
+        update_weight = self.update_weight()
         y, channel_backward = torch.empty_like(x), []
         for c in range(channels):
             mean, var = moments(x[:, c])
             y[:, c], back = self.channel(c, x[:, c], mean, var)
             channel_backward.append(back)
-            self.track(c, mean, unbiased(var, n * length), pace)
+            self.track(c, mean, unbiased(var, n * length), update_weight)
         self.after_batch(x)
         return y, _by_channel(channel_backward)
 
@@ -289,12 +289,12 @@ class MovingAverageBatchNorm(Layer):
         if self.centered and x.shape[0] * x.shape[2] == 1:
             return self.by_running(x)
         self.step += 1
-        pace = self.pace()
+        update_weight = self.update_weight()
         warming = self.step <= self.window or self.step < self.warmup_steps
         plain = self.step <= max(self.renorm_warmup_steps, self.warmup_steps)
         y, backwards = torch.empty_like(x), []
         for c in range(self.channels):
-            y[:, c], back = self.channel(c, x[:, c], warming, plain, pace)
+            y[:, c], back = self.channel(c, x[:, c], warming, plain, update_weight)
             backwards.append(back)
         by_channel = _by_channel(backwards)
 
@@ -306,7 +306,7 @@ class MovingAverageBatchNorm(Layer):
         return y, backward
 
     def channel(
-        self, c: int, x: Tensor, warming: bool, plain: bool, pace: float
+        self, c: int, x: Tensor, warming: bool, plain: bool, update_weight: float
     ) -> tuple[Tensor, Callable]:
         """One channel: output, and its backward."""
         own = torch.stack(moments(x)) if self.centered else (x**2).mean()[None]
@@ -327,7 +327,7 @@ class MovingAverageBatchNorm(Layer):
             r = float((chi / hat).clamp(1 / self.clip, self.clip))
             if self.centered:
                 d = float(((mean - outer[0]) / hat).clamp(-self.clip, self.clip))
-        self.track(c, mean, var, pace)
+        self.track(c, mean, var, update_weight)
         w, z = self.weight[c].clone(), (x - mean) / chi
 
         def backward(dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,8 +347,10 @@ class MovingAverageBatchNorm(Layer):
         good = bool(torch.isfinite(new).all())
         if self.backward_stats == "ema":
             old = self.average_backward[c]
-            pace = self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
-            mixed = new if old is None else (1 - pace) * old + pace * new
+            update_weight = (
+                self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
+            )
+            mixed = new if old is None else (1 - update_weight) * old + update_weight * new
             if good:
                 self.average_backward[c] = mixed
             return mixed
@@ -430,11 +432,11 @@ class GhostBatchNorm(Layer):
         """One update a forward, each group weighing by its share of the examples."""
         if not groups:
             return
-        pace, total = self.pace(), sum(size for size, _, _ in groups)
+        update_weight, total = self.update_weight(), sum(size for size, _, _ in groups)
         mean = sum(size / total * mean for size, mean, _ in groups)
         var = sum(size / total * var for size, _, var in groups)
         for c in range(self.channels):
-            self.track(c, mean[c], var[c], pace)
+            self.track(c, mean[c], var[c], update_weight)
 
 
 @dataclass
@@ -504,11 +506,11 @@ class L1BatchNorm(BatchNorm):
         n, channels, length = x.shape
         if n * length == 1:
             return self.by_running(x)
-        pace = self.pace()
+        update_weight = self.update_weight()
         y, backwards = torch.empty_like(x), []
         for c in range(channels):
             mean = x[:, c].sum() / (n * length)
-            self.track(c, mean, self.spread(x[:, c], mean) ** 2, pace)
+            self.track(c, mean, self.spread(x[:, c], mean) ** 2, update_weight)
             y[:, c], back = self.by_autograd(c, x[:, c])
             backwards.append(back)
         return y, _by_channel(backwards)
@@ -662,7 +664,7 @@ class SampledBatchNorm(BatchNorm):
         count = sum(len(where) for _, where in parts)
         if count == 1:
             return self.by_running(x)
-        pace = self.pace()
+        update_weight = self.update_weight()
         y, backwards = torch.empty_like(x), []
         for c in range(channels):
             y[:, c], back = self.from_sample(c, x[:, c], parts)
@@ -671,7 +673,7 @@ class SampledBatchNorm(BatchNorm):
                 (share, moments(torch.stack([x[i, c, k] for i, k in w]))) for share, w in parts
             ]
             mean, var = (sum(share * pair[j] for share, pair in values) for j in (0, 1))
-            self.track(c, mean, unbiased(var, count), pace)
+            self.track(c, mean, unbiased(var, count), update_weight)
         return y, _by_channel(backwards)
 
     def from_sample(
@@ -782,9 +784,11 @@ class CrossIteration:
         new = (own_mu + shift, own_var)
         if self.running_stats == "window":
             new = (mean, var * total / (total - 1))
-        pace = self.momentum
-        self.running_mean = (1 - pace) * self.running_mean + pace * new[0].detach()
-        self.running_var = (1 - pace) * self.running_var + pace * new[1].detach()
+        update_weight = self.momentum
+        self.running_mean = (1 - update_weight) * self.running_mean + update_weight * new[
+            0
+        ].detach()
+        self.running_var = (1 - update_weight) * self.running_var + update_weight * new[1].detach()
         column = (1, -1, *(1,) * (out.dim() - 2))
         out = out + shift.view(column)
         z = (out - mean.view(column)) / torch.sqrt(var + self.eps).view(column)

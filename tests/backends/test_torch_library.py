@@ -149,7 +149,7 @@ def given(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of both operators."""
     layer = make(name, 6, **OPTIONS.get(name, {}))
     cut = ([2, 2], [2], [4]) if name == "ghost" else ([4], [1], [4])
-    how = (*cut, layer.columns, 0.1, 1e-5, True)
+    how = (*cut, layer.num_statistics, 0.1, 1e-5, True)
     x, dy = torch.randn(4, 6, 5), torch.randn(4, 6, 5)
     spec = layer.method_spec(x, partition(4))
     state = (layer.running_mean, layer.running_var, layer.num_batches_tracked, *state_of(spec))

@@ -122,7 +122,7 @@ def test_groups_have_the_statistics_of_their_valid_positions(name: str) -> None:
     mask = valid_of(x)
     mask[4:] = False  # a group without any
     y = layer(x, mask=mask)
-    columns = layer.columns
+    columns = layer.num_statistics
     pooled_mean, pooled_var, total = torch.zeros(6), torch.zeros(6), 0
     for group in range(3):
         rows = slice(2 * group, 2 * group + 2)
@@ -355,12 +355,12 @@ def test_at_inference_an_examples_valid_positions_count(name: str) -> None:
 
 def plain_inference(layer: NormLayer, x: Tensor) -> Tensor:
     """By the running statistics alone, channels sharing them as the layer has it."""
-    if layer.columns == layer.num_features:
+    if layer.num_statistics == layer.num_features:
         return layer(x)
-    shared = (layer.columns, -1)
+    shared = (layer.num_statistics, -1)
     mean = layer.running_mean.view(shared).mean(1)
     second = (layer.running_var + layer.running_mean**2).view(shared).mean(1)
-    repeat = layer.num_features // layer.columns
+    repeat = layer.num_features // layer.num_statistics
     mean, second = (t.repeat_interleave(repeat).view(1, -1, 1, 1) for t in (mean, second))
     z = (x - mean) / (second - mean**2 + layer.eps).sqrt()
     return layer.weight.view(1, -1, 1, 1) * z + layer.bias.view(1, -1, 1, 1)

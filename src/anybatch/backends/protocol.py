@@ -282,12 +282,12 @@ class NormCall(NamedTuple):
 
     Attributes:
         cut: How the batch is cut.
-        columns: Statistics of a group of examples: channels, or groups of channels.
+        num_statistics: Statistics of a group of examples: channels, or groups of channels.
         eps: Added to the variance.
         update: Whether state may change.
         spec: The method as kernels take it; None where torch's operators run its rule.
         last: Whether channels are last in memory.
-        pace: Weight of the newest batch in running statistics; below 0 for the mean of all.
+        update_weight: Of the newest batch in running statistics; below 0 for the mean of all.
         work: What a backend prepared for batches of this shape.
         formula: The method's own gradient; None for that of `anybatch.backends.aten.normalize`.
         statistics: What the rule decided, where torch's operators ran it.
@@ -297,12 +297,12 @@ class NormCall(NamedTuple):
     """
 
     cut: Cut
-    columns: int
+    num_statistics: int
     eps: float
     update: bool
     spec: Any = None
     last: bool = False
-    pace: float = 0.0
+    update_weight: float = 0.0
     work: Any = None
     formula: Formula | None = None
     statistics: Statistics | None = None

@@ -20,7 +20,10 @@ from anybatch.backends.rule import COUNTERS, NUMBERS, ROWS, RULE_SETS, WINDOWS
 from anybatch.backends.triton import backend as triton
 from anybatch.backends.triton.backend import spec_obstacle
 
-_CUT = "int[] sizes, int[] groups, int[] batches, int columns, float pace, float eps, bool update"
+_CUT = (
+    "int[] sizes, int[] groups, int[] batches, int num_statistics, float update_weight, float eps, "
+    "bool update"
+)
 # The name of a method's rules, whether there is a mean, options of the layer, and which of these
 # are no numbers.
 _METHOD = "str method, bool centered, float[] options, int[] flags"
@@ -154,7 +157,7 @@ def _given(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 def _how(call: NormCall) -> tuple[Any, ...]:
     sizes, groups, batches = call.cut
     cut = list(sizes), list(groups), list(batches)
-    return (*cut, call.columns, call.pace, call.eps, call.update)
+    return (*cut, call.num_statistics, call.update_weight, call.eps, call.update)
 
 
 def _is_there(device: str) -> bool:
@@ -246,9 +249,9 @@ def _dense(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _call(spec: MethodSpec, how: Any, last: bool) -> NormCall:
-    sizes, groups, batches, columns, pace, eps, update = how
+    sizes, groups, batches, num_statistics, update_weight, eps, update = how
     cut = tuple(sizes), tuple(groups), tuple(batches)
-    return NormCall(cut, columns, eps, update, spec, last, pace)
+    return NormCall(cut, num_statistics, eps, update, spec, last, update_weight)
 
 
 def _is_launched(x: Tensor) -> bool:
@@ -256,10 +259,12 @@ def _is_launched(x: Tensor) -> bool:
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    method, _, _, _, sizes, _, _, columns, *_ = rest[4 + _FORWARD :]
+    method, _, _, _, sizes, _, _, num_statistics, *_ = rest[4 + _FORWARD :]
     dtype = weight.dtype if _is_launched(x) else torch.float64
     rows = MethodSpec(RULE_SETS[method]).rows
-    return torch.empty_like(_dense(x)[0]), x.new_empty(rows, len(sizes), columns, dtype=dtype)
+    return torch.empty_like(_dense(x)[0]), x.new_empty(
+        rows, len(sizes), num_statistics, dtype=dtype
+    )
 
 
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
         arguments["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
         for name in ("norm_batch_size", "example_weight"):
-            if name in method.options and norm.columns == norm.num_features:
+            if name in method.options and norm.num_statistics == norm.num_features:
                 arguments.setdefault(name, getattr(norm, name))
     return arguments
 

@@ -198,8 +198,8 @@ class DispatchedLayer(InferenceLayer):
         if isinstance(spec, str):
             return spec
         formula = self.formula(x, cut, None)
-        how = (cut, self.columns, self.eps, True, spec)
-        return NormCall(*how, pace=self._number(), formula=formula)
+        how = (cut, self.num_statistics, self.eps, True, spec)
+        return NormCall(*how, update_weight=self._number(), formula=formula)
 
     def _run_cached_plan(self, x: Tensor, then: Activation | None) -> Tensor | None:
         """Run the cached plan, if shape, layout and settings still match."""

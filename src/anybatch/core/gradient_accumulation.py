@@ -40,7 +40,7 @@ class StatefulLayer(Protocol):
     _buffers: Any
 
     @property
-    def columns(self) -> int:
+    def num_statistics(self) -> int:
         """Statistics of a group of examples."""
 
     def new_state(self, *shape: int) -> Tensor:
@@ -80,7 +80,7 @@ class StepMemory:
         self.counts = counts and steps is not None
         self.tensors: dict[str, Tensor] = {}
         counter, row = layer.new_counter(), layer.new_state
-        for way, width in (("", layer.num_features), (BACKWARD, layer.columns)):
+        for way, width in (("", layer.num_features), (BACKWARD, layer.num_statistics)):
             self.tensors[way + "micro_batches"] = counter.clone()
             self.tensors[way + "count"] = row()
             self.tensors[way + "mean"], self.tensors[way + "var"] = row(width), row(width)

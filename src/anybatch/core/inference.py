@@ -71,7 +71,7 @@ class InferenceLayer(RuleLayer):
         if torch.is_grad_enabled() and not backends.is_traced():
             mean, var = mean.clone(), var.clone()  # a training forward may come before backward
         weight, bias = self._parameters_like(var)
-        if self.columns == self.num_features and not self.example_weight:
+        if self.num_statistics == self.num_features and not self.example_weight:
             return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
         if backends.is_traced() and mask is None:  # operators that every exporter knows
             own = backends.example_moments(x, self.centered)
@@ -113,8 +113,10 @@ class InferenceLayer(RuleLayer):
         apart = (own_mean - mean).square() * (alpha * (1 - alpha))
         mixed_mean = torch.lerp(mean.expand_as(own_mean), own_mean, alpha)
         mixed_var = torch.lerp(var.expand_as(own_var), own_var, alpha) + apart
-        if self.columns != self.num_features:
-            mixed_mean, mixed_var = backends.pool_channels(mixed_mean, mixed_var, self.columns)
+        if self.num_statistics != self.num_features:
+            mixed_mean, mixed_var = backends.pool_channels(
+                mixed_mean, mixed_var, self.num_statistics
+            )
         return Statistics(mixed_mean, mixed_var, share=alpha)
 
     def inference_obstacle(self) -> str | None:
@@ -123,6 +125,6 @@ class InferenceLayer(RuleLayer):
             return "track_running_stats=False: it normalizes by the batch at inference too"
         if self.example_weight:
             return f"example_weight={self.example_weight}: each example has statistics of its own"
-        if self.columns != self.num_features:
-            return f"{self.columns} channel groups: channels share statistics"
+        if self.num_statistics != self.num_features:
+            return f"{self.num_statistics} channel groups: channels share statistics"
         return None

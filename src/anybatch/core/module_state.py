@@ -49,7 +49,7 @@ class NormState(_NormBase):
         super().__setattr__(name, value)
 
     @property
-    def columns(self) -> int:
+    def num_statistics(self) -> int:
         """Statistics a group of examples has: channels, or groups of channels."""
         return self.num_features
 
@@ -84,13 +84,13 @@ class NormState(_NormBase):
             return
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        pace = self._pace()
+        update_weight = self._update_weight()
         finite = backends.is_finite(var)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             if new is not None:
-                _lerp(running, torch.where(finite, new, running), pace)
+                _lerp(running, torch.where(finite, new, running), update_weight)
 
-    def _pace(self) -> float | Tensor:
+    def _update_weight(self) -> float | Tensor:
         """Weight of the newest batch in the running statistics."""
         if self.momentum is not None:
             return self.momentum
@@ -319,9 +319,9 @@ class NormState(_NormBase):
             }
 
 
-def _lerp(running: Tensor, new: Tensor, pace: float | Tensor) -> None:
+def _lerp(running: Tensor, new: Tensor, update_weight: float | Tensor) -> None:
     new = new if new.dtype == running.dtype else new.to(running.dtype)
     if torch._C._are_functorch_transforms_active():  # where `lerp_` has no batching rule
-        running.copy_(torch.lerp(running, new, torch.as_tensor(pace, dtype=new.dtype)))
+        running.copy_(torch.lerp(running, new, torch.as_tensor(update_weight, dtype=new.dtype)))
     else:
-        running.lerp_(new, pace)
+        running.lerp_(new, update_weight)

@@ -56,8 +56,8 @@ class RuleLayer(ScopedLayer):
         if update and not batch.is_one_value():
             self.meet(batch.examples())
         used = mean, var
-        if self.columns != self.num_features and mean is not None:
-            used = backends.pool_channels(mean, var, self.columns)
+        if self.num_statistics != self.num_features and mean is not None:
+            used = backends.pool_channels(mean, var, self.num_statistics)
         chosen = run_rule(self, self.method, *used, update)
         if update and self.method.state.running == "used":
             self.track(chosen.mean, chosen.var)
@@ -92,9 +92,9 @@ class RuleLayer(ScopedLayer):
             update: Whether the averages may change.
         """
         if enough is None:
-            return run_average(self, self.method, new, self._pace(), update)
+            return run_average(self, self.method, new, self._update_weight(), update)
         taken = torch.where(enough, new, torch.nan)  # which no state takes
-        average = run_average(self, self.method, taken, self._pace(), update)
+        average = run_average(self, self.method, taken, self._update_weight(), update)
         if update:
             self._take_back(self.method.backward, enough)
         return torch.where(enough, average, new)
@@ -177,15 +177,15 @@ class RuleLayer(ScopedLayer):
         guard = OutlierGuard(self.outlier_limit, self.eps, *running, self.method_state["outliers"])
         fits = guard.admits(mean, var, update)
         chosen = self.rule(mean, torch.where(fits, var, torch.nan), batch, update)
-        if self.columns != self.num_features:
-            fits = fits.unflatten(-1, (self.columns, -1)).all(-1)
+        if self.num_statistics != self.num_features:
+            fits = fits.unflatten(-1, (self.num_statistics, -1)).all(-1)
             assert mean is not None
-            mean, var = backends.pool_channels(mean, var, self.columns)
+            mean, var = backends.pool_channels(mean, var, self.num_statistics)
         return guard.without(fits, chosen, mean, var)
 
     def _enough(self, counts: Tensor) -> Tensor:
         """Mark where there are values enough for statistics."""
-        shared = self.num_features // self.columns
+        shared = self.num_features // self.num_statistics
         return counts * shared > 1 if self.centered else counts > 0
 
     def _run_pooled(
@@ -212,8 +212,8 @@ class RuleLayer(ScopedLayer):
     def _fallback(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Copies of the remembered mean and variance, a number a channel group."""
         mean, var = (row.to(dtype, copy=True) for row in self.remembered())
-        if self.columns != self.num_features:
-            return backends.pool_channels(mean, var, self.columns)
+        if self.num_statistics != self.num_features:
+            return backends.pool_channels(mean, var, self.num_statistics)
         return mean, var
 
     def _with_fallback(
@@ -257,5 +257,5 @@ class RuleLayer(ScopedLayer):
 
     def _lacks_values(self, cut: Partition, values: int) -> bool:
         """True where some groups have one value each, and therefore no statistics."""
-        several_each = values * (self.num_features // self.columns) > 1
+        several_each = values * (self.num_features // self.num_statistics) > 1
         return self.centered and not several_each and min(cut.sizes) < 2

@@ -206,7 +206,7 @@ class _Fit:
 
 def _applies(layer: NormLayer) -> bool:
     """True if a layer normalized by mean and variance of the batch in training."""
-    return layer.centered and layer.columns == layer.num_features and not layer.frozen
+    return layer.centered and layer.num_statistics == layer.num_features and not layer.frozen
 
 
 def _named(wanted: str) -> Callable[[str, nn.Module], bool]:

@@ -108,7 +108,7 @@ class BatchGroupNorm(NormLayer):
         return self.examples_per_group
 
     @property
-    def columns(self) -> int:
+    def num_statistics(self) -> int:
         return self.num_groups
 
     def track_batch(self, mean: Tensor | None, var: Tensor, batch: Batch) -> None:

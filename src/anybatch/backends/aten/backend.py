@@ -140,7 +140,7 @@ def _two_passes(
 ) -> Gradients:
     mean, var, r, d, center, share, _, counted = _chosen(call)
     sizes, eps, memory, scope = call.cut[0], call.eps, call.memory, call.scope
-    channels, columns = x.shape[1], var.shape[-1]
+    channels, num_statistics = x.shape[1], var.shape[-1]
     center = mean if center is None else center
     wide_center = _wide(center, channels)
     inv = torch.rsqrt(var + scalar(eps))
@@ -166,11 +166,11 @@ def _two_passes(
 
     scale = _scale(weight, r, channels, sizes)
     if counted is None:
-        count = pooling.row_counts(sizes, x.numel() // (x.shape[0] * columns), var)
+        count = pooling.row_counts(sizes, x.numel() // (x.shape[0] * num_statistics), var)
     else:
-        count = counted.clamp(min=1) * (channels // columns)
-    g = None if mean is None else _weighted_sum(sum_dy, scale, columns)
-    psi = _weighted_sum(sum_dyz, scale, columns)
+        count = counted.clamp(min=1) * (channels // num_statistics)
+    g = None if mean is None else _weighted_sum(sum_dy, scale, num_statistics)
+    psi = _weighted_sum(sum_dyz, scale, num_statistics)
     if scope is not None:
         g, total = scope.sum(g, psi)
         assert total is not None
@@ -193,5 +193,5 @@ def _two_passes(
     return dx, dw, db
 
 
-def _weighted_sum(table: Tensor, scale: Tensor | None, columns: int) -> Tensor:
-    return pooling.pool_groups(table if scale is None else table * scale, columns)
+def _weighted_sum(table: Tensor, scale: Tensor | None, num_statistics: int) -> Tensor:
+    return pooling.pool_groups(table if scale is None else table * scale, num_statistics)

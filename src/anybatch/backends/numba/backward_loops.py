@@ -40,13 +40,18 @@ from anybatch.backends.numba.threads import fork
 def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
     """Sums and gradient of some columns, each while it is in cache."""
     weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
-    groups, columns = used.shape[1], used.shape[2]
-    width, values, found = x.shape[1] // columns, numbers.copy(), np.empty(RESULTS)
+    groups, num_statistics = used.shape[1], used.shape[2]
+    width, values, found = x.shape[1] // num_statistics, numbers.copy(), np.empty(RESULTS)
     stage, valid, room = scope[0], scope[1], np.empty(x.shape[2], weight.dtype)
-    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    begin, end = (
+        groups * num_statistics * part // parts,
+        groups * num_statistics * (part + 1) // parts,
+    )
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
-        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+        for k in range(
+            max(begin - g * num_statistics, 0), min(end - g * num_statistics, num_statistics)
+        ):
             center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
                 if stage == SECOND:
@@ -80,8 +85,8 @@ def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
     weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
-    channels, columns = sums.shape[2], used.shape[2]
-    width = channels // columns
+    channels, num_statistics = sums.shape[2], used.shape[2]
+    width = channels // num_statistics
     center = np.empty((period // (channels * inner), channels, inner), weight.dtype)
     for c in range(channels):
         center[:, c] = centers[g, c // width]
@@ -100,7 +105,7 @@ def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
         rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
         sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
     values, found = numbers.copy(), np.empty(RESULTS)
-    for k in range(columns):
+    for k in range(num_statistics):
         state = (method, memory, weight, values, found)
         flow(*state, sums, used, weight, on, eps, g, k, width, scope)
     if wanted and stage != FIRST:
@@ -129,7 +134,7 @@ def _backward_groups(part, parts, dy, x, dx, y, g_added, starts, layout, shared)
 
 
 @jit
-def backward(method, kept, data, used, memory, settings, pace, eps, update, scope):
+def backward(method, kept, data, used, memory, settings, update_weight, eps, update, scope):
     """Gradients of `forward`.
 
     Args:
@@ -139,7 +144,7 @@ def backward(method, kept, data, used, memory, settings, pace, eps, update, scop
         used: Statistics that it was normalized by.
         memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
-        pace: Weight of the newest in exponential averages.
+        update_weight: Weight of the newest in exponential averages.
         eps: Added to the variance.
         update: Whether averages may change.
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
@@ -152,7 +157,7 @@ def backward(method, kept, data, used, memory, settings, pace, eps, update, scop
     dw, db = array_at(dw, channels, kept), array_at(db, channels, kept)
     method = numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
-    numbers = arguments(method, memory, settings, pace, eps)
+    numbers = arguments(method, memory, settings, update_weight, eps)
     centers = used[max(method[CENTER], 0)]  # of the groups' own variances
     stage, valid, given, through, before, share = scope
     valid = valid_at(valid, x, last)

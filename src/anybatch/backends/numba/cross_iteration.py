@@ -168,7 +168,19 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
 
 @jit
 def cross_iteration_norm(
-    data, own, used, running, pace, eps, update, counters, rings, feed, first, paces, settings
+    data,
+    own,
+    used,
+    running,
+    update_weight,
+    eps,
+    update,
+    counters,
+    rings,
+    feed,
+    first,
+    paces,
+    settings,
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
@@ -206,7 +218,7 @@ def cross_iteration_norm(
         total += ring_values[(place - age) % slots]
     tracks = update and values > 1
     if tracks:
-        pace = count_batch(tracked, pace)
+        update_weight = count_batch(tracked, update_weight)
     earlier = np.empty((2, slots))
     for c in range(channels):
         mean = own[0, 0, c] * values
@@ -231,10 +243,10 @@ def cross_iteration_norm(
             mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
         used[0, 0, c], used[1, 0, c] = mean, var
         if tracks and window_runs:
-            track(c, mean, unbiased(var, total), pace, running_mean, running_var)
+            track(c, mean, unbiased(var, total), update_weight, running_mean, running_var)
         elif tracks:
             spread = unbiased(own[1, 0, c], values)
-            track(c, own[0, 0, c], spread, pace, running_mean, running_var)
+            track(c, own[0, 0, c], spread, update_weight, running_mean, running_var)
         scale = weight[c] / math.sqrt(var + eps)
         if last:
             on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, bias[c]

@@ -54,15 +54,20 @@ from anybatch.backends.rule import EPS, NUMBER, PLACES, SETTLED, UPDATE_WEIGHT
 def _forward_planes(part, parts, x, y, added, starts, shared):
     """Statistics and output of some columns, each while it is in cache."""
     weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
-    groups, columns = used.shape[1], used.shape[2]
-    width, centered = x.shape[1] // columns, method[CENTERED] != 0
+    groups, num_statistics = used.shape[1], used.shape[2]
+    width, centered = x.shape[1] // num_statistics, method[CENTERED] != 0
     values, found = numbers.copy(), np.empty(RESULTS)
     stage, valid, counts, earlier, share, guard = scope
-    begin, end = groups * columns * part // parts, groups * columns * (part + 1) // parts
+    begin, end = (
+        groups * num_statistics * part // parts,
+        groups * num_statistics * (part + 1) // parts,
+    )
     for g in range(groups):
         first, last = starts[g], starts[g + 1]
         start = first_valid(valid, first, last) if valid.shape[0] > 0 else 0
-        for k in range(max(begin - g * columns, 0), min(end - g * columns, columns)):
+        for k in range(
+            max(begin - g * num_statistics, 0), min(end - g * num_statistics, num_statistics)
+        ):
             for c in range(k * width, (k + 1) * width):
                 if stage == SECOND:
                     pass
@@ -145,18 +150,20 @@ def _forward_groups(part, parts, x, y, added, starts, layout, shared):
 
 
 @inlined
-def arguments(method, memory, settings, pace, eps):
+def arguments(method, memory, settings, update_weight, eps):
     """The numbers that a rule reads of its layer, each in its place."""
     values = np.zeros(PLACES)
     count_steps(method, memory, values)
-    values[EPS], values[UPDATE_WEIGHT] = eps, pace
+    values[EPS], values[UPDATE_WEIGHT] = eps, update_weight
     for i in range(len(settings)):
         values[NUMBER + i] = settings[i]
     return values
 
 
 @jit
-def forward(method, kept, data, own, used, tracked, memory, settings, pace, eps, update, scope):
+def forward(
+    method, kept, data, own, used, tracked, memory, settings, update_weight, eps, update, scope
+):
     """Normalize a batch, and remember it if it is to `update`.
 
     Args:
@@ -168,7 +175,7 @@ def forward(method, kept, data, own, used, tracked, memory, settings, pace, eps,
         tracked: Batches that running statistics have seen.
         memory: The state of the method, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
-        pace: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the variance.
         update: Whether state may change.
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
@@ -179,7 +186,7 @@ def forward(method, kept, data, own, used, tracked, memory, settings, pace, eps,
     added = activation_at(added, shape, like)
     method = numbers_at(method, LENGTH)
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
-    numbers = arguments(method, memory, settings, pace, eps)
+    numbers = arguments(method, memory, settings, update_weight, eps)
     groups, tracked = used.shape[1], counter_at(tracked)
     stage, valid, given, before, steps, outliers, share, total, limit = scope
     valid = valid_at(valid, x, last)
@@ -211,17 +218,17 @@ def forward(method, kept, data, own, used, tracked, memory, settings, pace, eps,
     if total > 0:
         counts[0] = total
     if method[RULE] == 0:
-        track_groups(own, counts, pace, running_mean, running_var, tracked)
+        track_groups(own, counts, update_weight, running_mean, running_var, tracked)
         return
-    pace = count_batch(tracked, pace)
+    update_weight = count_batch(tracked, update_weight)
     for c in range(channels):
         if method[TRACKS_USED] == 0:
             var = unbiased(own[1, 0, c], counts[0])
-            track(c, own[0, 0, c], var, pace, running_mean, running_var)
+            track(c, own[0, 0, c], var, update_weight, running_mean, running_var)
         elif not enters(used[1, 0, c], own[1, 0, c], running_var, outliers != 0):
             continue
         else:
             if method[CENTERED] != 0:  # the uncentred form has no mean
-                running_mean[c] += pace * (used[0, 0, c] - running_mean[c])
-            running_var[c] += pace * (used[1, 0, c] - running_var[c])
+                running_mean[c] += update_weight * (used[0, 0, c] - running_mean[c])
+            running_var[c] += update_weight * (used[1, 0, c] - running_var[c])
     move_state(method, memory, weight, numbers, own, used, outliers != 0)

@@ -70,15 +70,19 @@ def forward_batch(
     `state` is the running mean, running variance and number of batches, and a `LoopScope` where not
     simply all values of the batch contribute.
     """
-    channels, columns = data[3][2] if data[4] else data[3][1], call.columns
+    channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
     dtype = state[0].dtype
     mean, var, tracked = running_addresses(state[:3], dtype, channels)
-    used = own = np.empty((spec.rows, groups, columns))
-    if spec.method.forward.rule is not None or columns != channels or spec.outliers is not None:
+    used = own = np.empty((spec.rows, groups, num_statistics))
+    if (
+        spec.method.forward.rule is not None
+        or num_statistics != channels
+        or spec.outliers is not None
+    ):
         own = np.empty((2 if spec.outliers is None else 3, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
-    given = method, LIKE[dtype], data, own, used, *moved, call.pace, call.eps, call.update
+    given = method, LIKE[dtype], data, own, used, *moved, call.update_weight, call.eps, call.update
     scope = state[3] if len(state) > 3 else None
     if scope is None and spec.outliers is None:
         forward_loops.forward(*given, PLAIN)
@@ -99,10 +103,10 @@ def backward_batch(
     if spec.method.backward.rule is None:
         averages = (0, 0, *_NO_STATE), _NO_SETTINGS, 0.0
     else:
-        pace = 1 / max(int(tracked), 1) if call.pace < 0 else call.pace
+        update_weight = 1 / max(int(tracked), 1) if call.update_weight < 0 else call.update_weight
         dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
         memory = _memory(0, 0, spec.averages, dtype, kept.used.shape[2])
-        averages = memory, _settings(spec.averages), pace
+        averages = memory, _settings(spec.averages), update_weight
     like = LIKE[KEPT[call.work[1].dtype]]
     given = method, like, data, kept.used, *averages, call.eps, call.update
     if kept.scope is None:

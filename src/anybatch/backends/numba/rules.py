@@ -313,29 +313,32 @@ def unbiased(var, count):
 
 
 @inlined
-def count_batch(tracked, pace):
+def count_batch(tracked, update_weight):
     """Count a batch; its weight in the running statistics (a negative one: the mean of all)."""
     tracked[()] += 1
-    return pace if pace >= 0 else 1.0 / tracked[()]
+    return update_weight if update_weight >= 0 else 1.0 / tracked[()]
 
 
 @inlined
-def track(c, mean, var, pace, running_mean, running_var):
+def track(c, mean, var, update_weight, running_mean, running_var):
     """Move running statistics towards finite ones."""
     if fits(var, running_var):
-        running_mean[c] += pace * (mean - running_mean[c])
-        running_var[c] += pace * (var - running_var[c])
+        running_mean[c] += update_weight * (mean - running_mean[c])
+        running_var[c] += update_weight * (var - running_var[c])
 
 
 @inlined
-def track_groups(own, counts, pace, running_mean, running_var, tracked):
+def track_groups(own, counts, update_weight, running_mean, running_var, tracked):
     """Track groups of examples, each weighing by its values; those of one value count not."""
     total = 0.0
     for g in range(counts.shape[0]):
         total += counts[g] if counts[g] > 1 else 0.0
     if total == 0:
         return
-    pace, pooled = count_batch(tracked, pace), np.zeros((2, running_mean.shape[0]))
+    update_weight, pooled = (
+        count_batch(tracked, update_weight),
+        np.zeros((2, running_mean.shape[0])),
+    )
     for g in range(counts.shape[0]):
         if counts[g] > 1:
             share = counts[g] / total
@@ -344,4 +347,4 @@ def track_groups(own, counts, pace, running_mean, running_var, tracked):
                 pooled[0, c] += own[0, g, c] * share
                 pooled[1, c] += own[1, g, c] * of_var
     for c in range(running_mean.shape[0]):
-        track(c, pooled[0, c], pooled[1, c], pace, running_mean, running_var)
+        track(c, pooled[0, c], pooled[1, c], update_weight, running_mean, running_var)

@@ -85,7 +85,7 @@ def forward(
     data = LIKE[x.dtype], address_of(x, x.dtype, x.numel()), y.data_ptr(), shape, planes, relu
     table, stats = np.empty((4, x.shape[1])), np.empty((2, x.shape[1]))
     running = running_addresses(state, x.dtype, x.shape[1])
-    how = running, call.pace, call.eps, call.update, parts(x.numel())
+    how = running, call.update_weight, call.eps, call.update, parts(x.numel())
     sampled.sampled_forward((*data, added, *rows), sample, *how, table, stats)
     return y, (y,) if relu else (), (stats, table)
 

@@ -33,10 +33,12 @@ from anybatch.backends.numba.threads import fork
 
 
 @inlined
-def _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts):
+def _decide(
+    table, shares, count, weight, bias, running, update_weight, eps, update, stats, scales, shifts
+):
     """The rule of all channels: statistics, running statistics, scale and shift."""
     running_mean, running_var, tracked = running
-    pace = count_batch(tracked, pace) if update else pace
+    update_weight = count_batch(tracked, update_weight) if update else update_weight
     for c in range(weight.shape[0]):
         mean, var = table[0, c], table[1, c]
         if shares[1] > 0:  # bn-sampling eq. 4
@@ -44,7 +46,7 @@ def _decide(table, shares, count, weight, bias, running, pace, eps, update, stat
             var = shares[0] * var + shares[1] * table[3, c]
         stats[0, c], stats[1, c] = mean, var
         if update:
-            track(c, mean, unbiased(var, count), pace, running_mean, running_var)
+            track(c, mean, unbiased(var, count), update_weight, running_mean, running_var)
         scales[c], shifts[c] = weight[c] / math.sqrt(var + eps), bias[c]
 
 
@@ -108,7 +110,7 @@ def _map_at(address, shape, like):
 
 
 @jit
-def sampled_forward(data, sample, running, pace, eps, update, parts, table, stats):
+def sampled_forward(data, sample, running, update_weight, eps, update, parts, table, stats):
     """The whole forward, into ``table`` and ``stats``, which `sampled_backward` needs.
 
     Args:
@@ -117,7 +119,7 @@ def sampled_forward(data, sample, running, pace, eps, update, parts, table, stat
             scale; shift.
         sample: Tables of runs, their shares, their counts, and L.
         running: Running mean, variance and number of batches.
-        pace: Momentum, -1 for the mean of all batches.
+        update_weight: Momentum, -1 for the mean of all batches.
         eps: Added to the variance.
         update: Whether state may change.
         parts: Threads.
@@ -137,7 +139,20 @@ def sampled_forward(data, sample, running, pace, eps, update, parts, table, stat
         if second.shape[0] > 0:
             rows_moments(parts, x, length, second, table[2], table[3])
     scales, shifts, count = np.empty(channels), np.empty(channels), counts[0] + counts[1]
-    _decide(table, shares, count, weight, bias, running, pace, eps, update, stats, scales, shifts)
+    _decide(
+        table,
+        shares,
+        count,
+        weight,
+        bias,
+        running,
+        update_weight,
+        eps,
+        update,
+        stats,
+        scales,
+        shifts,
+    )
     if planes:
         on = _cast(stats[0], 1, x), _cast(scales, 1, x), _cast(shifts, 1, x)
         fork(planes_affine, parts, (x, y, relu, added, *on))

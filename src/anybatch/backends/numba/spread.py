@@ -130,7 +130,7 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
 
 
 @jit
-def spread_forward(kind, data, used, ends, running, pace, eps, update):
+def spread_forward(kind, data, used, ends, running, update_weight, eps, update):
     """Normalize a batch by a spread, and track it if it is to `update`.
 
     Args:
@@ -139,7 +139,7 @@ def spread_forward(kind, data, used, ends, running, pace, eps, update):
         used: Takes mean and squared spread, ``(2, 1, C)``.
         ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``.
         running: Running mean, running variance, batches tracked.
-        pace: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the squared spread.
         update: Whether state may change.
     """
@@ -156,9 +156,9 @@ def spread_forward(kind, data, used, ends, running, pace, eps, update):
         _forward_rows(parts, kind, x.reshape(-1), y.reshape(-1), places, *rest)
     if update:
         running_mean, running_var, tracked = running_at(running, channels, like)
-        pace = count_batch(tracked, pace)
+        update_weight = count_batch(tracked, update_weight)
         for c in range(channels):
-            track(c, used[0, 0, c], used[1, 0, c], pace, running_mean, running_var)
+            track(c, used[0, 0, c], used[1, 0, c], update_weight, running_mean, running_var)
 
 
 # --- backward ---------------------------------------------------------------

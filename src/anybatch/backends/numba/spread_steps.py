@@ -32,10 +32,10 @@ def forward_batch(
     call: NormCall, data: ForwardData, groups: int, state: tuple[Tensor, ...]
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call."""
-    running = running_addresses(state, state[0].dtype, call.columns)
-    used = np.empty((2, 1, call.columns))
-    ends = spread.ends(data[0], call.columns)
-    constants = running, call.pace, call.eps, call.update
+    running = running_addresses(state, state[0].dtype, call.num_statistics)
+    used = np.empty((2, 1, call.num_statistics))
+    ends = spread.ends(data[0], call.num_statistics)
+    constants = running, call.update_weight, call.eps, call.update
     spread.spread_forward(spread.KINDS[call.spec.name], data, used, ends, *constants)
     return SavedBatch(used, ends=ends)
 

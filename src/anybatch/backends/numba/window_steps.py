@@ -81,7 +81,11 @@ def _window_batch(
     values, points = examples * length, spec.gradient_sample or 0
     points = points if points < values else 0
     own, used = np.empty((2, 1, channels)), np.empty((3, 1, channels))
-    how = running_addresses((mean, var, tracked), mean.dtype, channels), call.pace, call.eps
+    how = (
+        running_addresses((mean, var, tracked), mean.dtype, channels),
+        call.update_weight,
+        call.eps,
+    )
     given = call.update, counters, rings, fed, first, paces
     settings = order, spec.tracks_window, points, spec.burn_in_steps
     share = cross_iteration.cross_iteration_norm(data, own, used, *how, *given, settings)

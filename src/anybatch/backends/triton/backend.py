@@ -150,7 +150,7 @@ def spec_obstacle(call: NormCall, x: Tensor) -> str | None:
     """Why the kernels do not take a method, whatever the batch."""
     if call.spec.family != "rule":
         return f"the kernels take rules, not a method of the family {call.spec.family!r}"
-    if x.shape[1] > call.columns * WIDEST:
+    if x.shape[1] > call.num_statistics * WIDEST:
         return f"groups of more than {WIDEST} channels"
     return None
 

@@ -50,7 +50,7 @@ def backward_columns(
     window0,
     counter0,
     tracked,
-    arrivals,
+    block_counter,
     inner,
     outer,
     start,
@@ -63,8 +63,8 @@ def backward_columns(
     length0,
     eps,
     eps_rest,
-    pace,
-    pace_rest,
+    update_weight,
+    update_weight_rest,
     option0,
     option0_rest,
     option1,
@@ -101,10 +101,10 @@ def backward_columns(
     begin, rows = group_rows(g, start, small, large, length)
     row = tl.arange(0, BLOCK_M)[:, None]
 
-    columns = channels // WIDTH
+    num_statistics = channels // WIDTH
     k = c // WIDTH
-    mean = get(used, 0, group + g, all_groups, k, columns, inside)
-    var = get(used, 1, group + g, all_groups, k, columns, inside)
+    mean = get(used, 0, group + g, all_groups, k, num_statistics, inside)
+    var = get(used, 1, group + g, all_groups, k, num_statistics, inside)
     AT_D: tl.constexpr = 2 + (USES & 1)
     AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
     AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
@@ -114,14 +114,14 @@ def backward_columns(
     own_alone = mean
     center = mean
     if USES & 1:
-        r = get(used, 2, group + g, all_groups, k, columns, inside)
+        r = get(used, 2, group + g, all_groups, k, num_statistics, inside)
     if USES & 2:
-        d = get(used, AT_D, group + g, all_groups, k, columns, inside)
+        d = get(used, AT_D, group + g, all_groups, k, num_statistics, inside)
     if USES & 4:
-        center = get(used, AT_CENTER, group + g, all_groups, k, columns, inside)
-        share = get(used, AT_CENTER + 1, group + g, all_groups, k, columns, inside)
+        center = get(used, AT_CENTER, group + g, all_groups, k, num_statistics, inside)
+        share = get(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, inside)
     if USES & 8:
-        own_alone = get(used, AT_OWN, group + g, all_groups, k, columns, inside)
+        own_alone = get(used, AT_OWN, group + g, all_groups, k, num_statistics, inside)
     w = tl.load(weight + c, mask=inside, other=0.0)
     ROWS: tl.constexpr = MOVES & 7
     WINDOWS: tl.constexpr = (MOVES >> 15) & 3
@@ -131,7 +131,7 @@ def backward_columns(
         window0, c, inside, channels, length0, WINDOWS > 0, BLOCK_W, ACC
     )
     now0 = read_counter(counter0, COUNTERS > 0)
-    newest = number(pace, pace_rest, ACC)
+    newest = number(update_weight, update_weight_rest, ACC)
     if CUMULATIVE:
         newest = 1 / (newest * 0 + tl.maximum(tl.load(tracked), 1))
 
@@ -237,7 +237,7 @@ def backward_columns(
         if WINDOWS > 0:
             push(window0, table0, psi, c, kept, channels, length0, BLOCK_W)
         if COUNTERS > 0:
-            last, _ = arrive(arrivals, tl.program_id(0) * 0)
+            last, _ = arrive(block_counter, tl.program_id(0) * 0)
             tl.store(counter0, tl.sum(now0, 0), mask=last)
 
 

@@ -68,7 +68,7 @@ def forward_columns(
     counter1,
     number0,
     number1,
-    arrivals,
+    block_counter,
     inner,
     outer,
     start,
@@ -83,8 +83,8 @@ def forward_columns(
     length1,
     eps,
     eps_rest,
-    pace,
-    pace_rest,
+    update_weight,
+    update_weight_rest,
     option0,
     option0_rest,
     option1,
@@ -212,7 +212,7 @@ def forward_columns(
         number(option4, option4_rest, ACC),
         number(option5, option5_rest, ACC),
         eps_,
-        number(pace, pace_rest, ACC),
+        number(update_weight, update_weight_rest, ACC),
     )
     scale, shift = factors(used_mean, used_var, r, d, w, b, eps_, USES)
     if SOURCE == _TILE:
@@ -230,28 +230,28 @@ def forward_columns(
             value = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
             out = (value - used_mean[None, :]) * scale[None, :] + shift[None, :]
             tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
-    columns = channels // WIDTH
+    num_statistics = channels // WIDTH
     heads = inside & (lane % WIDTH == 0)
     k = c // WIDTH
-    put(used, 0, group + g, all_groups, k, columns, used_mean, heads)
-    put(used, 1, group + g, all_groups, k, columns, used_var, heads)
+    put(used, 0, group + g, all_groups, k, num_statistics, used_mean, heads)
+    put(used, 1, group + g, all_groups, k, num_statistics, used_var, heads)
     zero = tl.zeros_like(spread)
     AT_D: tl.constexpr = 2 + (USES & 1)
     AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
     AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
     if USES & 1:
-        put(used, 2, group + g, all_groups, k, columns, zero + r, heads)
+        put(used, 2, group + g, all_groups, k, num_statistics, zero + r, heads)
     if USES & 2:
-        put(used, AT_D, group + g, all_groups, k, columns, zero + d, heads)
+        put(used, AT_D, group + g, all_groups, k, num_statistics, zero + d, heads)
     if USES & 4:
-        put(used, AT_CENTER, group + g, all_groups, k, columns, middle, heads)
-        put(used, AT_CENTER + 1, group + g, all_groups, k, columns, zero + share, heads)
+        put(used, AT_CENTER, group + g, all_groups, k, num_statistics, middle, heads)
+        put(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, zero + share, heads)
     if USES & 8:
-        put(used, AT_OWN, group + g, all_groups, k, columns, zero + own_alone, heads)
+        put(used, AT_OWN, group + g, all_groups, k, num_statistics, zero + own_alone, heads)
     if UPDATE:
         tl.debug_barrier()  # all threads have read what changes now
         batches = tl.load(tracked) + 1
-        newest = number(pace, pace_rest, ACC)
+        newest = number(update_weight, update_weight_rest, ACC)
         if CUMULATIVE:
             newest = 1 / (newest * 0 + batches)
         if (MOVES >> 29) & 1:
@@ -283,7 +283,7 @@ def forward_columns(
             new, gate = taken(mean, var, used_mean, used_var, (MOVES >> 20) & 7)
             push(window1, table1, new, c, inside & finite(gate), channels, length1, BLOCK_W)
         if COUNTERS > 0 or CUMULATIVE:
-            last, bad = arrive(arrivals, tl.sum((inside & (whole == 0)).to(tl.int32), 0))
+            last, bad = arrive(block_counter, tl.sum((inside & (whole == 0)).to(tl.int32), 0))
             missed = (bad > 0).to(tl.int64)
             if COUNTERS > 0:
                 tl.store(counter0, tl.sum(now0, 0) - missed * ((MOVES >> 25) & 1), mask=last)
@@ -372,7 +372,7 @@ def forward_track(
     running_mean,
     running_var,
     tracked,
-    arrivals,
+    block_counter,
     inner,
     outer,
     small,
@@ -381,8 +381,8 @@ def forward_track(
     all_groups,
     weighing,
     total,
-    pace,
-    pace_rest,
+    update_weight,
+    update_weight_rest,
     CUMULATIVE: tl.constexpr,
     LAST: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -406,13 +406,15 @@ def forward_track(
         at = own + (group + g) * channels + c[None, :]
         mean += share * tl.load(at, mask=there, other=0.0)
         var += share * bessel * tl.load(at + all_groups * channels, mask=there, other=0.0)
-    pace_ = number(pace, pace_rest, ACC)
+    update_weight_ = number(update_weight, update_weight_rest, ACC)
     batches = tl.load(tracked) + 1
     if CUMULATIVE:
-        pace_ = 1 / (pace_ * 0 + batches)
-    track(c, inside, tl.sum(mean, 0), tl.sum(var, 0), pace_, running_mean, running_var, True)
+        update_weight_ = 1 / (update_weight_ * 0 + batches)
+    track(
+        c, inside, tl.sum(mean, 0), tl.sum(var, 0), update_weight_, running_mean, running_var, True
+    )
     if CUMULATIVE:
-        last, _ = arrive(arrivals, tl.program_id(0) * 0)
+        last, _ = arrive(block_counter, tl.program_id(0) * 0)
     else:
         last = tl.program_id(0) == 0
     tl.store(tracked, batches, mask=last)

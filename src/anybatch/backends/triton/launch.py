@@ -88,12 +88,12 @@ def forward(
     used: Tensor,
     own: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
-    arrivals: Tensor,
+    block_counter: Tensor,
     spec: MethodSpec,
     layout: Layout,
     start: int,
     group: int,
-    pace: float,
+    update_weight: float,
     eps: float,
     update: bool,
 ) -> None:
@@ -107,19 +107,19 @@ def forward(
         used: Takes the statistics to normalize by, ``(rows, all groups, K)``.
         own: Takes the groups' own, ``(2, all groups, C)``; it may be `used`.
         running: Running mean, running variance, batches tracked.
-        arrivals: A whole number on the device that is 0.
+        block_counter: A whole number on the device that is 0.
         spec: The method.
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
-        pace: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the variance.
         update: Whether state may change.
     """
     plan, groups = plan_for(layout, processors(x.device)), len(layout.sizes)
-    columns, method, kept = plan.source != PARTS, kernels_for(spec), spec.kept
+    num_statistics, method, kept = plan.source != PARTS, kernels_for(spec), spec.kept
     source, target, partial = x, y, x
-    if not columns:
+    if not num_statistics:
         partial = weight.new_empty(2, groups * plan.parts, layout.channels)
         source, target = partial, weight.new_empty(3, groups, layout.channels)
         _over_parts(
@@ -144,9 +144,9 @@ def forward(
         *running,
         *padded(kept.rows, ROWS, weight),
         *padded(kept.windows, WINDOWS, weight),
-        *padded(kept.counters, COUNTERS, arrivals),
+        *padded(kept.counters, COUNTERS, block_counter),
         *padded(kept.numbers, NUMBERS, weight),
-        arrivals,
+        block_counter,
         *plan.sides,
         start,
         *plan.cut,
@@ -156,30 +156,30 @@ def forward(
         plan.tiles * plan.part_block[0],
         plan.parts,
         *padded(tuple(lengths), WINDOWS, 1),
-        *halves((eps, pace, *padded(kept.options, OPTIONS, 0.0))),
+        *halves((eps, update_weight, *padded(kept.options, OPTIONS, 0.0))),
         RULED=ruled,
         CENTERED=spec.centered,
         USES=method.uses,
         MOVES=method.moves,
-        CUMULATIVE=pace < 0,
+        CUMULATIVE=update_weight < 0,
         UPDATE=update and alone,
         BLOCK_W=power(max(lengths)) if lengths else 0,
         **_shape(plan, layout),
     )
-    if not columns:
+    if not num_statistics:
         _over_parts(forward_write, plan, layout, (x, y, target), start)
     if update and groups > 1:
-        _track(own, running, arrivals, layout, plan, group, pace)
+        _track(own, running, block_counter, layout, plan, group, update_weight)
 
 
 def _track(
     own: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
-    arrivals: Tensor,
+    block_counter: Tensor,
     layout: Layout,
     plan: Plan,
     group: int,
-    pace: float,
+    update_weight: float,
 ) -> None:
     """Groups of one value a channel have no variance to track; the larger ones come first."""
     sizes = [size for size in layout.sizes if size * layout.length > 1]
@@ -189,15 +189,15 @@ def _track(
     forward_track[(-(-layout.channels // wide),)](
         own,
         *running,
-        arrivals,
+        block_counter,
         *plan.sides,
         *plan.cut,
         group,
         own.shape[1],
         len(sizes),
         sum(sizes),
-        *halves((pace,)),
-        CUMULATIVE=pace < 0,
+        *halves((update_weight,)),
+        CUMULATIVE=update_weight < 0,
         LAST=layout.last,
         ALIGN=plan.align,
         BLOCK_M=rows,
@@ -214,12 +214,12 @@ def backward(
     used: Tensor,
     slopes: Tensor,
     tracked: Tensor,
-    arrivals: Tensor,
+    block_counter: Tensor,
     spec: MethodSpec,
     layout: Layout,
     start: int,
     group: int,
-    pace: float,
+    update_weight: float,
     eps: float,
     update: bool,
     wanted: bool,
@@ -234,12 +234,12 @@ def backward(
         used: Statistics that it was normalized by.
         slopes: Takes each group's gradients of bias and scale, ``(2, all groups, C)``.
         tracked: Batches tracked.
-        arrivals: A whole number on the device that is 0.
+        block_counter: A whole number on the device that is 0.
         spec: The method.
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
-        pace: Weight of the newest in an exponential average; below 0 for the mean of all.
+        update_weight: Weight of the newest in an exponential average; below 0 for the mean of all.
         eps: Added to the variance.
         update: Whether averages may change.
         wanted: Whether to write `dx`.
@@ -272,7 +272,7 @@ def backward(
         *padded(kept.windows, 1, weight),
         *padded(kept.counters, 1, tracked),
         tracked,
-        arrivals,
+        block_counter,
         *plan.sides,
         start,
         *plan.cut,
@@ -281,12 +281,12 @@ def backward(
         used.shape[1],
         plan.parts,
         length,
-        *halves((eps, pace, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),
+        *halves((eps, update_weight, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),
         CENTERED=spec.centered,
         USES=method.uses,
         AVERAGED=spec.method.backward.rule is not None,
         MOVES=method.averages,
-        CUMULATIVE=pace < 0 and spec.method.backward.rule is not None,
+        CUMULATIVE=update_weight < 0 and spec.method.backward.rule is not None,
         UPDATE=update,
         WANTED=wanted,
         BLOCK_W=power(length),

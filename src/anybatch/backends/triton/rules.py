@@ -3,7 +3,7 @@
 
 Programs run side by side and in any order. Each owns the memory of its channels: it reads all of it
 first, and writes after a barrier. A counter is read by every program, so the last one to arrive
-writes it: `arrivals` is a number on the device that is zero between launches.
+writes it: `block_counter` is a number on the device that is zero between launches.
 
 What state takes in is told by one number, MOVES, see `moves_of`.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from anybatch.backends import rule as places
 from anybatch.backends.triton.tiles import pool
 
-_BAD: tl.constexpr = tl.constexpr(2**32)  # what a channel that may not be kept adds to arrivals
+_BAD: tl.constexpr = tl.constexpr(2**32)  # what a channel that may not be kept adds to that
 _BATCH_VAR: tl.constexpr = tl.constexpr(places.BATCH_VAR)
 _BATCH_MEAN: tl.constexpr = tl.constexpr(places.BATCH_MEAN)
 _USED_MEAN: tl.constexpr = tl.constexpr(places.USED_MEAN)
@@ -76,12 +76,12 @@ def push(window, table, new, c, kept, channels, rows, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def arrive(arrivals, bad):
+def arrive(block_counter, bad):
     """Whether this program is the last one, and how many channels of all were bad."""
     tl.debug_barrier()  # all threads have read the counters
-    ticket = tl.atomic_add(arrivals, bad.to(tl.int64) * _BAD + 1, sem="acq_rel")
+    ticket = tl.atomic_add(block_counter, bad.to(tl.int64) * _BAD + 1, sem="acq_rel")
     last = ticket % _BAD == tl.num_programs(0) - 1
-    tl.store(arrivals, ticket * 0, mask=last)
+    tl.store(block_counter, ticket * 0, mask=last)
     return last, ticket // _BAD + bad
 
 
@@ -187,14 +187,14 @@ def factors(mean, var, r, d, weight, bias, eps, USES: tl.constexpr):
 
 
 @triton.jit
-def track(c, inside, mean, var, pace, running_mean, running_var, MEAN: tl.constexpr):
+def track(c, inside, mean, var, update_weight, running_mean, running_var, MEAN: tl.constexpr):
     """Move running statistics towards finite ones."""
     kept = inside & finite(var)
     old = tl.load(running_var + c, mask=kept, other=0.0)
-    tl.store(running_var + c, old + pace * (var - old), mask=kept)
+    tl.store(running_var + c, old + update_weight * (var - old), mask=kept)
     if MEAN:
         old = tl.load(running_mean + c, mask=kept, other=0.0)
-        tl.store(running_mean + c, old + pace * (mean - old), mask=kept)
+        tl.store(running_mean + c, old + update_weight * (mean - old), mask=kept)
 
 
 # --- backward ---------------------------------------------------------------

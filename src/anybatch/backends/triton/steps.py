@@ -17,7 +17,7 @@ def forward(
     bias: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
     call: NormCall,
-    arrivals: Tensor | None = None,
+    block_counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalize a batch, and remember it.
 
@@ -27,19 +27,19 @@ def forward(
         bias: Shift.
         running: Running mean, running variance, batches tracked.
         call: How.
-        arrivals: A whole number on the device that is 0, and is again; None for a new one.
+        block_counter: A whole number on the device that is 0, and is again; None for a new one.
 
     Returns:
         The output, and the statistics used, ``(rows, groups, K)``, see `MethodSpec`.
     """
-    spec, columns, channels = call.spec, call.columns, x.shape[1]
+    spec, num_statistics, channels = call.spec, call.num_statistics, x.shape[1]
     groups = len(call.cut[0])
     with _on(x):
-        y, used = torch.empty_like(x), weight.new_empty(spec.rows, groups, columns)
-        own = used if columns == channels else weight.new_empty(2, groups, channels)
-        tensors = (x, y, weight, bias, used, own, running, _zero(x, arrivals), spec)
+        y, used = torch.empty_like(x), weight.new_empty(spec.rows, groups, num_statistics)
+        own = used if num_statistics == channels else weight.new_empty(2, groups, channels)
+        tensors = (x, y, weight, bias, used, own, running, _zero(x, block_counter), spec)
         for step in steps_of(x, call):
-            launch.forward(*tensors, *step, call.pace, call.eps, call.update)
+            launch.forward(*tensors, *step, call.update_weight, call.eps, call.update)
     return y, used
 
 
@@ -51,7 +51,7 @@ def backward(
     tracked: Tensor,
     call: NormCall,
     wanted: bool,
-    arrivals: Tensor | None = None,
+    block_counter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `forward`.
 
@@ -63,7 +63,7 @@ def backward(
         tracked: Batches tracked.
         call: How.
         wanted: Whether the input needs a gradient.
-        arrivals: A whole number on the device that is 0, and is again; None for a new one.
+        block_counter: A whole number on the device that is 0, and is again; None for a new one.
 
     Returns:
         Gradients of the input, empty where it is not wanted, and of shift and scale, ``(2, C)``.
@@ -72,28 +72,28 @@ def backward(
     with _on(x):
         dx = torch.empty_like(x) if wanted else x.new_empty(0)
         slopes = weight.new_empty((2, groups, *weight.shape) if groups > 1 else (2, *weight.shape))
-        state = (used, slopes, tracked, _zero(x, arrivals), call.spec)
-        pace, eps, update = call.pace, call.eps, call.update
+        state = (used, slopes, tracked, _zero(x, block_counter), call.spec)
+        update_weight, eps, update = call.update_weight, call.eps, call.update
         for step in steps_of(x, call):
-            launch.backward(dy, x, dx, weight, *state, *step, pace, eps, update, wanted)
+            launch.backward(dy, x, dx, weight, *state, *step, update_weight, eps, update, wanted)
     return dx, slopes if groups == 1 else slopes.sum(1)
 
 
-def _zero(x: Tensor, arrivals: Tensor | None) -> Tensor:
-    return x.new_zeros((), dtype=torch.int64) if arrivals is None else arrivals
+def _zero(x: Tensor, block_counter: Tensor | None) -> Tensor:
+    return x.new_zeros((), dtype=torch.int64) if block_counter is None else block_counter
 
 
 def steps_of(x: Tensor, call: NormCall) -> tuple[tuple[launch.Layout, int, int], ...]:
     """The layout of each normalization batch of a batch, its first example and first group."""
-    values, columns = x.shape[2:].numel(), call.columns
-    return _steps(call.cut, call.last, x.shape[1], values, x.element_size(), columns)
+    values, num_statistics = x.shape[2:].numel(), call.num_statistics
+    return _steps(call.cut, call.last, x.shape[1], values, x.element_size(), num_statistics)
 
 
 @lru_cache(maxsize=256)
 def _steps(
-    cut: Cut, last: bool, channels: int, values: int, itemsize: int, columns: int
+    cut: Cut, last: bool, channels: int, values: int, itemsize: int, num_statistics: int
 ) -> tuple[tuple[launch.Layout, int, int], ...]:
-    width, long = channels // columns, launch.needs_long(sum(cut[0]) * channels * values)
+    width, long = channels // num_statistics, launch.needs_long(sum(cut[0]) * channels * values)
     return tuple(
         (launch.Layout(last, channels, values, itemsize, sizes, width, long), first, group)
         for first, group, _, sizes in iter_norm_batches(cut)

@@ -197,15 +197,15 @@ def pooled(mean, var, lane, WIDTH: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def put(table, row, group, all_groups, k, columns, value, mask):
+def put(table, row, group, all_groups, k, num_statistics, value, mask):
     """Write into a table ``(rows, all_groups, columns)``."""
-    tl.store(table + (row * all_groups + group) * columns + k, value, mask=mask)
+    tl.store(table + (row * all_groups + group) * num_statistics + k, value, mask=mask)
 
 
 @triton.jit
-def get(table, row, group, all_groups, k, columns, mask):
+def get(table, row, group, all_groups, k, num_statistics, mask):
     """Read from a table ``(rows, all_groups, columns)``, 0 where there is nothing."""
-    return tl.load(table + (row * all_groups + group) * columns + k, mask=mask, other=0.0)
+    return tl.load(table + (row * all_groups + group) * num_statistics + k, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -95,5 +95,5 @@ def example_norms(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.GroupNorm, _InstanceNorm))
-        or (isinstance(module, NormLayer) and module.columns != module.num_features)
+        or (isinstance(module, NormLayer) and module.num_statistics != module.num_features)
     }

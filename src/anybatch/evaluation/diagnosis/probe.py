@@ -307,7 +307,7 @@ def measurable_norms(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]
                 f"model: the number of channels of {name!r} is not known yet; run one batch "
                 "through it before"
             )
-        if isinstance(module, NormLayer) and module.columns != module.num_features:
+        if isinstance(module, NormLayer) and module.num_statistics != module.num_features:
             left.append(f"{name}: its channels share statistics; it is not measured.")
         elif isinstance(module, (NormLayer, _BatchNorm)):
             found[name] = module
