@@ -54,6 +54,7 @@ def test_parameters_stay_the_same_objects_and_their_flags(method: str) -> None:
     assert flags == {name: p.requires_grad for name, p in after.items()}
 
 
+@pytest.mark.few(2)
 @each_method
 def test_an_optimizer_made_before_still_trains_the_model(method: str) -> None:
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def test_train_and_eval_flags_are_kept_one_by_one(method: str) -> None:
     assert not model[4].training
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(1)
 @each_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_device_and_type_are_kept(method: str, dtype: torch.dtype) -> None:

@@ -79,6 +79,7 @@ def _fewer_layers(rank: int) -> None:
     train(model, 5)
 
 
+@pytest.mark.exhaustive
 def test_a_process_with_fewer_layers() -> None:
     """Collectives that do not belong together fail at once; gloo may abort its process by that."""
     start = time.monotonic()

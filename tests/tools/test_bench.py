@@ -389,6 +389,7 @@ def test_the_report_of_bench_is_one_well_formed_page(measured: Path) -> None:
     assert "At batch 2 a training step takes from" in text
 
 
+@pytest.mark.exhaustive
 def test_bench_for_programs(mine: Path, tmp_path: Path) -> None:
     command = ["bench", "--model", f"{mine}:network", "--input", "2x3x6x6", "--methods", "bn"]
     command += ["--rounds", "1", "--output", str(tmp_path / "out")]

@@ -114,7 +114,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.parent.name: path for path in root.glob("*/*.html")}
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["compare", "diagnose", "tune", "bench"])
 def test_a_report_in_a_browser(
