@@ -106,8 +106,15 @@ def _methods(rank: int, world: int, shares_name: str) -> None:
                 assert torch.equal(agreed, value.double()), (name, key)  # to the bit
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("shares", list(SHARES))
+@pytest.mark.parametrize(
+    "shares",
+    [
+        pytest.param("even", marks=pytest.mark.exhaustive),
+        pytest.param("uneven", marks=pytest.mark.exhaustive),
+        "empty",
+    ],
+)
+@pytest.mark.every_case
 def test_two_processes_give_what_one_gives(shares: str) -> None:
     spawn(_methods, 2, shares)
 

@@ -107,8 +107,10 @@ class DispatchedLayer(InferenceLayer):
     ) -> str | None:
         """The reason for torch's operators alone in training, whatever the batch; None if none."""
         together = self._group is not None and active_group(self.process_group) is not None
-        if together and (source is None or source.group is None):
+        if together:  # a process that the loops cannot serve would round state another way
             return _SCOPED
+        if not values * sum(cut.sizes):
+            return "an empty batch"
         if any(t is None for t in self._buffers.values()):
             return "a running statistic was set to None"
         if not self.track_running_stats:
@@ -129,6 +131,8 @@ class DispatchedLayer(InferenceLayer):
         source: ReductionScope | None,
     ) -> Tensor | None:
         """The forward in compiled kernels, where some can serve a batch."""
+        if update:
+            self.meet(cut.batches[0])
         plan = self._plan_for(x, cut, source)
         if plan is None:
             return None
@@ -138,8 +142,6 @@ class DispatchedLayer(InferenceLayer):
             if min(given.counts) < 2:
                 only_aten("too few valid values for statistics")
                 return None
-        if update:
-            self.meet(cut.batches[0])
         contexts: list[Any] | None = [] if again else None
         step = self.step
         aside = {} if step is None else step.rewind(self, "", update)
