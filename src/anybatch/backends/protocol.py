@@ -91,18 +91,13 @@ class Scope(Protocol):
     def sum(self, *tables: Tensor | None) -> list[Tensor | None]:
         """Sums over all processes."""
 
-    def pool(
-        self, mean: Tensor | None, var: Tensor, counts: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Mean, variance and number of values of all processes."""
-
 
 class Contribution(NamedTuple):
-    """What contributes to the statistics of a batch, where not simply all of its values.
+    """The values that contribute to the statistics of a batch, where they are not all of its own.
 
     Attributes:
         counts: Values per channel of each group, more than one.
-        scope: Valid positions, other processes; None for neither.
+        scope: Valid positions; None for all.
         layer: The layer.
         step: Its `StepMemory`, of an optimizer step of several forwards; None where one makes it.
     """

@@ -64,7 +64,7 @@ class Refusal(NamedTuple):
         return cls(choice.selected, x.dtype, x.stride(), x.is_neg() or x._is_zerotensor())
 
     def fits(self, x: Tensor, rows: Rows) -> bool:
-        """Whether a batch of the same shape still is one of these."""
+        """True if a batch of the same shape still is one of these."""
         return self == Refusal.of(x)
 
 

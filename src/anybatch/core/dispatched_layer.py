@@ -28,7 +28,6 @@ from anybatch.core.rule import spec_of
 from anybatch.core.rule_layer import RuleLayer
 from anybatch.core.transforms import check_state
 
-_SCOPED = "a mask or a process group decides which elements contribute"
 _ACCUMULATED = "gradient accumulation joins the statistics of micro-batches"
 
 
@@ -108,9 +107,7 @@ class DispatchedLayer(InferenceLayer):
         """The reason for torch's operators alone in training, whatever the batch; None if none."""
         together = self._group is not None and active_group(self.process_group) is not None
         if together:  # a process that the loops cannot serve would round state another way
-            return _SCOPED
-        if not values * sum(cut.sizes):
-            return "an empty batch"
+            return "a process group decides which elements contribute"
         if any(t is None for t in self._buffers.values()):
             return "a running statistic was set to None"
         if not self.track_running_stats:
@@ -174,14 +171,14 @@ class DispatchedLayer(InferenceLayer):
         beyond, rows = "", self._rows()
         key: Any = x.shape
         if source is not None:
-            beyond = _SCOPED
+            beyond = "a mask decides which elements contribute"
         elif self.step is not None:
             beyond = _ACCUMULATED
         if beyond:
             key = x.shape, beyond
         elif self.outlier_limit is not None:
             beyond = f"outlier_limit={self.outlier_limit}: channels are compared with the state"
-        remembers = not is_traced() and (self._group is None or source is not None) and self.steady
+        remembers = not is_traced() and self._group is None and self.steady
         known = self._plans.get(key) if remembers and self._plans is not None else None
         if known is not None and known.fits(x, rows):
             return known if isinstance(known, ExecutionPlan) else None

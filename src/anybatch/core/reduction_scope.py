@@ -32,12 +32,7 @@ class ReductionScope(NamedTuple):
         self, x: Tensor, sizes: tuple[int, ...], centered: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Mean (None in the uncentred form), variance or second moment, and values behind them."""
-        return self.pool(*self._own(x, sizes, centered))
-
-    def pool(
-        self, mean: Tensor | None, var: Tensor, counts: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Mean, variance and number of values of all processes."""
+        mean, var, counts = self._own(x, sizes, centered)
         if self.group is None:
             return mean, var, counts
         if torch.compiler.is_compiling():

@@ -95,11 +95,11 @@ def counts_at(address, starts, values):
 
 
 @inlined
-def through_at(address, groups, num_statistics):
-    """Room for mean(g) and mean(g z) of each group and column; fresh where none is given, at 0."""
+def psis_at(address, groups, num_statistics):
+    """Room for mean(g z) of each group and column; fresh where none is given, at 0."""
     if address == 0:
-        return np.empty((2, groups, num_statistics))
-    return carray(_pointer(address), (2, groups, num_statistics), np.float64)
+        return np.empty((groups, num_statistics))
+    return carray(_pointer(address), (groups, num_statistics), np.float64)
 
 
 @inlined

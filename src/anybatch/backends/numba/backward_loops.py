@@ -8,8 +8,8 @@ from anybatch.backends.numba.arrays import (
     array_at,
     counts_at,
     numbers_at,
+    psis_at,
     row_or_none,
-    through_at,
     valid_at,
 )
 from anybatch.backends.numba.bound_rules import CENTER, LENGTH, RESULTS, RULE
@@ -32,7 +32,7 @@ from anybatch.backends.numba.passes_relu import (
     row_masked_sums,
 )
 from anybatch.backends.numba.passes_valid import plane_valid_gradient, row_valid_gradient
-from anybatch.backends.numba.rules import FIRST, SECOND, flow, move_average
+from anybatch.backends.numba.rules import flow, move_average
 from anybatch.backends.numba.threads import fork
 
 
@@ -42,7 +42,7 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
     weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     groups, num_statistics = used.shape[1], used.shape[2]
     width, values, found = x.shape[1] // num_statistics, numbers.copy(), np.empty(RESULTS)
-    stage, valid, room = scope[0], scope[1], np.empty(x.shape[2], weight.dtype)
+    valid, room = scope[0], np.empty(x.shape[2], weight.dtype)
     begin, end = (
         groups * num_statistics * part // parts,
         groups * num_statistics * (part + 1) // parts,
@@ -54,8 +54,6 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
         ):
             center = centers[g, k]
             for c in range(k * width, (k + 1) * width):
-                if stage == SECOND:
-                    continue
                 if relu:
                     total, product = plane_masked_sums(dy, y, x, g_added, c, first, last, center)
                 else:
@@ -63,7 +61,7 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
                 sums[0, g, c], sums[1, g, c] = total, product
             state = (method, memory, weight, values, found)
             flow(*state, sums, used, weight, on, eps, g, k, width, scope)
-            if wanted and stage != FIRST:
+            if wanted:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
                     if valid.shape[0] > 0:
@@ -90,11 +88,9 @@ def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
     center = np.empty((period // (channels * inner), channels, inner), weight.dtype)
     for c in range(channels):
         center[:, c] = centers[g, c // width]
-    stage, valid, partial = scope[0], scope[1], np.zeros((parts, 2, period))
+    valid, partial = scope[0], np.zeros((parts, 2, period))
     middle = center.reshape(-1)
-    if stage == SECOND:
-        pass
-    elif relu and g_added.shape[0] == 0:
+    if relu and g_added.shape[0] == 0:
         fork(row_masked_sums, parts, (dy, y, x, first, last, middle, partial))
     elif relu:
         fork(row_kept_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
@@ -108,7 +104,7 @@ def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
     for k in range(num_statistics):
         state = (method, memory, weight, values, found)
         flow(*state, sums, used, weight, on, eps, g, k, width, scope)
-    if wanted and stage != FIRST:
+    if wanted:
         table = np.empty((3, *center.shape), weight.dtype)
         for kind in range(3):
             for c in range(channels):
@@ -159,12 +155,12 @@ def backward(method, kept, data, used, memory, settings, update_weight, eps, upd
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     numbers = arguments(method, memory, settings, update_weight, eps)
     centers = used[max(method[CENTER], 0)]  # of the groups' own variances
-    stage, valid, given, through, before, share = scope
+    valid, given, psis, before, share = scope
     valid = valid_at(valid, x, last)
     counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
-    through = through_at(through, groups, used.shape[2])
+    psis = psis_at(psis, groups, used.shape[2])
     earlier = row_or_none(before, used.shape[2], kept)
-    narrowed = (stage, valid, counts, through, earlier, share)
+    narrowed = (valid, counts, psis, earlier, share)
     shared = (weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, narrowed)
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
@@ -176,12 +172,11 @@ def backward(method, kept, data, used, memory, settings, update_weight, eps, upd
         else:
             for g in range(groups):
                 _backward_group(g, parts, *some)
-    if stage != SECOND:
-        for c in range(channels):
-            first = second = 0.0
-            for g in range(groups):
-                first += sums[0, g, c]
-                second += sums[1, g, c]
-            db[c], dw[c] = first, second
-    if update and method[RULE] != 0 and stage != FIRST:
-        move_average(method, memory, weight, numbers, np.empty(RESULTS), through[1, 0])
+    for c in range(channels):
+        first = second = 0.0
+        for g in range(groups):
+            first += sums[0, g, c]
+            second += sums[1, g, c]
+        db[c], dw[c] = first, second
+    if update and method[RULE] != 0:
+        move_average(method, memory, weight, numbers, np.empty(RESULTS), psis[0])

@@ -32,8 +32,6 @@ from anybatch.backends.numba.passes import (
 from anybatch.backends.numba.passes_relu import plane_activate, row_activate
 from anybatch.backends.numba.passes_valid import first_valid, plane_valid_moments, row_valid_moments
 from anybatch.backends.numba.rules import (
-    FIRST,
-    SECOND,
     bar_outliers,
     choose,
     count_batch,
@@ -57,7 +55,7 @@ def _forward_planes(part, parts, x, y, added, starts, shared):
     groups, num_statistics = used.shape[1], used.shape[2]
     width, centered = x.shape[1] // num_statistics, method[CENTERED] != 0
     values, found = numbers.copy(), np.empty(RESULTS)
-    stage, valid, counts, earlier, share, guard = scope
+    valid, counts, earlier, share, guard = scope
     begin, end = (
         groups * num_statistics * part // parts,
         groups * num_statistics * (part + 1) // parts,
@@ -69,17 +67,12 @@ def _forward_planes(part, parts, x, y, added, starts, shared):
             max(begin - g * num_statistics, 0), min(end - g * num_statistics, num_statistics)
         ):
             for c in range(k * width, (k + 1) * width):
-                if stage == SECOND:
-                    pass
-                elif valid.shape[0] > 0:
+                if valid.shape[0] > 0:
                     own[0, g, c], own[1, g, c] = plane_valid_moments(
                         x, valid, c, first, last, start, counts[g], centered
                     )
                 else:
                     own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
-            if stage == FIRST:
-                continue
-            for c in range(k * width, (k + 1) * width):
                 join(own, g, c, earlier, share)
             choose(method, memory, weight, values, found, own, used, g, k, width, guard)
             for c in range(k * width, (k + 1) * width):
@@ -120,13 +113,10 @@ def _forward_group(g, parts, x, y, added, starts, layout, shared):
     period, inner, example = layout
     first, last = starts[g] * example, starts[g + 1] * example
     channels, centered = own.shape[2], method[CENTERED] != 0
-    stage, valid, counts, earlier, share, guard = scope
+    valid, counts, earlier, share, guard = scope
     repeats = period // (channels * inner)
     on, width = np.empty((3, repeats, channels, inner), weight.dtype), channels // used.shape[2]
-    if stage != SECOND:
-        row_own(g, parts, x, starts, layout, valid, counts, centered, weight, own)
-    if stage == FIRST:
-        return
+    row_own(g, parts, x, starts, layout, valid, counts, centered, weight, own)
     for c in range(channels):
         join(own, g, c, earlier, share)
     values, found = numbers.copy(), np.empty(RESULTS)
@@ -188,14 +178,14 @@ def forward(
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     numbers = arguments(method, memory, settings, update_weight, eps)
     groups, tracked = used.shape[1], counter_at(tracked)
-    stage, valid, given, before, steps, outliers, share, total, limit = scope
+    valid, given, before, steps, outliers, share, total, limit = scope
     valid = valid_at(valid, x, last)
     counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
     earlier = (row_or_none(before, channels, kept), row_or_none(steps, channels, kept))
     limit = limit if tracked[()] >= SETTLED else np.inf
     seen = numbers_at(outliers, channels if outliers != 0 else 0)
     guard = (limit, seen, eps)
-    narrowed = (stage, valid, counts, earlier, share, guard)
+    narrowed = (valid, counts, earlier, share, guard)
     shared = (weight, bias, relu, own, used, eps, method, memory, numbers, narrowed)
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_forward_planes, parts, (x, y, added, starts, shared))
@@ -207,7 +197,7 @@ def forward(
         else:
             for g in range(groups):
                 _forward_group(g, parts, *some)
-    if not update or stage == FIRST:
+    if not update:
         return
     running_mean, running_var = (
         array_at(memory[0], channels, kept),

@@ -87,7 +87,7 @@ def forward_batch(
     if scope is None and spec.outliers is None:
         forward_loops.forward(*given, PLAIN)
     else:
-        scope = run_forward(partial(forward_loops.forward, *given), spec, scope, own)
+        run_forward(partial(forward_loops.forward, *given), spec, scope, own)
     return SavedBatch(used, spec, scope=scope)
 
 
@@ -113,8 +113,7 @@ def backward_batch(
         backward_loops.backward(*given, PLAIN_BACKWARD)
     else:
         run = partial(backward_loops.backward, *given)
-        shape, dtype = kept.used.shape[1:], KEPT[call.work[1].dtype]
-        run_backward(run, spec, kept.scope, shape, data[10], dtype)
+        run_backward(run, spec, kept.scope, kept.used.shape[2])
 
 
 def _memory(

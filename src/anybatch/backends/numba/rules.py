@@ -50,8 +50,6 @@ IN_WINDOWS = 2 + ROWS  # places in a memory
 IN_LENGTHS = IN_WINDOWS + WINDOWS
 IN_COUNTERS = IN_LENGTHS + WINDOWS
 
-FIRST, SECOND = 1, 2  # halves of a pass, between which processes join their statistics; 0: both
-
 # --- a rule -----------------------------------------------------------------
 
 
@@ -96,7 +94,7 @@ def join(own, g, c, earlier, share):
 
 @inlined
 def is_outlier(method, own, g, c, mean, var, guard):
-    """Whether a channel's variance about its running mean is out of all proportion."""
+    """True if a channel's variance about its running mean is out of all proportion."""
     limit, _, eps = guard
     apart = own[0, g, c] - mean if method[CENTERED] != 0 else 0.0
     return own[1, g, c] + apart * apart > (var + eps) * limit
@@ -162,35 +160,30 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
-    factors of dy and x, and the constant. `through` ``(2, G, K)`` has mean(g) and mean(g z), before
-    their average over steps; between two halves it has the sums.
+    factors of dy and x, and the constant. `psis` ``(G, K)`` takes mean(g z), before its average
+    over steps.
     """
-    stage, _, counts, through, earlier, step_share = scope
+    _, counts, psis, earlier, step_share = scope
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
     r, d = given(used, method[R], g, k, 1.0), given(used, method[D], g, k, 0.0)
     share = given(used, method[SHARE], g, k, 1.0)
     apart = given(used, method[CENTER], g, k, used[0, g, k]) - used[0, g, k]
-    if stage != SECOND:
-        mean_g = psi = 0.0
-        for c in range(k * width, (k + 1) * width):
-            sum_dy = sums[0, g, c]
-            sum_dyz = (sums[1, g, c] + apart * sum_dy) * inverse
-            sums[1, g, c] = r * sum_dyz + d * sum_dy
-            mean_g += weight[c] * r * sum_dy
-            psi += weight[c] * r * sum_dyz
-        through[0, g, k], through[1, g, k] = mean_g, psi
-    if stage == FIRST:
-        return
-    count = counts[g] * width
-    mean_g, psi = through[0, g, k] / count, through[1, g, k] / count
+    count, mean_g, psi = counts[g] * width, 0.0, 0.0
+    for c in range(k * width, (k + 1) * width):
+        sum_dy = sums[0, g, c]
+        sum_dyz = (sums[1, g, c] + apart * sum_dy) * inverse
+        sums[1, g, c] = r * sum_dyz + d * sum_dy
+        mean_g += weight[c] * r * sum_dy
+        psi += weight[c] * r * sum_dyz
+        on[0, g, c] = weight[c] * r * inverse
+    mean_g, psi = mean_g / count, psi / count
     if earlier.shape[0] > 0:
         psi = earlier[k] + step_share * (psi - earlier[k])
-    through[1, g, k] = psi
+    psis[g, k] = psi
     if method[RULE] != 0 and given(used, method[OWN], g, k, 0.0) == 0:
         psi = averaged(method, memory, like, values, found, psi, k, weight.shape[0])
     centered = method[CENTERED] != 0
     for c in range(k * width, (k + 1) * width):
-        on[0, g, c] = weight[c] * r * inverse
         on[1, g, c] = -share * psi * inverse * inverse
         on[2, g, c] = -share * mean_g * inverse if centered else 0.0
 
@@ -209,7 +202,7 @@ def averaged(method, memory, like, values, found, psi, k, channels):
 
 @inlined
 def enters(value, own_var, state, guarded):
-    """Whether a channel enters the state: finite there and, `guarded`, not barred before."""
+    """True if a channel enters the state: finite there and, `guarded`, not barred before."""
     return fits(value, state) and not (guarded and math.isnan(own_var))
 
 
