@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.console import console, plain_errors, print_file, print_lines, print_path
-from anybatch.cli.options import AsJson, Methods, Output, Rounds
+from anybatch.cli.options import AsJson, Methods, Output
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import check_device, parse_names
 from anybatch.core.arguments import check_count
@@ -19,7 +19,7 @@ def check(
         str | None,
         typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
     ] = None,
-    rounds: Rounds = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of the timing; 0 for none.")] = 5,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
