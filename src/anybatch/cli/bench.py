@@ -59,9 +59,7 @@ def bench(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile each network by torch.compile.")
     ] = False,
-    rounds: Annotated[
-        int, typer.Option(help="Rounds, in each of which every method has a turn.")
-    ] = 15,
+    rounds: options.Rounds = 15,
     option: options.Options = None,
     config: options.Config = None,
     output: options.Output = None,

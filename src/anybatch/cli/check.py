@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.console import console, plain_errors, print_file, print_lines, print_path
-from anybatch.cli.options import AsJson, Methods, Output
+from anybatch.cli.options import AsJson, Methods, Output, Rounds
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import check_device, parse_names
 from anybatch.core.arguments import check_count
@@ -19,7 +19,7 @@ def check(
         str | None,
         typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds of the timing; 0 for none.")] = 5,
+    rounds: Rounds = 5,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -28,8 +28,8 @@ def check(
         anybatch check
 
     Without --methods all are checked. Each is compared with torch's operators, and timed beside
-    nn.BatchNorm2d. The exit code is 1 if one disagrees. check.json has all results: attach it to a
-    report of a fault.
+    nn.BatchNorm2d, unless --rounds is 0. The exit code is 1 if one disagrees. check.json has all
+    results: attach it to a report of a fault.
     """
     from anybatch.tools import check as checks
 

@@ -78,6 +78,7 @@ TunedMethod = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of weights, order, noise and augmentation.")]
+Rounds = Annotated[int, typer.Option(help="Rounds, in each of which every method has a turn.")]
 Root = Annotated[str | None, typer.Option(help="Folder or file of the data (not for digits).")]
 Model = Annotated[
     str | None,
