@@ -78,55 +78,48 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
 
 
 @inlined
-def _backward_group(g, parts, dy, x, dx, y, g_added, starts, layout, shared):
-    """Sums and gradient of a group of examples."""
+def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout, shared):
+    """Sums and gradient of some groups of examples, each by one thread, or several `within`."""
     weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     period, inner, example = layout
-    first, last = starts[g] * example, starts[g + 1] * example
-    channels, num_statistics = sums.shape[2], used.shape[2]
-    width = channels // num_statistics
-    center = np.empty((period // (channels * inner), channels, inner), weight.dtype)
-    for c in range(channels):
-        center[:, c] = centers[g, c // width]
-    valid, partial = scope[0], np.zeros((parts, 2, period))
-    middle = center.reshape(-1)
-    if relu and g_added.shape[0] == 0:
-        fork(row_masked_sums, parts, (dy, y, x, first, last, middle, partial))
-    elif relu:
-        fork(row_kept_sums, parts, (dy, y, x, g_added, first, last, middle, partial))
-    else:
-        fork(row_sums, parts, (dy, x, first, last, middle, partial))
-    total = channel_sums(partial, center.shape)
-    for c in range(channels):
-        rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
-        sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
+    groups, channels, num_statistics = sums.shape[1], sums.shape[2], used.shape[2]
+    valid, width = scope[0].reshape(-1), channels // num_statistics
+    places = np.empty((4, period // (channels * inner), channels, inner), weight.dtype)
+    center, table = places[0], places[1:]
+    middle, rows = center.reshape(-1), table.reshape(3, -1)
     values, found = numbers.copy(), np.empty(RESULTS)
-    for k in range(num_statistics):
-        state = (method, memory, weight, values, found)
-        flow(*state, sums, used, weight, on, eps, g, k, width, scope)
-    if wanted:
-        table = np.empty((3, *center.shape), weight.dtype)
+    for g in range(groups * part // parts, groups * (part + 1) // parts):
+        first, last = starts[g] * example, starts[g + 1] * example
+        for c in range(channels):
+            center[:, c] = centers[g, c // width]
+        partial = np.zeros((within, 2, period))
+        if relu and g_added.shape[0] == 0:
+            fork(row_masked_sums, within, (dy, y, x, first, last, middle, partial))
+        elif relu:
+            fork(row_kept_sums, within, (dy, y, x, g_added, first, last, middle, partial))
+        else:
+            fork(row_sums, within, (dy, x, first, last, middle, partial))
+        total = channel_sums(partial, center.shape)
+        for c in range(channels):
+            rounded = np.float64(center[0, c, 0]) - centers[g, c // width]
+            sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
+        for k in range(num_statistics):
+            state = (method, memory, weight, values, found)
+            flow(*state, sums, used, weight, on, eps, g, k, width, scope)
+        if not wanted:
+            continue
         for kind in range(3):
             for c in range(channels):
                 table[kind, :, c] = on[kind, g, c]
-        rows = table.reshape(3, -1)
         if valid.shape[0] > 0:
-            flat, one = valid.reshape(-1), rows[:, :channels].copy()
-            some = (dy, x, flat, dx, first, last, middle[:channels], one)
-            fork(row_valid_gradient, parts, some)
+            one = rows[:, :channels].copy()
+            some = (dy, x, valid, dx, first, last, middle[:channels], one)
+            fork(row_valid_gradient, within, some)
         elif relu and g_added.shape[0] == 0:
-            fork(row_masked_gradient, parts, (dy, y, x, dx, first, last, middle, rows))
+            fork(row_masked_gradient, within, (dy, y, x, dx, first, last, middle, rows))
         else:
             above = g_added if relu else dy
-            fork(row_gradient, parts, (above, x, dx, first, last, middle, rows))
-
-
-@inlined
-def _backward_groups(part, parts, dy, x, dx, y, g_added, starts, layout, shared):
-    """Some groups of examples, each by one thread."""
-    groups = starts.shape[0] - 1
-    for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _backward_group(g, 1, dy, x, dx, y, g_added, starts, layout, shared)
+            fork(row_gradient, within, (above, x, dx, first, last, middle, rows))
 
 
 @jit
@@ -166,12 +159,9 @@ def backward(method, kept, data, used, memory, settings, update_weight, eps, upd
         fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
     else:
         flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
-        some = (*flat, starts, row_layout(x, last, starts), shared)
-        if groups >= parts:
-            fork(_backward_groups, parts, some)
-        else:
-            for g in range(groups):
-                _backward_group(g, parts, *some)
+        across, within = (parts, 1) if groups >= parts else (1, parts)
+        some = (within, *flat, starts, row_layout(x, last, starts), shared)
+        fork(_backward_groups, across, some)
     for c in range(channels):
         first = second = 0.0
         for g in range(groups):

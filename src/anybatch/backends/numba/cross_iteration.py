@@ -9,6 +9,7 @@ window, a slot a step; see `CrossIterationBatchNorm`.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -28,11 +29,21 @@ from anybatch.backends.numba.rules import count_batch, fits, track, unbiased
 _CIRCLE = 2**31
 # Taps and meetings of a missing dimension.
 ONE = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
-# What stands for a feed and for the window's gradients in the naive form.
-_TABLE, _CUBE = np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
-_NO_MAP = np.empty(0, np.float32), (1, 1, 1, 1), False, _TABLE, np.empty(0, np.float32)
-NO_FEED = (*_NO_MAP, (ONE[0],) * 3, (ONE[1],) * 3, (1, 1, 1), 1)
-NO_GRADIENTS = (_TABLE, _TABLE, _CUBE, _CUBE)
+
+
+@cache
+def nothing(dtype):
+    """What stands for a feed and for the window's gradients in the naive form.
+
+    Of the types of those that are there, so that one function is compiled for both.
+    """
+    row, table, cube = (np.empty((0,) * dims, dtype) for dims in (1, 2, 3))
+    rows, bias = table.copy(), row.copy()
+    for parameter in (rows, bias):  # as parameters are given
+        parameter.setflags(write=False)
+    meetings = (ONE[1].astype(dtype),) * 3
+    feed = row, (1, 1, 1, 1), False, rows, bias, (ONE[0],) * 3, meetings, (1, 1, 1), 1
+    return feed, (table, table, cube, cube)
 
 
 @inlined
@@ -203,7 +214,10 @@ def cross_iteration_norm(
     flat, period, total_of = x.reshape(-1), row_layout(x, last, starts)[0], own[:, 0]
     on = np.empty((3, period // channels, channels), x.dtype)
     if last:
-        on[0], sums = flat[:channels], np.zeros((1, 2, period))
+        sums = np.zeros((1, 2, period))
+        for repeat in range(on.shape[1]):
+            for c in range(channels):
+                on[0, repeat, c] = flat[c]
         row_moments(0, 1, flat, 0, x.size, on[0].reshape(-1), sums)
         total_of = channel_sums(sums, (on.shape[1], channels, 1))
     for c in range(channels):
@@ -291,7 +305,7 @@ def _record(own, values, order, feed, rings, counters, burn_in):
             mean_gradient[place] = 0
             var_gradient[place] = 0
     if finite:
-        for c in range(channels):  # a slice's assignment compiles what it would say of shapes
+        for c in range(channels):  # an array's assignment compiles what it would say of shapes
             ring_mean[place, c], ring_var[place, c] = own[0, c], own[1, c]
         ring_values[place] = values
         if step[()] > burn_in:

@@ -107,36 +107,30 @@ def row_own(g, parts, x, starts, layout, valid, counts, centered, like, own):
 
 
 @inlined
-def _forward_group(g, parts, x, y, added, starts, layout, shared):
-    """Statistics and output of a group of examples."""
+def _forward_groups(part, parts, within, x, y, added, starts, layout, shared):
+    """Statistics and output of some groups of examples, each by one thread, or several `within`."""
     weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
     period, inner, example = layout
-    first, last = starts[g] * example, starts[g + 1] * example
-    channels, centered = own.shape[2], method[CENTERED] != 0
+    groups, channels, centered = own.shape[1], own.shape[2], method[CENTERED] != 0
     valid, counts, earlier, share, guard = scope
-    repeats = period // (channels * inner)
-    on, width = np.empty((3, repeats, channels, inner), weight.dtype), channels // used.shape[2]
-    row_own(g, parts, x, starts, layout, valid, counts, centered, weight, own)
-    for c in range(channels):
-        join(own, g, c, earlier, share)
+    repeats, width = period // (channels * inner), channels // used.shape[2]
+    on = np.empty((3, repeats, channels, inner), weight.dtype)
     values, found = numbers.copy(), np.empty(RESULTS)
-    for k in range(used.shape[2]):
-        choose(method, memory, weight, values, found, own, used, g, k, width, guard)
-        for c in range(k * width, (k + 1) * width):
-            mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
-            on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
-    if relu:
-        fork(row_activate, parts, (x, added, y, first, last, on.reshape(3, -1)))
-    else:
-        fork(row_write, parts, (x, y, first, last, on.reshape(3, -1)))
-
-
-@inlined
-def _forward_groups(part, parts, x, y, added, starts, layout, shared):
-    """Some groups of examples, each by one thread."""
-    groups = starts.shape[0] - 1
     for g in range(groups * part // parts, groups * (part + 1) // parts):
-        _forward_group(g, 1, x, y, added, starts, layout, shared)
+        first, last = starts[g] * example, starts[g + 1] * example
+        row_own(g, within, x, starts, layout, valid, counts, centered, weight, own)
+        for c in range(channels):
+            join(own, g, c, earlier, share)
+        for k in range(used.shape[2]):
+            choose(method, memory, weight, values, found, own, used, g, k, width, guard)
+            for c in range(k * width, (k + 1) * width):
+                mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
+                on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
+        rows = on.reshape(3, -1)
+        if relu:
+            fork(row_activate, within, (x, added, y, first, last, rows))
+        else:
+            fork(row_write, within, (x, y, first, last, rows))
 
 
 @inlined
@@ -191,12 +185,9 @@ def forward(
         fork(_forward_planes, parts, (x, y, added, starts, shared))
     else:
         flat = (x.reshape(-1), y.reshape(-1), added.reshape(-1))
-        some = (*flat, starts, row_layout(x, last, starts), shared)
-        if groups >= parts:
-            fork(_forward_groups, parts, some)
-        else:
-            for g in range(groups):
-                _forward_group(g, parts, *some)
+        across, within = (parts, 1) if groups >= parts else (1, parts)
+        some = (within, *flat, starts, row_layout(x, last, starts), shared)
+        fork(_forward_groups, across, some)
     if not update:
         return
     running_mean, running_var = (

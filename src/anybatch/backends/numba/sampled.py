@@ -127,17 +127,17 @@ def sampled_forward(data, sample, running, update_weight, eps, update, parts, ta
         stats: Takes those to normalize by, ``(2, C)``.
     """
     like, x, y, shape, planes, relu, added, weight, bias = data
-    (first, second), shares, counts, length = sample
+    runs, shares, counts, length = sample
     channels = stats.shape[1]
     x, y, added = array_at(x, shape, like), array_at(y, shape, like), _map_at(added, shape, like)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
     running = running_at(running, channels, like)
     if planes:
-        fork(planes_statistics, parts, (x, channels, length, first, second, table))
+        fork(planes_statistics, parts, (x, channels, length, runs[0], runs[1], table))
     else:
-        rows_moments(parts, x, length, first, table[0], table[1])
-        if second.shape[0] > 0:
-            rows_moments(parts, x, length, second, table[2], table[3])
+        for s in range(2):
+            if runs[s].shape[0] > 0:
+                rows_moments(parts, x, length, runs[s], table[2 * s], table[2 * s + 1])
     scales, shifts, count = np.empty(channels), np.empty(channels), counts[0] + counts[1]
     _decide(
         table,
@@ -190,7 +190,8 @@ def sampled_backward(data, sample, stats, table, eps, parts):
     for c in range(channels):
         wanted[c] = weight[c] / math.sqrt(stats[1, c] + eps)
     mean, scales = _cast(stats[0], 1, x), _cast(wanted, 1, x)
-    work[0] = mean
+    for c in range(channels):  # an array's assignment compiles what it would say of shapes
+        work[0, c] = mean[c]
     if planes:
         sums = np.empty((x.shape[0], 2, 1))
         fork(planes_backward, parts, (dy, x, dx, relu, y, g, mean, scales, sums))

@@ -112,50 +112,55 @@ def _fork(typingctx, kernel, parts, arguments):
         _, parts_value, packed = values
         pieces = cgutils.unpack_tuple(builder, _lent(context, builder, arguments, packed))
         i32, word, pointer = ir.IntType(32), parts_value.type, cgutils.voidptr_t
-
-        def call(at, part, all_parts, values):
-            context.call_internal_no_propagate(
-                at, compiled.fndesc, types.none(*inner), [part, all_parts, *values]
-            )
-
-        # The function of the region: each thread takes every so manieth part.
-        outlined = ir.Function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [pointer]),
-            builder.module.get_unique_name(f"{builder.function.name}.region"),
-        )
-        outlined.linkage = "internal"
-        at = ir.IRBuilder(outlined.append_basic_block())
-        number, team = (
-            at.zext(
-                at.call(
-                    cgutils.get_or_insert_function(at.module, ir.FunctionType(i32, []), name), []
-                ),
-                word,
-            )
-            for name in (_NUMBER, _TEAM)
-        )
         struct = ir.LiteralStructType([word, *(piece.type for piece in pieces)])
-        given = at.load(at.bitcast(outlined.args[0], struct.as_pointer()))
-        total, *rest = cgutils.unpack_tuple(at, given)
-        with cgutils.for_range_slice(at, number, total, team, word) as (part, _):
-            call(at, part, total, rest)
+
+        def outlined(name, *inputs):
+            function = ir.Function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [pointer, *inputs]),
+                builder.module.get_unique_name(f"{builder.function.name}.{name}"),
+            )
+            function.linkage = "internal"
+            return function, ir.IRBuilder(function.append_basic_block())
+
+        # Every so manieth part, from one on. The kernel is called here alone: it is inlined where
+        # it is called, and a second place would be compiled as well.
+        run, at = outlined("parts", word, word)
+        run.attributes.add("noinline")
+        total, *rest = cgutils.unpack_tuple(
+            at, at.load(at.bitcast(run.args[0], struct.as_pointer()))
+        )
+        with cgutils.for_range_slice(at, run.args[1], total, run.args[2], word) as (part, _):
+            inputs = [part, total, *rest]
+            context.call_internal_no_propagate(at, compiled.fndesc, types.none(*inner), inputs)
         at.ret_void()
 
+        # What each thread of a region runs.
+        region, at = outlined("region")
+        number_of = ir.FunctionType(i32, [])
+        number, team = (
+            at.zext(at.call(cgutils.get_or_insert_function(at.module, number_of, name), []), word)
+            for name in (_NUMBER, _TEAM)
+        )
+        at.call(run, [region.args[0], number, team])
+        at.ret_void()
+
+        data = cgutils.alloca_once_value(
+            builder, cgutils.pack_struct(builder, [parts_value, *pieces])
+        )
+        place = builder.bitcast(data, pointer)
         alone = builder.icmp_signed("<=", parts_value, word(1))
         with builder.if_else(alone) as (one, several):
             with one:
-                call(builder, word(0), word(1), pieces)
+                builder.call(run, [place, word(0), word(1)])
             with several:
-                data = cgutils.pack_struct(builder, [parts_value, *pieces])
-                place = cgutils.alloca_once_value(builder, data)
-                region = cgutils.get_or_insert_function(
+                parallel = cgutils.get_or_insert_function(
                     builder.module,
-                    ir.FunctionType(ir.VoidType(), [outlined.type, pointer, i32, i32]),
+                    ir.FunctionType(ir.VoidType(), [region.type, pointer, i32, i32]),
                     _REGION,
                 )
                 count = builder.trunc(parts_value, i32)
-                builder.call(region, [outlined, builder.bitcast(place, pointer), count, i32(0)])
+                builder.call(parallel, [region, place, count, i32(0)])
         return context.get_dummy_value()
 
     return signature, codegen

@@ -75,7 +75,7 @@ def _window_batch(
     # Its first example: state knows the whole batch.
     first = (x - output.data_ptr()) // (output.nbytes // output.shape[0])
     if not made:
-        bare = cross_iteration.NO_FEED, (0, 0, 0, 0)
+        bare = cross_iteration.nothing(mean.numpy().dtype)[0], (0, 0, 0, 0)
         made += bare if conv is None else _conv_arrays(spec, conv, output)
     (rings, counters), (fed, paces) = _arrays(spec), made
     values, points = examples * length, spec.gradient_sample or 0
@@ -109,7 +109,7 @@ def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, .
     if views.method_state is not memory:
         counters = tuple(memory[name].numpy() for name in ("step", "position", "entries"))
         rings = tuple(memory[name].numpy() for name in spec.rings)
-        rings = rings if len(rings) > 3 else (*rings, *cross_iteration.NO_GRADIENTS)
+        rings = rings if len(rings) > 3 else (*rings, *cross_iteration.nothing(rings[0].dtype)[1])
         views.method_state, views.arrays = memory, (rings, counters)
     arrays: tuple[tuple[Array, ...], tuple[Array, ...]] = views.arrays
     return arrays
@@ -146,7 +146,7 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
         (*(1,) * missing, *y.shape[2:]),
         (paces[0], *(0,) * missing, *paces[1:]),
         (1,) * missing,
-        conv.rows.new_empty(0).numpy(),
+        read(conv.rows.new_empty(0)),
     )
 
 
