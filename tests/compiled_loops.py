@@ -1,9 +1,10 @@
-"""The compiled loops, made once: each type by one worker, and then read from disk by all."""
+"""The compiled loops, made once: half of them by each worker, and read from disk by all."""
 
 import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,28 +13,30 @@ from filelock import FileLock
 from torch import nn
 
 import anybatch
-from method_cases import NAMES, make, step
+from method_cases import NAMES, SAMPLED, UNPOOLED, make, step
 
-TYPES = (torch.float32, torch.float64)
 MANY = 1000  # tests from which on it is worth while
+# Two parts of the loops, which share little.
+OTHERS = [*SAMPLED, *UNPOOLED]
+PARTS = {"rules": [name for name in NAMES if name not in OTHERS], "others": OTHERS}
 
 
-def compile_loops(dtype: torch.dtype) -> None:
-    """Run every method once in a type, so that its loops are on disk."""
+def compile_loops(names: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
+    """Run methods once in a type, so that their loops are on disk."""
     x = torch.randn(4, 6, 3, 3, dtype=dtype)
-    for name in NAMES:
+    for name in names:
         layer = make(name).to(dtype)
         for form in (torch.contiguous_format, torch.channels_last):
             step(layer, x.to(memory_format=form))
     net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).to(dtype)
-    for method in ("mabn", "cbn"):  # centred weights, gradients of statistics
+    for method in {"mabn", "cbn"}.intersection(names):  # centred weights, gradients of statistics
         converted = anybatch.convert(copy.deepcopy(net), method)
         for _ in range(2):
             step(converted, x)
 
 
 def share_compilation(tests: int) -> None:
-    """Compile, of two types, the one that is this worker's, and wait for the other.
+    """Compile, of two parts of the loops, the one that is this worker's, and wait for the other.
 
     Args:
         tests: How many the worker has collected.
@@ -44,8 +47,7 @@ def share_compilation(tests: int) -> None:
     number, run = int(worker.removeprefix("gw")), os.environ["PYTEST_XDIST_TESTRUNUID"]
     folder = Path(tempfile.gettempdir()) / f"anybatch-tests-{run}"
     folder.mkdir(exist_ok=True)
-    order = TYPES if number % 2 == 0 else TYPES[::-1]
-    for dtype in order:
-        with FileLock(folder / f"{dtype}.lock"), warnings.catch_warnings():
+    for part in sorted(PARTS, reverse=number % 2 == 0):
+        with FileLock(folder / f"{part}.lock"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile_loops(dtype)
+            compile_loops(PARTS[part])

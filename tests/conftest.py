@@ -25,8 +25,9 @@ def _same_start() -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fast tests torch's operators serve 16 bits: to compile loops for them takes a minute."""
+    """In fast tests the loops serve float32 alone: to compile them takes minutes a type."""
     if request.node.get_closest_marker("exhaustive") is None:
+        monkeypatch.setattr("anybatch.backends.numba.backend.TYPES", (torch.float32,))
         monkeypatch.setattr("anybatch.backends.numba.backend.LOW", ())
 
 
