@@ -2,7 +2,7 @@
 #
 #   make demo    train on digits at batch 2 with every method, print the table, write a report
 #   make test    the fast tests
-#   make test-all  every case of them
+#   make test-all  the other cases as well
 #
 #   make bench   time and memory beside torch's layers: CSV files and images in runs/bench
 #
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-slow test-zoo test-gpu test-browser check format bench bench-gpu docs package clean
+.PHONY: help demo test test-all test-every test-slow test-zoo test-gpu test-browser check format bench bench-gpu docs package clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,7 +44,10 @@ demo: $(VENV)/.demo  ## compare every method at batch 2 on digits (DEMO="..." ad
 test: $(VENV)/.dev  ## fast tests, doctests and documentation examples
 	$(PYTEST) -n $(WORKERS)
 
-test-all: $(VENV)/.dev  ## all cases of all tests, but for trainings and other hardware
+test-all: $(VENV)/.dev  ## all tests with each pair of parameters, but trainings and other hardware
+	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not zoo and not combination"
+
+test-every: $(VENV)/.dev  ## the same with each combination of parameters
 	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu and not zoo"
 
 test-slow: $(VENV)/.dev  ## trainings and other tests that take minutes

@@ -40,7 +40,7 @@ def _empty_compiler(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test's many cases, those outside the fast set are marked exhaustive."""
+    """Mark a test's cases outside the fast set, and those whose pairs of values others have."""
     groups: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
@@ -54,9 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         few = group[0].get_closest_marker("few")
         if few is not None:
             fast = selection.some(fast, few.args[0], test)
+        paired = selection.pairwise(cases, fast, test)
         for number, item in enumerate(group):
             if number not in fast:
                 item.add_marker(pytest.mark.exhaustive)
+            if number not in paired:
+                item.add_marker(pytest.mark.combination)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -7,13 +7,15 @@ others do not. The fast set takes, for each test:
 - of the values of all other parameters, each at least once;
 - with three parameters or more, each pair of values of the two with the most, if these are few.
 
-`make test-all` runs all cases. A test marked `every_case` has all of them in the fast set, one
+`make test-all` takes each pair of values of any two parameters, and so all cases of a test with
+two; `make test-every` each case. A test marked `every_case` has all of them in the fast set, one
 marked `pairs("x", "y")` each pair of values of these two parameters, one marked `few(n)`, whose
 cases take seconds each, n of those above.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
 from zlib import crc32
 
 Case = Mapping[str, Hashable]
@@ -105,3 +107,19 @@ def chosen(cases: Sequence[Case], test: str, pairs: tuple[str, ...] = ()) -> set
 def some(numbers: set[int], most: int, test: str) -> set[int]:
     """So many of a test's cases, others from test to test."""
     return set(sorted(numbers, key=lambda number: crc32(f"{test} {number}".encode()))[:most])
+
+
+def pairwise(cases: Sequence[Case], taken: set[int], test: str) -> set[int]:
+    """Those taken, and cases that have every other pair of values of any two parameters."""
+    names = axes(cases) if cases else []
+    if len(names) < 3:
+        return set(range(len(cases)))
+    found, seen = set(taken), set()
+    rest = sorted(set(range(len(cases))) - taken, key=lambda i: crc32(f"{test} {i}".encode()))
+    for number in (*taken, *rest):
+        case = cases[number]
+        pairs = {(a, b, case[a], case[b]) for a, b in combinations(names, 2)}
+        if not pairs <= seen:
+            found.add(number)
+            seen |= pairs
+    return found

@@ -6,6 +6,7 @@ without the package: ``core.norm_layer``; ``core`` is its ``__init__``, and "" t
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 MAX_FILE = 450
@@ -22,7 +23,13 @@ def modules(package: Path) -> dict[str, Path]:
 
 def trees(package: Path) -> dict[str, ast.Module]:
     """The syntax trees of a package by module."""
-    return {name: ast.parse(path.read_text()) for name, path in modules(package).items()}
+    return {name: parsed(path.read_text()) for name, path in modules(package).items()}
+
+
+@cache
+def parsed(source: str) -> ast.Module:
+    """Source code as a tree."""
+    return ast.parse(source)
 
 
 def imports(package: Path) -> dict[str, set[str]]:
@@ -192,7 +199,7 @@ def unlisted_exports(package: Path) -> set[str]:
     """Public names that an ``__init__`` only imports and does not list, or lists and has not."""
     found = set()
     for module, path in modules(package).items():
-        tree = ast.parse(path.read_text())
+        tree = parsed(path.read_text())
         listed = _listed(tree)
         if listed is None:
             continue

@@ -1,6 +1,6 @@
 """The fast set of a test's cases."""
 
-from itertools import product
+from itertools import combinations, product
 
 import anybatch
 import selection
@@ -45,6 +45,22 @@ def test_a_few_cases_are_others_in_another_test() -> None:
     taken = [selection.some(set(range(20)), 3, f"test {number}") for number in range(8)]
     assert {len(few) for few in taken} == {3}
     assert len(set.union(*taken)) > 6
+
+
+def test_all_pairs_of_values_are_taken_in_few_cases() -> None:
+    three = cases(x=[*range(6)], y=["a", "b", "c"], z=[True, False], v=[*range(3)])
+    taken = {0, 1}
+    paired = selection.pairwise(three, taken, "test")
+    assert taken < paired
+    assert len(paired) < len(three) / 2
+    for one, other in combinations("xyzv", 2):
+        assert {(three[i][one], three[i][other]) for i in paired} == {
+            (case[one], case[other]) for case in three
+        }
+
+
+def test_all_cases_of_two_parameters_are_pairs() -> None:
+    assert selection.pairwise(cases(x=[1, 2, 3], y=[1, 2]), {0}, "test") == set(range(6))
 
 
 def test_values_without_a_hash_are_told_apart() -> None:

@@ -221,8 +221,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         use_fused("auto")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("layer_class", REFERENCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.exhaustive)]
+)
 def test_a_method_of_a_user_is_right_in_every_backend(
     layer_class: type[NormLayer], dtype: torch.dtype, backend: str
 ) -> None:

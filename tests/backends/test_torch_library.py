@@ -76,7 +76,7 @@ def trained(layer: nn.Module, run: Any, shape: tuple[int, ...], *how: Any) -> li
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("norm_batch_size", [None, 4])
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +92,7 @@ def test_a_compiled_layer_is_the_layer(name: str, norm_batch_size: int | None, l
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_need_one_graph_for_all_steps_and_epochs(name: str) -> None:
     compare(name, "aot_eager")
@@ -105,7 +105,7 @@ def test_operators_under_inductor_give_the_same(name: str) -> None:
     compare(name, "inductor")
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("choice", ["auto", "never"])
 def test_elsewhere_a_compiler_gets_the_operators_of_torch(choice: str) -> None:
     use_fused(choice)

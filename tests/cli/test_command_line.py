@@ -45,6 +45,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_compare_leaves_everything_whole(compared: Path) -> None:
     names = {path.name for path in compared.iterdir()}
     images = {"curves.png", "accuracy.png", "cost.png"}
@@ -279,6 +280,7 @@ def test_an_import_that_breaks_under_ctrl_c_is_a_stop(
     assert "scikit-learn" not in result.output
 
 
+@pytest.mark.exhaustive
 def test_without_its_extra_the_command_says_which() -> None:
     code = "import sys; sys.modules['typer'] = None\nimport anybatch; from anybatch.cli import main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -305,6 +307,7 @@ def test_diagnose_prints_a_table_and_leaves_everything_whole(tmp_path: Path) -> 
     assert page.open == []
 
 
+@pytest.mark.exhaustive
 def test_diagnose_for_programs_and_from_a_checkpoint(tmp_path: Path) -> None:
     from anybatch.tools.networks import build
 
@@ -353,6 +356,7 @@ def test_an_option_means_the_same_in_every_command() -> None:
     assert all(all(words) for words in said.values())
 
 
+@pytest.mark.exhaustive
 def test_wrong_input_leaves_standard_output_to_json() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "anybatch", "train", "--method", "mabm", "--json"],

@@ -43,6 +43,7 @@ def written(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("method", [*KEEPING, "bgn"])
 def test_training_goes_on_from_a_file_bit_for_bit(method: str, suffix: str, tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_a_batch_norm_s_checkpoint_keeps_its_outputs(into: str, tmp_path: Path) 
     torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("first", KEEPING)
 def test_from_any_method_to_any_other(first: str) -> None:
     model = trained(first).eval()

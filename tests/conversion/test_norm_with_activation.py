@@ -126,6 +126,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert not (model.eval()[1](model[0](picture())) == 0).any()
 
 
+@pytest.mark.exhaustive
 def test_a_norm_with_activation_compiles_without_a_break() -> None:
     model, x = convert(randomize(network()).eval(), "brn"), picture()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

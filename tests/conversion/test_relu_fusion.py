@@ -205,6 +205,7 @@ def test_networks_of_the_tools_are_fused(name: str) -> None:
     assert apart(course(ours, draw, 2), course(theirs, draw, 2)) <= 1e-9
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "network",
     [pytest.param(n, id=k, marks=[pytest.mark.slow] * n.slow) for k, n in NETWORKS.items()],
@@ -579,6 +580,7 @@ def test_residuals_of_other_types_are_added_as_torch_adds() -> None:
     assert ours(inputs_of(ours)).dtype == torch.float64
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiler_sees_the_own_forward_whole(fused: nn.Module) -> None:
     torch._dynamo.reset()

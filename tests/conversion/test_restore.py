@@ -50,6 +50,7 @@ def test_the_eval_output_stays_and_nothing_of_anybatch(
     torch.testing.assert_close(eval_output(plain, x), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_saved_network_loads_where_there_is_no_anybatch(tmp_path: Path) -> None:
     model, x = anybatch.to_batchnorm(trained("mabn")).eval(), torch.randn(2, 3, 12, 12)
     torch.save((model, x, model(x).detach()), tmp_path / "model.pt")

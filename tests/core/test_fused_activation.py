@@ -335,7 +335,7 @@ def checkpointed(reentrant: bool) -> Callable[..., Tensor]:
     return way
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @each_name
 @each_residual

@@ -239,7 +239,7 @@ def test_a_recomputed_forward_counts_once_within_a_step(name: str, use_reentrant
     assert all(torch.allclose(first[k].float(), second[k].float(), atol=1e-4) for k in first)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_accumulating_layer_compiles_whole(name: str) -> None:

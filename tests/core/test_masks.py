@@ -97,6 +97,7 @@ def test_any_shape_and_mask(
         torch.testing.assert_close(pack(y, mask), expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("groups", [None, 2])
 def test_the_gradient_of_masked_statistics_is_exact(name: str, groups: int | None) -> None:
@@ -366,7 +367,7 @@ def plain_inference(layer: NormLayer, x: Tensor) -> Tensor:
     return layer.weight.view(1, -1, 1, 1) * z + layer.bias.view(1, -1, 1, 1)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in SAMPLED])
 def test_a_masked_layer_compiles_whole(name: str) -> None:

@@ -94,7 +94,7 @@ def traced_tensors() -> list[Tensor]:
         return [t for t in gc.get_objects() if isinstance(t, FakeTensor | FunctionalTensor)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_no_fake_tensor_outlives_its_call(name: str) -> None:
     before = {id(t) for t in traced_tensors()}

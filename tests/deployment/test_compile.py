@@ -69,7 +69,7 @@ def compare(method: str, backend: str) -> None:
         torch.testing.assert_close(run(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", WHOLE)
 def test_a_layer_needs_one_graph_for_all_steps_and_epochs(method: str) -> None:
     compare(method, "aot_eager")
@@ -84,7 +84,7 @@ def test_a_layer_under_inductor_gives_the_same(method: str) -> None:
 GROUPED = {"ghost": {"ghost_size": 2}, "bgn": {"num_groups": 2, "examples_per_group": 2}}
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", WHOLE)
 def test_a_network_compiled_for_dynamic_shapes_gives_the_same(method: str, training: bool) -> None:
@@ -115,7 +115,7 @@ def _backends_as_before() -> Iterator[None]:
     use_fused("auto")
 
 
-@pytest.mark.few(2)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["bn", "mabn"])
 @pytest.mark.usefixtures("_backends_as_before")
@@ -135,6 +135,7 @@ def test_a_compiled_layer_sees_a_change_between_two_batches(name: str, change: s
         torch.testing.assert_close(state(compiled), state(plain), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_layer_compiled_before_the_first_no_update_of_its_thread_sees_it() -> None:
     """The setting belongs to a thread, so it is new in a new one."""
     layer, x, found = make("bn"), batch(4), []

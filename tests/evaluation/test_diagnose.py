@@ -147,6 +147,7 @@ def trained(batch_size: int, epochs: int = 3) -> tuple[nn.Module, Any]:
     return made.model, classification.batches(run, data, epochs + 1)
 
 
+@pytest.mark.exhaustive
 def test_the_demo_network_at_batch_2_has_the_problem() -> None:
     found = diagnose(*trained(2))
     assert found.reading.problem == "yes"
@@ -506,6 +507,7 @@ def test_a_diagnosis_is_printed_as_a_table(found: Diagnosis) -> None:
     assert column == name  # wrapped, not cut
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_a_diagnosis_is_drawn_as_an_image(found: Diagnosis, tmp_path: Path, ending: str) -> None:
     path = found.plot(tmp_path / f"noise.{ending}")

@@ -59,6 +59,7 @@ def test_pooled_variance_is_exact_for_uneven_batches_and_a_large_mean() -> None:
     torch.testing.assert_close(pool.var(), var, rtol=1e-9, atol=0)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_statistics_are_those_of_all_the_data_under_the_final_network(name: str) -> None:
     """In float64; in float32 a deep network's own rounding may come to 2e-5 of a variance."""
@@ -333,6 +334,7 @@ def test_a_failure_leaves_everything_as_it_was(mode: str, method: str) -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.exhaustive
 def test_an_error_is_gone_with_its_handler() -> None:
     """One that stays in a cycle keeps its frames, and a process group's threads, to the end."""
     gc.collect()
@@ -365,6 +367,7 @@ def _recalibrate_in_processes(rank: int, folder: str) -> None:
         recalibrate(model, [] if rank == 0 else mine)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.dist
 def test_recalibrate_pools_the_data_of_processes(tmp_path) -> None:
     spawn(_recalibrate_in_processes, str(tmp_path))

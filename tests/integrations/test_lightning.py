@@ -92,6 +92,7 @@ def memory(model: nn.Module) -> dict[str, Tensor]:
     return {f"{i} {k}": t for i, layer in enumerate(layers) for k, t in layer.method_state.items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("micro_batches", [1, 5])
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -123,6 +124,7 @@ def test_losses_and_state_are_a_plain_loops(
         torch.testing.assert_close(tensor, memory(model)[name])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["mbn", "mabn", "cbn"])
 def test_a_resumed_lightning_run_gives_the_numbers_of_the_whole_one(
     tmp_path: Path, method: str

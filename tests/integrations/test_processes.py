@@ -92,6 +92,7 @@ def _train_all(rank: int) -> None:
                 torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.exhaustive
 def test_replicas_and_shards_train_as_a_loop_by_hand() -> None:
     spawn(_train_all)
 

@@ -106,15 +106,8 @@ def _methods(rank: int, world: int, shares_name: str) -> None:
                 assert torch.equal(agreed, value.double()), (name, key)  # to the bit
 
 
-@pytest.mark.parametrize(
-    "shares",
-    [
-        pytest.param("even", marks=pytest.mark.exhaustive),
-        pytest.param("uneven", marks=pytest.mark.exhaustive),
-        "empty",
-    ],
-)
-@pytest.mark.every_case
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shares", ["even", "uneven", "empty"])
 def test_two_processes_give_what_one_gives(shares: str) -> None:
     spawn(_methods, 2, shares)
 

@@ -115,7 +115,7 @@ def test_a_callback_that_is_added_to_a_running_training_joins_it(tmp_path: Path)
     assert anybatch.MomentumBatchNorm2d in kinds
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["bn", "mabn"])
 def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     """Eleven batches by fives: the last step of an epoch has one."""
@@ -298,7 +298,7 @@ def test_a_resumed_trainer_run_of_centred_weights_is_the_whole_one(tmp_path: Pat
     torch.testing.assert_close(logits(plain), logits(whole.model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["mbn", "mabn"])
 def test_the_trainer_converts_by_name_and_resumes(tmp_path: Path, method: str) -> None:
     options = {"batch_size": 2} if method == "mbn" else {"window": 4}
@@ -312,6 +312,7 @@ def test_the_trainer_converts_by_name_and_resumes(tmp_path: Path, method: str) -
     assert rest.losses == whole.losses[22:]
 
 
+@pytest.mark.exhaustive
 def test_a_callback_that_is_added_late_converts_when_training_begins(tmp_path: Path) -> None:
     run = trainer(network(), tmp_path, transformers.TrainerCallback())
     run.add_callback(NormCallback("bn"))

@@ -885,6 +885,7 @@ def test_what_the_layer_refuses(options: dict[str, Any], words: str) -> None:
         anybatch.CrossIterationBatchNorm2d(6, **options)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("feeder", list(FEEDERS))
 @pytest.mark.parametrize(
     "options",

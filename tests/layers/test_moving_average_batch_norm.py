@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +33,7 @@ def gradients(options: dict, x: torch.Tensor, target: torch.Tensor, size: int) -
     return grad.flatten()
 
 
+@pytest.mark.exhaustive
 def test_averages_forward_and_then_backward_come_closer_to_a_large_batchs_gradient() -> None:
     """Rows 5, 4 and 1 of the paper's table 4, by the gradient's direction through eight layers."""
     generator = torch.Generator().manual_seed(0)

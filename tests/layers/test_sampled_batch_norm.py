@@ -159,6 +159,7 @@ def test_any_shape_is_the_reference(
         assert torch.allclose(ours.reshape(theirs.shape), theirs, atol=1e-8 * scale)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sample", [*REAL, *MIXED])
 @pytest.mark.parametrize("fused", ["auto", "never"])
 def test_the_gradient_of_sampled_statistics_is_exact(sample: str, fused: str) -> None:
@@ -360,7 +361,7 @@ def test_random_positions_are_uniform_and_unrelated() -> None:
     assert abs(float(pairs[0]) / 400 - 49 * 90 / 2450) < 0.3
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("sample", [*REAL, *MIXED])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_graph_holds_for_every_draw(sample: str) -> None:
@@ -539,6 +540,7 @@ def test_checkpointing_draws_once(use_reentrant: bool, outside: bool) -> None:
         assert torch.allclose(a.float(), b.float(), atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_network_is_wrapped() -> None:
     torch._dynamo.reset()

@@ -62,7 +62,7 @@ def test_the_output_is_that_of_centred_weights(kind: str) -> None:
         assert torch.equal(other(x), layer(x))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_pass_the_subtraction(kind: str) -> None:
     build, shape = LAYERS[kind]

@@ -82,7 +82,7 @@ def check(run: Run, folder: Path, kills: int, seed: int) -> int:
     return struck
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["mbn", "mabn"])
 def test_a_killed_run_goes_on_bit_for_bit(
     tmp_path: Path, method: str, record_property: Callable[[str, object], None]

@@ -47,7 +47,7 @@ def _silent(rank: int, where: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("where", ["forward", "backward", "late"])
 def test_a_process_that_dies_or_is_late(where: str) -> None:
     spawn(_silent, where, timeout=5)
@@ -65,7 +65,7 @@ def _disagree(rank: int, case: str) -> None:
     assert all(int(b) == 0 for n, b in model.named_buffers() if n.endswith("tracked"))
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["method", "options"])
 def test_processes_that_disagree_are_told(case: str) -> None:
     spawn(_disagree, case, timeout=20)

@@ -132,6 +132,7 @@ def agree(found: list[Tensor], expected: list[Tensor], *, rows: Callable[[Tensor
         torch.testing.assert_close(a / scale, b / scale, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.exhaustive
 @given(histories(ALIKE))
 @QUICK
 def test_the_order_of_examples_does_not_matter_in_any_setting(history: dict[str, Any]) -> None:
@@ -141,6 +142,7 @@ def test_the_order_of_examples_does_not_matter_in_any_setting(history: dict[str,
     agree(step(layer, x[order], dy[order]), expected, rows=lambda t: t[order])
 
 
+@pytest.mark.exhaustive
 @given(histories(["ghost 2", "bgn 3"]))
 @QUICK
 def test_the_order_of_groups_does_not_matter(history: dict[str, Any]) -> None:
@@ -165,6 +167,7 @@ def test_a_channel_does_not_see_the_others(history: dict[str, Any]) -> None:
         torch.testing.assert_close(a[:, 0], b[:, 0])
 
 
+@pytest.mark.exhaustive
 @given(histories(["bn", "ghost 2", "bgn 3"]), st.floats(0.1, 10.0), st.floats(-5.0, 5.0))
 @QUICK
 def test_scale_and_shift_of_the_input_do_not_matter(

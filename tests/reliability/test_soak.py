@@ -21,6 +21,7 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_every_method_has_its_turn(soak: ModuleType) -> None:
     chance, base = soak.random.Random(0), soak.network()
@@ -30,6 +31,7 @@ def test_every_method_has_its_turn(soak: ModuleType) -> None:
         assert {type(m).__name__ for m in base if "Norm" in type(m).__name__} == {"BatchNorm2d"}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_a_few_seconds_of_it(soak: ModuleType) -> None:
     samples = soak.soak(minutes=0.05, every=0.05, seed=0)

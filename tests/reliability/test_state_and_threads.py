@@ -139,6 +139,7 @@ def test_a_copy_between_forward_and_backward_disturbs_neither(method: str) -> No
 # --- threads and workers -----------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_models_of_all_methods_train_in_threads_as_they_do_alone() -> None:
     """All at once, and each method in two threads."""
     models = [converted(method) for method in METHODS for _ in range(2)]
@@ -186,7 +187,7 @@ class Features(Dataset[tuple[Tensor, Tensor]]):
         return features, torch.stack(train(model, range(4)))
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_models_work_in_the_workers_of_a_loader(start: str) -> None:
@@ -214,6 +215,7 @@ def test_a_detour_over_double_changes_nothing(method: str) -> None:
     go_on_alike(model, other)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_moved_to_another_type_is_one_built_in_it(method: str) -> None:
     """In the middle of training, float to double and back."""
@@ -255,6 +257,7 @@ def without(state: Any, names: set[str]) -> Any:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", OURS)
 def test_memory_that_a_checkpoint_has_only_in_part_starts_fresh(method: str) -> None:
     """As from a version whose layers remembered something else."""

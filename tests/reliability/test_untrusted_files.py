@@ -127,6 +127,7 @@ def is_read_or_refused(reader: Callable[[bytes, Path], Any], content: bytes) -> 
         reader(content, Path(folder))
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_read_or_refused(name: str) -> None:

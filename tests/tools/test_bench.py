@@ -247,6 +247,7 @@ def small(mine: Path, attribute: str = "network", **more: object) -> Bench:
     return Bench("net", factory(f"{mine}:{attribute}"), inputs, **settings)
 
 
+@pytest.mark.exhaustive
 def test_every_method_can_be_measured(mine: Path) -> None:
     variants = {name: Variant(name) for name in anybatch.METHODS if name != "sync"}
     shown: list[tuple[str, int, int]] = []
@@ -264,6 +265,7 @@ def test_every_method_can_be_measured(mine: Path) -> None:
     assert all(1 <= done <= total for _, done, total in shown)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_formats_precisions_and_batch_sizes(
@@ -286,11 +288,13 @@ def test_formats_precisions_and_batch_sizes(
     assert last == {channels_last}
 
 
+@pytest.mark.exhaustive
 def test_several_inputs_and_nested_outputs(mine: Path) -> None:
     found = costs(small(mine, "two"), {"mabn": Variant("mabn", (("window", 3),))})
     assert found.failed == {}
 
 
+@pytest.mark.exhaustive
 def test_a_method_that_fails_is_named_and_the_others_are_measured(mine: Path) -> None:
     variants = {
         "cbn": Variant("cbn"),
@@ -347,6 +351,7 @@ def measured(mine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_bench_leaves_everything_whole(measured: Path) -> None:
     names = {"bench.json", "bench.csv", "bench.png", "report.html"}
     assert {path.name for path in measured.iterdir()} == names
@@ -402,6 +407,7 @@ def test_bench_for_programs(mine: Path, tmp_path: Path) -> None:
     assert run(*command, "--csv", "--json").exit_code == 2
 
 
+@pytest.mark.exhaustive
 def test_bench_takes_a_file_of_options(mine: Path, tmp_path: Path) -> None:
     options = {"model": f"{mine}:network", "input": "2x3x6x6", "methods": ["bn"], "rounds": 1}
     (tmp_path / "bench.json").write_text(json.dumps({**options, "batch-sizes": [4]}))
@@ -507,6 +513,7 @@ def test_layers_are_timed_and_drawn(
         scripts["draw"].main([str(BENCHMARKS / "draw.py")])
 
 
+@pytest.mark.exhaustive
 def test_small_steps_have_a_floor(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     path = tmp_path / "small.csv"
     typed = [*ONE, "--networks", "resnet8", "--methods", "brn", "--rounds", "1", "--csv", str(path)]

@@ -14,6 +14,7 @@ from anybatch.cli import app
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.exhaustive,  # a browser's start takes seconds
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here"),
     pytest.mark.filterwarnings("ignore"),
 ]

@@ -17,6 +17,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, command)
 
 
+@pytest.mark.exhaustive
 def test_check_tells_of_every_type_and_format_what_serves_and_how_fast(tmp_path: Path) -> None:
     result = run("--rounds", "1", "--output", str(tmp_path), "--json")
     assert result.exit_code == 0, result.output
@@ -45,9 +46,11 @@ def test_check_names_kernels_that_disagree_and_fails(
     monkeypatch.setattr(rule_steps, "forward", wrong)
     result = run("--rounds", "0", "--output", str(tmp_path))
     assert result.exit_code == 1
-    assert "cpu, bn, float64, channels_last: output: error" in " ".join(result.output.split())
+    assert "cpu, bn, float32, channels_last: output: error" in " ".join(result.output.split())
     rows = json.loads((tmp_path / "check.json").read_text())["rows"]
-    assert {row["precision"] for row in rows if row["fault"]} >= {"float32", "float64"}
+    faulty = [row for row in rows if row["fault"]]
+    assert {row["format"] for row in faulty} == {"contiguous", "channels_last"}
+    assert all(row["backend"] == "numba" for row in faulty)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ def test_cifar_in_its_binary_form(tmp_path: Path, inner: str) -> None:
     assert torch.allclose(data.train_x[0, 0], torch.tensor(red, dtype=torch.float32), atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_cifar_mosaics(tmp_path: Path) -> None:
     x = images(5000)
     grid = x.reshape(50, 100, 32, 32, 3).swapaxes(1, 2).reshape(1600, 3200, 3)
@@ -414,6 +415,7 @@ def test_networks_of_other_libraries_are_taken_where_they_are(monkeypatch) -> No
         networks.build("torchvision:resnet18", 7, (3, 8, 8))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "resnet56"])
 def test_networks_train_on_two_images(name: str) -> None:
     shape = (64,) if name == "mlp" else (3, 32, 32)
@@ -436,6 +438,7 @@ def test_a_network_of_images_refuses_vectors() -> None:
 LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "settings"),
     [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],

@@ -90,6 +90,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -108,7 +109,7 @@ def test_loops_over_channels_last_are_exact_in_float32(name: str, last: bool) ->
     check(name, (17, 24, 41, 29), torch.float32, last, 3)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["bn", "ghost", "l1", "range", "fs"])
@@ -133,7 +134,7 @@ def test_outputs_past_the_caches(name: str, last: bool, dtype: torch.dtype) -> N
             assert float((ours.double() - theirs).abs().max()) <= tolerance(dtype, theirs)
 
 
-@pytest.mark.few(5)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -167,7 +168,7 @@ def test_loops_over_channels_last_serve_groups_and_successive_batches(
         check(name, shape, last=last, steps=6, **options)
 
 
-@pytest.mark.few(3)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(
@@ -239,6 +240,7 @@ def test_threads_of_python_may_share_the_loops() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, train(seed), strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_does_not_wait_for_threads() -> None:
     """As in a data loader's workers. Torch's own operators would wait, so none are used."""

@@ -23,6 +23,7 @@ def test_the_papers_networks_are_as_large_as_the_literature_has_them(name: str) 
             assert sum(p.numel() for p in net.parameters()) == counted
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "side", "left"),
     [
@@ -46,6 +47,7 @@ def test_maps_of_the_papers_networks_shrink_as_the_papers_have_them(
     assert sizes == [left]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_papers_networks_train_on_two_images(name: str) -> None:
     net = networks.build(name, 7, (3, 32, 32))

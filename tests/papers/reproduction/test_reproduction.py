@@ -149,6 +149,7 @@ def test_every_table_and_figure_is_there_in_both_sizes() -> None:
             assert size.text
 
 
+@pytest.mark.exhaustive
 def test_small_sizes_fit_half_an_hour_of_two_cores_as_estimated() -> None:
     for one in reproductions().values():
         seconds = sum(estimate(task, {}, "cpu") for task in tasks([one], "small"))

@@ -84,6 +84,7 @@ def test_a_chain_that_compensates_one_layer_is_the_library() -> None:
             optimizer.step()
 
 
+@pytest.mark.exhaustive
 def test_one_layer_cuts_the_error_by_half_where_one_layer_is_the_truth() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(64, 1, 8, 8) + torch.randn(64, 1, 1, 1), torch.randint(4, (64,))
@@ -112,6 +113,7 @@ def test_gradient_decay_is_that_of_the_whole_jacobian() -> None:
         gradient_decay(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), x.float())
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_timed_and_a_wrong_kind_is_refused() -> None:
     x, y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
     assert set(step_seconds(x, y, batch_size=2, rounds=1)) == set(KINDS)

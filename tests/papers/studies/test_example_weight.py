@@ -10,6 +10,7 @@ from anybatch.tools.run import Run
 from papers.studies.example_weight import Weighed, _row, as_table, figure, image_arrays, weigh
 
 
+@pytest.mark.exhaustive
 def test_a_row_a_network_and_a_value_a_seed(tmp_path: Path) -> None:
     base = Run(epochs=1, train_size=64, batch_size=16)
     runs = {"batch": base, "group": base.but(method="gn")}

@@ -223,6 +223,7 @@ def test_a_step_is_timed_by_phase() -> None:
         assert 0 < phases["backward"] < phases["step"]
 
 
+@pytest.mark.exhaustive
 def test_figures_of_the_sampling_study_are_drawn() -> None:
     inputs = noise(3, 8, 3, 6, 6)
     net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))

@@ -545,6 +545,7 @@ def test_frozen_norms_stay_and_do_all_but_nothing(data: Dataset, scenes: Path) -
 # --- training ------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("norms", ["all", "heads"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_tables_trains_a_detector(

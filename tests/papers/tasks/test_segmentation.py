@@ -294,6 +294,7 @@ def network(name: str) -> nn.Module:
     return networks.build(name, 5, (3, 21, 30))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["unet", *PSPNETS])
 def test_a_score_a_class_and_pixel(name: str) -> None:
     if name == "pspnet101":
@@ -381,6 +382,7 @@ def test_networks_go_with_their_data(changes: dict[str, str], words: str) -> Non
 # --- training ------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_tables_trains_a_segmenter(
     method: str, data: Dataset, scenes: Path
@@ -398,6 +400,7 @@ def test_every_method_of_the_tables_trains_a_segmenter(
     assert 0 <= numbers["mean_iou"] <= numbers["pixel_accuracy"] <= 1
 
 
+@pytest.mark.exhaustive
 def test_segmenters_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     run = PaperRun(
         root=str(scenes), method="mabn", norm_batch_size=2, epochs=15, lr=0.8, **SETTINGS
@@ -407,6 +410,7 @@ def test_segmenters_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     assert result["pixel_accuracy"] > 0.85
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["torch", "mabn", "cbn"])
 def test_a_stopped_segmentation_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str
@@ -475,6 +479,7 @@ def in_this_process(
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
 
 
+@pytest.mark.exhaustive
 def test_a_table_of_segmentation_is_made_and_drawn(
     tiny: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

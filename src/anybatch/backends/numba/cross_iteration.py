@@ -33,9 +33,9 @@ ONE = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
 
 @cache
 def nothing(dtype):
-    """What stands for a feed and for the window's gradients in the naive form.
+    """What stands for a feed, its bias and the window's gradients where there are none.
 
-    Of the types of those that are there, so that one function is compiled for both.
+    Of the types of those that are there, so that one function is compiled for all.
     """
     row, table, cube = (np.empty((0,) * dims, dtype) for dims in (1, 2, 3))
     rows, bias = table.copy(), row.copy()

@@ -139,20 +139,8 @@ def sampled_forward(data, sample, running, update_weight, eps, update, parts, ta
             if runs[s].shape[0] > 0:
                 rows_moments(parts, x, length, runs[s], table[2 * s], table[2 * s + 1])
     scales, shifts, count = np.empty(channels), np.empty(channels), counts[0] + counts[1]
-    _decide(
-        table,
-        shares,
-        count,
-        weight,
-        bias,
-        running,
-        update_weight,
-        eps,
-        update,
-        stats,
-        scales,
-        shifts,
-    )
+    how, made = (weight, bias, running, update_weight, eps, update), (stats, scales, shifts)
+    _decide(table, shares, count, *how, *made)
     if planes:
         on = _cast(stats[0], 1, x), _cast(scales, 1, x), _cast(shifts, 1, x)
         fork(planes_affine, parts, (x, y, relu, added, *on))
