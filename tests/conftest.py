@@ -15,6 +15,8 @@ collect_ignore = ["reliability/warm.py"]
 if not torch.cuda.is_available():
     # GPU kernels are tested in Triton's interpreter; Triton asks once, when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Else the compiler starts a process a core, each of which imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

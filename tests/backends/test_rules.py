@@ -221,7 +221,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         use_fused("auto")
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("layer_class", REFERENCES)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.exhaustive)]

@@ -117,7 +117,7 @@ def test_elsewhere_a_compiler_gets_the_operators_of_torch(choice: str) -> None:
     assert not {NORMALIZE, BACKWARD} & set(graphs.targets)
 
 
-@pytest.mark.few(2)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", ["masked", "without scale", "half", "limited", "centered"])
 def test_what_the_kernels_do_not_know_takes_the_operators_of_torch(case: str) -> None:
     options: dict[str, Any] = {

@@ -55,6 +55,7 @@ def test_compare_leaves_everything_whole(compared: Path) -> None:
         assert (compared / image).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_results_are_for_programs_too(compared: Path) -> None:
     data = json.loads((compared / "results.json").read_text())
     assert data["schema"] == 1
@@ -72,6 +73,7 @@ def test_results_are_for_programs_too(compared: Path) -> None:
     assert len(rows) == 5
 
 
+@pytest.mark.exhaustive
 def test_a_finished_comparison_is_not_trained_again(compared: Path, tmp_path: Path) -> None:
     compared = Path(shutil.copytree(compared, tmp_path / "again"))  # it writes a report of its own
     before = {p: p.stat().st_mtime_ns for p in (compared / "runs").iterdir()}
@@ -99,6 +101,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.exhaustive
 def test_the_report_of_compare_is_one_well_formed_page(compared: Path) -> None:
     text = (compared / "report.html").read_text(encoding="utf-8")
     page = Page()
@@ -116,6 +119,7 @@ def test_the_report_of_compare_is_one_well_formed_page(compared: Path) -> None:
     assert text.count("<tr") == 1 + 4
 
 
+@pytest.mark.exhaustive
 def test_the_report_escapes_what_it_shows(compared: Path, tmp_path: Path) -> None:
     from anybatch.tools import compare_report as report
 

@@ -119,6 +119,7 @@ def test_folding_a_real_network_keeps_its_output(network: Network, method: str |
     assert any(isinstance(module, nn.Identity) for module in model.modules())
 
 
+@pytest.mark.few(5)
 @each_network
 def test_state_and_copies_of_a_converted_network(network: Network) -> None:
     torch.manual_seed(3)

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from anybatch.conversion import Plan, plan
 from anybatch.conversion.decisions import is_fresh
@@ -122,6 +121,8 @@ def test_fresh_is_what_the_statistics_say() -> None:
 
 
 def test_norms_that_are_no_batch_norm_are_kept() -> None:
+    from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+
     model = nn.Sequential(
         nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm2d(4), DetrFrozenBatchNorm2d(4)
     )

@@ -171,7 +171,7 @@ def test_all_ways_to_write_it_are_found() -> None:
     assert list(rows.values()) == ["relu"] * 4 + ["add and relu"] * 4
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", SOME)
 @pytest.mark.parametrize("make", [two_blocks, Ways], ids=["residual", "ways"])
 @pytest.mark.parametrize("choice", ["auto", "never"])
@@ -365,6 +365,7 @@ STAY: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("case", STAY)
 def test_a_norm_whose_use_is_not_certain_stays(case: str) -> None:
     does, reason = STAY[case]

@@ -252,6 +252,7 @@ def test_a_state_dict_is_no_network_and_is_not_printed(call: object) -> None:
         call(nn.BatchNorm2d)  # type: ignore[operator]
 
 
+@pytest.mark.exhaustive
 def test_the_remedy_for_a_wrapped_network_names_where_the_model_is() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of what it imports

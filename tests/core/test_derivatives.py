@@ -114,6 +114,7 @@ def forward_mode(layer: nn.Module) -> Tensor:
         return forward_ad.unpack_dual(y).tangent
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in AVERAGED])
 def test_every_way_to_a_jacobian_gives_the_same(name: str) -> None:
     layer = layer_of(name)

@@ -25,6 +25,7 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return layouts
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("norm_batch_size", [None, 2])

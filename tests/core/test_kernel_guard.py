@@ -137,6 +137,7 @@ def assert_same_as_torch(layer: NormLayer, given: list[Tensor]) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["bn", "mabn"])
 def test_kernels_that_agree_serve_and_are_tried_once(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +170,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_kernels_are_named_once_and_torch_serves(
     fault: str, plant: Plant, tmp_path: Path
@@ -185,6 +187,7 @@ def test_faulty_kernels_are_named_once_and_torch_serves(
     assert "failed beside torch's operators" in found.layers[0].reasons["triton"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_kernels_that_fail_on_a_larger_batch_leave_the_state_as_it_was(
     which: str, plant: Plant
@@ -278,6 +281,7 @@ def test_the_identity_of_kernels_changes_with_device_and_sources(
     assert identity.identity(torch.device("cpu")) is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", ["checkpoint", "inference mode", "no gradients", "hooks"])
 def test_a_trial_goes_unnoticed_by_what_surrounds_the_first_batch(how: str) -> None:
     layer = make("bn", 4).to(DEVICE)

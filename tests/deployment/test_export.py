@@ -58,6 +58,7 @@ def through_onnx(model: nn.Module, path: Path) -> tuple[torch.Tensor, list[str]]
     return torch.from_numpy(found), [node.op_type for node in onnx.load(path).graph.node]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", AFFINE)
 def test_an_exported_program_gives_the_same(method: str) -> None:
     model = trained(method)
@@ -69,7 +70,7 @@ def test_an_exported_program_gives_the_same(method: str) -> None:
     assert not any("anybatch" in name for name in names)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", AFFINE)
 def test_onnx_runs_it_as_batch_normalization(method: str, tmp_path: Path) -> None:
     model = trained(method)

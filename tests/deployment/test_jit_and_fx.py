@@ -29,6 +29,7 @@ ALL = [*METHODS_OF_OURS, "frozen"]
 X = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("method", ALL)
 def test_a_traced_network_is_saved_and_gives_the_same(method: str, tmp_path: Path) -> None:
     model = network(method)
@@ -47,6 +48,7 @@ def test_a_trace_in_training_is_refused_with_a_way_out(method: str) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("method", ALL)
 def test_a_script_is_refused_with_a_way_out_that_works(method: str) -> None:
     model = network(method)

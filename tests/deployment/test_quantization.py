@@ -136,6 +136,7 @@ def test_a_network_trains_on_with_rounded_weights(method: str) -> None:
     torch.testing.assert_close(anybatch.to_batchnorm(copy.deepcopy(model))(x), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("method", ["torch", *METHODS])
 def test_recalibration_mends_rounded_weights(method: str) -> None:
     model = trained("bn" if method == "torch" else method)

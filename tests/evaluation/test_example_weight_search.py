@@ -52,6 +52,7 @@ def slow_curves(model: nn.Sequential, x: Tensor, y: Tensor, alphas: tuple[float,
     return curves
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("metric", ["loss", "top1", "top5"])
 @pytest.mark.parametrize("in_one_pass", [True, False])

@@ -91,7 +91,7 @@ def plain(model: nn.Module, epochs: int, micro_batches: int = 1, divisor: int = 
     return losses
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["mbn", "mabn", "cbn"])
 def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
     model = anybatch.convert(network(), method, batch_size=2)
@@ -248,6 +248,7 @@ def test_a_saved_network_loads_with_the_same_output_in_plain_transformers(
     assert not hasattr(model.config, "anybatch")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", [*EXACT, "bgn"])
 def test_a_saved_network_trains_on_where_it_was(tmp_path: Path, method: str) -> None:
     model = trained(method)

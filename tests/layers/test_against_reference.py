@@ -60,7 +60,7 @@ def _path(request: pytest.FixtureRequest) -> Iterator[None]:
     use_fused("auto")
 
 
-@pytest.mark.few(24)
+@pytest.mark.few(16)
 @pytest.mark.usefixtures("_path")
 @pytest.mark.pairs("case", "_path")
 @pytest.mark.parametrize("case", CASES)
@@ -72,7 +72,7 @@ def test_a_layer_is_the_papers_equations(
     run(case, shape, dtype)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("case", CASES)
 def test_channels_last_is_the_papers_equations(case: str) -> None:
     run(case, SHAPES["(N, C, H, W)"], torch.float64, last=True)
@@ -104,7 +104,7 @@ def test_the_inference_gradient_is_that_of_the_equations(case: str, alpha: float
     check(layer.bias.grad, truth.bias.grad, torch.float64, "bias gradient")
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", [name for name in CASES if not name.startswith("mabn")])
 def test_the_gradient_of_batch_statistics_is_exact(case: str) -> None:
     """r, d and old averages are constants, so they are held still while inputs are moved."""

@@ -103,7 +103,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("feeder", "options"), CASES, ids=str)
 def test_a_pair_is_the_reference_over_twenty_steps_of_sgd(
     feeder: str, options: dict[str, Any]
@@ -135,6 +135,7 @@ def test_a_pair_is_the_reference_over_twenty_steps_of_sgd(
     assert torch.allclose(norm.running_var, truth.running_var, atol=1e-9)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"order": 0}, {"order": 2}, {"window": 8}], ids=str)
 def test_three_stacked_pairs_are_the_reference(options: dict[str, Any]) -> None:
     widths, truths, leaves, modules = (3, 6, 6, 6), [], [], []
@@ -706,7 +707,7 @@ def test_one_value_a_channel_has_statistics_once_there_is_a_window() -> None:
     assert norm.method_state["entries"] == 3
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_sample": None}, {"backward_stats": "window"}], ids=str

@@ -143,6 +143,7 @@ def test_parameters_and_buffers_are_of_the_type_and_device_asked_for(name: str, 
             assert all(t.dtype == torch.float64 for t in tensors if t.is_floating_point())
 
 
+@pytest.mark.few(8)
 @modes
 @every_dims
 @every_name
@@ -158,6 +159,7 @@ def test_a_loaded_or_copied_layer_gives_the_same(name: str, dims: int, training:
         same(run(copied, x), expected)
 
 
+@pytest.mark.few(8)
 @modes
 @every_dims
 @every_name
@@ -174,6 +176,7 @@ def test_memory_formats_and_gaps_change_nothing(name: str, dims: int, training: 
             assert found[0].is_contiguous(memory_format=LAST[x.dim()])
 
 
+@pytest.mark.few(8)
 @modes
 @every_dims
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in AVERAGED])

@@ -379,6 +379,7 @@ def test_a_norm_at_three_places_of_a_forward(method: str) -> None:
             assert tensor == 24
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("way", ["reentrant", "not reentrant"])
 @pytest.mark.parametrize("fused", ["auto", "never"])
 @pytest.mark.parametrize("method", METHODS)
@@ -477,6 +478,7 @@ def _reset(model: nn.Module) -> None:
             module.reset_running_stats()
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("fused", ["auto", "never"])
 @pytest.mark.parametrize("between", [_eval, _without_gradients, _inference_mode, _load, _reset])
 @pytest.mark.parametrize("method", METHODS)

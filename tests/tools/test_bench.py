@@ -265,7 +265,7 @@ def test_every_method_can_be_measured(mine: Path) -> None:
     assert all(1 <= done <= total for _, done, total in shown)
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_formats_precisions_and_batch_sizes(
@@ -382,6 +382,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.exhaustive
 def test_the_report_of_bench_is_one_well_formed_page(measured: Path) -> None:
     text = (measured / "report.html").read_text(encoding="utf-8")
     page = Page()
@@ -493,6 +494,7 @@ def test_the_eager_moving_average_is_the_method(scripts: dict[str, ModuleType]) 
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_layers_are_timed_and_drawn(
     scripts: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,7 @@ def test_results_of_a_changed_file_are_not_used_again(mine: str, tmp_path: Path)
     assert Run().key == Run(data="digits").key
 
 
+@pytest.mark.exhaustive
 def test_commands_take_the_users_network_and_data(mine: str, tmp_path: Path) -> None:
     own = ["--model", "mine.py:network", "--data", "mine.py:data", "--epochs", "1"]
     for command, more, file in (

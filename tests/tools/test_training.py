@@ -438,7 +438,7 @@ def test_a_network_of_images_refuses_vectors() -> None:
 LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
     [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],

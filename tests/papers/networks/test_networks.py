@@ -23,7 +23,7 @@ def test_the_papers_networks_are_as_large_as_the_literature_has_them(name: str) 
             assert sum(p.numel() for p in net.parameters()) == counted
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "side", "left"),
     [

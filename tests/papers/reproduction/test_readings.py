@@ -107,6 +107,7 @@ def test_memory_of_methods_that_remember() -> None:
     assert more >= 2 * window * 4 * 4  # two windows of four channels
 
 
+@pytest.mark.exhaustive
 def test_inference_is_folded_where_it_can_be() -> None:
     variants = {"bn": Variant("bn"), "gn": Variant("gn", (("num_groups", 2),))}
     found = ask("folded flops", **variants)

@@ -195,6 +195,7 @@ def test_the_papers_settings() -> None:
     assert cell.paper == (71.2, 0.96)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_several_tables_need_is_made_once() -> None:
     every = tasks(list(reproductions().values()), "small")
     assert len({task.run.identity for task in every}) == len(every)

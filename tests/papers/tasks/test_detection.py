@@ -545,7 +545,7 @@ def test_frozen_norms_stay_and_do_all_but_nothing(data: Dataset, scenes: Path) -
 # --- training ------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("norms", ["all", "heads"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_the_tables_trains_a_detector(
@@ -575,7 +575,7 @@ def test_detectors_learn_scenes(scenes: Path, tmp_path: Path) -> None:
     assert result["epochs"][0]["average_precision_50"] < 0.2
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["torch", "mabn", "cbn"])
 def test_a_stopped_detection_run_ends_with_the_same_numbers(
     scenes: Path, tmp_path: Path, method: str

@@ -294,7 +294,7 @@ def network(name: str) -> nn.Module:
     return networks.build(name, 5, (3, 21, 30))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["unet", *PSPNETS])
 def test_a_score_a_class_and_pixel(name: str) -> None:
     if name == "pspnet101":
