@@ -20,7 +20,7 @@ from zlib import crc32
 
 Case = Mapping[str, Hashable]
 
-FEW = 48  # pairs, at most, of which each is taken
+FEW = 24  # pairs, at most, of which each is taken
 FAMILIES = (
     ("bn", "sync", "mbn", "brn"),
     ("mabn",),

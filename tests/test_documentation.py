@@ -45,9 +45,10 @@ def blocks(page: Path) -> list[str]:
 
 def example_pages() -> list:
     """Pages with code; those that run other frameworks may meet warnings of theirs."""
-    theirs = [pytest.mark.filterwarnings("ignore")]
+    marks = {page: [pytest.mark.filterwarnings("ignore")] for page in FOREIGN}
+    marks["command-line"] = [pytest.mark.exhaustive]  # it runs each command
     return [
-        pytest.param(page, id=name_of(page), marks=theirs if page.stem in FOREIGN else [])
+        pytest.param(page, id=name_of(page), marks=marks.get(page.stem, []))
         for page in PAGES
         if blocks(page)
     ]

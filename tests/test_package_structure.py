@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,20 @@ TORCHS = frozenset(
 
 
 def test_importing_anybatch_loads_torch_and_the_standard_library_only() -> None:
-    """No compiler of torch either, no tools and no command line."""
+    """Nor torch's compiler, tools or the command line; a batch on a CPU loads Numba alone."""
     code = (
         "import sys, torch; before = set(sys.modules); "
-        "import anybatch; print('\\n'.join(set(sys.modules) - before))"
+        "import anybatch; print(*set(sys.modules) - before); "
+        "anybatch.BatchNorm1d(4)(torch.randn(2, 4)); print(*set(sys.modules) - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    loaded, with_a_batch = (set(line.split()) for line in done.stdout.splitlines())
     allowed = {"torch", "anybatch"} | set(sys.stdlib_module_names)
     assert {name for name in loaded if name.partition(".")[0] not in allowed} == set()
     assert loaded & {"torch._dynamo", "torch._inductor"} == set()
     assert {name for name in loaded if name.startswith(("anybatch.tools", "anybatch.cli"))} == set()
+    assert "triton" not in with_a_batch
+    assert ("numba" in with_a_batch) == (find_spec("numba") is not None)
 
 
 def test_parts_import_only_parts_before_them() -> None:

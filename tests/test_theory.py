@@ -56,6 +56,7 @@ def test_two_values_apart_by_two_always_have_variance_one() -> None:
     )  # -1, 1: variance 1 or 0, each half the time
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("values", [2, 8])
 @pytest.mark.parametrize("weight", [0.5, 0.9375])
 def test_the_noise_of_moving_averages_is_as_simulated(values: int, weight: float) -> None:

@@ -245,6 +245,7 @@ def test_a_method_of_a_user_is_right_in_every_backend(
     layer.load_state_dict(pickle.loads(pickle.dumps(layer)).state_dict())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layer_class", REFERENCES)
 def test_a_step_that_is_not_finite_moves_no_state_of_its_channel(
     layer_class: type[NormLayer], backend: str

@@ -296,6 +296,7 @@ def test_without_its_extra_the_command_says_which() -> None:
 # --- diagnose -----------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_diagnose_prints_a_table_and_leaves_everything_whole(tmp_path: Path) -> None:
     result = run("diagnose", "--epochs", "1", "--max-batches", "30", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output

@@ -44,6 +44,7 @@ def test_the_help_of_an_option_names_every_data_set_that_its_error_names() -> No
         assert name.strip("'") in run("compare", "--help").output
 
 
+@pytest.mark.exhaustive
 def test_the_command_line_takes_method_names_in_any_case() -> None:
     result = run("compare", "--methods", "MABN", "--option", "mabn.window=0")
     assert result.exit_code == 2

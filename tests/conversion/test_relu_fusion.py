@@ -365,7 +365,7 @@ STAY: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("case", STAY)
 def test_a_norm_whose_use_is_not_certain_stays(case: str) -> None:
     does, reason = STAY[case]
@@ -518,6 +518,7 @@ def test_a_listener_gets_what_it_would_have_got(fused: nn.Module, calls: list[st
     same_with_and_without(fused, calls, ALL)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "change",
     [

@@ -35,6 +35,7 @@ def adapt(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("method", ["bn", "mbn", "brn"])
 def test_test_time_adaptation_is_that_of_batch_norm(method: str, mode: bool) -> None:

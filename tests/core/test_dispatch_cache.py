@@ -132,6 +132,7 @@ def test_many_shapes_do_not_pile_up() -> None:
     assert pickle.loads(pickle.dumps(layer))._plans is None
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_a_compiler_comes_after_batches_without_one() -> None:
     torch._dynamo.reset()

@@ -373,7 +373,7 @@ def test_checkpointed_forwards_before_one_backward_find_their_own_statistics(
         assert torch.allclose(state_after[key], value, rtol=1e-4, atol=1e-6), key
 
 
-@pytest.mark.few(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_layer_is_whole_and_equal(name: str) -> None:

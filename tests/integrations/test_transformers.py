@@ -102,6 +102,7 @@ def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
     )
 
 
+@pytest.mark.exhaustive
 def test_a_callback_that_is_added_to_a_running_training_joins_it(tmp_path: Path) -> None:
     class Adds(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_: object) -> None:
@@ -131,6 +132,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path, method: str) -> None:
     assert layer.step is None
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_trainer_run_gives_the_numbers_of_the_whole_one(tmp_path: Path) -> None:
     whole = trainer(
         anybatch.convert(network(), "mbn", batch_size=2), tmp_path / "a", NormCallback()

@@ -102,6 +102,7 @@ every_dims = pytest.mark.parametrize("dims", DIMS)
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
+@pytest.mark.few(3)
 @modes
 @every_dims
 @pytest.mark.parametrize("name", ["bn", "sync"])

@@ -155,6 +155,7 @@ def test_the_order_of_groups_does_not_matter(history: dict[str, Any]) -> None:
     agree(step(layer, x[order], dy[order]), expected, rows=lambda t: t[order])
 
 
+@pytest.mark.exhaustive
 @given(histories([name for name in ALIKE if "mbn" not in name and "cumulative" not in name]))
 @QUICK
 def test_a_channel_does_not_see_the_others(history: dict[str, Any]) -> None:
@@ -184,6 +185,7 @@ def test_scale_and_shift_of_the_input_do_not_matter(
     torch.testing.assert_close(y, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @given(histories(["bn", "bn cumulative", "brn", "brn smooth"]), st.integers(1, 4))
 @QUICK
 def test_a_cut_batch_is_successive_batches(history: dict[str, Any], size: int) -> None:

@@ -524,6 +524,7 @@ def test_small_steps_have_a_floor(scripts: dict[str, ModuleType], tmp_path: Path
     assert [row.name for row in read_csv(path)] == ["nn.BatchNorm2d", *empty, "brn", "brn, fused"]
 
 
+@pytest.mark.exhaustive
 def test_inference_has_the_network_without_norms(
     scripts: dict[str, ModuleType], mine: Path, tmp_path: Path
 ) -> None:

@@ -576,6 +576,7 @@ def test_a_step_in_every_precision(precision: str) -> None:
     assert step(run, training, x, y).isfinite()
 
 
+@pytest.mark.exhaustive
 def test_step_times_are_relative_to_torch() -> None:
     data = load(Run(train_size=24))
     times = time_steps(

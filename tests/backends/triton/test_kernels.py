@@ -201,6 +201,7 @@ def test_triton_serves_any_shape(
     launch.plan_for.cache_clear()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_serves_activations_of_16_bits(name: str, dtype: torch.dtype) -> None:

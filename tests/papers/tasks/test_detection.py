@@ -714,6 +714,7 @@ def in_this_process(
         on_progress(one.key, 0, work(one, folder, lambda *_: None))
 
 
+@pytest.mark.exhaustive
 def test_a_table_of_detection_is_made_and_drawn(
     tiny: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
