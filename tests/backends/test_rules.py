@@ -59,8 +59,12 @@ class Steady2d(NormLayer):
 
     @rule
     def choose(mean, var, old_slow_mean, old_slow_var, step, warmup_steps, trust):
-        share = trusted(step, warmup_steps, trust)
-        return chosen(lerp(old_slow_mean, mean, share), lerp(old_slow_var, var, share), share=share)
+        batch_weight = trusted(step, warmup_steps, trust)
+        return chosen(
+            lerp(old_slow_mean, mean, batch_weight),
+            lerp(old_slow_var, var, batch_weight),
+            batch_weight=batch_weight,
+        )
 
 
 class Recent2d(NormLayer):
@@ -124,7 +128,7 @@ class Psi2d(NormLayer):
 
     @rule
     def choose(mean, var, running_var, step):
-        return chosen(mean, maximum(var, 0.5 * running_var), own=step < 3)
+        return chosen(mean, maximum(var, 0.5 * running_var), use_batch_stats=step < 3)
 
     @rule
     def average(psi, old_backward_psi, backward_step, part):
@@ -137,9 +141,9 @@ def reference_steady(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     for step, (x, dy) in enumerate(data(steps), 1):
         x = x.double().requires_grad_()
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        share = 0.6 if step > 2 else 1.0
-        used_mean = share * mean + (1 - share) * slow_mean
-        used_var = share * var + (1 - share) * slow_var
+        batch_weight = 0.6 if step > 2 else 1.0
+        used_mean = batch_weight * mean + (1 - batch_weight) * slow_mean
+        used_var = batch_weight * var + (1 - batch_weight) * slow_var
         shape = (1, -1, 1, 1)
         y = (x - used_mean.view(shape)) / (used_var.view(shape) + 1e-5).sqrt()
         (gradient,) = torch.autograd.grad(y, x, dy.double())
@@ -267,8 +271,8 @@ def test_every_method_of_a_rule_describes_itself_to_kernels(name: str) -> None:
 
 
 def test_a_rule_is_plain_python_on_numbers() -> None:
-    mean, var, r, d, share, own = Steady2d.choose(1.0, 2.0, 3.0, 4.0, 3, 2, 0.5)
-    assert (mean, var, r, d, share, own) == (2.0, 3.0, None, None, 0.5, None)
+    mean, var, r, d, batch_weight, own = Steady2d.choose(1.0, 2.0, 3.0, 4.0, 3, 2, 0.5)
+    assert (mean, var, r, d, batch_weight, own) == (2.0, 3.0, None, None, 0.5, None)
 
 
 def test_a_rule_that_no_backend_can_run_is_refused_where_it_is_written() -> None:

@@ -163,7 +163,7 @@ class Chain(nn.Module):
         pooled = sum((m * (n / total) for n, m, _ in entries), torch.zeros_like(mean))
         parts = ((v + (m - pooled).square()) * (n / total) for n, m, v in entries)
         spread = sum(parts, torch.zeros_like(var))
-        return Statistics(pooled, spread, share=now.values / total)
+        return Statistics(pooled, spread, batch_weight=now.values / total)
 
 
 def _constants(conv: nn.Conv2d, norm: nn.BatchNorm2d, statistics: Statistics) -> tuple[Any, ...]:

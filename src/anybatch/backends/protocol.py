@@ -38,8 +38,8 @@ class Statistics(NamedTuple):
         r: Factor on the normalized value; None for 1. No gradient passes it.
         d: Constant added to it; None for 0. No gradient passes it.
         center: Centre of the variance whose gradient flows; None is `mean`.
-        share: Part of the batch's own statistics in `mean` and `var`.
-        own: Whether the backward statistics are the batch's own, a number or
+        batch_weight: Weight of the batch's own statistics in `mean` and `var`.
+        use_batch_stats: Whether the backward statistics are the batch's own, a number or
             ``(G, 1)``; None where the method does not ask.
         counts: Values per channel behind them, a number or ``(G, 1)``; None where these are all of
             the batch's.
@@ -50,21 +50,21 @@ class Statistics(NamedTuple):
     r: Tensor | None = None
     d: Tensor | None = None
     center: Tensor | None = None
-    share: float | Tensor = 1.0
-    own: Tensor | None = None
+    batch_weight: float | Tensor = 1.0
+    use_batch_stats: Tensor | None = None
     counts: Tensor | None = None
 
     # Compilers of torch 2.6 cannot look into `_replace`.
 
     def of(self, counts: Tensor) -> "Statistics":
         """The same, of so many values."""
-        mean, var, r, d, center, share, own, _ = self
-        return Statistics(mean, var, r, d, center, share, own, counts)
+        mean, var, r, d, center, batch_weight, use_batch_stats, _ = self
+        return Statistics(mean, var, r, d, center, batch_weight, use_batch_stats, counts)
 
-    def shared(self, share: float) -> "Statistics":
-        """The same with another share of the batch's own."""
-        mean, var, r, d, center, _, own, counts = self
-        return Statistics(mean, var, r, d, center, share, own, counts)
+    def weighted(self, batch_weight: float) -> "Statistics":
+        """The same with another weight of the batch's own."""
+        mean, var, r, d, center, _, use_batch_stats, counts = self
+        return Statistics(mean, var, r, d, center, batch_weight, use_batch_stats, counts)
 
 
 class BackwardMemory(Protocol):
@@ -184,8 +184,8 @@ class MethodSpec(NamedTuple):
     def statistics(self, table: Tensor) -> Statistics:
         """The statistics of a table ``(rows, G, K)`` or ``(rows, K)``."""
         rest = dict(zip(self.method.forward.uses, table[2:], strict=True))
-        own = rest["own"][..., :1] > 0 if "own" in rest else None
-        given = rest.get("r"), rest.get("d"), rest.get("center"), rest.get("share", 1.0), own
+        use = rest["use_batch_stats"][..., :1] > 0 if "use_batch_stats" in rest else None
+        given = rest.get("r"), rest.get("d"), rest.get("center"), rest.get("batch_weight", 1.0), use
         return Statistics(table[0] if self.centered else None, table[1], *given)
 
 

@@ -67,7 +67,8 @@ SETTLED = 20  # batches that running statistics have seen before a channel may b
 PATIENCE = 10  # batches in a row after which it is not an accident
 
 BATCH_MEAN, BATCH_VAR, USED_MEAN, USED_VAR, AVERAGE = range(5)  # what state takes in
-USES = ("r", "d", "center", "share", "own")  # rows of a table of statistics after mean and variance
+# Rows of a table of statistics after mean and variance.
+USES = ("r", "d", "center", "batch_weight", "use_batch_stats")
 
 
 class Part(NamedTuple):
@@ -76,7 +77,7 @@ class Part(NamedTuple):
     Attributes:
         rule: The rule; None where the batch's statistics are used as they are.
         places: Where each of its arguments lies.
-        uses: Which of `USES` a forward rule gives; `center` goes with `share`.
+        uses: Which of `USES` a forward rule gives; `center` goes with `batch_weight`.
         rows: What each row takes in, and the place of its weight; below 0 for all of it.
         windows: What each window takes in.
         counters: Whether a counter counts only steps in which every channel was finite.
@@ -133,16 +134,18 @@ class Chosen(NamedTuple):
         var: Variance, or second moment in the uncentered form.
         r: Factor on the normalized value; no gradient passes it.
         d: Constant added to it; no gradient passes it.
-        share: Part of the batch's own statistics in `mean` and `var`, to which gradients flow.
-        own: Whether the backward pass uses the batch's own statistics, whatever averages it has.
+        batch_weight: Weight of the batch's own statistics in `mean` and `var`, to which gradients
+            flow.
+        use_batch_stats: Whether the backward pass uses the batch's own statistics, whatever
+            averages it has.
     """
 
     mean: Any
     var: Any
     r: Any = None
     d: Any = None
-    share: Any = None
-    own: Any = None
+    batch_weight: Any = None
+    use_batch_stats: Any = None
 
 
 # --- elementary functions ---------------------------------------------------------
@@ -179,10 +182,16 @@ def lerp(start: Any, end: Any, weight: Any) -> Any:
 
 
 def chosen(
-    mean: Any, var: Any, *, r: Any = None, d: Any = None, share: Any = None, own: Any = None
+    mean: Any,
+    var: Any,
+    *,
+    r: Any = None,
+    d: Any = None,
+    batch_weight: Any = None,
+    use_batch_stats: Any = None,
 ) -> Any:
     """The value that a rule returns, see `Chosen`."""
-    return Chosen(mean, var, r, d, share, own)
+    return Chosen(mean, var, r, d, batch_weight, use_batch_stats)
 
 
 ELEMENTARY: dict[Any, str] = {

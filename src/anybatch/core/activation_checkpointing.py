@@ -139,10 +139,12 @@ def _select(choices: list[Statistics], index: Tensor) -> Statistics:
         return torch.stack(values).index_select(0, index).squeeze(0)
 
     mean, var, r, d = (pick(name) for name in ("mean", "var", "r", "d"))
-    share = choices[0].share
-    if any(one.share is not share and one.share != share for one in choices[1:]):
-        chosen = pick("share")
+    batch_weight = choices[0].batch_weight
+    others = [one.batch_weight for one in choices[1:]]
+    if any(one is not batch_weight and one != batch_weight for one in others):
+        chosen = pick("batch_weight")
         assert chosen is not None
-        share = chosen
+        batch_weight = chosen
     assert var is not None
-    return Statistics(mean, var, r, d, pick("center"), share, pick("own"), pick("counts"))
+    use_batch_stats, counts = pick("use_batch_stats"), pick("counts")
+    return Statistics(mean, var, r, d, pick("center"), batch_weight, use_batch_stats, counts)

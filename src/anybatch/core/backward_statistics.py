@@ -20,22 +20,23 @@ class BackwardAverage:
 
     Args:
         layer: Keeps the averages.
-        own: Where the batch's own count, see `Statistics`; None for nowhere.
+        use_batch_stats: Where the batch's own count, see `Statistics`; None for nowhere.
         enough: Which groups have values enough for statistics, a number or ``(G, 1)``; None for
             all.
         update: Whether the averages may change.
     """
 
     def __init__(
-        self, layer: Averaging, own: Tensor | None, enough: Tensor | None, update: bool
+        self, layer: Averaging, use_batch_stats: Tensor | None, enough: Tensor | None, update: bool
     ) -> None:
-        self.layer, self.own, self.enough, self.update = layer, own, enough, update
+        self.layer, self.use_batch_stats = layer, use_batch_stats
+        self.enough, self.update = enough, update
 
     def __call__(self, g: Tensor | None, psi: Tensor) -> tuple[Tensor | None, Tensor]:
         new = psi if g is None else torch.cat([g, psi], -1)
         average = self._average(new)
-        if self.own is not None:
-            average = torch.where(self.own, new, average)
+        if self.use_batch_stats is not None:
+            average = torch.where(self.use_batch_stats, new, average)
         if g is None:
             return None, average
         g, psi = average.chunk(2, -1)

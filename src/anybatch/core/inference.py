@@ -108,7 +108,9 @@ class InferenceLayer(RuleLayer):
         check_between("example_weight", self.example_weight, 0.0, 1.0)
         alpha = self.example_weight if alpha is None else alpha
         if own_mean is None:
-            return Statistics(None, torch.lerp(var.expand_as(own_var), own_var, alpha), share=alpha)
+            return Statistics(
+                None, torch.lerp(var.expand_as(own_var), own_var, alpha), batch_weight=alpha
+            )
         # E[x^2] - E[x]^2 of the mixture, without the difference of two large numbers.
         apart = (own_mean - mean).square() * (alpha * (1 - alpha))
         mixed_mean = torch.lerp(mean.expand_as(own_mean), own_mean, alpha)
@@ -117,7 +119,7 @@ class InferenceLayer(RuleLayer):
             mixed_mean, mixed_var = backends.pool_channels(
                 mixed_mean, mixed_var, self.num_statistics
             )
-        return Statistics(mixed_mean, mixed_var, share=alpha)
+        return Statistics(mixed_mean, mixed_var, batch_weight=alpha)
 
     def inference_obstacle(self) -> str | None:
         """The reason why inference is no affine map per channel; None where it is one."""

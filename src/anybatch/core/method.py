@@ -25,6 +25,7 @@ from anybatch.backends.rule import (
     UPDATE_WEIGHT,
     USED_MEAN,
     USED_VAR,
+    USES,
     WINDOW,
     WINDOWS,
     Part,
@@ -254,8 +255,8 @@ def _side(rule: Rule | None, kept: tuple[tuple[str, Kept], ...], forward: bool) 
     if forward and rule is not None:
         given = rule(*(1.0,) * len(names))
         present = {name for name in given._fields[2:] if getattr(given, name) is not None}
-        present |= {"center"} if "share" in present else set()
-        uses = tuple(name for name in ("r", "d", "center", "share", "own") if name in present)
+        present |= {"center"} if "batch_weight" in present else set()
+        uses = tuple(name for name in USES if name in present)
     part = Part(
         rule,
         tuple(places[name] for name in names),

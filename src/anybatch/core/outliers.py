@@ -52,14 +52,16 @@ class OutlierGuard(NamedTuple):
         self, fits: Tensor, chosen: Statistics, mean: Tensor | None, var: Tensor
     ) -> Statistics:
         """The choice of a rule where a batch fits, elsewhere the batch's own statistics."""
-        used_mean, used_var, r, d, center, share, own, counts = chosen
+        used_mean, used_var, r, d, center, batch_weight, use_batch_stats, counts = chosen
         return Statistics(
             None if used_mean is None or mean is None else torch.where(fits, used_mean, mean),
             torch.where(fits, used_var, var),
             None if r is None else torch.where(fits, r, 1.0),
             None if d is None else torch.where(fits, d, 0.0),
             None if center is None or mean is None else torch.where(fits, center, mean),
-            share if isinstance(share, float) and share == 1 else torch.where(fits, share, 1.0),
-            own,
+            batch_weight
+            if isinstance(batch_weight, float) and batch_weight == 1
+            else torch.where(fits, batch_weight, 1.0),
+            use_batch_stats,
             counts,
         )

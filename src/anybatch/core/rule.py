@@ -145,8 +145,10 @@ def run_rule(
             method_state[name].copy_(torch.where(finite, moved, method_state[name]))
         for name, counter in side.counters:
             method_state[name].add_(complete.all() if counter.complete and side.rows else 1)
-    center, share = (None, 1.0) if found.share is None else (mean, found.share)
-    return Statistics(used_mean, used_var, found.r, found.d, center, share, found.own)
+    center, batch_weight = (None, 1.0) if found.batch_weight is None else (mean, found.batch_weight)
+    return Statistics(
+        used_mean, used_var, found.r, found.d, center, batch_weight, found.use_batch_stats
+    )
 
 
 def _apart(row: Tensor, side: Side, values: dict[str, Any]) -> Tensor:

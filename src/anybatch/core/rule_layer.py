@@ -76,12 +76,12 @@ class RuleLayer(ScopedLayer):
             The memory, or None for the batch's own statistics.
         """
         forward, backward, *_ = self.method.rules
-        chosen = "own" not in forward.uses or statistics.own is not None
+        chosen = "use_batch_stats" not in forward.uses or statistics.use_batch_stats is not None
         if backward.rule is None or not chosen:
             return None
         counts = statistics.counts if self.step is None else None  # a step has others' as well
         enough = None if counts is None else self._enough(counts)
-        return BackwardAverage(self, statistics.own, enough, update)
+        return BackwardAverage(self, statistics.use_batch_stats, enough, update)
 
     def average_backward(self, new: Tensor, enough: Tensor | None, update: bool) -> Tensor:
         """Take the backward statistics of a step, give their average.
@@ -221,15 +221,15 @@ class RuleLayer(ScopedLayer):
     ) -> Statistics:
         """Statistics where there are enough values for them, else remembered ones."""
         old_mean, old_var = remembered
-        mean, var, r, d, center, share, own, counts = chosen
+        mean, var, r, d, center, batch_weight, use_batch_stats, counts = chosen
         return Statistics(
             None if mean is None else torch.where(enough, mean, old_mean),
             torch.where(enough, var, old_var),
             None if r is None else torch.where(enough, r, 1.0),
             None if d is None else torch.where(enough, d, 0.0),
             None if center is None else torch.where(enough, center, old_mean),
-            enough * share,
-            own,
+            enough * batch_weight,
+            use_batch_stats,
             counts,
         )
 

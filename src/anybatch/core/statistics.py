@@ -20,17 +20,17 @@ def stack(parts: list[Statistics]) -> Statistics:
             columns.append(None)
     mean, var, r, d, center = columns
     assert var is not None
-    shares = [part.share for part in parts]
-    share = shares[0]
-    if any(isinstance(one, Tensor) or one != share for one in shares):
-        share = torch.cat(_columns(parts))
-    own = None
-    if any(part.own is not None for part in parts):
-        own = torch.cat([_column(p.var, 1.0 if p.own is None else p.own).bool() for p in parts])
+    shares = [part.batch_weight for part in parts]
+    batch_weight = shares[0]
+    if any(isinstance(one, Tensor) or one != batch_weight for one in shares):
+        batch_weight = torch.cat(_columns(parts))
+    use, flags = None, [(part.var, part.use_batch_stats) for part in parts]
+    if any(flag is not None for _, flag in flags):
+        use = torch.cat([_column(var, 1.0 if one is None else one).bool() for var, one in flags])
     counts = None
     if parts[0].counts is not None:
         counts = torch.cat([_column(p.var, 1.0 if p.counts is None else p.counts) for p in parts])
-    return Statistics(mean, var, r, d, center, share, own, counts)
+    return Statistics(mean, var, r, d, center, batch_weight, use, counts)
 
 
 def _blank(part: Statistics, name: str) -> Tensor:
@@ -44,13 +44,14 @@ def _blank(part: Statistics, name: str) -> Tensor:
 def _columns(parts: list[Statistics]) -> list[Tensor]:
     """Shares as columns ``(G, 1)``, or as tables ``(G, K)`` where one has a share a channel."""
     wide = any(
-        isinstance(p.share, Tensor) and p.share.shape[-1:] == p.var.shape[-1:] for p in parts
+        isinstance(p.batch_weight, Tensor) and p.batch_weight.shape[-1:] == p.var.shape[-1:]
+        for p in parts
     )
     if not wide:
-        return [_column(part.var, part.share) for part in parts]
+        return [_column(part.var, part.batch_weight) for part in parts]
     tables = [part.var.view(-1, part.var.shape[-1]) for part in parts]
     pairs = zip(tables, parts, strict=True)
-    return [torch.ones_like(table) * part.share for table, part in pairs]
+    return [torch.ones_like(table) * part.batch_weight for table, part in pairs]
 
 
 def _column(table: Tensor, value: float | Tensor) -> Tensor:

@@ -294,14 +294,14 @@ class CrossIterationBatchNorm(BoundNormLayer):
         weights = torch.where(used, self.method_state["values"], 0).to(var.dtype)
         own = batch.seen.total if batch.seen is not None else batch.number()
         total = weights.sum() + own
-        weights, share = (weights / total).unsqueeze(1), own / total
+        weights, batch_weight = (weights / total).unsqueeze(1), own / total
         means = torch.where(used.unsqueeze(1), means, 0)
-        pooled = torch.addcmul((means * weights).sum(0), mean, share)
+        pooled = torch.addcmul((means * weights).sum(0), mean, batch_weight)
         spread = (variances + (means - pooled).square()).mul_(weights).sum(0)
-        spread = torch.addcmul(spread, var + (mean - pooled).square(), share)
-        chosen = Statistics(pooled, spread, share=share)
+        spread = torch.addcmul(spread, var + (mean - pooled).square(), batch_weight)
+        chosen = Statistics(pooled, spread, batch_weight=batch_weight)
         if self.backward_stats == "window":
-            chosen = chosen.shared(1.0)
+            chosen = chosen.weighted(1.0)
         if batch.counts is not None or batch.is_one_value():
             chosen = self._with_fallback(total > 1, chosen, self._fallback(chosen.var.dtype))
         return chosen, total

@@ -151,8 +151,9 @@ def _gradients(
     needs: Sequence[bool],
 ) -> Gradients:
     """The backward pass, see `anybatch.backends.aten.backend`."""
-    assert call.statistics is not None and call.statistics.mean is not None
-    mean, var, share = call.statistics.mean, call.statistics.var, call.statistics.share
+    assert call.statistics is not None
+    mean, var, _, _, _, batch_weight, *_ = call.statistics
+    assert mean is not None
     sizes, eps, source = call.cut[0], call.eps, call.scope
     kind, packed = formula
     inv = torch.rsqrt(var + backends.scalar(eps))
@@ -169,8 +170,8 @@ def _gradients(
         own_spread, count = kind.spread(own), own.counts.clamp(min=1)
         all_dy, all_moment = own.source.sum(total, moment)
         assert all_dy is not None and all_moment is not None
-        on_var = on_dy * inv * all_moment * share * -0.5
-        constant = (2 * on_var * (own.mean - mean) - on_dy * share * all_dy) / count
+        on_var = on_dy * inv * all_moment * batch_weight * -0.5
+        constant = (2 * on_var * (own.mean - mean) - on_dy * batch_weight * all_dy) / count
         marks = kind.marks(own) if packed is None else _unpack(packed, x.shape)
         inner = kind.slope(own, marks).mul_(own.on_examples(2 * on_var * own_spread))
         inner.add_(own.on_examples(constant))

@@ -189,7 +189,7 @@ class MomentumBatchNorm(NormLayer):
     @rule
     def choose(mean, var, old_mean, old_var, count, average_weight):  # eq. 8
         keep = where(count > 1, average_weight, 0.0)
-        return chosen(lerp(mean, old_mean, keep), lerp(var, old_var, keep), share=1 - keep)
+        return chosen(lerp(mean, old_mean, keep), lerp(var, old_var, keep), batch_weight=1 - keep)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

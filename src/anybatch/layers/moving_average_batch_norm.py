@@ -122,8 +122,8 @@ def by_batch_to_average_centered(
 @rule
 def by_average(mean, var, window_var, window_full, step, window, warmup_steps):
     """The average of the last second moments."""
-    own = is_warming(step, window, warmup_steps)
-    return chosen(mean, average_of(var, window_var, window_full, own), own=own)
+    warming = is_warming(step, window, warmup_steps)
+    return chosen(mean, average_of(var, window_var, window_full, warming), use_batch_stats=warming)
 
 
 @rule
@@ -131,9 +131,11 @@ def by_average_centered(
     mean, var, window_mean, window_var, window_full, step, window, warmup_steps
 ):
     """The averages of the last means and variances."""
-    own = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, own)
-    return chosen(used_mean, average_of(var, window_var, window_full, own), own=own)
+    warming = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, warming)
+    return chosen(
+        used_mean, average_of(var, window_var, window_full, warming), use_batch_stats=warming
+    )
 
 
 @rule
@@ -141,10 +143,10 @@ def by_average_to_batch(
     mean, var, window_var, window_full, step, eps, window, clip, warmup_steps, renorm_warmup_steps
 ):
     """The average of the last second moments, and r towards the batch's own."""
-    own = is_warming(step, window, warmup_steps)
-    used = average_of(var, window_var, window_full, own)
+    warming = is_warming(step, window, warmup_steps)
+    used = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    return chosen(mean, used, r=factor(used, var, eps, clip, late), own=own)
+    return chosen(mean, used, r=factor(used, var, eps, clip, late), use_batch_stats=warming)
 
 
 @rule
@@ -162,12 +164,12 @@ def by_average_to_batch_centered(
     renorm_warmup_steps,
 ):
     """The averages of the last means and variances, r and d towards the batch's own."""
-    own = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, own)
-    used = average_of(var, window_var, window_full, own)
+    warming = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, warming)
+    used = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
     r, d = factor(used, var, eps, clip, late), shift(used_mean, mean, var, eps, clip, late)
-    return chosen(used_mean, used, r=r, d=d, own=own)
+    return chosen(used_mean, used, r=r, d=d, use_batch_stats=warming)
 
 
 @rule
@@ -185,10 +187,10 @@ def by_average_to_running(
     renorm_warmup_steps,
 ):
     """The average of the last second moments, and r towards the running one (eq. 19)."""
-    own = is_warming(step, window, warmup_steps)
-    used = average_of(var, window_var, window_full, own)
+    warming = is_warming(step, window, warmup_steps)
+    used = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    return chosen(mean, used, r=factor(used, running_var, eps, clip, late), own=own)
+    return chosen(mean, used, r=factor(used, running_var, eps, clip, late), use_batch_stats=warming)
 
 
 @rule
@@ -208,13 +210,13 @@ def by_average_to_running_centered(
     renorm_warmup_steps,
 ):
     """The averages of the last means and variances, r and d towards the running ones (eq. 14)."""
-    own = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, own)
-    used = average_of(var, window_var, window_full, own)
+    warming = is_warming(step, window, warmup_steps)
+    used_mean = average_of(mean, window_mean, window_full, warming)
+    used = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
     r = factor(used, running_var, eps, clip, late)
     d = shift(used_mean, running_mean, running_var, eps, clip, late)
-    return chosen(used_mean, used, r=r, d=d, own=own)
+    return chosen(used_mean, used, r=r, d=d, use_batch_stats=warming)
 
 
 # --- backward ---------------------------------------------------------------------

@@ -66,9 +66,9 @@ class SampleFormula(NamedTuple):
         if call.scope is not None:
             return _shared_gradients(dy, x, weight, self, call, needs)
         if len(sizes) == 1:
-            table = (chosen.mean, chosen.var, chosen.share)
+            table = (chosen.mean, chosen.var, chosen.batch_weight)
             return _gradients(dy, x, weight, table, self.parts[0], call.eps, needs)
-        share = chosen.share
+        share = chosen.batch_weight
         pieces = [
             _gradients(
                 one_dy,
@@ -175,7 +175,7 @@ def _shared_gradients(
     masks = [None] * len(sizes) if source.mask is None else source.mask.split(sizes)
     shape = (len(sizes), x.shape[1])
     means, variances = chosen.mean.view(shape), chosen.var.view(shape)
-    given = torch.as_tensor(chosen.share, dtype=means.dtype, device=means.device)
+    given = torch.as_tensor(chosen.batch_weight, dtype=means.dtype, device=means.device)
     given = given.expand(len(sizes), 1) if given.dim() == 0 else given.view(-1, 1)
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
     pieces = zip(dy.split(sizes), x.split(sizes), masks, sample.parts, strict=True)

@@ -8,7 +8,7 @@ and ``d``, and ``z = (x - m) / sqrt(v + eps)``::
     dx = (g - a * mean(g) - a * z_c * mean(g * z)) / sqrt(v + eps)
 
 where ``z_c = (x - c) / sqrt(v + eps)``, ``c`` is the centre of the batch's
-variance and ``a`` (`share`) is how much of the batch's own statistics is in ``m``
+variance and ``a`` (`batch_weight`) is how much of the batch's own statistics is in ``m``
 and ``v``: 1 in batch normalization, 1 - lambda in momentum batch normalization
 (momentum-bn, equation 13), 0 for remembered statistics. Moving average batch
 normalization puts averages over recent steps in the place of the two means
@@ -110,13 +110,13 @@ def _scale(
 
 def _is_exact(x: Tensor, call: NormCall) -> bool:
     """Whether one group's own statistics, and they alone, normalize it."""
-    mean, var, _, _, center, share, *_ = _chosen(call)
+    mean, var, _, _, center, batch_weight, *_ = _chosen(call)
     own = (
         call.scope is None
         and mean is not None
         and center is None
-        and not isinstance(share, Tensor)
-        and share == 1.0
+        and not isinstance(batch_weight, Tensor)
+        and batch_weight == 1.0
     )
     return own and len(call.cut[0]) == 1 and call.memory is None and var.shape[-1] == x.shape[1]
 
@@ -138,7 +138,7 @@ def _one_pass(
 def _two_passes(
     dy: Tensor, x: Tensor, weight: Tensor | None, call: NormCall, needs: Sequence[bool]
 ) -> Gradients:
-    mean, var, r, d, center, share, _, counted = _chosen(call)
+    mean, var, r, d, center, batch_weight, _, counted = _chosen(call)
     sizes, eps, memory, scope = call.cut[0], call.eps, call.memory, call.scope
     channels, num_statistics = x.shape[1], var.shape[-1]
     center = mean if center is None else center
@@ -182,11 +182,11 @@ def _two_passes(
         return None, dw, db
 
     on_dy = wide_inv if scale is None else wide_inv * scale
-    share = share if isinstance(share, Tensor) else scalar(share)
-    on_x = pooling.expand_groups(inv.square().mul_(psi).mul_(share).neg_(), channels)
+    batch_weight = batch_weight if isinstance(batch_weight, Tensor) else scalar(batch_weight)
+    on_x = pooling.expand_groups(inv.square().mul_(psi).mul_(batch_weight).neg_(), channels)
     constant = None
     if g is not None:
-        constant = pooling.expand_groups((g * inv).mul_(share).neg_(), channels)
+        constant = pooling.expand_groups((g * inv).mul_(batch_weight).neg_(), channels)
     dx = passes.gradient(dy, x, sizes, wide_center, on_dy, on_x, constant)
     if scope is not None and scope.mask is not None:
         dx = scope.gradient(dx, passes.gradient(dy, x, sizes, None, on_dy, None, None))

@@ -83,15 +83,15 @@ def _with_slopes(
     chosen: Statistics, own_mean: Tensor | None, own_var: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     """The chosen mean and variance, as functions of the input."""
-    mean, var, _, _, center, share, *_ = chosen
+    mean, var, _, _, center, batch_weight, *_ = chosen
     var_slope = own_var - own_var.detach()
     if mean is None or own_mean is None:
-        return None, var + share * var_slope
+        return None, var + batch_weight * var_slope
     mean_slope = own_mean - own_mean.detach()
     if center is None:
         apart = (own_mean - mean).detach()
-        var_slope = var_slope + 2 * apart * mean_slope + (1 - share) * mean_slope.square()
-    return mean + share * mean_slope, var + share * var_slope
+        var_slope = var_slope + 2 * apart * mean_slope + (1 - batch_weight) * mean_slope.square()
+    return mean + batch_weight * mean_slope, var + batch_weight * var_slope
 
 
 def own_moments(x: Tensor, call: NormCall) -> tuple[Tensor | None, Tensor]:

@@ -29,7 +29,7 @@ from anybatch.backends.rule import (
     fingerprint,
 )
 
-RESULTS = 6  # mean, variance, r, d, share, own
+RESULTS = 6  # mean, variance, r, d, batch_weight, use_batch_stats
 
 
 @inlined
@@ -63,8 +63,8 @@ def _lerp(start, end, weight):
 
 
 @inlined
-def _chosen(mean, var, r=1.0, d=0.0, share=1.0, own=1.0):
-    return mean, var, r, d, share, own
+def _chosen(mean, var, r=1.0, d=0.0, batch_weight=1.0, use_batch_stats=1.0):
+    return mean, var, r, d, batch_weight, use_batch_stats
 
 
 FUNCTIONS = {
@@ -139,7 +139,7 @@ def run_rule(address, values, results):
 
 # Where a method's description has what: the address of its rule; whether there is a mean; whether
 # running statistics take in what was used; rows of the table of statistics; what state takes in.
-RULE, CENTERED, TRACKS_USED, R, D, CENTER, SHARE, OWN = range(8)
+RULE, CENTERED, TRACKS_USED, R, D, CENTER, BATCH_WEIGHT, USE_BATCH_STATS = range(8)
 HAS_ROWS = 8
 TAKES = HAS_ROWS + 1
 WEIGHTS = TAKES + ROWS
@@ -169,7 +169,7 @@ def described(part: Part, table: Part, centered: bool, tracks_used: bool) -> int
         found[RULE] = entry.address
         _kept.append(entry)
     found[CENTERED], found[TRACKS_USED] = centered, tracks_used
-    found[R : OWN + 1] = [table.row(name) for name in USES]
+    found[R : USE_BATCH_STATS + 1] = [table.row(name) for name in USES]
     found[HAS_ROWS], found[HAS_WINDOWS] = len(part.rows), len(part.windows)
     found[HAS_COUNTERS] = len(part.counters)
     for i, (take, weight) in enumerate(part.rows):

@@ -16,16 +16,16 @@ import numpy as np
 
 from anybatch.backends.numba.arrays import array_at, counter_at
 from anybatch.backends.numba.bound_rules import (
+    BATCH_WEIGHT,
     CENTER,
     CENTERED,
     COMPLETE,
     HAS_COUNTERS,
     HAS_ROWS,
     HAS_WINDOWS,
-    OWN,
     RULE,
-    SHARE,
     TAKES,
+    USE_BATCH_STATS,
     WEIGHTS,
     WINDOW_TAKES,
     D,
@@ -131,10 +131,10 @@ def choose(method, memory, like, values, found, own, used, g, k, width, guard):
         used[method[R], g, k] = found[2]
     if method[D] > 0:
         used[method[D], g, k] = found[3]
-    if method[SHARE] > 0:
-        used[method[CENTER], g, k], used[method[SHARE], g, k] = mean, found[4]
-    if method[OWN] > 0:
-        used[method[OWN], g, k] = found[5]
+    if method[BATCH_WEIGHT] > 0:
+        used[method[CENTER], g, k], used[method[BATCH_WEIGHT], g, k] = mean, found[4]
+    if method[USE_BATCH_STATS] > 0:
+        used[method[USE_BATCH_STATS], g, k] = found[5]
 
 
 @inlined
@@ -166,7 +166,7 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
     _, counts, psis, earlier, step_share = scope
     inverse = 1 / math.sqrt(used[1, g, k] + eps)
     r, d = given(used, method[R], g, k, 1.0), given(used, method[D], g, k, 0.0)
-    share = given(used, method[SHARE], g, k, 1.0)
+    batch_weight = given(used, method[BATCH_WEIGHT], g, k, 1.0)
     apart = given(used, method[CENTER], g, k, used[0, g, k]) - used[0, g, k]
     count, mean_g, psi = counts[g] * width, 0.0, 0.0
     for c in range(k * width, (k + 1) * width):
@@ -180,12 +180,12 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
     if earlier.shape[0] > 0:
         psi = earlier[k] + step_share * (psi - earlier[k])
     psis[g, k] = psi
-    if method[RULE] != 0 and given(used, method[OWN], g, k, 0.0) == 0:
+    if method[RULE] != 0 and given(used, method[USE_BATCH_STATS], g, k, 0.0) == 0:
         psi = averaged(method, memory, like, values, found, psi, k, weight.shape[0])
     centered = method[CENTERED] != 0
     for c in range(k * width, (k + 1) * width):
-        on[1, g, c] = -share * psi * inverse * inverse
-        on[2, g, c] = -share * mean_g * inverse if centered else 0.0
+        on[1, g, c] = -batch_weight * psi * inverse * inverse
+        on[2, g, c] = -batch_weight * mean_g * inverse if centered else 0.0
 
 
 @inlined

@@ -50,7 +50,7 @@ def _window_mean(psi_mean: float) -> float:
     return psi_mean
 
 
-_WEIGHTED = RuleSet(Part(uses=("share",)))  # a row of the batch's own share
+_WEIGHTED = RuleSet(Part(uses=("batch_weight",)))  # a row of the batch's own share
 _SLIDES = Part(_window_mean, (WINDOW,), windows=(AVERAGE,), counters=(False,))
 _WINDOWED = _WEIGHTED._replace(backward=_SLIDES)
 

@@ -110,7 +110,7 @@ def backward_columns(
     AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
     r = mean
     d = mean
-    share = mean
+    batch_weight = mean
     own_alone = mean
     center = mean
     if USES & 1:
@@ -119,7 +119,7 @@ def backward_columns(
         d = get(used, AT_D, group + g, all_groups, k, num_statistics, inside)
     if USES & 4:
         center = get(used, AT_CENTER, group + g, all_groups, k, num_statistics, inside)
-        share = get(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, inside)
+        batch_weight = get(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, inside)
     if USES & 8:
         own_alone = get(used, AT_OWN, group + g, all_groups, k, num_statistics, inside)
     w = tl.load(weight + c, mask=inside, other=0.0)
@@ -206,7 +206,7 @@ def backward_columns(
             used_psi = tl.where(own_alone > 0, psi, averaged)
     on_dy = slope * inverse
     on_x, constant = on_input(
-        sum_dy, slope, used_psi, share, inverse, lane, values, USES, CENTERED, WIDTH, SPAN
+        sum_dy, slope, used_psi, batch_weight, inverse, lane, values, USES, CENTERED, WIDTH, SPAN
     )
     put(slopes, 0, group + g, all_groups, c, channels, sum_dy, inside)
     put(slopes, 1, group + g, all_groups, c, channels, dw, inside)

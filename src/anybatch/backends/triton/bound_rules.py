@@ -48,8 +48,8 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
-def _chosen(mean, var, r=1.0, d=0.0, share=1.0, own=1.0):
-    return mean, var, r, d, share, own
+def _chosen(mean, var, r=1.0, d=0.0, batch_weight=1.0, use_batch_stats=1.0):
+    return mean, var, r, d, batch_weight, use_batch_stats
 
 
 FUNCTIONS = {
@@ -96,8 +96,8 @@ def _adapted(name: str, rule: Rule, part: Part, flags: Flags) -> Any:
     if name == "choose":
         weights = [weight for _, weight in part.rows] + [-1] * (ROWS - len(part.rows))
         given = ", ".join("1.0" if weight < 0 else f"v{weight}" for weight in weights)
-        text += f"    mean, var, r, d, share, own = rule({arguments})\n"
-        text += f"    return mean, var, r, d, share, own, {given}\n"
+        text += f"    mean, var, r, d, batch_weight, use_batch_stats = rule({arguments})\n"
+        text += f"    return mean, var, r, d, batch_weight, use_batch_stats, {given}\n"
     else:
         text += f"    return rule({arguments})\n"
     file = f"<{name} {rule.__qualname__} {fingerprint(rule)} {hash((part, flags))}>"

@@ -188,7 +188,7 @@ def forward_columns(
     if WINDOWS > 1:
         new1, _ = taken(mean, var, mean, var, (MOVES >> 20) & 7)
         sum1 = (new1 + sum1) / tl.minimum(now0, length1)
-    used_mean, used_var, r, d, share, own_alone, weight0, weight1, weight2, weight3 = choose(
+    used_mean, used_var, r, d, batch_weight, own_alone, weight0, weight1, weight2, weight3 = choose(
         middle,
         spread,
         old_mean,
@@ -245,7 +245,8 @@ def forward_columns(
         put(used, AT_D, group + g, all_groups, k, num_statistics, zero + d, heads)
     if USES & 4:
         put(used, AT_CENTER, group + g, all_groups, k, num_statistics, middle, heads)
-        put(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, zero + share, heads)
+        part = zero + batch_weight
+        put(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, part, heads)
     if USES & 8:
         put(used, AT_OWN, group + g, all_groups, k, num_statistics, zero + own_alone, heads)
     if UPDATE:

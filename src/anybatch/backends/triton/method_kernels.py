@@ -17,7 +17,7 @@ class Kernels(NamedTuple):
     Attributes:
         forward: Its `forward_columns`.
         backward: Its `backward_columns`.
-        uses: What its rule gives: 1 for r, 2 for d, 4 for share, 8 for own.
+        uses: What its rule gives: 1 for r, 2 for d, 4 for batch_weight, 8 for use_batch_stats.
         moves: What its state takes in, see `moves_of`.
         averages: What that of its backward averages does.
     """
@@ -52,7 +52,7 @@ def _kernels(name: str, fixed: Flags, fixed_backward: Flags, numbers: int) -> Ke
     )
 
 
-_USES = ((1, "r"), (2, "d"), (4, "share"), (8, "own"))
+_USES = ((1, "r"), (2, "d"), (4, "batch_weight"), (8, "use_batch_stats"))
 
 
 def padded(values: tuple[Any, ...], number: int, blank: Any) -> tuple[Any, ...]:

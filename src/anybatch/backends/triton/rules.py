@@ -222,7 +222,7 @@ def on_input(
     sum_dy,
     slope,
     psi,
-    share,
+    batch_weight,
     inverse,
     lane,
     count,
@@ -234,7 +234,7 @@ def on_input(
     """The factor of x and the constant of dx."""
     part = tl.full((1,), 1.0, psi.dtype)
     if USES & 4:
-        part = share
+        part = batch_weight
     on_x = -part * psi * inverse * inverse
     constant = tl.zeros_like(on_x)
     if CENTERED:
