@@ -12,11 +12,7 @@ author = "The anybatch authors"
 copyright = "2026, The anybatch authors"
 version = release = anybatch.__version__
 
-extensions = [
-    "myst_parser",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
-]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 default_role = "py:obj"

@@ -42,11 +42,7 @@ CASES: dict[str, tuple[str, type[reference.Layer], dict[str, Any]]] = {
         {**MABN, "centered": True, "norm_batch_size": 2},
     ),
     "ghost 2": ("ghost", reference.GhostBatchNorm, {"ghost_size": 2}),
-    "ghost cumulative": (
-        "ghost",
-        reference.GhostBatchNorm,
-        {"ghost_size": 2, "momentum": None},
-    ),
+    "ghost cumulative": ("ghost", reference.GhostBatchNorm, {"ghost_size": 2, "momentum": None}),
     "ghost 4 norm 5": ("ghost", reference.GhostBatchNorm, {"ghost_size": 4, "norm_batch_size": 5}),
     "bgn 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 3}),
     "bgn 2 of 3": ("bgn", reference.BatchGroupNorm, {"num_groups": 2, "examples_per_group": 3}),

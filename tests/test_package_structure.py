@@ -46,7 +46,7 @@ KNOWN_FOREIGN_NAMES: set[str] = set()
 KNOWN_LONG_FILES: set[str] = set()
 # Ceilings that only come down: to 300 lines for NormLayer and 20,000 for the package.
 NORM_LAYER_LINES = 225
-PACKAGE_LINES = 34185
+PACKAGE_LINES = 34164
 
 EXPORTED = list(anybatch.__all__)
 PUBLIC = {name: getattr(anybatch, name, None) for name in EXPORTED}
@@ -295,7 +295,4 @@ def test_sizes_and_order_and_exports_are_checked(tmp_path: Path) -> None:
     assert structure.class_lines(package, "Tall") == 3
     assert structure.parts_out_of_order(package, ["low", "high", ""]) == {"low: high"}
     assert structure.parts_out_of_order(package, ["high", "low", ""]) == set()
-    assert structure.unlisted_exports(package) == {
-        ": g is not in __all__",
-        ": gone is not there",
-    }
+    assert structure.unlisted_exports(package) == {": g is not in __all__", ": gone is not there"}

@@ -92,10 +92,7 @@ class _PSPNet(nn.Module):
         part = inputs // len(_BINS)
         self.pyramid = nn.ModuleList(
             nn.Sequential(
-                nn.AdaptiveAvgPool2d(size),
-                conv(inputs, part, 1),
-                nn.BatchNorm2d(part),
-                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(size), conv(inputs, part, 1), nn.BatchNorm2d(part), nn.ReLU()
             )
             for size in _BINS
         )

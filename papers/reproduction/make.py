@@ -128,11 +128,7 @@ def _holds(cells: Any, run: Job) -> bool:
 
 
 def make(
-    tasks: list[Task],
-    folder: Path,
-    workers: int,
-    on_progress: OnProgress,
-    options: str,
+    tasks: list[Task], folder: Path, workers: int, on_progress: OnProgress, options: str
 ) -> Made:
     """Train what is missing, and put a row for each into the store as it is finished.
 

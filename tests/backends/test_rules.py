@@ -47,9 +47,7 @@ class Steady2d(NormLayer):
 
     dims = 2
     state = State(
-        slow_mean=Average(("mean",), "slow"),
-        slow_var=Average(("var",), "slow"),
-        step=Counter(),
+        slow_mean=Average(("mean",), "slow"), slow_var=Average(("var",), "slow"), step=Counter()
     )
 
     def __init__(self, num_features: int, **common: Any) -> None:

@@ -171,10 +171,7 @@ def test_the_share_recovered_is_of_the_accuracy_lost() -> None:
         (["compare", "--train-size", "9999"], "train_size=9999"),
         (["train", "--device", "warp"], "device='warp'"),
         (["train", "--config", "missing.json"], "cannot be read"),
-        (
-            ["diagnose", "--checkpoint", "missing.pt"],
-            "'missing.pt': there is nothing of that name",
-        ),
+        (["diagnose", "--checkpoint", "missing.pt"], "'missing.pt': there is nothing of that name"),
         (["diagnose", "--max-batches", "0"], "max_batches=0: give a whole number"),
         (["diagnose", "--option", "mabn.window=3"], "the method diagnosed is 'torch'"),
     ],

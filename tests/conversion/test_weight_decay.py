@@ -21,11 +21,7 @@ RESNET = [  # three norms a bottleneck block; the second stage begins with a nor
 ]
 BY_HAND = {
     # Every branch of the last block goes straight to the head; those before pass the last block.
-    "inception": [
-        "blocks.1.one.norm",
-        "blocks.1.three.1.norm",
-        "blocks.1.pool.1.norm",
-    ],
+    "inception": ["blocks.1.one.norm", "blocks.1.three.1.norm", "blocks.1.pool.1.norm"],
     # The last norm of each block, and the stem's: all shortcuts are free of norms.
     "residual": ["stem.norm", "blocks.0.2", "blocks.1.2", "blocks.2.2"],
     "vgg": ["8"],

@@ -11,18 +11,7 @@ import anybatch
 from anybatch.core.autograd import statistics_of
 from anybatch.core.norm_layer import NormLayer
 from method_cases import NAMES as ALL
-from method_cases import (
-    SAMPLED,
-    UNPOOLED,
-    VIRTUAL,
-    batch,
-    finite,
-    make,
-    same,
-    state,
-    step,
-    train,
-)
+from method_cases import SAMPLED, UNPOOLED, VIRTUAL, batch, finite, make, same, state, step, train
 
 NAMES = [name for name in ALL if name not in UNPOOLED]
 POOLED = [name for name in NAMES if name not in ("ghost", "bgn")]

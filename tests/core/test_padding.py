@@ -276,10 +276,7 @@ def test_a_wav2vec2_bert_encoder_has_no_statistics_that_padding_could_reach() ->
 )
 def test_wrong_masks_and_lengths_are_refused(arguments: dict, words: str) -> None:
     model = network("temporal")
-    with (
-        pytest.raises((ValueError, TypeError), match=words),
-        anybatch.masked(model, **arguments),
-    ):
+    with pytest.raises((ValueError, TypeError), match=words), anybatch.masked(model, **arguments):
         pass
 
 

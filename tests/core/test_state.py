@@ -274,11 +274,7 @@ def test_a_forward_without_gradients_in_training_counts(name: str) -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("fused", ["auto", "never"])
 def test_the_output_may_be_changed_in_place(
-    name: str,
-    mode: str,
-    options: dict[str, object],
-    memory_format: torch.memory_format,
-    fused: str,
+    name: str, mode: str, options: dict[str, object], memory_format: torch.memory_format, fused: str
 ) -> None:
     use_fused(fused)
     layer = make(name, **options)

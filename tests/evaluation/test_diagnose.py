@@ -593,11 +593,7 @@ def test_dead_channels_are_counted_and_left_out() -> None:
             "loss: it gave 3.0",
         ),
         (lambda: diagnose(nn.BatchNorm1d(3), ["x"]), TypeError, "loader gave a batch of type str"),
-        (
-            lambda: diagnose(nn.BatchNorm1d(3), ["x"], batch_size=2),
-            ValueError,
-            "holds no examples",
-        ),
+        (lambda: diagnose(nn.BatchNorm1d(3), ["x"], batch_size=2), ValueError, "holds no examples"),
     ],
 )
 def test_errors_of_diagnose_name_the_argument_and_the_remedy(call, error, words: str) -> None:

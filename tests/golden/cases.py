@@ -146,10 +146,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        run: Callable[..., Tensor] | None = None,
-        move: bool = False,
+        self, network: nn.Module, run: Callable[..., Tensor] | None = None, move: bool = False
     ) -> None:
         self.network, self.run, self.move = network, run or network, move
         self.output: list[Tensor] = []

@@ -35,10 +35,7 @@ FEEDERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "same, even": (lambda: nn.Conv1d(4, 6, 4, padding="same"), (4, 9)),
     "valid": (lambda: nn.Conv1d(4, 6, 4, padding="valid"), (4, 9)),
     "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"), (4, 5, 6)),
-    "replicate": (
-        lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="replicate"),
-        (4, 5, 6),
-    ),
+    "replicate": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="replicate"), (4, 5, 6)),
     "circular": (
         lambda: nn.Conv2d(4, 6, 3, 2, padding=1, padding_mode="circular", groups=2),
         (4, 5, 6),

@@ -71,8 +71,7 @@ OUTCOMES: dict[tuple[str, bool], Refusal | Limit] = {
 
 for _training in MODES:
     OUTCOMES["`DistributedDataParallel`", _training] = Refusal(
-        "DistributedDataParallel is not needed when a module doesn't have any parameter",
-        (FROZEN,),
+        "DistributedDataParallel is not needed when a module doesn't have any parameter", (FROZEN,)
     )
 
 

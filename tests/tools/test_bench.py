@@ -20,13 +20,7 @@ import anybatch
 from anybatch.cli import app
 from anybatch.tools import measurement_figures
 from anybatch.tools.bench import Bench, Variant, costs
-from anybatch.tools.measurements import (
-    Measurement,
-    Setting,
-    counted,
-    surroundings,
-    timed,
-)
+from anybatch.tools.measurements import Measurement, Setting, counted, surroundings, timed
 from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 from anybatch.tools.network_factory import factory
 from anybatch.tools.timing import WARM_UP, interleaved, summaries

@@ -88,10 +88,7 @@ def test_a_run_is_the_same_wherever_it_is_made() -> None:
 
 def test_options_are_read_as_json_or_text() -> None:
     read = parse_options(["mabn.window=8", "mabn.forward_stats=sma", "brn.smooth=True"])
-    assert read == {
-        "mabn": (("window", 8), ("forward_stats", "sma")),
-        "brn": (("smooth", True),),
-    }
+    assert read == {"mabn": (("window", 8), ("forward_stats", "sma")), "brn": (("smooth", True),)}
     for wrong in ("window=8", "mabn.window", "mabn.=3"):
         with pytest.raises(ValueError, match=r"give METHOD\.NAME=VALUE"):
             parse_options([wrong])
@@ -379,13 +376,7 @@ def test_networks_are_as_large_as_the_literature_has_them(name: str) -> None:
             assert sum(p.numel() for p in net.parameters()) == counted
 
 
-@pytest.mark.parametrize(
-    ("name", "side", "left"),
-    [
-        ("resnet18", 32, 4),
-        ("resnet18", 224, 7),
-    ],
-)
+@pytest.mark.parametrize(("name", "side", "left"), [("resnet18", 32, 4), ("resnet18", 224, 7)])
 def test_maps_shrink_as_the_papers_have_them(name: str, side: int, left: int) -> None:
     sizes = []
     with torch.device("meta"):
@@ -512,10 +503,7 @@ def test_order_and_noise_follow_from_seed_and_epoch() -> None:
 
 
 def test_settings_that_suit_a_short_run() -> None:
-    assert method_options(Run(method="brn", epochs=8), 100) == {
-        "warmup_steps": 200,
-        "smooth": True,
-    }
+    assert method_options(Run(method="brn", epochs=8), 100) == {"warmup_steps": 200, "smooth": True}
     given = Run(method="brn", options=(("smooth", False), ("warmup_steps", 5)))
     assert method_options(given, 100) == {"warmup_steps": 5, "smooth": False}
     assert method_options(Run(method="mabn", batch_size=8, norm_batch_size=2), 9) == {

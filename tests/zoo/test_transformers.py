@@ -7,12 +7,7 @@ import pytest
 
 from zoo.checks import check_batch_of_one, check_conversion, require
 from zoo.listing import Listed, cases, each
-from zoo.transformers_networks import (
-    BACKBONES,
-    LEFT_OUT,
-    NETWORKS,
-    VERSION,
-)
+from zoo.transformers_networks import BACKBONES, LEFT_OUT, NETWORKS, VERSION
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.core.arguments import check_count
-from anybatch.layers import (
-    SampledBatchNorm2d,
-)
+from anybatch.layers import SampledBatchNorm2d
 from anybatch.layers.sample_positions import draw, part_moments, place
 from anybatch.tools.classification import batches
 from anybatch.tools.data import Dataset

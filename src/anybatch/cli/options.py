@@ -65,8 +65,7 @@ Data = Annotated[str, typer.Option(help=_DATA, autocompletion=_complete_data)]
 TunedData = Annotated[
     str | None,
     typer.Option(
-        help=f"{_DATA} [dim]Default: the checkpoint's, or digits.[/]",
-        autocompletion=_complete_data,
+        help=f"{_DATA} [dim]Default: the checkpoint's, or digits.[/]", autocompletion=_complete_data
     ),
 ]
 Method = Annotated[str, typer.Option(help=_METHOD, autocompletion=complete_method)]

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from anybatch.backends.aten.patches import geometry_of
 from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.method_options import is_already, kept_options, options_for
-from anybatch.conversion.norm_types import (
-    NormKind,
-    channels_of,
-    has_plain_forward,
-    is_batch_norm,
-)
+from anybatch.conversion.norm_types import NormKind, channels_of, has_plain_forward, is_batch_norm
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.conversion.plan_table import PlanRow
 from anybatch.conversion.producers import Feeder

@@ -15,11 +15,7 @@ from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
-TORCH_NORMS: dict[int, type[_BatchNorm]] = {
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm2d,
-    3: nn.BatchNorm3d,
-}
+TORCH_NORMS: dict[int, type[_BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _PROBED = 1e-8  # the variance at which a forward shows its eps
 _SMALLEST_EPS = 1e-12  # for a frozen norm that adds none
 

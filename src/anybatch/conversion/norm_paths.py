@@ -12,12 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from anybatch.conversion.graph_trace import (
-    FEEDING_LAYERS,
-    graph_of,
-    is_query,
-    name_of,
-)
+from anybatch.conversion.graph_trace import FEEDING_LAYERS, graph_of, is_query, name_of
 from anybatch.conversion.norm_types import is_norm, norm_kind
 from anybatch.core.norm_layer import NormLayer
 

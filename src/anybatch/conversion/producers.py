@@ -12,13 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from anybatch.conversion.graph_trace import (
-    FEEDING_LAYERS,
-    graph_of,
-    is_query,
-    name_of,
-    trace_graph,
-)
+from anybatch.conversion.graph_trace import FEEDING_LAYERS, graph_of, is_query, name_of, trace_graph
 from anybatch.conversion.module_swap import paths
 from anybatch.conversion.norm_types import channels_of, is_batch_norm, is_norm
 

@@ -10,14 +10,7 @@ from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import Backend, Contribution, NormCall, Spec
 from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
 from anybatch.core.autograd import apply_plain, statistics_of
-from anybatch.core.dispatch import (
-    ExecutionPlan,
-    Refusal,
-    find_plan,
-    only_aten,
-    run_plan,
-    with_plan,
-)
+from anybatch.core.dispatch import ExecutionPlan, Refusal, find_plan, only_aten, run_plan, with_plan
 from anybatch.core.fused_activation import Activation
 from anybatch.core.graphs import refuse_trace
 from anybatch.core.grouping import Partition, partition

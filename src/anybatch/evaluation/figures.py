@@ -12,18 +12,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by the colour-blind; lines differ in marker and dash too.
 BLACK, BLUE, RED, GREY = "#000000", "#0072B2", "#D55E00", "#7F7F7F"
-COLOURS = (
-    BLACK,
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    BLUE,
-    RED,
-    "#CC79A7",
-    "#8C6D00",
-    GREY,
-    "#5B2C83",
-)
+COLOURS = (BLACK, "#E69F00", "#56B4E9", "#009E73", BLUE, RED, "#CC79A7", "#8C6D00", GREY, "#5B2C83")
 MARKERS = "osD^vP*Xh<>"  # one more than colours: no two rows of a long table look the same
 DASHES = ("-", "--", "-.", ":")
 

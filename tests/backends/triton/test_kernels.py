@@ -175,13 +175,7 @@ def both(
     options=st.sampled_from([{}, {"norm_batch_size": 3}, {"momentum": None}]),
 )
 def test_triton_serves_any_shape(
-    name: str,
-    n: int,
-    c: int,
-    space: list[int],
-    last: bool,
-    kind: str,
-    options: dict[str, Any],
+    name: str, n: int, c: int, space: list[int], last: bool, kind: str, options: dict[str, Any]
 ) -> None:
     from anybatch.backends.triton import launch
 

@@ -231,10 +231,7 @@ def test_one_channel_from_an_epoch_on() -> None:
 def test_the_noise_of_independent_values_is_the_theorys() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = 3 + 2 * torch.randn(4000, 16, generator=generator, dtype=torch.float64)
-    series = {
-        "mean": batches.mean(1).tolist(),
-        "variance": batches.var(1, correction=0).tolist(),
-    }
+    series = {"mean": batches.mean(1).tolist(), "variance": batches.var(1, correction=0).tolist()}
     run = recorded(keeps="channel")
     shrunk = math.sqrt(16 / 15)  # variances are biased by 15 / 16
 

@@ -82,11 +82,7 @@ def listed(first: int, count: int) -> dict:
 
 
 def write(
-    root: Path,
-    lists: str = "{}.json",
-    places: str = "{}",
-    held_out: str = "test",
-    train: int = 12,
+    root: Path, lists: str = "{}.json", places: str = "{}", held_out: str = "test", train: int = 12
 ) -> Path:
     for first, part, count in ((0, "train", train), (100, held_out, 5)):
         folder = root / places.format(part)

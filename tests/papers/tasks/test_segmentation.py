@@ -422,7 +422,7 @@ def test_a_stopped_segmentation_run_ends_with_the_same_numbers(
     for a, b in zip(whole["epochs"], again["epochs"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
     assert set(whole["epochs"][0]) == {
-        *("epoch", "train_loss", "test_loss", "mean_iou", "pixel_accuracy", "seconds"),
+        *("epoch", "train_loss", "test_loss", "mean_iou", "pixel_accuracy", "seconds")
     }
     assert whole["mean_iou"] == whole["epochs"][-1]["mean_iou"]
 
@@ -495,7 +495,7 @@ def test_a_table_of_segmentation_is_made_and_drawn(
     for row in rows:
         kept = row["result"]
         assert set(kept) == {
-            *("mean_iou", "pixel_accuracy", "test_loss", "mean_ious", "train_losses"),
+            *("mean_iou", "pixel_accuracy", "test_loss", "mean_ious", "train_losses")
         }
         assert kept["mean_ious"][-1] == pytest.approx(kept["mean_iou"], abs=1e-6)
     values = {cell["row"]: cell["mean"] for cell in shown["cells"]}
@@ -545,11 +545,7 @@ def test_an_estimate_knows_the_size_of_images() -> None:
     small, large = (reproduction._cost(run.but(image_size=s), (367, 233))[0] for s in (36, 72))
     assert large / small == pytest.approx(4, rel=0.05)
     task = Task(run, flops=small, steps=10)
-    measured = {
-        "settings": run.as_dict(),
-        "seconds": 77.0,
-        "made_with": {"device": "cpu"},
-    }
+    measured = {"settings": run.as_dict(), "seconds": 77.0, "made_with": {"device": "cpu"}}
     assert estimate(task, {"a": measured}, "cpu") == 77
     measured["settings"] = run.but(image_size=72).as_dict()
     assert estimate(task, {"a": measured}, "cpu") == estimate(task, {}, "cpu")

@@ -77,10 +77,7 @@ def run_forward(
 
 
 def run_backward(
-    run: Callable[[tuple[Any, ...]], None],
-    spec: MethodSpec,
-    scope: LoopScope,
-    num_statistics: int,
+    run: Callable[[tuple[Any, ...]], None], spec: MethodSpec, scope: LoopScope, num_statistics: int
 ) -> None:
     """The backward of a normalization batch; see `run_forward`."""
     counts, mask = scope.counts.ctypes.data, scope.mask

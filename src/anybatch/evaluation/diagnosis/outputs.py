@@ -65,10 +65,7 @@ class OutputProbe:
 
 @torch.no_grad()
 def compare_outputs(
-    model: nn.Module,
-    probes: Sequence[OutputProbe],
-    forward: Callable[[], Any],
-    trained: bool,
+    model: nn.Module, probes: Sequence[OutputProbe], forward: Callable[[], Any], trained: bool
 ) -> None:
     """Run a batch in evaluation mode, and if ``trained`` before that with the norms in training."""
     handles = [probe.norm.register_forward_hook(probe.note, with_kwargs=True) for probe in probes]
