@@ -45,20 +45,20 @@ test: $(VENV)/.dev  ## fast tests, doctests and documentation examples
 	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.dev  ## all tests with each pair of parameters, but trainings and other hardware
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not zoo and not combination"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not zoo and not combination"
 
 test-every: $(VENV)/.dev  ## the same with each combination of parameters
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not zoo"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not zoo"
 
 test-slow: $(VENV)/.dev  ## trainings and other tests that take minutes
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow and not gpu"
+	$(PYTEST) -n $(WORKERS) -m "slow and not gpu"
 
 # Into an environment that has them: installing torchvision or timm here could replace torch.
 test-zoo: $(VENV)/.dev  ## networks of torchvision, timm and segmentation-models-pytorch, if there
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m zoo
+	$(PYTEST) -n $(WORKERS) -m zoo
 
 test-gpu: $(VENV)/.dev  ## tests that need a CUDA device
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m gpu
+	$(PYTEST) -n $(WORKERS) -m gpu
 
 test-browser: $(VENV)/.dev  ## the reports in a headless Chromium
 	$(PYTEST) -m browser

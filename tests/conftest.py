@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if few is not None:
             fast = selection.some(fast, few.args[0], test)
         paired = selection.pairwise(cases, fast, test)
+        if group[0].get_closest_marker("families") is not None:
+            paired &= {*fast, *selection.of_families(cases, test)}
         for number, item in enumerate(group):
             if number not in fast:
                 item.add_marker(pytest.mark.exhaustive)

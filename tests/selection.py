@@ -8,9 +8,10 @@ others do not. The fast set takes, for each test:
 - with three parameters or more, each pair of values of the two with the most, if these are few.
 
 `make test-all` takes each pair of values of any two parameters, and so all cases of a test with
-two; `make test-every` each case. A test marked `every_case` has all of them in the fast set, one
-marked `pairs("x", "y")` each pair of values of these two parameters, one marked `few(n)`, whose
-cases take seconds each, n of those above.
+two; of a test marked `families`, those of one method of each. `make test-every` takes each case.
+A test marked `every_case` has all of them in the fast set, one marked `pairs("x", "y")` each pair
+of values of these two parameters, one marked `few(n)`, whose cases take seconds each, n of those
+above.
 """
 
 from collections import Counter

@@ -335,6 +335,7 @@ def checkpointed(reentrant: bool) -> Callable[..., Tensor]:
     return way
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @each_name

@@ -228,6 +228,7 @@ def test_a_recomputed_forward_counts_once_within_a_step(name: str, use_reentrant
     assert all(torch.allclose(first[k].float(), second[k].float(), atol=1e-4) for k in first)
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

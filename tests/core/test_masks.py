@@ -367,6 +367,7 @@ def plain_inference(layer: NormLayer, x: Tensor) -> Tensor:
     return layer.weight.view(1, -1, 1, 1) * z + layer.bias.view(1, -1, 1, 1)
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in SAMPLED])

@@ -94,6 +94,7 @@ def traced_tensors() -> list[Tensor]:
         return [t for t in gc.get_objects() if isinstance(t, FakeTensor | FunctionalTensor)]
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_no_fake_tensor_outlives_its_call(name: str) -> None:

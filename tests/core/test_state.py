@@ -369,6 +369,7 @@ def test_checkpointed_forwards_before_one_backward_find_their_own_statistics(
         assert torch.allclose(state_after[key], value, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

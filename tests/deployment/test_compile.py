@@ -69,6 +69,7 @@ def compare(method: str, backend: str) -> None:
         torch.testing.assert_close(run(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.families
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", WHOLE)
 def test_a_layer_needs_one_graph_for_all_steps_and_epochs(method: str) -> None:
@@ -84,6 +85,7 @@ def test_a_layer_under_inductor_gives_the_same(method: str) -> None:
 GROUPED = {"ghost": {"ghost_size": 2}, "bgn": {"num_groups": 2, "examples_per_group": 2}}
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", WHOLE)
@@ -115,6 +117,7 @@ def _backends_as_before() -> Iterator[None]:
     use_fused("auto")
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["bn", "mabn"])

@@ -70,6 +70,7 @@ def test_an_exported_program_gives_the_same(method: str) -> None:
     assert not any("anybatch" in name for name in names)
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", AFFINE)
 def test_onnx_runs_it_as_batch_normalization(method: str, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_onnx_runs_what_depends_on_the_example(method: str, options: dict, tmp_p
     torch.testing.assert_close(found, model(X[:3]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.families
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", AFFINE)
 def test_folded_and_plain_networks_are_the_same_in_onnx(method: str, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_loops_over_channels_last_are_exact_in_float32(name: str, last: bool) ->
     check(name, (17, 24, 41, 29), torch.float32, last, 3)
 
 
+@pytest.mark.families
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("last", [False, True])

@@ -258,6 +258,7 @@ def test_only_the_parameters_or_only_the_input(name: str) -> None:
     assert dx.shape == x.shape
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -356,6 +357,7 @@ def test_everything_works_without_triton() -> None:
     assert done.stdout.strip() == "1"
 
 
+@pytest.mark.families
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.parametrize("last", [False, True])
