@@ -21,14 +21,14 @@ OTHERS = [*SAMPLED, *UNPOOLED]
 PARTS = {"rules": [name for name in NAMES if name not in OTHERS], "others": OTHERS}
 
 
-def compile_loops(names: Sequence[str], dtype: torch.dtype = torch.float32) -> None:
-    """Run methods once in a type, so that their loops are on disk."""
-    x = torch.randn(4, 6, 3, 3, dtype=dtype)
+def compile_loops(names: Sequence[str]) -> None:
+    """Run methods once, so that their loops of float32 are on disk."""
+    x = torch.randn(4, 6, 3, 3)
     for name in names:
-        layer = make(name).to(dtype)
+        layer = make(name)
         for form in (torch.contiguous_format, torch.channels_last):
             step(layer, x.to(memory_format=form))
-    net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).to(dtype)
+    net = nn.Sequential(nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
     for method in {"mabn", "cbn"}.intersection(names):  # centred weights, gradients of statistics
         converted = anybatch.convert(copy.deepcopy(net), method)
         for _ in range(2):

@@ -31,18 +31,22 @@ _CIRCLE = 2**31
 ONE = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
 
 
+def no_parameter(dims, dtype):
+    """An empty parameter of so many dimensions, read-only as parameters are given."""
+    array = np.empty((0,) * dims, dtype)
+    array.setflags(write=False)
+    return array
+
+
 @cache
 def nothing(dtype):
-    """What stands for a feed, its bias and the window's gradients where there are none.
+    """Empty arrays in place of a feed and of the window's gradients, for the naive form.
 
-    Of the types of those that are there, so that one function is compiled for all.
+    They have the types of those that are there, so that one function is compiled for all.
     """
     row, table, cube = (np.empty((0,) * dims, dtype) for dims in (1, 2, 3))
-    rows, bias = table.copy(), row.copy()
-    for parameter in (rows, bias):  # as parameters are given
-        parameter.setflags(write=False)
-    meetings = (ONE[1].astype(dtype),) * 3
-    feed = row, (1, 1, 1, 1), False, rows, bias, (ONE[0],) * 3, meetings, (1, 1, 1), 1
+    rows, bias, meetings = no_parameter(2, dtype), no_parameter(1, dtype), ONE[1].astype(dtype)
+    feed = row, (1, 1, 1, 1), False, rows, bias, (ONE[0],) * 3, (meetings,) * 3, (1, 1, 1), 1
     return feed, (table, table, cube, cube)
 
 

@@ -115,7 +115,7 @@ def _forward_groups(part, parts, within, x, y, added, starts, layout, shared):
     valid, counts, earlier, share, guard = scope
     repeats, width = period // (channels * inner), channels // used.shape[2]
     on = np.empty((3, repeats, channels, inner), weight.dtype)
-    values, found = numbers.copy(), np.empty(RESULTS)
+    rows, values, found = on.reshape(3, -1), numbers.copy(), np.empty(RESULTS)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
         first, last = starts[g] * example, starts[g + 1] * example
         row_own(g, within, x, starts, layout, valid, counts, centered, weight, own)
@@ -126,7 +126,6 @@ def _forward_groups(part, parts, within, x, y, added, starts, layout, shared):
             for c in range(k * width, (k + 1) * width):
                 mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
                 on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
-        rows = on.reshape(3, -1)
         if relu:
             fork(row_activate, within, (x, added, y, first, last, rows))
         else:
@@ -190,10 +189,8 @@ def forward(
         fork(_forward_groups, across, some)
     if not update:
         return
-    running_mean, running_var = (
-        array_at(memory[0], channels, kept),
-        array_at(memory[1], channels, kept),
-    )
+    running_mean = array_at(memory[0], channels, kept)
+    running_var = array_at(memory[1], channels, kept)
     if outliers != 0:
         bar_outliers(method, own, running_mean, running_var, guard)
     if total > 0:

@@ -94,7 +94,7 @@ def join(own, g, c, earlier, share):
 
 @inlined
 def is_outlier(method, own, g, c, mean, var, guard):
-    """True if a channel's variance about its running mean is out of all proportion."""
+    """True if a channel's variance about its running mean exceeds the limit of `guard`."""
     limit, _, eps = guard
     apart = own[0, g, c] - mean if method[CENTERED] != 0 else 0.0
     return own[1, g, c] + apart * apart > (var + eps) * limit
@@ -328,10 +328,8 @@ def track_groups(own, counts, update_weight, running_mean, running_var, tracked)
         total += counts[g] if counts[g] > 1 else 0.0
     if total == 0:
         return
-    update_weight, pooled = (
-        count_batch(tracked, update_weight),
-        np.zeros((2, running_mean.shape[0])),
-    )
+    update_weight = count_batch(tracked, update_weight)
+    pooled = np.zeros((2, running_mean.shape[0]))
     for g in range(counts.shape[0]):
         if counts[g] > 1:
             share = counts[g] / total

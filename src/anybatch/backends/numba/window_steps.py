@@ -146,7 +146,7 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
         (*(1,) * missing, *y.shape[2:]),
         (paces[0], *(0,) * missing, *paces[1:]),
         (1,) * missing,
-        cross_iteration.nothing(conv.x.numpy().dtype)[0][4],
+        cross_iteration.no_parameter(1, conv.x.numpy().dtype),
     )
 
 
