@@ -83,7 +83,7 @@ class Method:
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The method's own arguments, by name."""
-        maker = self.builder or self.layer(2).__init__
+        maker = self.builder or self.layer(2)
         parameters = inspect.signature(maker).parameters.items()
         own = {n: p for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return {n: p for n, p in own.items() if n not in (*self.fixed, "bias")}

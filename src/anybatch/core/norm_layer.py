@@ -5,8 +5,9 @@ A method adds a file with its rule. What the layers share is in the bases, one c
 rule on a batch's statistics, and fallbacks), `InferenceLayer` and `DispatchedLayer` (backends).
 """
 
+import inspect
 from functools import partial
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from anybatch.core.reduction_scope import WORLD
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
 
 _LOW = (torch.float16, torch.bfloat16)
+
+
+class NormOptions(TypedDict, total=False):
+    """Keyword arguments that every layer takes and gives on, see `NormLayer`."""
+
+    bias: bool
+    norm_batch_size: int | None
+    example_weight: float
+    process_group: Any
+    outlier_limit: float | None
 
 
 class NormLayer(DispatchedLayer):
@@ -126,6 +137,8 @@ class NormLayer(DispatchedLayer):
         super().__init_subclass__(**kwargs)
         if dims is not None:  # the same layer for inputs of so many spatial dimensions
             cls.dims, cls.__doc__ = dims, cls.__mro__[1].__doc__
+        elif "__init__" in vars(cls):
+            cls.__signature__ = _with_options(inspect.signature(cls.__init__))  # type: ignore[attr-defined]
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
@@ -236,3 +249,15 @@ class NormLayer(DispatchedLayer):
             frozen = (("statistics", self.frozen), ("affine", self.affine_frozen))
             parts.append("frozen=" + "+".join(name for name, flag in frozen if flag))
         return ", ".join(parts)
+
+
+_PARAMETERS = inspect.signature(NormLayer).parameters
+
+
+def _with_options(signature: inspect.Signature) -> inspect.Signature:
+    """A constructor's signature with the arguments of every layer in the place of ``**common``."""
+    own = list(signature.parameters.values())[1:]
+    if own and own[-1].name == "common":
+        rest = [p for name, p in _PARAMETERS.items() if name not in signature.parameters]
+        own[-1:] = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in rest]
+    return signature.replace(parameters=own)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_batch import Batch
-from anybatch.core.norm_layer import NormLayer
+from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.layers.ghost_batch_norm import track_groups, track_no_groups
 
 
@@ -65,7 +66,7 @@ class BatchGroupNorm(NormLayer):
         torch.Size([2, 64, 5, 5])
     """
 
-    def __init__(
+    def __init__(  # type: ignore[misc]  # example_weight has another default here
         self,
         num_features: int,
         eps: float = 1e-5,
@@ -75,13 +76,10 @@ class BatchGroupNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         num_groups: int = 32,
         examples_per_group: int = 2,
-        norm_batch_size: int | None = None,
         example_weight: float | None = None,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         check_count("num_features", num_features)
         check_count("num_groups", num_groups)
@@ -93,14 +91,8 @@ class BatchGroupNorm(NormLayer):
                 f"give one of {', '.join(map(str, divisors))}"
             )
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=1 / examples_per_group if example_weight is None else example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        weight = 1 / examples_per_group if example_weight is None else example_weight
+        super().__init__(*shared, example_weight=weight, **common)
         self.num_groups, self.examples_per_group = num_groups, examples_per_group
 
     @property

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from anybatch.core.arguments import check_count
 from anybatch.core.module_state import NormState
-from anybatch.core.norm_layer import NormLayer
+from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.core.rule import Counter, State, chosen, clamp, maximum, rule, sqrt, where
 
 _WARMUP_STEPS = 10000
@@ -81,15 +82,11 @@ class BatchRenorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         max_r: float = 3.0,
         max_d: float = 5.0,
         warmup_steps: int = _WARMUP_STEPS,
         smooth: bool = False,
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         if not max_r >= 1:
             raise ValueError(f"max_r={max_r!r}: give a number from 1 on")
@@ -97,14 +94,7 @@ class BatchRenorm(NormLayer):
             raise ValueError(f"max_d={max_d!r}: give a number from 0 on")
         check_count("warmup_steps", warmup_steps, 0)
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        super().__init__(*shared, **common)
         self.max_r, self.max_d = float(max_r), float(max_d)
         self.warmup_steps, self.smooth = warmup_steps, smooth
         self.declare_state()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from anybatch.backends import is_finite
 from anybatch.backends.aten.patches import ConvCall
@@ -16,6 +17,7 @@ from anybatch.core.backward_statistics import BackwardAverage, all_finite, slide
 from anybatch.core.fused_activation import Activation
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch
+from anybatch.core.norm_layer import NormOptions
 from anybatch.core.reduction_scope import ReductionScope
 from anybatch.layers import statistics_gradients as taylor
 from anybatch.layers.bound_norm_layer import BoundBatch, BoundNormLayer, BoundState
@@ -123,7 +125,6 @@ class CrossIterationBatchNorm(BoundNormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         window: int | None = None,
         burn_in_steps: int = 0,
         burn_in: float = 0.25,
@@ -132,10 +133,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         backward_stats: str = "batch",
         running_stats: str = "batch",
         batch_size: int | None = None,
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         counts = {"window": window, "gradient_sample": gradient_sample, "batch_size": batch_size}
         counts["burn_in_steps"] = burn_in_steps or None
@@ -148,14 +146,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if isinstance(order, bool) or order not in (0, 1, 2):
             raise ValueError(f"order={order!r}: give 0, 1 or 2")
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        super().__init__(*shared, **common)
         self.window, self.order, self.gradient_sample = window, order, gradient_sample
         self.burn_in_steps, self.burn_in = burn_in_steps, float(burn_in)
         self.backward_stats, self.running_stats = backward_stats, running_stats

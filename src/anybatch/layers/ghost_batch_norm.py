@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from anybatch.backends import as_counts, statistics_dtype
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_batch import Batch
-from anybatch.core.norm_layer import NormLayer
+from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.core.reduction_scope import active_group, sum_processes
 
 
@@ -71,23 +72,12 @@ class GhostBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         ghost_size: int = 32,
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         check_count("ghost_size", ghost_size)
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        super().__init__(*shared, **common)
         self.ghost_size = ghost_size
 
     @property

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from anybatch.core.arguments import check_between, check_count
-from anybatch.core.norm_layer import NormLayer
+from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.core.notices import Notice
 from anybatch.core.rule import Counter, Number, Row, State, chosen, lerp, rule, where
 
@@ -90,14 +91,10 @@ class MomentumBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         batch_size: int | None = None,
         ideal_batch_size: int = 32,
         ideal_decay: float = 0.85,
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         if batch_size is not None:
             check_count("batch_size", batch_size)
@@ -106,20 +103,9 @@ class MomentumBatchNorm(NormLayer):
         if isinstance(momentum, str) and momentum != "auto":
             raise ValueError(f"momentum={momentum!r}: give a number from 0 to 1, None or 'auto'")
         self.auto_momentum = momentum == "auto"
-        super().__init__(
-            num_features,
-            eps,
-            1 - ideal_decay if isinstance(momentum, str) else momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        weight = 1 - ideal_decay if isinstance(momentum, str) else momentum
+        shared = (num_features, eps, weight, affine, track_running_stats, device, dtype)
+        super().__init__(*shared, **common)
         self.ideal_batch_size, self.ideal_decay = ideal_batch_size, ideal_decay
         self.progress: tuple[int, int] | None = None  # until a scheduler has set it
         self.unscheduled = Notice()

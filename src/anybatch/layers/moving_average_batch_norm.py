@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from anybatch.backends.protocol import Spec
 from anybatch.core.arguments import check_choice, check_count
 from anybatch.core.grouping import Partition
+from anybatch.core.norm_layer import NormOptions
 from anybatch.core.rule import (
     Counter,
     Method,
@@ -363,7 +365,6 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         window: int = 16,
         clip: float = 5.0,
         warmup_steps: int = 100,
@@ -371,10 +372,7 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
         centered: bool = False,
         forward_stats: str = "ema",
         backward_stats: str = "sma",
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         check_count("window", window)
         if not clip >= 1:
@@ -384,14 +382,7 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
         for name, choice in (("forward", forward_stats), ("backward", backward_stats)):
             check_choice(f"{name}_stats", choice, ("ema", "sma", "batch"))
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        super().__init__(*shared, **common)
         self.window, self.clip, self.centered = window, float(clip), bool(centered)
         self.warmup_steps, self.renorm_warmup_steps = warmup_steps, renorm_warmup_steps
         self.forward_stats, self.backward_stats = forward_stats, backward_stats

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from anybatch import backends
 from anybatch.backends.aten.samples import Place
@@ -13,7 +14,7 @@ from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
 from anybatch.core.norm_batch import Batch, Moments
-from anybatch.core.norm_layer import NormLayer
+from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.core.reduction_scope import ReductionScope, first_of, rank_in, size_of
 from anybatch.layers.sample_gradients import (
     SampleFormula,
@@ -126,7 +127,6 @@ class SampledBatchNorm(NormLayer):
         device: Any = None,
         dtype: Any = None,
         *,
-        bias: bool = True,
         sample: str = "batch",
         ratio: float = 1 / 32,
         size: Size = None,
@@ -135,10 +135,7 @@ class SampledBatchNorm(NormLayer):
         seed: int | None = None,
         generator: torch.Generator | None = None,
         ranks: int | None = None,
-        norm_batch_size: int | None = None,
-        example_weight: float = 0.0,
-        process_group: Any = None,
-        outlier_limit: float | None = None,
+        **common: Unpack[NormOptions],
     ) -> None:
         check_choice("sample", sample, SAMPLES)
         check_between("ratio", ratio, 0.0, 1.0)
@@ -150,17 +147,10 @@ class SampledBatchNorm(NormLayer):
         check_between("mix", mix, 0.0, 1.0)
         if ranks is not None:
             check_count("ranks", ranks)
-            if process_group is None:
+            if common.get("process_group") is None:
                 raise ValueError(f"ranks={ranks}: give the process_group that they are of")
         shared = (num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(
-            *shared,
-            bias=bias,
-            norm_batch_size=norm_batch_size,
-            example_weight=example_weight,
-            process_group=process_group,
-            outlier_limit=outlier_limit,
-        )
+        super().__init__(*shared, **common)
         self.sample, self.ratio, self.size = sample, ratio, size
         self.num_virtual, self.mix, self.ranks = num_virtual, mix, ranks
         self._agreed = False
