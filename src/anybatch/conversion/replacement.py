@@ -95,7 +95,7 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
     if "momentum" not in arguments and _keeps_momentum(norm, method):
         arguments["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
-        for name in ("norm_batch_size", "example_weight"):
+        for name in ("norm_batch_size", "memories", "example_weight"):
             if name in method.options and norm.num_statistics == norm.num_features:
                 arguments.setdefault(name, getattr(norm, name))
     return arguments

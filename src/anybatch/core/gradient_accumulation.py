@@ -32,11 +32,13 @@ class StatefulLayer(Protocol):
         num_features: Channels.
         memory: State beside torch's buffers.
         per_step_state: Names of memory that micro-batches leave alone.
+        set_state: Names of memory that forwards leave alone.
     """
 
     num_features: int
     method_state: dict[str, Tensor]
     per_step_state: ClassVar[tuple[str, ...]]
+    set_state: ClassVar[tuple[str, ...]]
     _buffers: Any
 
     @property
@@ -276,7 +278,8 @@ def _state(layer: StatefulLayer, way: str) -> Iterator[tuple[str, Tensor]]:
             if tensor is not None:
                 yield name, tensor
     for name, tensor in layer.method_state.items():
-        if name.startswith(BACKWARD) == bool(way) and name not in layer.per_step_state:
+        stays = name in layer.per_step_state or name in layer.set_state
+        if name.startswith(BACKWARD) == bool(way) and not stays:
             yield name, tensor
 
 

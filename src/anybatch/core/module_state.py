@@ -26,9 +26,9 @@ class NormState(_NormBase):
         memory: Tensors beyond torch's buffers, by name. They follow the layer's
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
-        per_step_state: Names of memory that micro-batches of a step leave alone: what has a slot
-            per step, of which only the newest is written, and what is set once a training or an
-            epoch.
+        per_step_state: Names of memory that has a slot per step, of which only the newest is
+            written.
+        set_state: Names of memory that no forward moves: it is set once a training or an epoch.
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
@@ -36,6 +36,7 @@ class NormState(_NormBase):
 
     method_state: dict[str, Tensor]
     per_step_state: ClassVar[tuple[str, ...]] = ()
+    set_state: ClassVar[tuple[str, ...]] = ()
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool

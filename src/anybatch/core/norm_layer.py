@@ -2,7 +2,8 @@
 
 A method adds a file with its rule. What the layers share is in the bases, one concern each:
 `NormState` (parameters, state, checkpoints), `ScopedLayer` (masks and processes), `RuleLayer` (the
-rule on a batch's statistics, and fallbacks), `InferenceLayer` and `DispatchedLayer` (backends).
+rule on a batch's statistics, and fallbacks), `InferenceLayer`, `DispatchedLayer` (backends) and
+`MemoriesLayer` (several memories).
 """
 
 import inspect
@@ -15,10 +16,10 @@ from torch import Tensor
 from anybatch.backends.protocol import Statistics
 from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.arguments import check_between, check_count
-from anybatch.core.dispatched_layer import DispatchedLayer
 from anybatch.core.fused_activation import read_activation
 from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.graphs import as_leaf, refuse_script
+from anybatch.core.memories import MemoriesLayer, check_memories
 from anybatch.core.reduction_scope import WORLD
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
 
@@ -30,12 +31,13 @@ class NormOptions(TypedDict, total=False):
 
     bias: bool
     norm_batch_size: int | None
+    memories: int
     example_weight: float
     process_group: Any
     outlier_limit: float | None
 
 
-class NormLayer(DispatchedLayer):
+class NormLayer(MemoriesLayer):
     """Base of all layers.
 
     It derives from torch's ``_NormBase`` and not from ``_BatchNorm``, so that
@@ -60,6 +62,9 @@ class NormLayer(DispatchedLayer):
         dtype: Of parameters and state; float16 and bfloat16 give float32.
         norm_batch_size: Normalize as if the batch had come in successive batches
             of so many examples, memory running along them (default None: as one).
+        memories: Memories that these batches take in turn (default 1). With as many as a forward
+            has batches, each moves once a step, as those of several devices do; running statistics
+            are those of the first.
         example_weight: Share of an example's own statistics in its normalization
             at inference, alpha of four-things, equation 3 (default 0.0).
         process_group: Processes of ``torch.distributed`` whose batches are one in training:
@@ -85,6 +90,7 @@ class NormLayer(DispatchedLayer):
         *,
         bias: bool = True,
         norm_batch_size: int | None = None,
+        memories: int = 1,
         example_weight: float = 0.0,
         process_group: Any = None,
         outlier_limit: float | None = None,
@@ -92,6 +98,7 @@ class NormLayer(DispatchedLayer):
         check_count("num_features", num_features)
         if norm_batch_size is not None:
             check_count("norm_batch_size", norm_batch_size)
+        check_memories(memories, norm_batch_size)
         check_between("example_weight", example_weight, 0.0, 1.0)
         if process_group is not None and norm_batch_size is not None:
             raise ValueError(
@@ -122,7 +129,7 @@ class NormLayer(DispatchedLayer):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.norm_batch_size = norm_batch_size
+        self.norm_batch_size, self.memories = norm_batch_size, memories
         self.example_weight = float(example_weight)
         self.process_group = process_group
         self.mask: Tensor | None = None
@@ -199,7 +206,9 @@ class NormLayer(DispatchedLayer):
         if mask is not None or self._group is not None:
             source = self._source(input, mask, training)
         if input.numel() or (source is not None and source.group is not None):
-            return self._normalize_batch(input, training, source, then)
+            if not training or self.memories == 1:
+                return self._normalize_batch(input, training, source, then)
+            return self._normalize_in_turn(input, source, then)
         y = self._empty(input, training)
         return y if then is None else then.of(y)
 
@@ -237,6 +246,8 @@ class NormLayer(DispatchedLayer):
         parts = [super().extra_repr()]  # type: ignore[no-untyped-call]
         if self.norm_batch_size is not None:
             parts.append(f"norm_batch_size={self.norm_batch_size}")
+        if self.memories > 1:
+            parts.append(f"memories={self.memories}")
         if self.example_weight:
             parts.append(f"example_weight={self.example_weight}")
         parts += [f"{name}={value}" for name, value in self.own_arguments().items()]

@@ -41,6 +41,7 @@ class BatchGroupNorm(NormLayer):
         num_groups: Channel groups (default 32).
         examples_per_group: Examples in a group at most (default 2).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference (default
             None: ``1 / examples_per_group``).
         process_group: Processes whose batches are one in training, a process group or "world"

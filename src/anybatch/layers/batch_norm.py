@@ -28,6 +28,7 @@ class BatchNorm(NormLayer):
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         norm_batch_size: Normalize in successive batches of so many examples
             (default None: the whole batch).
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference, from 0
             to 1 (default 0.0; four-things, section 3.1).
         process_group: Processes whose batches are one in training, a process group or "world"

@@ -45,6 +45,7 @@ class BatchRenorm(NormLayer):
             from 1 and 0 at its end: the first forward is batch normalization, and
             after `warmup_steps` forwards they are open (default False).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).

@@ -1,5 +1,6 @@
 """A layer that follows the convolution or linear layer whose output it normalizes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -146,6 +147,14 @@ class BoundNormLayer(NormLayer):
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""
         self._flow.weight = as_plain(output).detach()
+
+    def lender(self: Self) -> Callable[[Self, slice], None]:
+        feed, self._flow.feed = self._flow.feed, None
+
+        def lend(layer: Self, examples: slice) -> None:
+            layer._flow.feed = feed and feed.at(examples)
+
+        return lend
 
     def take_feed(self, y: Tensor) -> ConvCall:
         """Give the call of the bound layer that made ``y``; it is taken once."""

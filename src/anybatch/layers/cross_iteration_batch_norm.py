@@ -77,6 +77,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
             batch).
         norm_batch_size: Normalize in successive batches of so many examples, each a step of the
             memory.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
@@ -193,8 +194,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         return sum(state[name].numel() for name in self.per_step_state if name in state)
 
     def reset_memory(self) -> None:
-        for tensor in self.method_state.values():
-            tensor.zero_()
+        super().reset_memory()
         if self.method_state:
             self.method_state["burning"].fill_(self.burning)
 
@@ -265,8 +265,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
             self.track(mean, batch.unbiased(var))
         if update:
             examples = slice(first, first + batch.examples())
-            if feed is not None:
-                feed = ConvCall(feed.geometry, feed.x[examples], feed.rows, feed.bias, feed.output)
+            feed = feed and feed.at(examples)
             if source is not None and source.mask is not None:
                 source = ReductionScope(source.mask[examples], source.group, source.name)
             self._record(mean, var, batch, feed, y[examples], source)

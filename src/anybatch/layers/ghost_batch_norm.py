@@ -38,6 +38,7 @@ class GhostBatchNorm(NormLayer):
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         ghost_size: Examples in a group at most (default 32).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference; it gains
             as ghost_size falls (four-things, figure 4).
         process_group: Processes whose batches are one in training, a process group or "world"

@@ -208,6 +208,7 @@ class L1BatchNorm(SpreadNorm):
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
@@ -278,6 +279,7 @@ class RangeBatchNorm(SpreadNorm):
         device: Of parameters and state.
         dtype: Of parameters and state (float16 and bfloat16 give float32).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).

@@ -47,6 +47,7 @@ class MomentumBatchNorm(NormLayer):
         ideal_batch_size: Examples in a batch whose noise is wanted (default 32).
         ideal_decay: Decay of the running statistics at that batch size (default 0.85).
         norm_batch_size: Normalize in successive batches of so many examples.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
@@ -79,7 +80,7 @@ class MomentumBatchNorm(NormLayer):
         batch_size=Number(whole=True),
         average_weight=Number(),
     )
-    per_step_state: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
+    set_state: ClassVar[tuple[str, ...]] = ("batch_size", "average_weight")
 
     def __init__(
         self,

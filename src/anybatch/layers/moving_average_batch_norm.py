@@ -329,6 +329,7 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
             average; "batch" the batch's own. See below.
         norm_batch_size: Normalize in successive batches of so many examples, each
             a step of the memory.
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).

@@ -91,6 +91,7 @@ class SampledBatchNorm(NormLayer):
             (default None: all; section 4.3). The first one's seed is then that of all.
         norm_batch_size: Normalize in successive batches of so many examples, each with its
             own sample (and its own virtual rows in front).
+        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference.
         process_group: Processes whose batches are one in training, a process group or "world"
             (default None: this process alone).
@@ -115,7 +116,7 @@ class SampledBatchNorm(NormLayer):
         torch.Size([8, 4, 16, 16])
     """
 
-    per_step_state: ClassVar[tuple[str, ...]] = ("seed", "draw", "index")
+    set_state: ClassVar[tuple[str, ...]] = ("seed", "draw", "index")
 
     def __init__(
         self,

@@ -86,6 +86,10 @@ class ConvCall(NamedTuple):
     bias: Tensor | None
     output: Tensor
 
+    def at(self, examples: slice) -> "ConvCall":
+        """What it did with some examples."""
+        return self._replace(x=self.x[examples], output=self.output[examples])
+
 
 def geometry_of(module: nn.Module) -> Geometry:
     """Read the geometry off a convolution or linear layer.

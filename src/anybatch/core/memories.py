@@ -1,0 +1,137 @@
+"""Several memories of one layer, which the normalization batches of a forward take in turn."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from anybatch.core.arguments import check_count
+from anybatch.core.dispatched_layer import DispatchedLayer
+from anybatch.core.fused_activation import Activation
+from anybatch.core.reduction_scope import ReductionScope
+
+_STATE = ("_buffers", "method_state", "_recent", "_last", "_plans", "_flow", "_others")
+_PREFIX = "memories."  # before the names of further memories in a checkpoint
+Self = TypeVar("Self", bound="MemoriesLayer")
+
+
+def check_memories(memories: int, norm_batch_size: int | None) -> None:
+    """Raise for a number of memories that is none, or that nothing is shared out to."""
+    check_count("memories", memories)
+    if memories > 1 and norm_batch_size is None:
+        raise ValueError(f"memories={memories}: give norm_batch_size, the examples that go to each")
+
+
+class MemoriesLayer(DispatchedLayer):
+    """A layer whose normalization batches may have a memory each, as on several devices.
+
+    A further memory is a copy of the layer with the same parameters and settings and with state of
+    its own. It starts as the layer's state is at the first such forward.
+
+    Attributes:
+        memories: Memories that the normalization batches take in turn.
+    """
+
+    memories: int
+    _others: tuple[Any, ...] = ()
+
+    def lender(self: Self) -> Callable[[Self, slice], None]:
+        """A function that gives a memory's layer what it needs beside some examples of a batch."""
+        return lambda layer, examples: None
+
+    def _normalize_in_turn(
+        self, x: Tensor, source: ReductionScope | None, then: Activation | None
+    ) -> Tensor:
+        """The training forward of a batch, each normalization batch by the next memory.
+
+        A compiler breaks its graph here: it cannot make the further memories' layers.
+        """
+        layers = (self, *self._follow())
+        parts = x.split(self.norm_batch_size or x.shape[0])
+        lend, done, first = self.lender(), [], 0
+        for at, part in enumerate(parts):
+            layer, examples = layers[at % len(layers)], slice(first, first + part.shape[0])
+            scope = source
+            if source is not None and source.mask is not None:
+                scope = source._replace(mask=source.mask[examples])
+            lend(layer, examples)
+            done.append(layer._by_own_memory(part, scope))
+            first = examples.stop
+        y = torch.cat(done)
+        return y if then is None else then.of(y, fresh=True)
+
+    def _by_own_memory(self, x: Tensor, source: ReductionScope | None) -> Tensor:
+        return self._normalize_batch(x, True, source)
+
+    def _follow(self: Self) -> tuple[Self, ...]:
+        """The layers of the further memories, with this layer's parameters and settings."""
+        if len(self._others) != self.memories - 1:
+            self._others = tuple(self._other() for _ in range(self.memories - 1))
+        settings = {name: v for name, v in self.__dict__.items() if name not in _STATE}
+        shared = {name: self.method_state[name] for name in self.set_state}
+        stale = self.__dict__.get("_plans") is None  # a setting has changed
+        for other in self._others:
+            other.__dict__.update(settings)
+            other.method_state.update(shared)
+            if stale:
+                other.forget_plans()
+        return self._others
+
+    def _other(self: Self) -> Self:
+        other = copy.copy(self)
+        other.__dict__["_others"] = ()
+        for place in ("_buffers", "method_state"):
+            tensors = self.__dict__[place].items()
+            other.__dict__[place] = {n: None if t is None else t.clone() for n, t in tensors}
+        return other
+
+    def reset_memory(self) -> None:
+        self._others = ()
+        super().reset_memory()
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for other in self._others:
+            other.__dict__["_parameters"] = {}  # they have moved already
+            other._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for at, other in enumerate(self._others, 1):
+            for name, tensor in other._moved():
+                kept = tensor if keep_vars else tensor.detach()
+                destination[f"{prefix}{_PREFIX}{at}.{name}"] = kept
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        start = prefix + _PREFIX
+        kept = {key: value for key, value in state_dict.items() if key.startswith(start)}
+        own = {key: value for key, value in state_dict.items() if key not in kept}
+        super()._load_from_state_dict(own, prefix, *rest)
+        others = [self._other() for _ in range(self.memories - 1)]
+        pairs = [
+            (kept.get(f"{start}{at}.{name}"), tensor)
+            for at, other in enumerate(others, 1)
+            for name, tensor in other._moved()
+        ]
+        fits = len(pairs) == len(kept) and all(
+            value is not None and value.shape == tensor.shape for value, tensor in pairs
+        )
+        if kept and not fits:
+            warnings.warn(
+                f"{prefix[:-1]}: the checkpoint holds other memories than memories={self.memories} "
+                "takes; all start from the first",
+                stacklevel=2,
+            )
+        for value, tensor in pairs if fits else ():
+            assert value is not None
+            tensor.copy_(value)
+        self._others = tuple(others) if fits else ()
+
+    def _moved(self) -> list[tuple[str, Tensor]]:
+        """Tensors that a forward moves, by name."""
+        tensors = {**self._buffers, **self.method_state}
+        return [(n, t) for n, t in tensors.items() if t is not None and n not in self.set_state]

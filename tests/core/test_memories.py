@@ -1,0 +1,265 @@
+"""Several memories of one layer: as many layers of their own, with the same parameters."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import anybatch
+from anybatch.core.norm_layer import NormLayer
+from method_cases import NAMES, batch, make, same, state, step
+
+FEW = ["bn", "mabn", "cbn"]
+
+
+def several(name: str, memories: int = 3, **options: object) -> NormLayer:
+    """A layer that shares a batch out in twos."""
+    return make(name, norm_batch_size=2, memories=memories, **options)
+
+
+def apart(layer: NormLayer, memories: int = 3) -> list[NormLayer]:
+    """As many layers of one memory each."""
+    alone = copy.deepcopy(layer)
+    alone.memories = 1
+    return [copy.deepcopy(alone) for _ in range(memories)]
+
+
+def kept(layer: NormLayer, at: int) -> dict[str, Tensor]:
+    """What a layer's checkpoint holds of a memory, without what no forward moves."""
+    found = state(layer)
+    if at:
+        start = f"memories.{at}."
+        return {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+    return {
+        k: v
+        for k, v in found.items()
+        if not k.startswith("memories.") and k not in ("weight", "bias", *layer.set_state)
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memories_are_those_of_as_many_layers(name: str) -> None:
+    layer = several(name).double()
+    layers = apart(layer)
+    for examples in (6, 6, 6, 4, 6, 2, 6, 6, 5):
+        x = batch(examples, dtype=torch.float64)
+        dy = torch.randn_like(x)
+        y, dx = step(layer, x, dy)
+        parts = zip(layers, x.split(2), dy.split(2), strict=False)
+        expected = [step(one, part, grad) for one, part, grad in parts]
+        assert torch.equal(y, torch.cat([part for part, _ in expected]))
+        assert torch.equal(dx, torch.cat([grad for _, grad in expected]))
+    for parameter in ("weight", "bias"):
+        grads = [getattr(one, parameter).grad for one in layers]
+        assert torch.allclose(getattr(layer, parameter).grad, sum(grads))
+    for at, one in enumerate(layers):
+        assert same(kept(layer, at), kept(one, 0))
+
+
+def test_more_parts_than_memories_come_in_turn() -> None:
+    layer = several("mabn", 2)
+    layers = apart(layer, 2)
+    x = batch(10)
+    expected = [layers[at % 2](part) for at, part in enumerate(x.split(2))]
+    assert torch.equal(layer(x), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_has_the_memories_of_one_that_went_on(name: str) -> None:
+    layer = several(name)
+    for _ in range(5):
+        step(layer, batch(6))
+    other = several(name)
+    other.load_state_dict(layer.state_dict(), strict=True)
+    for _ in range(5):
+        x = batch(6)
+        dy = torch.randn_like(x)
+        assert torch.equal(step(layer, x, dy)[1], step(other, x, dy)[1])
+    assert same(state(layer), state(other))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_memories_of_another_number_start_from_the_first(name: str) -> None:
+    layer, fewer, one = several(name), several(name, 2), make(name)
+    for _ in range(4):
+        step(layer, batch(6))
+    with pytest.warns(UserWarning, match="memories=2"):
+        fewer.load_state_dict(layer.state_dict())
+    with pytest.warns(UserWarning, match="memories=1"):
+        one.load_state_dict(layer.state_dict())
+    assert same(kept(fewer, 0), kept(layer, 0))
+    assert same(kept(one, 0), kept(layer, 0))
+    layers = apart(fewer, 2)
+    x = batch(4)
+    assert torch.equal(
+        fewer(x), torch.cat([a(part) for a, part in zip(layers, x.split(2), strict=True)])
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_with_memories_can_be_copied_and_pickled(name: str) -> None:
+    layer = several(name)
+    for _ in range(4):
+        step(layer, batch(6))
+    layer.zero_grad()
+    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
+    x = batch(6)
+    dy = torch.randn_like(x)
+    expected = step(layer, x, dy)
+    for twin in twins:
+        assert all(map(torch.equal, step(twin, x, dy), expected))
+        assert same(state(layer), state(twin))
+        with torch.no_grad():  # each has parameters of its own, and all its memories have them
+            twin.weight.mul_(2.0)
+        assert torch.equal(twin.bias.grad, layer.bias.grad)
+    assert not torch.equal(twins[0](x), layer(x))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_memories_move_and_are_forgotten_with_their_layer(name: str) -> None:
+    layer = several(name)
+    step(layer, batch(6))
+    moved = {k: v.dtype for k, v in layer.double().state_dict().items() if v.is_floating_point()}
+    assert set(moved.values()) == {torch.float64}
+    assert any(k.startswith("memories.2.") for k in moved)
+    assert layer.weight.dtype == torch.float64
+    step(layer, batch(6, dtype=torch.float64))
+    layer.reset_running_stats()
+    assert not any(k.startswith("memories.") for k in layer.state_dict())
+
+
+def test_settings_made_on_a_layer_hold_for_all_its_memories() -> None:
+    layer = several("mbn").double()
+    layers = apart(layer)
+    for epoch, momentum in enumerate((0.1, 0.5, 0.2), 1):
+        for one in (layer, *layers):
+            one.set_progress(epoch, 3)
+            one.momentum = momentum
+        x = batch(6, dtype=torch.float64)
+        for _ in range(2):
+            parts = zip(layers, x.split(2), strict=True)
+            assert torch.equal(layer(x), torch.cat([one(part) for one, part in parts]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memories_stand_still_where_a_layer_does(name: str) -> None:
+    layer = several(name)
+    step(layer, batch(6))
+    before = state(layer)
+    with anybatch.no_update():
+        step(layer, batch(6))
+    anybatch.freeze(layer)
+    step(layer, batch(6))
+    anybatch.thaw(layer)
+    layer.eval()(batch(6))
+    assert same(before, state(layer))
+
+
+def test_evaluation_has_the_running_statistics_of_the_first_memory() -> None:
+    layer = several("bn")
+    first = apart(layer)[0]
+    for _ in range(3):
+        x = batch(6)
+        layer(x), first(x[:2])
+    x = batch(6)
+    assert torch.equal(layer.eval()(x), first.eval()(x))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_memories_of_cbn_follow_the_layer_before_it(order: int) -> None:
+    conv = nn.Conv2d(3, 6, 3, padding=1).double()
+    layer = several("cbn", order=order, window=4).double().bind(conv)
+    singles = []
+    for _ in range(3):
+        own = copy.deepcopy(conv)
+        own._forward_hooks.clear()
+        own._forward_hooks_with_kwargs.clear()
+        alone = make("cbn", order=order, window=4).double().bind(own)
+        alone.load_state_dict(layer.state_dict())
+        singles.append((own, alone))
+    optimizer = torch.optim.SGD(conv.parameters(), 0.05)
+    for _ in range(6):
+        x = torch.randn(6, 3, 5, 5, dtype=torch.float64)
+        dy = torch.randn(6, 6, 5, 5, dtype=torch.float64)
+        y = layer(conv(x))
+        expected = []
+        for (own, alone), part in zip(singles, x.split(2), strict=True):
+            own.load_state_dict(conv.state_dict())
+            expected.append(alone(own(part)))
+        assert torch.allclose(y, torch.cat(expected), atol=1e-12)
+        optimizer.zero_grad()
+        y.backward(dy)
+        optimizer.step()
+
+
+def test_a_mask_is_shared_out_with_the_batch() -> None:
+    layer = several("mabn").double()
+    layers = apart(layer)
+    for _ in range(4):
+        x, mask = batch(6, dtype=torch.float64), torch.rand(6, 4, 3) > 0.3
+        parts = zip(layers, x.split(2), mask.split(2), strict=True)
+        expected = [one(part, valid) for one, part, valid in parts]
+        assert torch.equal(layer(x, mask), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_forward_moves_each_memory_once(name: str, reentrant: bool) -> None:
+    layer = several(name)
+    plain = copy.deepcopy(layer)
+    for _ in range(3):
+        x = batch(6).requires_grad_()
+        dy = torch.randn_like(x)
+        expected = step(plain, x, dy)
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        y.backward(dy)
+        assert torch.equal(y, expected[0])
+        assert torch.allclose(x.grad, expected[1], atol=1e-6)
+    first, second = state(plain), state(layer)
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+def test_memories_keep_the_format_and_a_fused_activation() -> None:
+    layer = several("bn")
+    plain = copy.deepcopy(layer)
+    x, residual = batch(6).contiguous(memory_format=torch.channels_last), batch(6)
+    y = layer(x, residual=residual, activation="relu")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(y, (plain(x) + residual).relu(), atol=1e-6)
+
+
+def test_a_network_converts_to_layers_of_several_memories() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    anybatch.convert(model, "mabn", norm_batch_size=2, memories=3)
+    scheduler = anybatch.NormScheduler(model, 2)
+    model(torch.randn(6, 3, 8, 8)).sum().backward()
+    scheduler.step()
+    assert model[1].memories == 3
+    assert "memories=3" in repr(model[1])
+    anybatch.convert(model, "brn")
+    assert (model[1].norm_batch_size, model[1].memories) == (2, 3)
+    assert isinstance(anybatch.to_batchnorm(model)[1], nn.BatchNorm2d)
+
+
+def test_an_impossible_number_of_memories_is_refused() -> None:
+    with pytest.raises(ValueError, match="memories=0"):
+        make("mabn", norm_batch_size=2, memories=0)
+    with pytest.raises(ValueError, match="memories=4: give norm_batch_size"):
+        make("mabn", memories=4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+@pytest.mark.parametrize("name", FEW)
+def test_a_compiled_layer_has_the_memories_of_one_that_is_not(name: str) -> None:
+    layer = several(name)
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(nn.Sequential(nn.Identity(), other), backend="aot_eager")
+    for _ in range(3):
+        x = batch(6)
+        dy = torch.randn_like(x)
+        assert all(map(torch.allclose, step(layer, x, dy), step(compiled, x, dy)))
+    assert same(state(layer), state(other))
