@@ -3,10 +3,12 @@
 Synthetic volumes of MONAI (spheres in noise) of 48³ voxels, crops of 32³ in batches of two, dict
 batches and dict transforms. Prints the Dice score of whole volumes in per cent, as trained and
 after `anybatch.recalibrate`, and how far the output at one end of a scan moves, in per cent of its
-spread, if the content of the other end changes.
+spread, if the content of the other end changes. With `--accumulate 4` four batches make a step of
+the optimizer and of the norms; the row "bn apart" has the optimizer's alone.
 
     pip install ".[cpu]" monai
     python examples/volumes.py --seeds 3
+    python examples/volumes.py --seeds 3 --epochs 16 --accumulate 4
 """
 
 import argparse
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 import anybatch
 
 METHODS = ("bn", "mbn", "mabn", "cbn", "in")
+APART = " apart"
 CROP = (32, 32, 32)
 KEYS = ("image", "label")
 Batch = dict[str, Any]
@@ -72,17 +75,20 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch["image"])
 
 
-def train(model: nn.Module, batches: DataLoader, epochs: int, scheduled: bool) -> None:
-    """AdamW with one cosine over all steps."""
+def train(
+    model: nn.Module, batches: DataLoader, epochs: int, scheduled: bool, accumulate: int = 1
+) -> None:
+    """AdamW with one cosine over all steps, of so many batches each."""
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     schedule = anybatch.NormScheduler(model, total_epochs=epochs) if scheduled else None
     for _ in range(epochs):
-        for batch in batches:
-            optimizer.zero_grad()
-            loss(forward(model, batch), batch["label"]).backward()
-            optimizer.step()
+        for number, batch in enumerate(batches, 1):
+            (loss(forward(model, batch), batch["label"]) / accumulate).backward()
+            if number % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
         decay.step()
         if schedule is not None:
             schedule.step()
@@ -111,12 +117,15 @@ def moved_by_far_content(model: nn.Module) -> float:
     return 100 * ((near - other).abs().max() / near.std()).item()
 
 
-def run(method: str, seed: int, epochs: int, count: int) -> dict[str, float]:
+def run(row: str, seed: int, epochs: int, count: int, accumulate: int) -> dict[str, float]:
     """Train one network, and measure it."""
     torch.manual_seed(seed)
     batches = loader(volumes(count, seed), seed)
+    method = row.removesuffix(APART)
     model = anybatch.convert(network(), method, batch_size=2)
-    train(model, batches, epochs, anybatch.METHODS[method].scheduled)
+    if accumulate > 1 and row == method != "in":
+        anybatch.accumulate(model, accumulate)
+    train(model, batches, epochs, anybatch.METHODS[method].scheduled, accumulate)
     test = volumes(8, seed + 1000)
     found = {"Dice": dice(model, test)}
     if anybatch.METHODS[method].exact_eval:  # instance norm has no running statistics
@@ -134,15 +143,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, flo
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--volumes", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=1)
     given = parser.parse_args(arguments)
+    rows = ("bn" + APART, *METHODS) if given.accumulate > 1 else METHODS
     found: dict[str, list[dict[str, float]]] = {}
-    for method in METHODS:
-        rows = [run(method, seed, given.epochs, given.volumes) for seed in range(given.seeds)]
-        found[method] = rows
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
+    for row in rows:
+        of = given.epochs, given.volumes, given.accumulate
+        found[row] = [run(row, seed, *of) for seed in range(given.seeds)]
+        columns = {name: [one[name] for one in found[row]] for name in found[row][0]}
         spread = {n: stdev(c) if len(c) > 1 else 0.0 for n, c in columns.items()}
         cells = (f"{name} {fmean(c):.1f} ± {spread[name]:.1f}" for name, c in columns.items())
-        print(f"{method:<6}" + "   ".join(cells), flush=True)
+        print(f"{row:<9}" + "   ".join(cells), flush=True)
     return found
 
 
