@@ -20,6 +20,7 @@ import reference
 from anybatch.backends import use_fused
 from anybatch.backends.aten.samples import random_positions
 from anybatch.layers.sample_positions import patch_sides
+from method_cases import VIRTUAL
 
 REAL = ("naive", "batch", "feature", "points")
 RANDOM = REAL[1:]
@@ -463,6 +464,55 @@ def test_statistics_are_those_of_the_virtual_rows() -> None:
     again.model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     again(x)
     assert torch.equal(seen[2], seen[0])
+
+
+@pytest.mark.parametrize("method", VIRTUAL)
+@pytest.mark.parametrize("examples", [8, 7, 3, 1])
+def test_each_normalization_batch_has_virtual_rows_of_its_own(method: str, examples: int) -> None:
+    options = {} if method == "vdn" else {"seed": 0}
+    model = anybatch.convert(Conv(FORMS["tensor"]), method, norm_batch_size=5, **options).double()
+    alone = copy.deepcopy(model)
+    for layer in alone.modules():
+        if isinstance(layer, anybatch.SampledBatchNorm2d):
+            layer.norm_batch_size, layer.num_virtual = None, 2
+    net = anybatch.VirtualDataset(model, [0.5] * 3, [0.2, 0.3, 0.1], 2, seed=3)
+    seen: list[Tensor] = []
+    net.model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    x = torch.rand(examples, 3, 6, 6, dtype=torch.float64)
+    y = net(x)
+    parts = seen[0].split(5)  # three of the batch in each
+    assert torch.equal(torch.cat([part[2:] for part in parts]), x)
+    fronts = [part[:2] for part in parts]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(fronts, 2))
+    assert torch.allclose(y, torch.cat([alone(part)[2:] for part in parts]))
+    for key, value in alone.state_dict().items():
+        assert torch.allclose(model.state_dict()[key], value)
+
+
+def test_a_mask_leaves_out_the_virtual_rows_of_each_normalization_batch() -> None:
+    model = anybatch.convert(Conv(FORMS["tensor"]), "fs+vdn", seed=0, norm_batch_size=5)
+    net = anybatch.VirtualDataset(model, 0.5, 0.2, 2, seed=3)
+    x, mask = torch.rand(7, 3, 6, 6), torch.rand(7, 4, 4) > 0.3
+    ones = torch.ones(2, 4, 4, dtype=torch.bool)
+    whole = torch.cat([m for part in mask.split(3) for m in (ones, part)])
+    outputs = []
+    for valid in (mask, whole):
+        one = copy.deepcopy(net)
+        with anybatch.masked(one, valid):
+            outputs.append(one(x))
+    assert torch.equal(*outputs)
+
+
+def test_virtual_rows_that_leave_no_room_are_refused() -> None:
+    model = anybatch.convert(Conv(FORMS["tensor"]), "vdn", norm_batch_size=2)
+    with pytest.raises(ValueError, match="norm_batch_size=2 has no room beside num_virtual=2"):
+        anybatch.VirtualDataset(model, 0.0, 1.0, 2)(torch.rand(4, 3, 6, 6))
+    two = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    anybatch.convert(two, "vdn", norm_batch_size=4)[1].norm_batch_size = 5
+    with pytest.raises(ValueError, match="3: norm_batch_size=4, but 5 in 1"):
+        anybatch.VirtualDataset(two, 0.0, 1.0)(torch.rand(4, 3, 6, 6))
 
 
 def test_the_gradient_passes_the_activations_of_the_virtual_rows() -> None:

@@ -319,9 +319,11 @@ class SampledBatchNorm(NormLayer):
         return rank_in(group) in draw_ranks(self.seed, self._drawn, size_of(group), self.ranks)
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
-        rows = self.wrapped_rows or 0
-        if rows and mask.dim() and mask.shape[0] == x.shape[0] - rows:  # virtual ones are valid
-            mask = torch.cat([mask.new_ones(rows, *mask.shape[1:]), mask])
+        rows, size = self.wrapped_rows or 0, self.norm_batch_size or x.shape[0]
+        parts = -(-x.shape[0] // size) if rows else 0
+        if parts and mask.dim() and mask.shape[0] == x.shape[0] - parts * rows:
+            valid = mask.new_ones(rows, *mask.shape[1:])  # as virtual ones are
+            mask = torch.cat([m for part in mask.split(size - rows) for m in (valid, part)])
         return super()._fit(mask, x)
 
     # --- the course of a forward -------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_count
+from anybatch.core.grouping import successive
 from anybatch.core.tensor_subclasses import on_plain
 from anybatch.layers.sample_positions import drawn_seed
 from anybatch.layers.sampled_batch_norm import SampledBatchNorm
@@ -35,6 +36,9 @@ class VirtualDataset(nn.Module):
     Tensors that come out and have a row an example, virtual ones included, lose the virtual rows,
     in nests of tuples, lists, mappings and dataclasses; all else is passed on. A loss or an average
     over the batch within the network would contain the virtual rows: compute it outside.
+
+    Where the layers have a `norm_batch_size` of k (section 5.3), each of their normalization
+    batches begins with virtual examples of its own, followed by k - `num_virtual` of the batch.
 
     Args:
         model: The network, converted to `vdn`, `fs+vdn` or `bs+vdn`, before or afterwards.
@@ -100,24 +104,25 @@ class VirtualDataset(nn.Module):
         layers = self._layers()
         given: dict[int | str, Any] = dict(enumerate(inputs))
         given.update(named)
-        rows = _rows(given, self.mean)
+        rows, size = _rows(given, self.mean), self._norm_batch_size(layers)
         self.step += not in_backward()  # a checkpointed forward that runs again draws the same
         if not self._is_here(layers):
             with _virtual_rows(layers.values(), 0):
                 return self.model(*inputs, **named)
-        grown = {key: self._grow(key, value, rows, given) for key, value in given.items()}
+        parts = [rows] if size is None else list(successive(rows, size - self.num_virtual)) or [0]
+        grown = {key: self._grow(key, value, parts, given) for key, value in given.items()}
         with _virtual_rows(layers.values(), self.num_virtual):
             output = self.model(
                 *(grown[position] for position in range(len(inputs))),
                 **{name: grown[name] for name in named},
             )
-        stripped = _Strip(rows + self.num_virtual, self.num_virtual)
+        stripped = _Strip([part + self.num_virtual for part in parts], self.num_virtual)
         output = stripped(output)
         if not stripped.done:
             raise ValueError(
                 f"model: {type(self.model).__name__} returned no tensor with a row an example, "
-                f"{stripped.rows} here, from which virtual ones could be stripped: let it return "
-                "tensors with the batch in front, and compute losses outside"
+                f"{sum(stripped.parts)} here, from which virtual ones could be stripped: let it "
+                "return tensors with the batch in front, and compute losses outside"
             )
         return output
 
@@ -144,11 +149,6 @@ class VirtualDataset(nn.Module):
                 'convert it first, for example with anybatch.convert(model, "vdn")'
             )
         for name, layer in found.items():
-            if layer.norm_batch_size is not None:
-                raise ValueError(
-                    f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch whose virtual "
-                    "examples are all in front; set it to None"
-                )
             if layer.num_virtual not in (None, self.num_virtual):
                 raise ValueError(
                     f"{name}: num_virtual={layer.num_virtual}, but the network has "
@@ -156,22 +156,46 @@ class VirtualDataset(nn.Module):
                 )
         return found
 
-    def _grow(self, key: int | str, value: Any, rows: int, given: Mapping[int | str, Any]) -> Any:
-        """An input with the virtual rows in front."""
-        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != rows:
+    def _norm_batch_size(self, layers: Mapping[str, SampledBatchNorm]) -> int | None:
+        """Rows of a normalization batch, virtual ones included; None for one of all."""
+        sizes = {name: layer.norm_batch_size for name, layer in layers.items()}
+        name, size = next(iter(sizes.items()))
+        other = next((name for name, one in sizes.items() if one != size), None)
+        if other is not None:
+            raise ValueError(
+                f"{other}: norm_batch_size={sizes[other]}, but {size} in {name}; give all layers "
+                "the same"
+            )
+        if size is not None and size <= self.num_virtual:
+            raise ValueError(
+                f"{name}: norm_batch_size={size} has no room beside num_virtual="
+                f"{self.num_virtual}; it counts both"
+            )
+        return size
+
+    def _grow(
+        self, key: int | str, value: Any, parts: list[int], given: Mapping[int | str, Any]
+    ) -> Any:
+        """An input with virtual rows in front of each part."""
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) != sum(parts):
             return value
         mine = None if None in self.mean and key == _first(given) else key
-        if mine not in self.mean:
-            own = torch.arange(self.num_virtual, device=value.device) % max(rows, 1)
-            return torch.cat([value.index_select(0, own), value]) if rows else value
-        new = self._draw(mine, list(given).index(key), value)
-        return torch.cat([new, value])
+        pieces = value.split(parts)
+        if mine in self.mean:
+            rows = self._draw(mine, list(given).index(key), value, len(parts) * self.num_virtual)
+            virtual = rows.split(self.num_virtual)
+        elif len(value):
+            first = torch.arange(self.num_virtual, device=value.device)
+            virtual = tuple(piece.index_select(0, first % len(piece)) for piece in pieces)
+        else:
+            return value
+        return torch.cat([rows for pair in zip(virtual, pieces, strict=True) for rows in pair])
 
-    def _draw(self, key: int | str | None, place: int, like: Tensor) -> Tensor:
-        """Virtual rows of one input, the same on every device."""
+    def _draw(self, key: int | str | None, place: int, like: Tensor, count: int) -> Tensor:
+        """So many virtual rows of one input, the same on every device."""
         number = random.Random(f"{self.seed}/{self.step}/{place}").getrandbits(63)
         generator = torch.Generator().manual_seed(number)
-        shape = (self.num_virtual, *like.shape[1:])
+        shape = (count, *like.shape[1:])
         noise = torch.randn(shape, generator=generator, device="cpu").to(like.device)
         column = (1, -1, *(1,) * (like.dim() - 2)) if like.dim() > 1 else (-1,)
         pair = []
@@ -258,17 +282,17 @@ def _rows(given: Mapping[int | str, Any], means: Mapping[int | str | None, Tenso
 
 
 class _Strip:
-    """Takes the virtual rows off everything that has them."""
+    """Takes the virtual rows off everything that has them, in front of each part."""
 
-    def __init__(self, rows: int, virtual: int) -> None:
-        self.rows, self.virtual, self.done = rows, virtual, False
+    def __init__(self, parts: list[int], virtual: int) -> None:
+        self.parts, self.virtual, self.done = parts, virtual, False
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if value.dim() == 0 or len(value) != self.rows:
+            if value.dim() == 0 or len(value) != sum(self.parts):
                 return value
             self.done = True
-            return on_plain(lambda plain: plain[self.virtual :], value)
+            return on_plain(self._real, value)
         if isinstance(value, Mapping):
             return self._mapping(value)
         if isinstance(value, (tuple, list)):
@@ -278,6 +302,11 @@ class _Strip:
             named = {f.name: self(getattr(value, f.name)) for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **named)
         return value
+
+    def _real(self, rows: Tensor) -> Tensor:
+        if len(self.parts) == 1:
+            return rows[self.virtual :]
+        return torch.cat([part[self.virtual :] for part in rows.split(self.parts)])
 
     def _mapping(self, value: Mapping[Any, Any]) -> Any:
         parts = {key: self(item) for key, item in value.items()}

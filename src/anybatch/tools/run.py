@@ -176,13 +176,8 @@ class Run:
                     f"centralize=True: method {self.method!r} converts nothing, give 'bn'"
                 )
             return
-        method = get_method(self.method)
-        method.check_options({n: v for n, v in options.items() if n != "centralize"})
-        if method.wraps and self.norm_batch_size is not None:
-            raise ValueError(
-                f"norm_batch_size={self.norm_batch_size}: leave it out with "
-                f"method={self.method!r}, which puts virtual examples in front of the batch"
-            )
+        own = {n: v for n, v in options.items() if n != "centralize"}
+        get_method(self.method).check_options(own)
 
     @property
     def key(self) -> str:

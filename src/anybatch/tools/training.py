@@ -72,8 +72,12 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual = {"num_groups": 8}
     if run.method == "cbn" and (run.model == "mlp" or run.accumulate > 1):
         usual = {"burn_in": 0.0}  # the batch norm of a burn-in learns nothing from two values
+    virtual = 0
+    if run.converted and get_method(run.method).wraps:  # one row is no variance to (N, C)
+        virtual = dict(run.options).get("num_virtual") or (2 if run.model == "mlp" else 1)
+        usual["num_virtual"] = virtual
     if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
-        usual["norm_batch_size"] = run.norm_batch_size
+        usual["norm_batch_size"] = run.norm_batch_size + virtual
     if run.centralize:
         usual["centralize"] = True
     if run.converted and "seed" in get_method(run.method).options:
@@ -81,7 +85,7 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
     return usual | dict(run.options)
 
 
-def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) -> nn.Module:
+def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int) -> nn.Module:
     """Put virtual examples in front of a network's batches."""
     # Images in files or of bytes are standardized by what is known of such images.
     if isinstance(data.train_x, Examples):
@@ -90,8 +94,6 @@ def _wrap(run: Run, model: nn.Module, data: Dataset, num_virtual: int | None) ->
         mean, std = torch.zeros(data.shape[0]), torch.ones(data.shape[0])
     else:
         mean, std = dataset_statistics([data.train_x], progress=False)
-    if num_virtual is None:
-        num_virtual = 2 if run.model == "mlp" else 1  # one row is no variance to (N, C)
     noisy = (std.square() + run.input_noise**2).sqrt()
     return VirtualDataset(model, mean, noisy, num_virtual, seed=run.seed)
 
@@ -111,10 +113,9 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     where = objective(run).prepare_norms(run, model)
     if run.converted:
         options = method_options(run, steps)
-        wraps = get_method(run.method).wraps
-        num_virtual = options.pop("num_virtual", None) if wraps else None
+        num_virtual = options.pop("num_virtual", 0)
         model = convert(model, run.method, batch_size=run.statistics_size, where=where, **options)
-        model = _wrap(run, model, data, num_virtual) if wraps else model
+        model = _wrap(run, model, data, num_virtual) if num_virtual else model
         if run.accumulate > 1 and any(isinstance(m, NormLayer) for m in model.modules()):
             accumulate(model, run.accumulate)
         if any(isinstance(m, NormLayer) for m in model.modules()):
