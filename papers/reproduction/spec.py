@@ -337,10 +337,13 @@ def _merged(settings: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]
 
 def _run(settings: Mapping[str, Any], kind: type[PaperRun]) -> PaperRun:
     """A run of settings; what makes no difference is said in one way, so that runs are shared."""
-    pairs = {name: sorted(settings.get(name, {}).items()) for name in ("options", "start")}
-    plain = {**settings, **pairs}
+    plain = dict(settings)
+    devices = plain.pop("devices", 1)  # with a memory each, where the batch is cut
     if plain.get("method") in _UNGROUPED or plain.get("norm_batch_size") == plain["batch_size"]:
         plain["norm_batch_size"] = None
+    if devices > 1 and plain.get("norm_batch_size") is not None:
+        plain["options"] = {**plain.get("options", {}), "memories": devices}
+    plain |= {name: sorted(plain.get(name, {}).items()) for name in ("options", "start")}
     return kind.from_dict(plain)
 
 
