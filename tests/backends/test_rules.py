@@ -73,7 +73,7 @@ class Recent2d(NormLayer):
     state = State(
         means=Window(("mean",), "length"),
         variances=Window(("var",), "length"),
-        last=Row(("used_var",)),
+        last=Row(("applied_var",)),
         step=Counter(complete=True),
         scale=Number(),
     )
@@ -101,12 +101,12 @@ class Recent2d(NormLayer):
         eps,
     ):
         late = step > length
-        used_mean = where(late, where(variances_full, means_mean, mean), mean)
+        applied_mean = where(late, where(variances_full, means_mean, mean), mean)
         used = where(late, where(variances_full, variances_var, var), var)
         before = where(step > 1, old_last, used)
         r = clamp(sqrt((used + eps) / (maximum(before, running_var) + eps)), 1 / most, most) * scale
-        d = clamp((used_mean - running_mean) / sqrt(running_var + eps), -most, most)
-        return chosen(used_mean, used, r=r, d=d)
+        d = clamp((applied_mean - running_mean) / sqrt(running_var + eps), -most, most)
+        return chosen(applied_mean, used, r=r, d=d)
 
 
 class Psi2d(NormLayer):
@@ -140,10 +140,10 @@ def reference_steady(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         x = x.double().requires_grad_()
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         batch_weight = 0.6 if step > 2 else 1.0
-        used_mean = batch_weight * mean + (1 - batch_weight) * slow_mean
-        used_var = batch_weight * var + (1 - batch_weight) * slow_var
+        applied_mean = batch_weight * mean + (1 - batch_weight) * slow_mean
+        applied_var = batch_weight * var + (1 - batch_weight) * slow_var
         shape = (1, -1, 1, 1)
-        y = (x - used_mean.view(shape)) / (used_var.view(shape) + 1e-5).sqrt()
+        y = (x - applied_mean.view(shape)) / (applied_var.view(shape) + 1e-5).sqrt()
         (gradient,) = torch.autograd.grad(y, x, dy.double())
         speed = 1.0 if step == 1 else 0.2
         slow_mean = (slow_mean + speed * (mean - slow_mean)).detach()
@@ -163,18 +163,18 @@ def reference_recent(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         means, variances = [*means, mean][-3:], [*variances, var][-3:]
         late = step > 3
-        used_mean = torch.stack(means).mean(0) if late else mean
-        used_var = torch.stack(variances).mean(0) if late else var
-        before = last if step > 1 else used_var
+        applied_mean = torch.stack(means).mean(0) if late else mean
+        applied_var = torch.stack(variances).mean(0) if late else var
+        before = last if step > 1 else applied_var
         limit = torch.maximum(before, running_var) + 1e-5
-        r = ((used_var + 1e-5) / limit).sqrt().clamp(1 / 1.5, 1.5) * 0.9
-        d = ((used_mean - running_mean) / (running_var + 1e-5).sqrt()).clamp(-1.5, 1.5)
-        inverse = (used_var + 1e-5).rsqrt().view(shape)
-        z = (x - used_mean.view(shape)) * inverse
+        r = ((applied_var + 1e-5) / limit).sqrt().clamp(1 / 1.5, 1.5) * 0.9
+        d = ((applied_mean - running_mean) / (running_var + 1e-5).sqrt()).clamp(-1.5, 1.5)
+        inverse = (applied_var + 1e-5).rsqrt().view(shape)
+        z = (x - applied_mean.view(shape)) * inverse
         g = dy * r.view(shape)
         mean_g, psi = (g.mean((0, 2, 3), keepdim=True), (g * z).mean((0, 2, 3), keepdim=True))
         yield z * r.view(shape) + d.view(shape), (g - mean_g - z * psi) * inverse
-        last, count = used_var, x.numel() // x.shape[1]
+        last, count = applied_var, x.numel() // x.shape[1]
         running_mean = running_mean + 0.1 * (mean - running_mean)
         running_var = running_var + 0.1 * (var * count / (count - 1) - running_var)
 

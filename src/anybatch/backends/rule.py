@@ -66,7 +66,7 @@ PLACES = UPDATE_WEIGHT + 1
 SETTLED = 20  # batches that running statistics have seen before a channel may be an outlier
 PATIENCE = 10  # batches in a row after which it is not an accident
 
-BATCH_MEAN, BATCH_VAR, USED_MEAN, USED_VAR, AVERAGE = range(5)  # what state takes in
+BATCH_MEAN, BATCH_VAR, APPLIED_MEAN, APPLIED_VAR, AVERAGE = range(5)  # what state takes in
 # Rows of a table of statistics after mean and variance.
 USES = ("r", "d", "center", "batch_weight", "use_batch_stats")
 
@@ -101,13 +101,13 @@ class RuleSet(NamedTuple):
     Attributes:
         forward: How it chooses statistics.
         backward: How it averages those of the backward pass.
-        tracks_used: Whether running statistics take in what was used, not the batch's own.
+        tracks_applied: Whether running statistics take in what was used, not the batch's own.
         name: Of all of it, see `RULE_SETS`.
     """
 
     forward: Part = Part()
     backward: Part = Part()
-    tracks_used: bool = False
+    tracks_applied: bool = False
     name: str = ""
 
 
@@ -115,15 +115,15 @@ class RuleSet(NamedTuple):
 RULE_SETS: dict[str, RuleSet] = {"": RuleSet()}
 
 
-def rule_set(forward: Part, backward: Part, tracks_used: bool) -> RuleSet:
+def rule_set(forward: Part, backward: Part, tracks_applied: bool) -> RuleSet:
     """The rules of a method, known by a name."""
     if forward.rule is None and backward.rule is None:
         return RULE_SETS[""]
     rules = [part.rule for part in (forward, backward) if part.rule is not None]
     told = repr([(*part[1:], part.rule and fingerprint(part.rule)) for part in (forward, backward)])
-    digest = hashlib.sha256(f"{told}{tracks_used}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{told}{tracks_applied}".encode()).hexdigest()[:12]
     name = f"{rules[0].__module__}.{rules[0].__qualname__}-{digest}"
-    return RULE_SETS.setdefault(name, RuleSet(forward, backward, tracks_used, name))
+    return RULE_SETS.setdefault(name, RuleSet(forward, backward, tracks_applied, name))
 
 
 class Chosen(NamedTuple):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from anybatch.backends.protocol import MethodSpec, RuleState
 from anybatch.backends.rule import (
+    APPLIED_MEAN,
+    APPLIED_VAR,
     AVERAGE,
     BACKWARD_OPTIONS,
     BATCH_MEAN,
@@ -23,8 +25,6 @@ from anybatch.backends.rule import (
     ROW,
     ROWS,
     UPDATE_WEIGHT,
-    USED_MEAN,
-    USED_VAR,
     USES,
     WINDOW,
     WINDOWS,
@@ -39,8 +39,8 @@ BACKWARD = "backward_"  # what moves in the backward pass has a name that begins
 _TAKES = {
     "mean": BATCH_MEAN,
     "var": BATCH_VAR,
-    "used_mean": USED_MEAN,
-    "used_var": USED_VAR,
+    "applied_mean": APPLIED_MEAN,
+    "applied_var": APPLIED_VAR,
     "psi": AVERAGE,
 }
 
@@ -96,8 +96,8 @@ class Row(NamedTuple):
     """The value of the newest step, per channel.
 
     Attributes:
-        of: What it takes in: "mean" or "var" of the batch, "used_mean" or "used_var" that a rule
-            gave; in the backward pass "psi", as averaged. Several lie side by side.
+        of: What it takes in: "mean" or "var" of the batch, "applied_mean" or "applied_var" that a
+            rule gave; in the backward pass "psi", as averaged. Several lie side by side.
     """
 
     of: tuple[str, ...]
@@ -153,7 +153,7 @@ class State:
 
     Args:
         running: What running statistics take in: "batch", its mean and unbiased variance; or
-            "used", what a rule gave.
+            "applied", what a rule gave.
         **kept: Each by its name in the layer's ``state_dict``.
     """
 
@@ -213,7 +213,7 @@ def method_of(choose: Rule | None, average: Rule | None, state: State) -> Method
     ahead = tuple(pair for pair in state.kept if not pair[0].startswith(BACKWARD))
     behind = tuple(pair for pair in state.kept if pair[0].startswith(BACKWARD))
     forward, backward = _side(choose, ahead, True), _side(average, behind, False)
-    rules = rule_set(forward.part, backward.part, state.running == "used")
+    rules = rule_set(forward.part, backward.part, state.running == "applied")
     return Method(forward, backward, state, rules)
 
 

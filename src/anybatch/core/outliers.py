@@ -52,10 +52,10 @@ class OutlierGuard(NamedTuple):
         self, fits: Tensor, chosen: Statistics, mean: Tensor | None, var: Tensor
     ) -> Statistics:
         """The choice of a rule where a batch fits, elsewhere the batch's own statistics."""
-        used_mean, used_var, r, d, center, batch_weight, use_batch_stats, counts = chosen
+        applied_mean, applied_var, r, d, center, batch_weight, use_batch_stats, counts = chosen
         return Statistics(
-            None if used_mean is None or mean is None else torch.where(fits, used_mean, mean),
-            torch.where(fits, used_var, var),
+            None if applied_mean is None or mean is None else torch.where(fits, applied_mean, mean),
+            torch.where(fits, applied_var, var),
             None if r is None else torch.where(fits, r, 1.0),
             None if d is None else torch.where(fits, d, 0.0),
             None if center is None or mean is None else torch.where(fits, center, mean),

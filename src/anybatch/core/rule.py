@@ -114,7 +114,7 @@ def run_rule(
     """
     side, method_state, dtype = method.forward, layer.method_state, var.dtype
     read = {"running_mean", "running_var"}
-    if method.state.running != "used":
+    if method.state.running != "applied":
         read &= set(side.names)
     removed = any(getattr(layer, name) is None for name in read)
     if not side.bound or removed:  # running statistics may be taken away, to use the batch's
@@ -125,16 +125,16 @@ def run_rule(
             row = getattr(layer, name)
             values[name] = row if row.dtype == dtype else row.to(dtype)
     found = _run(side, values, dtype)
-    used_mean, used_var = found.mean, found.var
+    applied_mean, applied_var = found.mean, found.var
     if update:
-        if used_mean is not mean:
-            used_mean = _apart(used_mean, side, values)
-        used_var = _apart(used_var, side, values)
-        values["used_mean"], values["used_var"] = used_mean, used_var
+        if applied_mean is not mean:
+            applied_mean = _apart(applied_mean, side, values)
+        applied_var = _apart(applied_var, side, values)
+        values["applied_mean"], values["applied_var"] = applied_mean, applied_var
         complete: Any = True
         for name, kept in side.rows:
             (of,), old = kept.of, values[f"old_{name}"]
-            finite = is_finite(var if of in ("mean", "var") else used_var)
+            finite = is_finite(var if of in ("mean", "var") else applied_var)
             new = values[of]
             if isinstance(kept, Average):
                 first = values[side.counters[0][0]] == 1
@@ -147,7 +147,7 @@ def run_rule(
             method_state[name].add_(complete.all() if counter.complete and side.rows else 1)
     center, batch_weight = (None, 1.0) if found.batch_weight is None else (mean, found.batch_weight)
     return Statistics(
-        used_mean, used_var, found.r, found.d, center, batch_weight, found.use_batch_stats
+        applied_mean, applied_var, found.r, found.d, center, batch_weight, found.use_batch_stats
     )
 
 

@@ -59,7 +59,7 @@ class RuleLayer(ScopedLayer):
         if self.num_statistics != self.num_features and mean is not None:
             used = backends.pool_channels(mean, var, self.num_statistics)
         chosen = run_rule(self, self.method, *used, update)
-        if update and self.method.state.running == "used":
+        if update and self.method.state.running == "applied":
             self.track(chosen.mean, chosen.var)
         elif update:
             self.track_batch(mean, var, batch)

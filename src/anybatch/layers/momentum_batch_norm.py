@@ -74,8 +74,8 @@ class MomentumBatchNorm(NormLayer):
 
     needs_running_stats = True
     state = State(
-        mean=Row(("used_mean",)),
-        var=Row(("used_var",)),
+        mean=Row(("applied_mean",)),
+        var=Row(("applied_var",)),
         count=Counter(complete=True),  # every channel has something to start from
         batch_size=Number(whole=True),
         average_weight=Number(),

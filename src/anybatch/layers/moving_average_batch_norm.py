@@ -134,9 +134,9 @@ def by_average_centered(
 ):
     """The averages of the last means and variances."""
     warming = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, warming)
+    applied_mean = average_of(mean, window_mean, window_full, warming)
     return chosen(
-        used_mean, average_of(var, window_var, window_full, warming), use_batch_stats=warming
+        applied_mean, average_of(var, window_var, window_full, warming), use_batch_stats=warming
     )
 
 
@@ -146,9 +146,9 @@ def by_average_to_batch(
 ):
     """The average of the last second moments, and r towards the batch's own."""
     warming = is_warming(step, window, warmup_steps)
-    used = average_of(var, window_var, window_full, warming)
+    applied = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    return chosen(mean, used, r=factor(used, var, eps, clip, late), use_batch_stats=warming)
+    return chosen(mean, applied, r=factor(applied, var, eps, clip, late), use_batch_stats=warming)
 
 
 @rule
@@ -167,11 +167,11 @@ def by_average_to_batch_centered(
 ):
     """The averages of the last means and variances, r and d towards the batch's own."""
     warming = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, warming)
-    used = average_of(var, window_var, window_full, warming)
+    applied_mean = average_of(mean, window_mean, window_full, warming)
+    applied = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    r, d = factor(used, var, eps, clip, late), shift(used_mean, mean, var, eps, clip, late)
-    return chosen(used_mean, used, r=r, d=d, use_batch_stats=warming)
+    r, d = factor(applied, var, eps, clip, late), shift(applied_mean, mean, var, eps, clip, late)
+    return chosen(applied_mean, applied, r=r, d=d, use_batch_stats=warming)
 
 
 @rule
@@ -190,9 +190,11 @@ def by_average_to_running(
 ):
     """The average of the last second moments, and r towards the running one (eq. 19)."""
     warming = is_warming(step, window, warmup_steps)
-    used = average_of(var, window_var, window_full, warming)
+    applied = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    return chosen(mean, used, r=factor(used, running_var, eps, clip, late), use_batch_stats=warming)
+    return chosen(
+        mean, applied, r=factor(applied, running_var, eps, clip, late), use_batch_stats=warming
+    )
 
 
 @rule
@@ -213,12 +215,12 @@ def by_average_to_running_centered(
 ):
     """The averages of the last means and variances, r and d towards the running ones (eq. 14)."""
     warming = is_warming(step, window, warmup_steps)
-    used_mean = average_of(mean, window_mean, window_full, warming)
-    used = average_of(var, window_var, window_full, warming)
+    applied_mean = average_of(mean, window_mean, window_full, warming)
+    applied = average_of(var, window_var, window_full, warming)
     late = is_late(step, warmup_steps, renorm_warmup_steps)
-    r = factor(used, running_var, eps, clip, late)
-    d = shift(used_mean, running_mean, running_var, eps, clip, late)
-    return chosen(used_mean, used, r=r, d=d, use_batch_stats=warming)
+    r = factor(applied, running_var, eps, clip, late)
+    d = shift(applied_mean, running_mean, running_var, eps, clip, late)
+    return chosen(applied_mean, applied, r=r, d=d, use_batch_stats=warming)
 
 
 # --- backward ---------------------------------------------------------------------
@@ -260,7 +262,7 @@ def _form(centered: bool, forward_stats: str, backward_stats: str) -> Method:
     average: Rule | None = {"batch": None, "sma": simple_psi, "ema": exponential_psi}[
         backward_stats
     ]
-    return method_of(_RULES[inner, forward_stats][centered], average, State("used", **kept))
+    return method_of(_RULES[inner, forward_stats][centered], average, State("applied", **kept))
 
 
 _STATS = ("ema", "sma", "batch")

@@ -39,8 +39,8 @@ from anybatch.backends.numba.threads import fork
 @inlined
 def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
     """Sums and gradient of some columns, each while it is in cache."""
-    weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
-    groups, num_statistics = used.shape[1], used.shape[2]
+    weight, relu, applied, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
+    groups, num_statistics = applied.shape[1], applied.shape[2]
     width, values, found = x.shape[1] // num_statistics, numbers.copy(), np.empty(RESULTS)
     valid, room = scope[0], np.empty(x.shape[2], weight.dtype)
     begin, end = (
@@ -60,7 +60,7 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
                     total, product = plane_sums(dy, x, c, first, last, center)
                 sums[0, g, c], sums[1, g, c] = total, product
             state = (method, memory, weight, values, found)
-            flow(*state, sums, used, weight, on, eps, g, k, width, scope)
+            flow(*state, sums, applied, weight, on, eps, g, k, width, scope)
             if wanted:
                 for c in range(k * width, (k + 1) * width):
                     on_dy, on_x, constant = on[0, g, c], on[1, g, c], on[2, g, c]
@@ -80,9 +80,9 @@ def _backward_planes(part, parts, dy, x, dx, y, g_added, starts, shared):
 @inlined
 def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout, shared):
     """Sums and gradient of some groups of examples, each by one thread, or several `within`."""
-    weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
+    weight, relu, applied, centers, sums, on, eps, method, memory, numbers, wanted, scope = shared
     period, inner, example = layout
-    groups, channels, num_statistics = sums.shape[1], sums.shape[2], used.shape[2]
+    groups, channels, num_statistics = sums.shape[1], sums.shape[2], applied.shape[2]
     valid, width = scope[0].reshape(-1), channels // num_statistics
     places = np.empty((4, period // (channels * inner), channels, inner), weight.dtype)
     center, table = places[0], places[1:]
@@ -105,7 +105,7 @@ def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout,
             sums[0, g, c], sums[1, g, c] = total[0, c], total[1, c] + rounded * total[0, c]
         for k in range(num_statistics):
             state = (method, memory, weight, values, found)
-            flow(*state, sums, used, weight, on, eps, g, k, width, scope)
+            flow(*state, sums, applied, weight, on, eps, g, k, width, scope)
         if not wanted:
             continue
         for kind in range(3):
@@ -123,14 +123,14 @@ def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout,
 
 
 @jit
-def backward(method, kept, data, used, memory, settings, update_weight, eps, update, scope):
+def backward(method, kept, data, applied, memory, settings, update_weight, eps, update, scope):
     """Gradients of `forward`.
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         kept: An empty array of the type of parameters and state.
         data: The batch, see `BackwardData`.
-        used: Statistics that it was normalized by.
+        applied: Statistics that it was normalized by.
         memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
         update_weight: Weight of the newest in exponential averages.
@@ -139,7 +139,7 @@ def backward(method, kept, data, used, memory, settings, update_weight, eps, upd
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
     like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, relu, y, g_added = data
-    groups, channels = used.shape[1], shape[2] if last else shape[1]
+    groups, channels = applied.shape[1], shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
     weight = array_at(weight, channels, kept)
@@ -147,14 +147,27 @@ def backward(method, kept, data, used, memory, settings, update_weight, eps, upd
     method = numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     numbers = arguments(method, memory, settings, update_weight, eps)
-    centers = used[max(method[CENTER], 0)]  # of the groups' own variances
+    centers = applied[max(method[CENTER], 0)]  # of the groups' own variances
     valid, given, psis, before, share = scope
     valid = valid_at(valid, x, last)
     counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
-    psis = psis_at(psis, groups, used.shape[2])
-    earlier = row_or_none(before, used.shape[2], kept)
+    psis = psis_at(psis, groups, applied.shape[2])
+    earlier = row_or_none(before, applied.shape[2], kept)
     narrowed = (valid, counts, psis, earlier, share)
-    shared = (weight, relu, used, centers, sums, on, eps, method, memory, numbers, wanted, narrowed)
+    shared = (
+        weight,
+        relu,
+        applied,
+        centers,
+        sums,
+        on,
+        eps,
+        method,
+        memory,
+        numbers,
+        wanted,
+        narrowed,
+    )
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
     else:

@@ -139,7 +139,7 @@ def run_rule(address, values, results):
 
 # Where a method's description has what: the address of its rule; whether there is a mean; whether
 # running statistics take in what was used; rows of the table of statistics; what state takes in.
-RULE, CENTERED, TRACKS_USED, R, D, CENTER, BATCH_WEIGHT, USE_BATCH_STATS = range(8)
+RULE, CENTERED, TRACKS_APPLIED, R, D, CENTER, BATCH_WEIGHT, USE_BATCH_STATS = range(8)
 HAS_ROWS = 8
 TAKES = HAS_ROWS + 1
 WEIGHTS = TAKES + ROWS
@@ -154,21 +154,21 @@ _kept: list[Any] = []  # what has an address that is in use
 
 
 @cache
-def described(part: Part, table: Part, centered: bool, tracks_used: bool) -> int:
+def described(part: Part, table: Part, centered: bool, tracks_applied: bool) -> int:
     """A part of a method as the loops read it, by its address.
 
     Args:
         part: The rule and its state.
         table: The forward part, which says what a table of statistics holds.
         centered: Whether there is a mean.
-        tracks_used: Whether running statistics take in what was used.
+        tracks_applied: Whether running statistics take in what was used.
     """
     found = np.zeros(LENGTH, np.int64)
     if part.rule is not None:
         entry = _compiled(part.rule, part.places, part is table)
         found[RULE] = entry.address
         _kept.append(entry)
-    found[CENTERED], found[TRACKS_USED] = centered, tracks_used
+    found[CENTERED], found[TRACKS_APPLIED] = centered, tracks_applied
     found[R : USE_BATCH_STATS + 1] = [table.row(name) for name in USES]
     found[HAS_ROWS], found[HAS_WINDOWS] = len(part.rows), len(part.windows)
     found[HAS_COUNTERS] = len(part.counters)

@@ -185,7 +185,7 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
 def cross_iteration_norm(
     data,
     own,
-    used,
+    applied,
     running,
     update_weight,
     eps,
@@ -199,9 +199,9 @@ def cross_iteration_norm(
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
-    `own` takes the batch's own statistics, ``(2, 1, C)``, `used` those of the window and the share.
-    `settings` is (order, whether running statistics follow the window, points of a sample for the
-    gradients of statistics, 0 for all positions, steps before the window is used). Of all
+    `own` takes the batch's own statistics, ``(2, 1, C)``, `applied` those of the window and the
+    share. `settings` is (order, whether running statistics follow the window, points of a sample
+    for the gradients of statistics, 0 for all positions, steps before the window is used). Of all
     positions, the caller writes the gradient of the variance, and records the step.
     """
     order, window_runs, points, burn_in = settings
@@ -259,7 +259,7 @@ def cross_iteration_norm(
         var /= total
         if total <= 1:  # one value, and nothing remembered
             mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
-        used[0, 0, c], used[1, 0, c] = mean, var
+        applied[0, 0, c], applied[1, 0, c] = mean, var
         if tracks and window_runs:
             track(c, mean, unbiased(var, total), update_weight, running_mean, running_var)
         elif tracks:

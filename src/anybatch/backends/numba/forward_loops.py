@@ -17,7 +17,7 @@ from anybatch.backends.numba.arrays import (
     row_or_none,
     valid_at,
 )
-from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_USED
+from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_APPLIED
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.passes import (
     channel_sums,
@@ -51,8 +51,8 @@ from anybatch.backends.rule import EPS, NUMBER, PLACES, SETTLED, UPDATE_WEIGHT
 @inlined
 def _forward_planes(part, parts, x, y, added, starts, shared):
     """Statistics and output of some columns, each while it is in cache."""
-    weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
-    groups, num_statistics = used.shape[1], used.shape[2]
+    weight, bias, relu, own, applied, eps, method, memory, numbers, scope = shared
+    groups, num_statistics = applied.shape[1], applied.shape[2]
     width, centered = x.shape[1] // num_statistics, method[CENTERED] != 0
     values, found = numbers.copy(), np.empty(RESULTS)
     valid, counts, earlier, share, guard = scope
@@ -74,9 +74,9 @@ def _forward_planes(part, parts, x, y, added, starts, shared):
                 else:
                     own[0, g, c], own[1, g, c] = plane_moments(x, c, first, last, centered)
                 join(own, g, c, earlier, share)
-            choose(method, memory, weight, values, found, own, used, g, k, width, guard)
+            choose(method, memory, weight, values, found, own, applied, g, k, width, guard)
             for c in range(k * width, (k + 1) * width):
-                mean, scale, shift = factors(method, used, g, k, c, weight, bias, eps)
+                mean, scale, shift = factors(method, applied, g, k, c, weight, bias, eps)
                 if relu:
                     plane_activate(x, added, y, c, first, last, mean, scale, shift)
                 else:
@@ -109,11 +109,11 @@ def row_own(g, parts, x, starts, layout, valid, counts, centered, like, own):
 @inlined
 def _forward_groups(part, parts, within, x, y, added, starts, layout, shared):
     """Statistics and output of some groups of examples, each by one thread, or several `within`."""
-    weight, bias, relu, own, used, eps, method, memory, numbers, scope = shared
+    weight, bias, relu, own, applied, eps, method, memory, numbers, scope = shared
     period, inner, example = layout
     groups, channels, centered = own.shape[1], own.shape[2], method[CENTERED] != 0
     valid, counts, earlier, share, guard = scope
-    repeats, width = period // (channels * inner), channels // used.shape[2]
+    repeats, width = period // (channels * inner), channels // applied.shape[2]
     on = np.empty((3, repeats, channels, inner), weight.dtype)
     rows, values, found = on.reshape(3, -1), numbers.copy(), np.empty(RESULTS)
     for g in range(groups * part // parts, groups * (part + 1) // parts):
@@ -121,10 +121,10 @@ def _forward_groups(part, parts, within, x, y, added, starts, layout, shared):
         row_own(g, within, x, starts, layout, valid, counts, centered, weight, own)
         for c in range(channels):
             join(own, g, c, earlier, share)
-        for k in range(used.shape[2]):
-            choose(method, memory, weight, values, found, own, used, g, k, width, guard)
+        for k in range(applied.shape[2]):
+            choose(method, memory, weight, values, found, own, applied, g, k, width, guard)
             for c in range(k * width, (k + 1) * width):
-                mean, scale, constant = factors(method, used, g, k, c, weight, bias, eps)
+                mean, scale, constant = factors(method, applied, g, k, c, weight, bias, eps)
                 on[0, :, c], on[1, :, c], on[2, :, c] = mean, scale, constant
         if relu:
             fork(row_activate, within, (x, added, y, first, last, rows))
@@ -145,7 +145,7 @@ def arguments(method, memory, settings, update_weight, eps):
 
 @jit
 def forward(
-    method, kept, data, own, used, tracked, memory, settings, update_weight, eps, update, scope
+    method, kept, data, own, applied, tracked, memory, settings, update_weight, eps, update, scope
 ):
     """Normalize a batch, and remember it if it is to `update`.
 
@@ -153,8 +153,8 @@ def forward(
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         kept: An empty array of the type of parameters and state.
         data: The batch, see `ForwardData`.
-        own: Takes the groups' own statistics, ``(2, G, C)``; without a rule it may be `used`.
-        used: Takes those to normalize by, ``(rows, G, K)``.
+        own: Takes the groups' own statistics, ``(2, G, C)``; without a rule it may be `applied`.
+        applied: Takes those to normalize by, ``(rows, G, K)``.
         tracked: Batches that running statistics have seen.
         memory: The state of the method, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
@@ -170,7 +170,7 @@ def forward(
     method = numbers_at(method, LENGTH)
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     numbers = arguments(method, memory, settings, update_weight, eps)
-    groups, tracked = used.shape[1], counter_at(tracked)
+    groups, tracked = applied.shape[1], counter_at(tracked)
     valid, given, before, steps, outliers, share, total, limit = scope
     valid = valid_at(valid, x, last)
     counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
@@ -179,7 +179,7 @@ def forward(
     seen = numbers_at(outliers, channels if outliers != 0 else 0)
     guard = (limit, seen, eps)
     narrowed = (valid, counts, earlier, share, guard)
-    shared = (weight, bias, relu, own, used, eps, method, memory, numbers, narrowed)
+    shared = (weight, bias, relu, own, applied, eps, method, memory, numbers, narrowed)
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_forward_planes, parts, (x, y, added, starts, shared))
     else:
@@ -200,13 +200,13 @@ def forward(
         return
     update_weight = count_batch(tracked, update_weight)
     for c in range(channels):
-        if method[TRACKS_USED] == 0:
+        if method[TRACKS_APPLIED] == 0:
             var = unbiased(own[1, 0, c], counts[0])
             track(c, own[0, 0, c], var, update_weight, running_mean, running_var)
-        elif not enters(used[1, 0, c], own[1, 0, c], running_var, outliers != 0):
+        elif not enters(applied[1, 0, c], own[1, 0, c], running_var, outliers != 0):
             continue
         else:
             if method[CENTERED] != 0:  # the uncentred form has no mean
-                running_mean[c] += update_weight * (used[0, 0, c] - running_mean[c])
-            running_var[c] += update_weight * (used[1, 0, c] - running_var[c])
-    move_state(method, memory, weight, numbers, own, used, outliers != 0)
+                running_mean[c] += update_weight * (applied[0, 0, c] - running_mean[c])
+            running_var[c] += update_weight * (applied[1, 0, c] - running_var[c])
+    move_state(method, memory, weight, numbers, own, applied, outliers != 0)

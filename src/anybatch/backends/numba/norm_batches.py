@@ -44,21 +44,21 @@ class SavedBatch(NamedTuple):
     """Statistics of one normalization batch as arrays, see `Statistics`.
 
     Attributes:
-        used: Rows of mean and variance, and of what a rule gives, ``(rows, G, K)``.
+        applied: Rows of mean and variance, and of what a rule gives, ``(rows, G, K)``.
         spec: The method of a rule; None for another.
         scope: What contributes to them; None for the groups' values.
         ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
             with a value.
     """
 
-    used: Array
+    applied: Array
     spec: MethodSpec | None = None
     ends: Array | None = None
     scope: LoopScope | None = None
 
     def statistics(self, like: Tensor) -> Statistics:
         """The same as tensors, one row per group."""
-        table = torch.from_numpy(self.used).to(KEPT[like.dtype])
+        table = torch.from_numpy(self.applied).to(KEPT[like.dtype])
         table = table[:, 0] if table.shape[1] == 1 else table
         found = (self.spec or MethodSpec()).statistics(table)
         if self.scope is None:

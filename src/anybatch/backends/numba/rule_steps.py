@@ -52,9 +52,9 @@ def batches_of(spec: MethodSpec) -> tuple[Forward, Backward]:
 @lru_cache(maxsize=256)
 def _addresses(method: RuleSet, centered: bool) -> tuple[int, int]:
     """Addresses of the descriptions of a method's two parts."""
-    forward, backward, tracks_used, _ = method
-    ahead = described(forward, forward, centered, tracks_used)
-    return ahead, described(backward, forward, centered, tracks_used)
+    forward, backward, tracks_applied, _ = method
+    ahead = described(forward, forward, centered, tracks_applied)
+    return ahead, described(backward, forward, centered, tracks_applied)
 
 
 def forward_batch(
@@ -73,7 +73,7 @@ def forward_batch(
     channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
     dtype = state[0].dtype
     mean, var, tracked = running_addresses(state[:3], dtype, channels)
-    used = own = np.empty((spec.rows, groups, num_statistics))
+    applied = own = np.empty((spec.rows, groups, num_statistics))
     if (
         spec.method.forward.rule is not None
         or num_statistics != channels
@@ -82,13 +82,23 @@ def forward_batch(
         own = np.empty((2 if spec.outliers is None else 3, groups, channels))
     memory = _memory(mean, var, spec.kept, dtype, channels)
     moved = tracked, memory, _settings(spec.kept)
-    given = method, LIKE[dtype], data, own, used, *moved, call.update_weight, call.eps, call.update
+    given = (
+        method,
+        LIKE[dtype],
+        data,
+        own,
+        applied,
+        *moved,
+        call.update_weight,
+        call.eps,
+        call.update,
+    )
     scope = state[3] if len(state) > 3 else None
     if scope is None and spec.outliers is None:
         forward_loops.forward(*given, PLAIN)
     else:
         run_forward(partial(forward_loops.forward, *given), spec, scope, own)
-    return SavedBatch(used, spec, scope=scope)
+    return SavedBatch(applied, spec, scope=scope)
 
 
 def backward_batch(
@@ -105,15 +115,15 @@ def backward_batch(
     else:
         update_weight = 1 / max(int(tracked), 1) if call.update_weight < 0 else call.update_weight
         dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
-        memory = _memory(0, 0, spec.averages, dtype, kept.used.shape[2])
+        memory = _memory(0, 0, spec.averages, dtype, kept.applied.shape[2])
         averages = memory, _settings(spec.averages), update_weight
     like = LIKE[KEPT[call.work[1].dtype]]
-    given = method, like, data, kept.used, *averages, call.eps, call.update
+    given = method, like, data, kept.applied, *averages, call.eps, call.update
     if kept.scope is None:
         backward_loops.backward(*given, PLAIN_BACKWARD)
     else:
         run = partial(backward_loops.backward, *given)
-        run_backward(run, spec, kept.scope, kept.used.shape[2])
+        run_backward(run, spec, kept.scope, kept.applied.shape[2])
 
 
 def _memory(
@@ -144,7 +154,7 @@ def _settings(kept: RuleState) -> tuple[float, ...]:
 
 def to_table(kept: list[SavedBatch]) -> Tensor:
     """Statistics of all normalization batches as one table."""
-    tables = [batch.used for batch in kept]
+    tables = [batch.applied for batch in kept]
     return torch.from_numpy(tables[0] if len(tables) == 1 else np.concatenate(tables, 1))
 
 
@@ -152,7 +162,7 @@ def from_table(spec: MethodSpec, table: Tensor, groups: tuple[int, ...]) -> list
     """The reverse of `to_table`, for normalization batches of so many groups."""
     found, first, rows = [], 0, table.numpy()
     for count in groups:
-        used: Any = np.ascontiguousarray(rows[:, first : first + count])
-        found.append(SavedBatch(used, spec))
+        applied: Any = np.ascontiguousarray(rows[:, first : first + count])
+        found.append(SavedBatch(applied, spec))
         first += count
     return found

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 """The rules of the methods, a column of statistics at a time, and what they remember.
 
-``own`` ``(2, G, C)`` holds the mean and variance of each group of examples and channel; ``used``
+``own`` ``(2, G, C)`` holds the mean and variance of each group of examples and channel; ``applied``
 ``(rows, G, K)`` mean and variance to normalize by, and what else a rule gives. A column is a
 channel, or a group of ``C / K`` channels. While columns are decided on, side by side in threads,
 state is only read; it moves afterwards.
@@ -34,6 +34,7 @@ from anybatch.backends.numba.bound_rules import (
 )
 from anybatch.backends.numba.compile import inlined
 from anybatch.backends.rule import (
+    APPLIED_MEAN,
     BATCH_MEAN,
     BATCH_VAR,
     COUNTER,
@@ -41,7 +42,6 @@ from anybatch.backends.rule import (
     PATIENCE,
     ROW,
     ROWS,
-    USED_MEAN,
     WINDOW,
     WINDOWS,
 )
@@ -101,7 +101,7 @@ def is_outlier(method, own, g, c, mean, var, guard):
 
 
 @inlined
-def choose(method, memory, like, values, found, own, used, g, k, width, guard):
+def choose(method, memory, like, values, found, own, applied, g, k, width, guard):
     """Decide how a column, of so many channels, is normalized.
 
     `values` holds the rule's arguments, those of the layer already; `found` takes its results.
@@ -115,7 +115,7 @@ def choose(method, memory, like, values, found, own, used, g, k, width, guard):
         for c in range(k * width, (k + 1) * width):
             apart = own[0, g, c] - mean
             var += (own[1, g, c] + apart * apart) / width
-    used[0, g, k], used[1, g, k] = mean, var
+    applied[0, g, k], applied[1, g, k] = mean, var
     if method[RULE] == 0:
         return
     values[0], values[1] = mean, var
@@ -126,37 +126,37 @@ def choose(method, memory, like, values, found, own, used, g, k, width, guard):
         old_mean, old_var = row_at(memory[0], c, like), row_at(memory[1], c, like)
         if is_outlier(method, own, g, c, old_mean, old_var, guard) and guard[1][c] < PATIENCE:
             found[0], found[1], found[2], found[3], found[4] = mean, var, 1.0, 0.0, 1.0
-    used[0, g, k], used[1, g, k] = found[0], found[1]
+    applied[0, g, k], applied[1, g, k] = found[0], found[1]
     if method[R] > 0:
-        used[method[R], g, k] = found[2]
+        applied[method[R], g, k] = found[2]
     if method[D] > 0:
-        used[method[D], g, k] = found[3]
+        applied[method[D], g, k] = found[3]
     if method[BATCH_WEIGHT] > 0:
-        used[method[CENTER], g, k], used[method[BATCH_WEIGHT], g, k] = mean, found[4]
+        applied[method[CENTER], g, k], applied[method[BATCH_WEIGHT], g, k] = mean, found[4]
     if method[USE_BATCH_STATS] > 0:
-        used[method[USE_BATCH_STATS], g, k] = found[5]
+        applied[method[USE_BATCH_STATS], g, k] = found[5]
 
 
 @inlined
-def given(used, row, g, k, otherwise):
+def given(applied, row, g, k, otherwise):
     """The value of a column in a row of the table that a rule gave; below 0 for no row."""
-    return used[row, g, k] if row > 0 else otherwise
+    return applied[row, g, k] if row > 0 else otherwise
 
 
 @inlined
-def factors(method, used, g, k, c, weight, bias, eps):
+def factors(method, applied, g, k, c, weight, bias, eps):
     """Mean, scale and shift of a channel of a column."""
     scale, shift = np.float64(weight[c]), np.float64(bias[c])
-    shift += scale * given(used, method[D], g, k, 0.0)
-    scale *= given(used, method[R], g, k, 1.0)
-    return used[0, g, k], scale / math.sqrt(used[1, g, k] + eps), shift
+    shift += scale * given(applied, method[D], g, k, 0.0)
+    scale *= given(applied, method[R], g, k, 1.0)
+    return applied[0, g, k], scale / math.sqrt(applied[1, g, k] + eps), shift
 
 
 # --- backward ---------------------------------------------------------------
 
 
 @inlined
-def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k, width, scope):
+def flow(method, memory, like, values, found, sums, applied, weight, on, eps, g, k, width, scope):
     """From the two sums of a column's channels: their gradients, and the factors of dx.
 
     `sums` ``(2, G, C)`` become the gradients of bias and weight; `on` ``(3, G, C)`` takes the
@@ -164,10 +164,10 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
     over steps.
     """
     _, counts, psis, earlier, step_share = scope
-    inverse = 1 / math.sqrt(used[1, g, k] + eps)
-    r, d = given(used, method[R], g, k, 1.0), given(used, method[D], g, k, 0.0)
-    batch_weight = given(used, method[BATCH_WEIGHT], g, k, 1.0)
-    apart = given(used, method[CENTER], g, k, used[0, g, k]) - used[0, g, k]
+    inverse = 1 / math.sqrt(applied[1, g, k] + eps)
+    r, d = given(applied, method[R], g, k, 1.0), given(applied, method[D], g, k, 0.0)
+    batch_weight = given(applied, method[BATCH_WEIGHT], g, k, 1.0)
+    apart = given(applied, method[CENTER], g, k, applied[0, g, k]) - applied[0, g, k]
     count, mean_g, psi = counts[g] * width, 0.0, 0.0
     for c in range(k * width, (k + 1) * width):
         sum_dy = sums[0, g, c]
@@ -180,7 +180,7 @@ def flow(method, memory, like, values, found, sums, used, weight, on, eps, g, k,
     if earlier.shape[0] > 0:
         psi = earlier[k] + step_share * (psi - earlier[k])
     psis[g, k] = psi
-    if method[RULE] != 0 and given(used, method[USE_BATCH_STATS], g, k, 0.0) == 0:
+    if method[RULE] != 0 and given(applied, method[USE_BATCH_STATS], g, k, 0.0) == 0:
         psi = averaged(method, memory, like, values, found, psi, k, weight.shape[0])
     centered = method[CENTERED] != 0
     for c in range(k * width, (k + 1) * width):
@@ -224,13 +224,13 @@ def bar_outliers(method, own, running_mean, running_var, guard):
 
 
 @inlined
-def move_state(method, memory, like, values, own, used, guarded):
+def move_state(method, memory, like, values, own, applied, guarded):
     """Take in a step, where its variance is finite: one group, a column a channel."""
     channels, complete = own.shape[2], True
     for i in range(method[HAS_ROWS]):
         take, weight = method[TAKES + i], method[WEIGHTS + i]
-        table = own if take <= BATCH_VAR else used
-        source = 0 if take in (BATCH_MEAN, USED_MEAN) else 1
+        table = own if take <= BATCH_VAR else applied
+        source = 0 if take in (BATCH_MEAN, APPLIED_MEAN) else 1
         row = array_at(memory[2 + i], channels, like)
         speed = 1.0 if weight < 0 or values[COUNTER] == 1 else values[weight]
         for c in range(channels):
@@ -244,8 +244,8 @@ def move_state(method, memory, like, values, own, used, guarded):
     for i in range(method[HAS_WINDOWS]):
         window = array_at(memory[IN_WINDOWS + i], (memory[IN_LENGTHS + i], channels), like)
         take = method[WINDOW_TAKES + i]
-        table = own if take <= BATCH_VAR else used
-        source = 0 if take in (BATCH_MEAN, USED_MEAN) else 1
+        table = own if take <= BATCH_VAR else applied
+        source = 0 if take in (BATCH_MEAN, APPLIED_MEAN) else 1
         gate = own[1, 0] if guarded else table[1, 0]
         push(window, table[source, 0], gate)
     count_whole(method, memory, complete)

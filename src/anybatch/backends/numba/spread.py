@@ -53,25 +53,25 @@ def ends(like, channels):
 
 
 @inlined
-def _range(low, high, mean, count, used):
+def _range(low, high, mean, count, applied):
     """Range of values over that of as many normal ones; nan where they are not all finite.
 
-    `used` is what takes statistics.
+    `applied` is what takes statistics.
     """
-    if not fits(mean, used):
+    if not fits(mean, applied):
         return np.nan
     return (np.float64(high) - np.float64(low)) / math.sqrt(2 * math.log(count))
 
 
 @inlined
-def _remember(used, ends, c, mean, spread, low, high):
+def _remember(applied, ends, c, mean, spread, low, high):
     """Keep what a channel is normalized by, and the ends at which its spread moves with a value."""
-    used[0, 0, c], used[1, 0, c] = mean, spread * spread
+    applied[0, 0, c], applied[1, 0, c] = mean, spread * spread
     ends[0, c], ends[1, c] = low, high
 
 
 @inlined
-def _forward_planes(part, parts, kind, x, y, weight, bias, used, ends, eps):
+def _forward_planes(part, parts, kind, x, y, weight, bias, applied, ends, eps):
     """Statistics and output of some channels, each while it is in cache."""
     channels, count, dtype = x.shape[1], x.shape[0] * x.shape[2], x.dtype.type
     lows, highs = np.empty(_PLACES, x.dtype), np.empty(_PLACES, x.dtype)
@@ -84,14 +84,14 @@ def _forward_planes(part, parts, kind, x, y, weight, bias, used, ends, eps):
             shift = np.float64(x[0, c, 0])
             mean = shift + plane_total(x, c, shift) / count
             low, high = plane_ends(x, c, lows, highs)
-            spread = _range(low, high, mean, count, used)
-        _remember(used, ends, c, mean, spread, low, high)
-        scale = weight[c] / math.sqrt(used[1, 0, c] + eps)
+            spread = _range(low, high, mean, count, applied)
+        _remember(applied, ends, c, mean, spread, low, high)
+        scale = weight[c] / math.sqrt(applied[1, 0, c] + eps)
         plane_write(x, y, c, 0, x.shape[0], mean, scale, bias[c])
 
 
 @inlined
-def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
+def _forward_rows(parts, kind, x, y, shape, weight, bias, applied, ends, eps):
     """Statistics and output of all channels."""
     repeats, channels, inner = shape
     count, dtype, period = x.shape[0] // channels, x.dtype.type, repeats * channels * inner
@@ -104,14 +104,14 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
         total = channel_sums(sums, shape)
         for c in range(channels):
             away = np.float64(table[0, 0, c, 0])
-            used[0, 0, c], _ = settle(total[0, c], total[1, c], count, away, True)
-            table[0, :, c] = used[0, 0, c]
+            applied[0, 0, c], _ = settle(total[0, c], total[1, c], count, away, True)
+            table[0, :, c] = applied[0, 0, c]
         sums[:] = 0
         fork(row_deviations, parts, (x, 0, x.shape[0], rows[0], sums))
         total = channel_sums(sums, shape)
         for c in range(channels):
-            mean = used[0, 0, c]
-            _remember(used, ends, c, mean, _L1 * total[0, c] / count, dtype(mean), dtype(mean))
+            mean = applied[0, 0, c]
+            _remember(applied, ends, c, mean, _L1 * total[0, c] / count, dtype(mean), dtype(mean))
     else:
         places = np.empty((parts, 2, period), x.dtype)
         places[:, 0], places[:, 1] = np.inf, -np.inf
@@ -120,23 +120,23 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, used, ends, eps):
         for c in range(channels):
             mean = np.float64(table[0, 0, c, 0]) + total[0, c] / count
             low, high = found[:, 0, :, c].min(), found[:, 1, :, c].max()
-            spread = _range(low, high, mean, count, used)
-            _remember(used, ends, c, mean, spread, low, high)
+            spread = _range(low, high, mean, count, applied)
+            _remember(applied, ends, c, mean, spread, low, high)
     for c in range(channels):
-        table[0, :, c] = used[0, 0, c]
-        table[1, :, c] = weight[c] / math.sqrt(used[1, 0, c] + eps)
+        table[0, :, c] = applied[0, 0, c]
+        table[1, :, c] = weight[c] / math.sqrt(applied[1, 0, c] + eps)
         table[2, :, c] = bias[c]
     fork(row_write, parts, (x, y, 0, x.shape[0], rows))
 
 
 @jit
-def spread_forward(kind, data, used, ends, running, update_weight, eps, update):
+def spread_forward(kind, data, applied, ends, running, update_weight, eps, update):
     """Normalize a batch by a spread, and track it if it is to `update`.
 
     Args:
         kind: L1 or RANGE.
         data: The batch, see `ForwardData`.
-        used: Takes mean and squared spread, ``(2, 1, C)``.
+        applied: Takes mean and squared spread, ``(2, 1, C)``.
         ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``.
         running: Running mean, running variance, batches tracked.
         update_weight: Weight of the new running statistics; below 0 for the mean of all.
@@ -147,7 +147,7 @@ def spread_forward(kind, data, used, ends, running, update_weight, eps, update):
     channels = shape[2] if last else shape[1]
     x, y = array_at(x, shape, like), array_at(y, shape, like)
     weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
-    rest = (weight, bias, used, ends, eps)
+    rest = (weight, bias, applied, ends, eps)
     if not in_rows(x, last):
         fork(_forward_planes, parts, (kind, x, y, *rest))
     else:
@@ -158,7 +158,7 @@ def spread_forward(kind, data, used, ends, running, update_weight, eps, update):
         running_mean, running_var, tracked = running_at(running, channels, like)
         update_weight = count_batch(tracked, update_weight)
         for c in range(channels):
-            track(c, used[0, 0, c], used[1, 0, c], update_weight, running_mean, running_var)
+            track(c, applied[0, 0, c], applied[1, 0, c], update_weight, running_mean, running_var)
 
 
 # --- backward ---------------------------------------------------------------
@@ -184,36 +184,36 @@ def _flow(kind, eps, weight, var, count, sums):
 
 
 @inlined
-def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, used, ends, eps):
+def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, applied, ends, eps):
     """Sums and gradient of some channels, each while it is in cache."""
     channels, count = x.shape[1], x.shape[0] * x.shape[2]
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         low, high = ends[0, c], ends[1, c]
-        total, product, below, above = plane_sums(dy, x, c, used[0, 0, c], low, high)
+        total, product, below, above = plane_sums(dy, x, c, applied[0, 0, c], low, high)
         db[c] = total
-        sums, var = (total, product, below, above), used[1, 0, c]
+        sums, var = (total, product, below, above), applied[1, 0, c]
         dw[c], on_dy, constant, on_low, on_high = _flow(kind, eps, weight[c], var, count, sums)
         if wanted:
             plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
 
 
 @inlined
-def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, ends, eps):
+def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, applied, ends, eps):
     """Sums and gradient of all channels."""
     repeats, channels, inner = shape
     count, period = x.shape[0] // channels, repeats * channels * inner
     table, sums = np.empty((7, repeats, channels, inner), x.dtype), np.zeros((parts, 2, period))
     counts = np.zeros((parts, 2, period), x.dtype)
     for c in range(channels):
-        table[0, :, c], table[1, :, c], table[2, :, c] = used[0, 0, c], ends[0, c], ends[1, c]
+        table[0, :, c], table[1, :, c], table[2, :, c] = applied[0, 0, c], ends[0, c], ends[1, c]
     rows = table.reshape(7, -1)
     fork(row_sums, parts, (dy, x, 0, x.shape[0], rows, sums, counts))
     total, beyond = channel_sums(sums, shape), channel_sums(counts, shape)
     for c in range(channels):
         db[c] = total[0, c]
-        rounded = np.float64(table[0, 0, c, 0]) - used[0, 0, c]
+        rounded = np.float64(table[0, 0, c, 0]) - applied[0, 0, c]
         product = total[1, c] + rounded * total[0, c]
-        of_c, var = (total[0, c], product, beyond[0, c], beyond[1, c]), used[1, 0, c]
+        of_c, var = (total[0, c], product, beyond[0, c], beyond[1, c]), applied[1, 0, c]
         dw[c], on_dy, constant, on_low, on_high = _flow(kind, eps, weight[c], var, count, of_c)
         table[3, :, c], table[4, :, c] = on_dy, constant
         table[5, :, c], table[6, :, c] = on_low, on_high
@@ -222,13 +222,13 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, used, 
 
 
 @jit
-def spread_backward(kind, data, used, ends, eps):
+def spread_backward(kind, data, applied, ends, eps):
     """Gradients of `spread_forward`.
 
     Args:
         kind: L1 or RANGE.
         data: The batch, see `BackwardData`.
-        used: What it was normalized by.
+        applied: What it was normalized by.
         ends: Of `spread_forward`.
         eps: Added to the squared spread.
     """
@@ -237,7 +237,7 @@ def spread_backward(kind, data, used, ends, eps):
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     weight = array_at(weight, channels, like)
     dw, db = array_at(dw, channels, like), array_at(db, channels, like)
-    rest = (weight, dw, db, wanted, used, ends, eps)
+    rest = (weight, dw, db, wanted, applied, ends, eps)
     if not in_rows(x, last):
         fork(_backward_planes, parts, (kind, dy, x, dx, *rest))
     else:

@@ -33,14 +33,14 @@ def forward_batch(
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call."""
     running = running_addresses(state, state[0].dtype, call.num_statistics)
-    used = np.empty((2, 1, call.num_statistics))
+    applied = np.empty((2, 1, call.num_statistics))
     ends = spread.ends(data[0], call.num_statistics)
     constants = running, call.update_weight, call.eps, call.update
-    spread.spread_forward(spread.KINDS[call.spec.name], data, used, ends, *constants)
-    return SavedBatch(used, ends=ends)
+    spread.spread_forward(spread.KINDS[call.spec.name], data, applied, ends, *constants)
+    return SavedBatch(applied, ends=ends)
 
 
 def backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
     """The backward of one normalization batch, in one compiled call."""
     kind = spread.KINDS[call.spec.name]
-    spread.spread_backward(kind, data, kept.used, kept.ends, call.eps)
+    spread.spread_backward(kind, data, kept.applied, kept.ends, call.eps)

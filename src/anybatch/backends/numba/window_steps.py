@@ -80,7 +80,7 @@ def _window_batch(
     (rings, counters), (fed, paces) = _arrays(spec), made
     values, points = examples * length, spec.gradient_sample or 0
     points = points if points < values else 0
-    own, used = np.empty((2, 1, channels)), np.empty((3, 1, channels))
+    own, applied = np.empty((2, 1, channels)), np.empty((3, 1, channels))
     how = (
         running_addresses((mean, var, tracked), mean.dtype, channels),
         call.update_weight,
@@ -88,7 +88,7 @@ def _window_batch(
     )
     given = call.update, counters, rings, fed, first, paces
     settings = order, spec.tracks_window, points, spec.burn_in_steps
-    share = cross_iteration.cross_iteration_norm(data, own, used, *how, *given, settings)
+    share = cross_iteration.cross_iteration_norm(data, own, applied, *how, *given, settings)
     if call.update and order and not points:
         some = slice(first, first + examples)
         whole = patches.raw_gradient(conv.geometry, conv.x[some], output[some])
@@ -96,11 +96,11 @@ def _window_batch(
         step = order, fed, rings, counters, spec.burn_in_steps
         cross_iteration.record(product, own, values, *step)
     if spec.backward_window is None or share == 0:
-        used[2] = share
-        return SavedBatch(used, MethodSpec(_WEIGHTED))
-    used[2] = 1.0
+        applied[2] = share
+        return SavedBatch(applied, MethodSpec(_WEIGHTED))
+    applied[2] = 1.0
     averages = RuleState(windows=(spec.backward_window,), counters=(spec.memory["backward_step"],))
-    return SavedBatch(used, MethodSpec(_WINDOWED, averages=averages))
+    return SavedBatch(applied, MethodSpec(_WINDOWED, averages=averages))
 
 
 def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:

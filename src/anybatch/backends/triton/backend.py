@@ -57,8 +57,8 @@ class TritonBackend:
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Any]:
         tensors = (*state, *call.spec.tensors())
         check_device_memory(x.device, weight, bias, *tensors)
-        y, used = call.work.run("forward", tensors, x, weight, bias, state, call)
-        return y, (), (used, state[2])
+        y, applied = call.work.run("forward", tensors, x, weight, bias, state, call)
+        return y, (), (applied, state[2])
 
     def backward(
         self,
@@ -77,8 +77,8 @@ class TritonBackend:
         return dx_or_none, dw if needs[1] else None, db if needs[2] else None, None
 
     def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
-        used = context[0]
-        return [call.spec.statistics(used if used.shape[1] > 1 else used[:, 0])]
+        applied = context[0]
+        return [call.spec.statistics(applied if applied.shape[1] > 1 else applied[:, 0])]
 
 
 class _Work:

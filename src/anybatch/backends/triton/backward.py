@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 """The backward kernels, as the forward ones: one launch, or three.
 
-Tables: `used` as in the forward; `slopes` ``(2, groups, C)`` each group's gradients of bias and
+Tables: `applied` as in the forward; `slopes` ``(2, groups, C)`` each group's gradients of bias and
 scale; `on` ``(4, groups, C)`` centre, factors of dy and x, and constant; `partial`
 ``(2, groups x parts, C)`` the sums of parts.
 """
@@ -44,7 +44,7 @@ def backward_columns(
     x,
     dx,
     weight,
-    used,
+    applied,
     slopes,
     row0,
     window0,
@@ -103,8 +103,8 @@ def backward_columns(
 
     num_statistics = channels // WIDTH
     k = c // WIDTH
-    mean = get(used, 0, group + g, all_groups, k, num_statistics, inside)
-    var = get(used, 1, group + g, all_groups, k, num_statistics, inside)
+    mean = get(applied, 0, group + g, all_groups, k, num_statistics, inside)
+    var = get(applied, 1, group + g, all_groups, k, num_statistics, inside)
     AT_D: tl.constexpr = 2 + (USES & 1)
     AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
     AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
@@ -114,14 +114,14 @@ def backward_columns(
     own_alone = mean
     center = mean
     if USES & 1:
-        r = get(used, 2, group + g, all_groups, k, num_statistics, inside)
+        r = get(applied, 2, group + g, all_groups, k, num_statistics, inside)
     if USES & 2:
-        d = get(used, AT_D, group + g, all_groups, k, num_statistics, inside)
+        d = get(applied, AT_D, group + g, all_groups, k, num_statistics, inside)
     if USES & 4:
-        center = get(used, AT_CENTER, group + g, all_groups, k, num_statistics, inside)
-        batch_weight = get(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, inside)
+        center = get(applied, AT_CENTER, group + g, all_groups, k, num_statistics, inside)
+        batch_weight = get(applied, AT_CENTER + 1, group + g, all_groups, k, num_statistics, inside)
     if USES & 8:
-        own_alone = get(used, AT_OWN, group + g, all_groups, k, num_statistics, inside)
+        own_alone = get(applied, AT_OWN, group + g, all_groups, k, num_statistics, inside)
     w = tl.load(weight + c, mask=inside, other=0.0)
     ROWS: tl.constexpr = MOVES & 7
     WINDOWS: tl.constexpr = (MOVES >> 15) & 3
@@ -245,7 +245,7 @@ def backward_columns(
 def backward_parts(
     dy,
     x,
-    used,
+    applied,
     partial,
     inner,
     outer,
@@ -266,13 +266,13 @@ def backward_parts(
     BLOCK_C: tl.constexpr,
 ):
     """The two sums of a part of a group, so many tiles."""
-    ACC: tl.constexpr = used.dtype.element_ty
+    ACC: tl.constexpr = applied.dtype.element_ty
     channels, length = sides(inner, outer, LAST, ALIGN, LONG)
     c, inside, place = part_channels(channels, BLOCK_C)
     g, begin, end, own_tiles = part_rows(
         place, parts, tiles, start, small, large, length, BLOCK_M, LONG
     )
-    center = get(used, AT_CENTER, group + g, all_groups, c // WIDTH, channels // WIDTH, inside)
+    center = get(applied, AT_CENTER, group + g, all_groups, c // WIDTH, channels // WIDTH, inside)
     total, product = row_sums(
         dy,
         x,

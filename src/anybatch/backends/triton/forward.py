@@ -6,7 +6,7 @@ memory. Elsewhere `forward_parts` takes moments of parts of a group, `forward_co
 them, and `forward_write` writes the output. Where there are several groups, `forward_track` moves
 the running statistics in the end.
 
-Tables: `used` ``(rows, groups, K)`` the statistics to normalize by; `own` ``(2, groups, C)`` the
+Tables: `applied` ``(rows, groups, K)`` the statistics to normalize by; `own` ``(2, groups, C)`` the
 groups' own; `on` ``(3, groups, C)`` mean, scale and shift; `partial` ``(2, groups x parts, C)``.
 """
 
@@ -53,7 +53,7 @@ def forward_columns(
     y,
     weight,
     bias,
-    used,
+    applied,
     own,
     running_mean,
     running_var,
@@ -188,38 +188,40 @@ def forward_columns(
     if WINDOWS > 1:
         new1, _ = taken(mean, var, mean, var, (MOVES >> 20) & 7)
         sum1 = (new1 + sum1) / tl.minimum(now0, length1)
-    used_mean, used_var, r, d, batch_weight, own_alone, weight0, weight1, weight2, weight3 = choose(
-        middle,
-        spread,
-        old_mean,
-        old_var,
-        old0,
-        old1,
-        old2,
-        old3,
-        sum0,
-        sum1,
-        full0,
-        full1,
-        now0,
-        now1,
-        first,
-        second,
-        number(option0, option0_rest, ACC),
-        number(option1, option1_rest, ACC),
-        number(option2, option2_rest, ACC),
-        number(option3, option3_rest, ACC),
-        number(option4, option4_rest, ACC),
-        number(option5, option5_rest, ACC),
-        eps_,
-        number(update_weight, update_weight_rest, ACC),
+    applied_mean, applied_var, r, d, batch_weight, own_alone, weight0, weight1, weight2, weight3 = (
+        choose(
+            middle,
+            spread,
+            old_mean,
+            old_var,
+            old0,
+            old1,
+            old2,
+            old3,
+            sum0,
+            sum1,
+            full0,
+            full1,
+            now0,
+            now1,
+            first,
+            second,
+            number(option0, option0_rest, ACC),
+            number(option1, option1_rest, ACC),
+            number(option2, option2_rest, ACC),
+            number(option3, option3_rest, ACC),
+            number(option4, option4_rest, ACC),
+            number(option5, option5_rest, ACC),
+            eps_,
+            number(update_weight, update_weight_rest, ACC),
+        )
     )
-    scale, shift = factors(used_mean, used_var, r, d, w, b, eps_, USES)
+    scale, shift = factors(applied_mean, applied_var, r, d, w, b, eps_, USES)
     if SOURCE == _TILE:
-        out = (value - used_mean[None, :]) * scale[None, :] + shift[None, :]
+        out = (value - applied_mean[None, :]) * scale[None, :] + shift[None, :]
         tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
     elif SOURCE == _PARTS:
-        put(y, 0, g, groups, c, channels, used_mean, inside)
+        put(y, 0, g, groups, c, channels, applied_mean, inside)
         put(y, 1, g, groups, c, channels, scale, inside)
         put(y, 2, g, groups, c, channels, shift, inside)
     else:
@@ -228,27 +230,27 @@ def forward_columns(
             valid = (m < begin + rows) & inside[None, :]
             at = places(m, c[None, :], channels, length, LAST)
             value = tl.load(x + at, mask=valid, other=0.0, eviction_policy="evict_first").to(ACC)
-            out = (value - used_mean[None, :]) * scale[None, :] + shift[None, :]
+            out = (value - applied_mean[None, :]) * scale[None, :] + shift[None, :]
             tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
     num_statistics = channels // WIDTH
     heads = inside & (lane % WIDTH == 0)
     k = c // WIDTH
-    put(used, 0, group + g, all_groups, k, num_statistics, used_mean, heads)
-    put(used, 1, group + g, all_groups, k, num_statistics, used_var, heads)
+    put(applied, 0, group + g, all_groups, k, num_statistics, applied_mean, heads)
+    put(applied, 1, group + g, all_groups, k, num_statistics, applied_var, heads)
     zero = tl.zeros_like(spread)
     AT_D: tl.constexpr = 2 + (USES & 1)
     AT_CENTER: tl.constexpr = AT_D + ((USES >> 1) & 1)
     AT_OWN: tl.constexpr = AT_CENTER + ((USES >> 1) & 2)
     if USES & 1:
-        put(used, 2, group + g, all_groups, k, num_statistics, zero + r, heads)
+        put(applied, 2, group + g, all_groups, k, num_statistics, zero + r, heads)
     if USES & 2:
-        put(used, AT_D, group + g, all_groups, k, num_statistics, zero + d, heads)
+        put(applied, AT_D, group + g, all_groups, k, num_statistics, zero + d, heads)
     if USES & 4:
-        put(used, AT_CENTER, group + g, all_groups, k, num_statistics, middle, heads)
+        put(applied, AT_CENTER, group + g, all_groups, k, num_statistics, middle, heads)
         part = zero + batch_weight
-        put(used, AT_CENTER + 1, group + g, all_groups, k, num_statistics, part, heads)
+        put(applied, AT_CENTER + 1, group + g, all_groups, k, num_statistics, part, heads)
     if USES & 8:
-        put(used, AT_OWN, group + g, all_groups, k, num_statistics, zero + own_alone, heads)
+        put(applied, AT_OWN, group + g, all_groups, k, num_statistics, zero + own_alone, heads)
     if UPDATE:
         tl.debug_barrier()  # all threads have read what changes now
         batches = tl.load(tracked) + 1
@@ -256,32 +258,32 @@ def forward_columns(
         if CUMULATIVE:
             newest = 1 / (newest * 0 + batches)
         if (MOVES >> 29) & 1:
-            track(c, inside, used_mean, used_var, newest, running_mean, running_var, CENTERED)
+            track(c, inside, applied_mean, applied_var, newest, running_mean, running_var, CENTERED)
         else:
             bessel = tl.full((1,), 1.0, ACC) * rows / tl.maximum(rows - 1, 1)
             track(c, inside, mean, var * bessel, newest, running_mean, running_var, True)
         whole = zero == 0
         if ROWS > 0:
             take0: tl.constexpr = (MOVES >> 3) & 7
-            new, gate = taken(mean, var, used_mean, used_var, take0)
+            new, gate = taken(mean, var, applied_mean, applied_var, take0)
             whole = move_row(row0, old0, weight0, now0, c, inside, whole, new, gate)
         if ROWS > 1:
             take1: tl.constexpr = (MOVES >> 6) & 7
-            new, gate = taken(mean, var, used_mean, used_var, take1)
+            new, gate = taken(mean, var, applied_mean, applied_var, take1)
             whole = move_row(row1, old1, weight1, now0, c, inside, whole, new, gate)
         if ROWS > 2:
             take2: tl.constexpr = (MOVES >> 9) & 7
-            new, gate = taken(mean, var, used_mean, used_var, take2)
+            new, gate = taken(mean, var, applied_mean, applied_var, take2)
             whole = move_row(row2, old2, weight2, now0, c, inside, whole, new, gate)
         if ROWS > 3:
             take3: tl.constexpr = (MOVES >> 12) & 7
-            new, gate = taken(mean, var, used_mean, used_var, take3)
+            new, gate = taken(mean, var, applied_mean, applied_var, take3)
             whole = move_row(row3, old3, weight3, now0, c, inside, whole, new, gate)
         if WINDOWS > 0:
-            new, gate = taken(mean, var, used_mean, used_var, (MOVES >> 17) & 7)
+            new, gate = taken(mean, var, applied_mean, applied_var, (MOVES >> 17) & 7)
             push(window0, table0, new, c, inside & finite(gate), channels, length0, BLOCK_W)
         if WINDOWS > 1:
-            new, gate = taken(mean, var, used_mean, used_var, (MOVES >> 20) & 7)
+            new, gate = taken(mean, var, applied_mean, applied_var, (MOVES >> 20) & 7)
             push(window1, table1, new, c, inside & finite(gate), channels, length1, BLOCK_W)
         if COUNTERS > 0 or CUMULATIVE:
             last, bad = arrive(block_counter, tl.sum((inside & (whole == 0)).to(tl.int32), 0))

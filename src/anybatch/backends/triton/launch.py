@@ -85,7 +85,7 @@ def forward(
     y: Tensor,
     weight: Tensor,
     bias: Tensor,
-    used: Tensor,
+    applied: Tensor,
     own: Tensor,
     running: tuple[Tensor, Tensor, Tensor],
     block_counter: Tensor,
@@ -104,8 +104,8 @@ def forward(
         y: Output, to be written.
         weight: Scale.
         bias: Shift.
-        used: Takes the statistics to normalize by, ``(rows, all groups, K)``.
-        own: Takes the groups' own, ``(2, all groups, C)``; it may be `used`.
+        applied: Takes the statistics to normalize by, ``(rows, all groups, K)``.
+        own: Takes the groups' own, ``(2, all groups, C)``; it may be `applied`.
         running: Running mean, running variance, batches tracked.
         block_counter: A whole number on the device that is 0.
         spec: The method.
@@ -139,7 +139,7 @@ def forward(
         target,
         weight,
         bias,
-        used,
+        applied,
         own,
         *running,
         *padded(kept.rows, ROWS, weight),
@@ -152,7 +152,7 @@ def forward(
         *plan.cut,
         groups,
         group,
-        used.shape[1],
+        applied.shape[1],
         plan.tiles * plan.part_block[0],
         plan.parts,
         *padded(tuple(lengths), WINDOWS, 1),
@@ -211,7 +211,7 @@ def backward(
     x: Tensor,
     dx: Tensor,
     weight: Tensor,
-    used: Tensor,
+    applied: Tensor,
     slopes: Tensor,
     tracked: Tensor,
     block_counter: Tensor,
@@ -231,7 +231,7 @@ def backward(
         x: Input.
         dx: Takes the gradient of the input.
         weight: Scale.
-        used: Statistics that it was normalized by.
+        applied: Statistics that it was normalized by.
         slopes: Takes each group's gradients of bias and scale, ``(2, all groups, C)``.
         tracked: Batches tracked.
         block_counter: A whole number on the device that is 0.
@@ -253,9 +253,9 @@ def backward(
             backward_parts,
             plan,
             layout,
-            (dy, x, used, source),
+            (dy, x, applied, source),
             start,
-            (group, used.shape[1]),
+            (group, applied.shape[1]),
             AT_CENTER=max(spec.method.forward.row("center"), 0),
             WIDTH=layout.width,
         )
@@ -266,7 +266,7 @@ def backward(
         source,
         target,
         weight,
-        used,
+        applied,
         slopes,
         *padded(kept.rows, 1, weight),
         *padded(kept.windows, 1, weight),
@@ -278,7 +278,7 @@ def backward(
         *plan.cut,
         groups,
         group,
-        used.shape[1],
+        applied.shape[1],
         plan.parts,
         length,
         *halves((eps, update_weight, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),

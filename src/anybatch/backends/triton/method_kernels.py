@@ -42,12 +42,12 @@ def _fixed(options: tuple[float, ...]) -> Flags:
 
 @cache
 def _kernels(name: str, fixed: Flags, fixed_backward: Flags, numbers: int) -> Kernels:
-    forward, backward, tracks_used, _ = RULE_SETS[name]
+    forward, backward, tracks_applied, _ = RULE_SETS[name]
     return Kernels(
         with_rule(forward_columns, "choose", forward, fixed),
         with_rule(backward_columns, "average", backward, fixed_backward),
         sum(bit for bit, name in _USES if name in forward.uses),
-        moves_of(forward, numbers, tracks_used),
+        moves_of(forward, numbers, tracks_applied),
         moves_of(backward, 0, False),
     )
 

@@ -17,10 +17,10 @@ from anybatch.backends.triton.tiles import pool
 _BAD: tl.constexpr = tl.constexpr(2**32)  # what a channel that may not be kept adds to that
 _BATCH_VAR: tl.constexpr = tl.constexpr(places.BATCH_VAR)
 _BATCH_MEAN: tl.constexpr = tl.constexpr(places.BATCH_MEAN)
-_USED_MEAN: tl.constexpr = tl.constexpr(places.USED_MEAN)
+_APPLIED_MEAN: tl.constexpr = tl.constexpr(places.APPLIED_MEAN)
 
 
-def moves_of(part: places.Part, numbers: int, tracks_used: bool) -> int:
+def moves_of(part: places.Part, numbers: int, tracks_applied: bool) -> int:
     """Encode as one number what the state of a method takes in.
 
     From the lowest bit on: rows (3 bits) and what each of four takes in (3 each), windows (2) and
@@ -34,7 +34,7 @@ def moves_of(part: places.Part, numbers: int, tracks_used: bool) -> int:
     fields += [(take, 3) for take in (*part.windows, 0, 0)[: places.WINDOWS]]
     fields += [(len(part.counters), 2)]
     fields += [(int(one), 1) for one in (*part.counters, False, False)[: places.COUNTERS]]
-    fields += [(numbers, 2), (int(tracks_used), 1)]
+    fields += [(numbers, 2), (int(tracks_applied), 1)]
     moves = at = 0
     for value, bits in fields:
         moves, at = moves | value << at, at + bits
@@ -147,7 +147,7 @@ def read_number(place, READ: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def taken(mean, var, used_mean, used_var, TAKE: tl.constexpr):
+def taken(mean, var, applied_mean, applied_var, TAKE: tl.constexpr):
     """The value that state takes in, and the variance that must be finite for it."""
     if TAKE <= _BATCH_VAR:
         gate = var
@@ -156,11 +156,11 @@ def taken(mean, var, used_mean, used_var, TAKE: tl.constexpr):
         else:
             value = var
     else:
-        gate = used_var
-        if TAKE == _USED_MEAN:
-            value = used_mean
+        gate = applied_var
+        if TAKE == _APPLIED_MEAN:
+            value = applied_mean
         else:
-            value = used_var
+            value = applied_var
     return value, gate
 
 

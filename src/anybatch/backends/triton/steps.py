@@ -35,19 +35,19 @@ def forward(
     spec, num_statistics, channels = call.spec, call.num_statistics, x.shape[1]
     groups = len(call.cut[0])
     with _on(x):
-        y, used = torch.empty_like(x), weight.new_empty(spec.rows, groups, num_statistics)
-        own = used if num_statistics == channels else weight.new_empty(2, groups, channels)
-        tensors = (x, y, weight, bias, used, own, running, _zero(x, block_counter), spec)
+        y, applied = torch.empty_like(x), weight.new_empty(spec.rows, groups, num_statistics)
+        own = applied if num_statistics == channels else weight.new_empty(2, groups, channels)
+        tensors = (x, y, weight, bias, applied, own, running, _zero(x, block_counter), spec)
         for step in steps_of(x, call):
             launch.forward(*tensors, *step, call.update_weight, call.eps, call.update)
-    return y, used
+    return y, applied
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    used: Tensor,
+    applied: Tensor,
     tracked: Tensor,
     call: NormCall,
     wanted: bool,
@@ -59,7 +59,7 @@ def backward(
         dy: Gradient of the output, as ``x`` in type and memory.
         x: Input.
         weight: Scale.
-        used: Statistics of the forward.
+        applied: Statistics of the forward.
         tracked: Batches tracked.
         call: How.
         wanted: Whether the input needs a gradient.
@@ -68,11 +68,11 @@ def backward(
     Returns:
         Gradients of the input, empty where it is not wanted, and of shift and scale, ``(2, C)``.
     """
-    groups = used.shape[1]
+    groups = applied.shape[1]
     with _on(x):
         dx = torch.empty_like(x) if wanted else x.new_empty(0)
         slopes = weight.new_empty((2, groups, *weight.shape) if groups > 1 else (2, *weight.shape))
-        state = (used, slopes, tracked, _zero(x, block_counter), call.spec)
+        state = (applied, slopes, tracked, _zero(x, block_counter), call.spec)
         update_weight, eps, update = call.update_weight, call.eps, call.update
         for step in steps_of(x, call):
             launch.backward(dy, x, dx, weight, *state, *step, update_weight, eps, update, wanted)
