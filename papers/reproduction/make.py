@@ -15,7 +15,7 @@ from papers.paper_run import PaperRun
 from papers.reproduction.costs import measure_costs
 from papers.reproduction.recording import record
 from papers.reproduction.runs import CostRun, Job, job_of
-from papers.reproduction.spec import Task, reproductions, start_of, starts
+from papers.reproduction.spec import Task, reproductions, shipped_weights, start_of, starts
 from papers.reproduction.store import SCHEMA, Row, Store
 from papers.studies.example_weight import tuned_on_halves
 
@@ -63,11 +63,17 @@ def to_train(tasks: list[Task], rows: Mapping[str, Row], folder: Path) -> list[T
     waiting = missing(tasks, rows)
     begun = {start.key for task in waiting if (start := start_of(task.run)) is not None}
     again = [task for task in tasks if task.run.key in begun and task not in waiting]
-    return [task for task in again if not _weights_file(folder, task.run).is_file()] + waiting
+    return [task for task in again if not _trained(folder, task.run).is_file()] + waiting
 
 
 def _weights_file(folder: Path, run: Job) -> Path:
     return folder / "runs" / f"{run.key}.pt"
+
+
+def _trained(folder: Path, run: Job) -> Path:
+    """The weights that a run left in a store, else those that come with the papers."""
+    own = _weights_file(folder, run)
+    return own if own.is_file() else shipped_weights(run)
 
 
 def _answers(row: Row | None, task: Task) -> bool:
@@ -276,7 +282,7 @@ def _weights(folder: Path, run: PaperRun) -> "Mapping[str, Tensor]":
     """Load the weights that a run has left."""
     import torch
 
-    kept = torch.load(_weights_file(folder, run), map_location="cpu", weights_only=True)
+    kept = torch.load(_trained(folder, run), map_location="cpu", weights_only=True)
     weights: Mapping[str, Tensor] = kept["model"]
     return weights
 

@@ -14,6 +14,7 @@ from papers.reproduction.readings import COSTS, NOISE, STATISTICS
 from papers.reproduction.runs import CostRun, Job, RecordedRun, trained
 
 FOLDER = Path(__file__).parents[1] / "specs"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 SIZES = ("small", "paper")
 MEASURES = ("last", "mean of 5", "tuned")
 UNITS = ("accuracy", "error", "mean IoU", "AP")
@@ -397,7 +398,9 @@ def tasks(
                 found[run.identity] = Task(run, weighed, name, flops, steps)
     for task in list(found.values()):
         start = start_of(task.run)
-        if start is not None and start.identity not in found:
+        if start is None or shipped_weights(start).is_file():
+            continue
+        if start.identity not in found:
             costs = _cost(start, _KNOWN.get(start.data, (1, 0)))
             found[start.identity] = Task(start, False, task.name, *costs)
     return sorted(found.values(), key=lambda task: (task.run.seed, -task.flops))
@@ -406,6 +409,11 @@ def tasks(
 def start_of(job: Job) -> PaperRun | None:
     """The run whose trained network a job starts from; None if it starts from scratch."""
     return job.start_run if isinstance(job, PaperRun) else None
+
+
+def shipped_weights(job: Job) -> Path:
+    """Where weights of a network that others start from come with the papers, if they do."""
+    return WEIGHTS / f"{job.identity}.pt"
 
 
 @cache

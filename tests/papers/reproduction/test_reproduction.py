@@ -568,6 +568,24 @@ def test_runs_start_from_the_trained_network_of_another_run(
     assert {task.run.key for task in to_train(wanted, rows, folder)} == {start.key, still.key}
 
 
+def test_runs_start_from_weights_that_come_with_the_papers(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny / "reproductions" / "started.json").write_text(json.dumps(STARTED))
+    clear_caches()
+    monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
+    monkeypatch.setattr(reproduction, "WEIGHTS", tiny / "weights")
+    start = next(t.run for t in tasks(chosen(["started"]), "small") if not t.run.pretrained)
+    network = prepare(start, load(start)).model
+    (tiny / "weights").mkdir()
+    torch.save({"model": network.state_dict()}, tiny / "weights" / f"{start.identity}.pt")
+    wanted = tasks(chosen(["started"]), "small")
+    assert all(task.run.pretrained for task in wanted)  # nothing else is trained
+    folder = tiny / "store"
+    assert make(wanted, folder, 1, lambda *_: None, "").added == len(wanted) == 2
+    assert to_train(wanted, {}, folder) == wanted
+
+
 def test_a_start_of_another_network_is_refused() -> None:
     run = PaperRun(method="bn", start=tuple(START.items()), model="mlp")
     state = prepare(run, load(run)).model.state_dict()
