@@ -13,6 +13,7 @@ from anybatch.core.norm_layer import NormLayer
 from method_cases import NAMES, batch, make, same, state, step
 
 FEW = ["bn", "mabn", "cbn"]
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}  # where a compiler orders sums in another way
 
 
 def several(name: str, memories: int = 3, **options: object) -> NormLayer:
@@ -261,5 +262,5 @@ def test_a_compiled_layer_has_the_memories_of_one_that_is_not(name: str) -> None
     for _ in range(3):
         x = batch(6)
         dy = torch.randn_like(x)
-        assert all(map(torch.allclose, step(layer, x, dy), step(compiled, x, dy)))
-    assert same(state(layer), state(other))
+        torch.testing.assert_close(step(compiled, x, dy), step(layer, x, dy), **CLOSE)
+    torch.testing.assert_close(state(other), state(layer), **CLOSE)
