@@ -398,11 +398,10 @@ def tasks(
                 found[run.identity] = Task(run, weighed, name, flops, steps)
     for task in list(found.values()):
         start = start_of(task.run)
-        if start is None or shipped_weights(start).is_file():
+        if start is None or start.identity in found or shipped_weights(start).is_file():
             continue
-        if start.identity not in found:
-            costs = _cost(start, _KNOWN.get(start.data, (1, 0)))
-            found[start.identity] = Task(start, False, task.name, *costs)
+        costs = _cost(start, _KNOWN.get(start.data, (1, 0)))
+        found[start.identity] = Task(start, False, task.name, *costs)
     return sorted(found.values(), key=lambda task: (task.run.seed, -task.flops))
 
 
@@ -412,7 +411,7 @@ def start_of(job: Job) -> PaperRun | None:
 
 
 def shipped_weights(job: Job) -> Path:
-    """Where weights of a network that others start from come with the papers, if they do."""
+    """The file of a start network's weights that comes with the papers, which may not exist."""
     return WEIGHTS / f"{job.identity}.pt"
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,8 @@ from anybatch.core.files import write_json
 from anybatch.layers.control import accumulate
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.machine import machine
-from anybatch.tools.objective import objective
 from anybatch.tools.run import Run
-from anybatch.tools.training import Training, prepare, step, train_epoch
+from anybatch.tools.training import Training, prepare, train_epoch
 
 
 class Trained(NamedTuple):
@@ -52,29 +51,28 @@ def train_replayed(run: Run, data: Dataset, batches: int) -> Trained:
         batches: Batches whose statistics are joined, the current one included; 1 replays none.
     """
     training = prepare(run, data)
-    if batches == 1:
-        rows = [train_epoch(run, training, data, epoch + 1) for epoch in range(run.epochs)]
-        return Trained(rows[-1]["accuracy"], sum(row["seconds"] for row in rows))
+    if batches > 1:
+        training = training._replace(loss=_replaying(training, batches))
+    rows = [train_epoch(run, training, data, epoch + 1) for epoch in range(run.epochs)]
+    return Trained(rows[-1]["accuracy"], sum(row["seconds"] for row in rows))
+
+
+def _replaying(training: Training, batches: int) -> Callable[[Tensor, Any], Tensor]:
+    """The loss of a training that replays old inputs before each batch."""
     joined, kept = accumulate(training.model, 2), deque[Tensor](maxlen=batches - 1)
-    start = time.perf_counter()
-    for epoch in range(1, run.epochs + 1):
-        training.model.train()
-        for x, y in objective(run).batches(run, data, epoch):
-            replay(training, kept)
-            step(run, training, x, y)
-            joined.end_step()  # also where there was nothing to replay
-            training.learning_rate.step()
-            kept.append(x)
-        if training.progress is not None:
-            training.progress.step()
-    seconds = time.perf_counter() - start
-    _, numbers = objective(run).evaluate(run, training.model, data)
-    return Trained(numbers["accuracy"], seconds)
+
+    def loss(x: Tensor, y: Any) -> Tensor:
+        joined.end_step()  # the last one may have had nothing to replay
+        replay(training, kept)
+        kept.append(x)
+        return training.loss(x, y)
+
+    return loss
 
 
 @torch.no_grad()
 def replay(training: Training, kept: deque[Tensor]) -> None:
-    """Let the layers see old inputs, as the first forward of an optimizer step."""
+    """Run old inputs through the network, as the first forward of an optimizer step."""
     if kept:
         training.model(torch.cat(list(kept)))
 

@@ -29,7 +29,7 @@ def apart(layer: NormLayer, memories: int = 3) -> list[NormLayer]:
 
 
 def kept(layer: NormLayer, at: int) -> dict[str, Tensor]:
-    """What a layer's checkpoint holds of a memory, without what no forward moves."""
+    """The part of a layer's checkpoint that belongs to one memory and that forwards update."""
     found = state(layer)
     if at:
         start = f"memories.{at}."

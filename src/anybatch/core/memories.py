@@ -19,7 +19,7 @@ Self = TypeVar("Self", bound="MemoriesLayer")
 
 
 def check_memories(memories: int, norm_batch_size: int | None) -> None:
-    """Raise for a number of memories that is none, or that nothing is shared out to."""
+    """Raise for a number below 1, or for several memories without a `norm_batch_size`."""
     check_count("memories", memories)
     if memories > 1 and norm_batch_size is None:
         raise ValueError(f"memories={memories}: give norm_batch_size, the examples that go to each")
@@ -39,27 +39,23 @@ class MemoriesLayer(DispatchedLayer):
     _others: tuple[Any, ...] = ()
 
     def lender(self: Self) -> Callable[[Self, slice], None]:
-        """A function that gives a memory's layer what it needs beside some examples of a batch."""
+        """Return a function that gives a layer the bound layer's call for some examples, if any."""
         return lambda layer, examples: None
 
     def _normalize_in_turn(
         self, x: Tensor, source: ReductionScope | None, then: Activation | None
     ) -> Tensor:
-        """The training forward of a batch, each normalization batch by the next memory.
+        """Run the training forward; each normalization batch uses the next memory.
 
         A compiler breaks its graph here: it cannot make the further memories' layers.
         """
         layers = (self, *self._follow())
-        parts = x.split(self.norm_batch_size or x.shape[0])
-        lend, done, first = self.lender(), [], 0
-        for at, part in enumerate(parts):
-            layer, examples = layers[at % len(layers)], slice(first, first + part.shape[0])
-            scope = source
-            if source is not None and source.mask is not None:
-                scope = source._replace(mask=source.mask[examples])
+        size = self.norm_batch_size or x.shape[0]
+        lend, done = self.lender(), []
+        for at, part in enumerate(x.split(size)):
+            layer, examples = layers[at % len(layers)], slice(at * size, (at + 1) * size)
             lend(layer, examples)
-            done.append(layer._by_own_memory(part, scope))
-            first = examples.stop
+            done.append(layer._by_own_memory(part, source and source.at(examples)))
         y = torch.cat(done)
         return y if then is None else then.of(y, fresh=True)
 
@@ -132,6 +128,6 @@ class MemoriesLayer(DispatchedLayer):
         self._others = tuple(others) if fits else ()
 
     def _moved(self) -> list[tuple[str, Tensor]]:
-        """Tensors that a forward moves, by name."""
+        """The tensors that a forward updates, by name."""
         tensors = {**self._buffers, **self.method_state}
         return [(n, t) for n, t in tensors.items() if t is not None and n not in self.set_state]

@@ -266,8 +266,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if update:
             examples = slice(first, first + batch.examples())
             feed = feed and feed.at(examples)
-            if source is not None and source.mask is not None:
-                source = ReductionScope(source.mask[examples], source.group, source.name)
+            source = source and source.at(examples)
             self._record(mean, var, batch, feed, y[examples], source)
         return chosen
 

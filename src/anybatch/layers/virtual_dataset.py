@@ -192,7 +192,7 @@ class VirtualDataset(nn.Module):
         return torch.cat([rows for pair in zip(virtual, pieces, strict=True) for rows in pair])
 
     def _draw(self, key: int | str | None, place: int, like: Tensor, count: int) -> Tensor:
-        """So many virtual rows of one input, the same on every device."""
+        """Draw `count` virtual rows of one input, the same on every device."""
         number = random.Random(f"{self.seed}/{self.step}/{place}").getrandbits(63)
         generator = torch.Generator().manual_seed(number)
         shape = (count, *like.shape[1:])

@@ -541,16 +541,20 @@ def stale(docs: Path) -> list[Path]:
     ]
 
 
-def test_runs_start_from_the_trained_network_of_another_run(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def started(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reproduction whose runs start from another's network, beside those of `tiny`."""
     (tiny / "reproductions" / "started.json").write_text(json.dumps(STARTED))
     clear_caches()
     monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
+    return tiny
+
+
+def test_runs_start_from_the_trained_network_of_another_run(started: Path) -> None:
     wanted = tasks(chosen(["started"]), "small")
     runs = [task.run for task in wanted if isinstance(task.run, PaperRun)]
     assert [run.pretrained for run in runs].count(False) == 1  # the start is trained as well
-    folder = tiny / "store"
+    folder = started / "store"
     made = make(wanted, folder, 1, lambda *_: None, "")
     assert made.added == len(wanted) == 3
     start = next(run for run in runs if not run.pretrained)
@@ -569,19 +573,16 @@ def test_runs_start_from_the_trained_network_of_another_run(
 
 
 def test_runs_start_from_weights_that_come_with_the_papers(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+    started: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tiny / "reproductions" / "started.json").write_text(json.dumps(STARTED))
-    clear_caches()
-    monkeypatch.setattr("papers.reproduction.make.in_processes", in_this_process)
-    monkeypatch.setattr(reproduction, "WEIGHTS", tiny / "weights")
+    monkeypatch.setattr(reproduction, "WEIGHTS", started / "weights")
     start = next(t.run for t in tasks(chosen(["started"]), "small") if not t.run.pretrained)
     network = prepare(start, load(start)).model
-    (tiny / "weights").mkdir()
-    torch.save({"model": network.state_dict()}, tiny / "weights" / f"{start.identity}.pt")
+    (started / "weights").mkdir()
+    torch.save({"model": network.state_dict()}, started / "weights" / f"{start.identity}.pt")
     wanted = tasks(chosen(["started"]), "small")
     assert all(task.run.pretrained for task in wanted)  # nothing else is trained
-    folder = tiny / "store"
+    folder = started / "store"
     assert make(wanted, folder, 1, lambda *_: None, "").added == len(wanted) == 2
     assert to_train(wanted, {}, folder) == wanted
 

@@ -87,7 +87,7 @@ class ConvCall(NamedTuple):
     output: Tensor
 
     def at(self, examples: slice) -> "ConvCall":
-        """What it did with some examples."""
+        """The call for some examples of the batch."""
         return self._replace(x=self.x[examples], output=self.output[examples])
 
 
