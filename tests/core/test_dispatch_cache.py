@@ -108,8 +108,13 @@ def test_swapped_parameters_are_those_of_the_call() -> None:
     assert torch.equal(y, own["bias"].view(-1, 1, 1).expand_as(y))
 
 
-def test_a_tensor_that_outlived_a_transform_is_a_tensor() -> None:
+@pytest.mark.parametrize("way", ["plain", "mask", "micro-batches"])
+def test_a_tensor_that_outlived_a_transform_is_a_tensor(way: str) -> None:
     layer, x, kept = make("bn"), batch(4), []
+    if way == "mask":
+        layer.mask = torch.arange(4) < 3
+    elif way == "micro-batches":
+        anybatch.accumulate(layer, 2)
     for _ in range(2):
         step(layer, x)
     fresh = copy.deepcopy(layer)

@@ -334,6 +334,22 @@ def test_masked_tokens_in_rows_give_what_packed_ones_give() -> None:
     torch.testing.assert_close(y[mask.flatten() > 0], plain(x[mask > 0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_a_mask_may_be_written_to_before_the_backward_pass(dtype: torch.dtype) -> None:
+    layer, x = anybatch.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    mask = (torch.rand(4, 5, 5) < 0.7).to(dtype)
+    found = []
+    for change in (False, True):
+        leaf = x.clone().requires_grad_()
+        given = mask.clone()
+        y = layer(leaf, given)
+        if change:
+            given.fill_(1)
+        y.square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 def test_virtual_rows_need_no_mask() -> None:
     net = anybatch.convert(nn.Sequential(nn.BatchNorm2d(3)), "fs+vdn", ratio=1.0)
     wrapped = anybatch.VirtualDataset(net, 0.0, 1.0, 2, seed=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from anybatch.backends import BACKENDS, choice
 from anybatch.backends.protocol import Backend, Contribution, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
-from anybatch.core.autograd import Pass, WithBackwardMemory, normalize
+from anybatch.core.autograd import Normalize, Pass, WithBackwardMemory, apply_plain, normalize
 from anybatch.core.fused_activation import Activation
 from anybatch.core.kernel_guard import fault_of, refuse
 from anybatch.core.transforms import is_wrapped
@@ -168,7 +168,8 @@ def run_plan(
     else:
         how = Pass(plan.backend, call, layer, state, inside, contexts)
         try:
-            y = normalize(x, rows[0], rows[1], how, residual)
+            apply = Normalize.apply if is_wrapped(x) else apply_plain  # it outlived its transform
+            y = apply(x, rows[0], rows[1], residual, how)
         except KernelFailure as failure:
             refuse(plan.backend, call, x, layer, failure)
             return None

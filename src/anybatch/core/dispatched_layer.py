@@ -153,7 +153,8 @@ class DispatchedLayer(InferenceLayer):
         counts = tuple(size * x.shape[2:].numel() for size in cut.sizes)
         if source is not None and source.mask is not None:
             mask = source.mask.contiguous()
-            counts = tuple(int(part.count_nonzero()) for part in mask.split(cut.sizes))
+            parts = mask.split(cut.sizes) if len(cut.sizes) > 1 else (mask,)
+            counts = tuple(int(part.count_nonzero()) for part in parts)
             source = source._replace(mask=mask)
         return Contribution(counts, source, self, self.step)
 

@@ -228,21 +228,22 @@ class StepMemory:
         return 0.0 if self._begins(way) else float(count), mean, var
 
     def keep(
-        self,
-        way: str,
-        before: float | Tensor,
-        count: float | Tensor,
-        mean: Tensor | None,
-        var: Tensor,
+        self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
     ) -> None:
         """Keep the statistics of all micro-batches, with one of so many values, if finite."""
-        finite: Any = is_finite(var.abs()).all()
-        on_host = isinstance(before, float)
+        finite = is_finite(var.abs()).all()
         self.tensors[way + "count"].copy_(before + count * finite)
         for name, new in (("mean", mean), ("var", var)):
-            if new is not None and (finite if on_host else True):
+            if new is not None:
                 kept = self.tensors[way + name]
-                kept.copy_(new if on_host else torch.where(finite, new, kept))
+                kept.copy_(torch.where(finite, new, kept))
+
+    def keep_numbers(self, way: str, count: float, mean: Tensor | None, var: Tensor | None) -> None:
+        """Keep statistics of so many values, known on the host; None as they are."""
+        self.tensors[way + "count"].fill_(count)
+        for name, new in (("mean", mean), ("var", var)):
+            if new is not None:
+                self.tensors[way + name].copy_(new)
 
 
 class StepBackward(NamedTuple):

@@ -241,7 +241,9 @@ def fit_mask(mask: Tensor, x: Tensor, name: str) -> Tensor:
     if not isinstance(mask, Tensor) or mask.is_floating_point():
         what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask of type {what}: give a tensor of bool, true where input is valid")
-    valid, spatial = as_plain(mask).to(x.device) != 0, x.shape[2:]
+    valid, spatial = as_plain(mask).to(x.device), x.shape[2:]
+    # A tensor of its own: the caller may write into theirs before the backward pass.
+    valid = valid.clone() if valid.dtype is torch.bool else valid != 0
     if valid.dim() == x.dim() and x.dim() > 2 and valid.shape[1] == 1:
         valid = valid.squeeze(1)
     if not spatial and valid.dim() > 1 and valid.shape[0] != x.shape[0] == valid.numel():

@@ -73,7 +73,7 @@ def run_forward(
             earlier = tuple(address_of(row, row.dtype, own.shape[2]) for row in rows)
     run((scope.mask, scope.counts.ctypes.data, *earlier, outliers, share, total, limit))
     if step is not None:
-        step.keep("", before, count, *torch.from_numpy(own[[0, -1], 0]))
+        _keep(step, "", before, count, own[0, 0], own[-1, 0])
 
 
 def run_backward(
@@ -93,5 +93,14 @@ def run_backward(
         share = count / (before + count)
         row = address_of(earlier, earlier.dtype, num_statistics)
     run((mask, counts, psis.ctypes.data, row, share))
-    step.keep(_BACKWARD, before, count, None, torch.from_numpy(psis[0]))
+    _keep(step, _BACKWARD, before, count, None, psis[0])
     step.leave(scope.layer, _BACKWARD, {}, True)
+
+
+def _keep(step: Any, way: str, before: float, count: float, mean: Array | None, var: Array) -> None:
+    """Keep the statistics of a step's micro-batches with one of so many values, if finite."""
+    if not np.isfinite(var).all():
+        step.keep_numbers(way, before, None, None)
+        return
+    first = None if mean is None else torch.from_numpy(mean)
+    step.keep_numbers(way, before + count, first, torch.from_numpy(var))
