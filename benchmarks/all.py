@@ -43,10 +43,18 @@ def cpu_tasks(tiny: bool) -> list[Task]:
     sizes = ("2", "4") if tiny else ("2", "32")
     steps = ("--networks", *networks, "--batch-sizes", *sizes)
     memory = ("--networks", networks[-1], "--batch-sizes", *sizes, "--shapes", *shapes)
+    low = ("--precision", "bfloat16", "float16", "--layers", "bn", "mabn", "brn")
+    low = ("--shapes", *shapes[:2], *low)
+    ways = ("--shapes", *shapes) if tiny else ()
+    parts = ("--networks", networks[-1], "--batch-sizes", sizes[1], "--norm-batch-size", "2")
+    parts = (*parts, "--methods", "bn", "mbn", "mabn", "brn", "cbn")
     return [
         Task("import", "import_time", (), 9),
         Task("layers", "layers", ("--shapes", *shapes)),
+        Task("layers-16-bit", "layers", low),
+        Task("modes", "modes", ways),
         Task("steps", "training_step", steps),
+        Task("steps-parts", "training_step", parts),
         Task("inference", "inference", ("--network", inference, "--batch-sizes", "1", sizes[1])),
         Task("memory-networks", "memory", ("--layers-csv", "memory-layers.csv", *memory), 1),
         Task("roofline", "roofline", ("--shapes", *shapes), 31),

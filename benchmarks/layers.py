@@ -50,16 +50,16 @@ LIGHT = (*METHODS, "nn.GroupNorm", "nn.SyncBatchNorm")
 BLOCK = 0.003  # seconds of a block on a CUDA device, many calls of which are under way at a time
 
 
-def method_layer(name: str, batch: int, channels: int) -> nn.Module:
+def method_layer(name: str, batch: int, channels: int, **common: object) -> nn.Module:
     """A method's layer as it is in most of a training; ghost batch norm has up to 16 groups."""
-    options = {
+    options: dict[str, object] = {
         "mbn": {"batch_size": batch, "ideal_batch_size": 4 * batch},
         "ghost": {"ghost_size": max(batch // 16, 1)},
         "bgn": {"num_groups": math.gcd(32, channels)},
     }.get(name, {})
     if "seed" in METHODS[name].options:
         options = {**options, "seed": 0}
-    layer = METHODS[name].build(channels, 2, **steady_options(name), **options)
+    layer = METHODS[name].build(channels, 2, **steady_options(name), **options, **common)
     if hasattr(layer, "set_progress"):
         layer.set_progress(2, 3)
     return layer

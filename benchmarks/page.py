@@ -35,7 +35,7 @@ def ratios(rows: Sequence[Measurement], question: str) -> str:
     """Ratios of a question: a line per name, a column per case, then their mean and the worst."""
     rows = [row for row in rows if row.question == question]
     columns, lines = cases(rows), []
-    several = question in ("layer", "step")
+    several = question in ("layer", "way", "step")
     for name in dict.fromkeys(row.name for row in rows):
         own = {(row.case, row.format): row.ratio for row in rows if row.name == name}
         cells = ["" if key not in own else f"{own[key]:.2f}" for key in columns]
@@ -76,6 +76,15 @@ def units(rows: Sequence[Measurement]) -> str:
     )
 
 
+def low_tables(rows: Sequence[Measurement]) -> str:
+    """A table for each type."""
+    types = dict.fromkeys(row.precision for row in rows)
+    return "\n\n".join(
+        f"{one}:\n\n{ratios([row for row in rows if row.precision == one], 'layer')}"
+        for one in types
+    )
+
+
 def tables(folder: Path) -> dict[str, str]:
     """The tables by the name of their mark."""
     rows = {path.stem: read_csv(path) for path in folder.glob("*.csv")}
@@ -106,7 +115,10 @@ def tables(folder: Path) -> dict[str, str]:
     networks = rows["memory-networks"]
     return {
         "layers": f"{made_on(folder / 'layers.csv')}\n\n{ratios(rows['layers'], 'layer')}",
+        "modes": f"{made_on(folder / 'modes.csv')}\n\n{ratios(rows['modes'], 'way')}",
+        "low": low_tables(rows["layers-16-bit"]),
         "steps": f"{made_on(folder / 'steps.csv')}\n\n{ratios(rows['steps'], 'step')}",
+        "parts": ratios(rows["steps-parts"], "step"),
         "inference": ratios(rows["inference"], "inference"),
         "memory": memory,
         "networks": f"{ratios(networks, 'kept')}\n\nAt most:\n\n{ratios(networks, 'peak')}",

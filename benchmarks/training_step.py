@@ -7,8 +7,8 @@ module:factory. With ``--cbn``, the ways of cross-iteration batch norm. With
 
     python benchmarks/training_step.py [--networks resnet8 resnet20] [--batch-sizes 2 32]
         [--inputs 3x32x32] [--methods bn mabn ...] [--precision float32] [--mode eager graph]
-        [--operators] [--channels-last] [--cbn] [--rounds 15] [--device cpu] [--threads 2]
-        [--csv steps.csv]
+        [--operators] [--channels-last] [--cbn] [--norm-batch-size 2] [--rounds 15]
+        [--device cpu] [--threads 2] [--csv steps.csv]
 """
 
 import sys
@@ -44,13 +44,15 @@ def main(typed: Sequence[str] | None = None, questions: tuple[str, ...] = ("step
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=MODES)
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--norm-batch-size", type=int, help="cut each batch into parts of so many")
     parser.add_argument("--block", type=float, default=0.05, help="seconds of a block")
     parser.add_argument("--cbn", action="store_true")
     parser.add_argument("--operators", action="store_true")
     given = parser.parse_args(typed)
     if given.operators:
         use_fused("always")
-    variants = {name: Variant(name) for name in given.methods}
+    cut = () if given.norm_batch_size is None else (("norm_batch_size", given.norm_batch_size),)
+    variants = {name: Variant(name, cut) for name in given.methods}
     if given.cbn:
         variants = {"bn": Variant("bn")}
         variants |= {name: Variant("cbn", options) for name, options in WAYS.items()}

@@ -446,8 +446,8 @@ def test_a_wrong_argument_of_bench_is_one_line_and_code_2(
 
 ONE = ("--threads", "1")
 SCRIPTS = (
-    *("all", "draw", "harness", "inference", "layers", "memory", "page", "peers", "roofline"),
-    "small_steps",
+    *("all", "draw", "harness", "inference", "layers", "memory", "modes", "page", "peers"),
+    *("roofline", "small_steps"),
 )
 
 
@@ -507,6 +507,19 @@ def test_layers_are_timed_and_drawn(
         scripts["layers"].main(["--layers", "nonsense"])
     with pytest.raises(SystemExit):
         scripts["draw"].main([str(BENCHMARKS / "draw.py")])
+
+
+def test_modes_are_relative_to_the_plain_layer(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    path = tmp_path / "modes.csv"
+    typed = [*ONE, "--shapes", "4x4x3x3", "--methods", "bn", "--rounds", "2", "--csv", str(path)]
+    assert scripts["modes"].main(typed) == 0
+    rows = {row.name: row for row in read_csv(path)}
+    others = ["a mask", "4 micro-batches", "outlier_limit", "two halves", "with a ReLU"]
+    assert list(rows) == ["plain", *others]
+    assert rows["plain"].ratio == 1
+    assert {row.question for row in rows.values()} == {"way"}
 
 
 @pytest.mark.exhaustive
@@ -584,7 +597,10 @@ def test_the_page_is_filled_from_the_files(
     page, shape = scripts["page"], scripts["harness"].SHAPES[0]
     for name, questions in {
         "layers": ["layer"],
+        "layers-16-bit": ["layer"],
+        "modes": ["way"],
         "steps": ["step"],
+        "steps-parts": ["step"],
         "inference": ["inference"],
         "memory-layers": ["kept", "peak"],
         "memory-networks": ["kept", "peak"],
@@ -595,7 +611,8 @@ def test_the_page_is_filled_from_the_files(
     typed = [*ONE, "--shapes", "4x8x16x16", "--layers", "bn", "bs", "--rounds", "1"]
     assert scripts["roofline"].main([*typed, "--csv", str(tmp_path / "roofline.csv")]) == 0
     found = page.tables(tmp_path)
-    assert "| b | 0.25 | 0.25 | 0.25 |" in found["layers"]
+    for name in ("layers", "low", "modes", "steps", "parts"):
+        assert "| b | 0.25 | 0.25 | 0.25 |" in found[name]
     assert "| b | 0.25 | 0.25 |" in found["memory"]
     assert "| bs | 2.03 | 3.06 |" in found["roofline"]
     docs = tmp_path / "docs"

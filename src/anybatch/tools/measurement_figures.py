@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _ACROSS = 3  # panels side by side
 _WORDS = {
     "layer": "a layer, forward and backward",
+    "way": "a layer in other ways, forward and backward",
     "step": "a training step",
     "inference": "inference",
     "kept": "memory kept for backward",

@@ -18,8 +18,8 @@ class Measurement(NamedTuple):
     """One figure, and its ratio to the baseline's.
 
     Attributes:
-        question: What was asked: "layer", "step", "inference", "kept", "peak" ... Of `SHARES` the
-            ratio is a share of the bandwidth of a copy, of which more is better.
+        question: What was asked: "layer", "way", "step", "inference", "kept", "peak" ... Of
+            `SHARES` the ratio is a share of the bandwidth of a copy, of which more is better.
         case: What it was measured on: a shape, or a network and its batch.
         format: "contiguous" or "channels_last".
         precision: "float32", "bfloat16" or "float16".
