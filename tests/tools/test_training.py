@@ -1,5 +1,6 @@
 """Runs: what they are, what they train on, and that they go on where they were stopped."""
 
+import copy
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from anybatch.tools.images import ImageFiles
 from anybatch.tools.report_files import output_folder
 from anybatch.tools.run import MODELS, Run
 from anybatch.tools.timing import time_steps
-from anybatch.tools.training import method_options, prepare, step, train
+from anybatch.tools.training import method_options, prepare, step, train, train_epoch
 from interrupted import train_stopped_after_each_epoch
 
 SMALL = {"train_size": 24, "epochs": 3}
@@ -46,6 +47,7 @@ SMALL = {"train_size": 24, "epochs": 3}
         ({"batch_size": 0}, "batch_size=0: give a whole number from 1 on"),
         ({"epochs": 1.5}, "epochs=1.5"),
         ({"norm_batch_size": 3}, "norm_batch_size=3: give a number from 1 to batch_size=2"),
+        ({"small_epochs": 3}, "small_epochs=3: give norm_batch_size or accumulate"),
         ({"seed": -1}, "seed=-1"),
         ({"lr": -0.1}, "lr=-0.1"),
         ({"precision": "fp8"}, "precision='fp8': give one of 'float32'"),
@@ -427,12 +429,17 @@ def test_a_network_of_images_refuses_vectors() -> None:
 
 
 LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
+GROWING = ({"norm_batch_size": 2}, {"accumulate": 4})  # before batches are whole
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [*((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")), ("mbn", LATER)],
+    [
+        *((name, {}) for name in ("torch", "mbn", "mabn", "brn", "bgn", "gn")),
+        ("mbn", LATER),
+        *(("mabn", {"batch_size": 8, "small_epochs": 1, **cut}) for cut in GROWING),
+    ],
 )
 def test_a_stopped_training_ends_with_the_same_numbers(
     tmp_path: Path, method: str, settings: dict[str, object]
@@ -447,6 +454,27 @@ def test_a_stopped_training_ends_with_the_same_numbers(
     assert timeless[0] == timeless[1]
     assert [p.suffix for p in (tmp_path / "stopped" / "runs").iterdir()] == [".json"]
     assert train(run, tmp_path / "stopped") == again  # a finished run is not trained again
+
+
+@pytest.mark.parametrize(
+    ("method", "cut"), [("torch", GROWING[1]), *(("bn", cut) for cut in GROWING)], ids=str
+)
+def test_after_small_batches_come_whole_ones(method: str, cut: dict[str, int]) -> None:
+    run = Run(method=method, train_size=24, batch_size=8, epochs=2, small_epochs=1, **cut)
+    data = load(run)
+    small, again = prepare(run, data), prepare(run, data)
+    for training in (small, again):
+        train_epoch(run, training, data, 1)
+    other = run.but(norm_batch_size=None, accumulate=1, small_epochs=None)
+    plain = prepare(other, data)
+    plain.model.load_state_dict(small.model.state_dict())
+    plain.optimizer.load_state_dict(copy.deepcopy(small.optimizer.state_dict()))
+    plain.learning_rate.load_state_dict(small.learning_rate.state_dict())
+    rows = [train_epoch(run, small, data, 2), train_epoch(other, plain, data, 2)]
+    assert rows[0]["train_loss"] == rows[1]["train_loss"]
+    assert rows[0]["test_loss"] == rows[1]["test_loss"]
+    still_small = train_epoch(run.but(small_epochs=2), again, data, 2)
+    assert rows[0]["train_loss"] != still_small["train_loss"]
 
 
 @pytest.mark.exhaustive

@@ -34,6 +34,8 @@ class Run:
         accumulate: Micro-batches per step (gradient accumulation).
         centralize: Centralize the weights of the layers that feed norms, whatever the method.
         norm_batch_size: Examples that share statistics; None is batch_size.
+        small_epochs: Epochs in which norm_batch_size or accumulate cuts batches; whole batches
+            follow. None is all.
         epochs: Passes over the training set.
         norm_epochs: Epochs over which `anybatch.NormScheduler` moves the norms; None is all.
         seed: Seed of weights, order, noise and augmentation.
@@ -63,6 +65,7 @@ class Run:
     # Settings added after the first results were stored. They enter the digest of a run only where
     # they are used, so that the names of older runs stay valid.
     added_later: ClassVar[tuple[str, ...]] = (
+        "small_epochs",
         "norm_epochs",
         "milestones",
         "norm_decay",
@@ -77,6 +80,7 @@ class Run:
     method: str = BASELINE
     batch_size: int = 2
     norm_batch_size: int | None = None
+    small_epochs: int | None = None
     accumulate: int = 1
     centralize: bool = False
     epochs: int = 12
@@ -103,8 +107,8 @@ class Run:
         check_choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "epochs", "image_size", "accumulate"):
             check_count(name, getattr(self, name))
-        optional = ("norm_batch_size", "norm_epochs", "train_size", "validation_size", "test_size")
-        for name in optional:
+        sizes = ("train_size", "validation_size", "test_size")
+        for name in ("norm_batch_size", "small_epochs", "norm_epochs", *sizes):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_count("seed", self.seed, 0)
@@ -131,6 +135,11 @@ class Run:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate}: give a divisor of batch_size={self.batch_size}"
+            )
+        if self.small_epochs is not None and self.statistics_size == self.batch_size:
+            raise ValueError(
+                f"small_epochs={self.small_epochs}: give norm_batch_size or accumulate, which cut "
+                "the batches of these epochs"
             )
         if self.accumulate > 1 and self.norm_batch_size is not None:
             raise ValueError(

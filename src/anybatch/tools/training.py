@@ -295,6 +295,8 @@ def stored_result(path: Path, run: Run) -> Row | None:
 def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
     """Train for one epoch, from 1 on; its row."""
     training.model.train()
+    if run.small_epochs is not None and epoch > run.small_epochs:
+        run = _with_whole_batches(run, training.model)
     start, total = time.perf_counter(), torch.zeros((), device=run.device)
     steps = objective(run).batches(run, data, epoch)
     if isinstance(data.train_x, ImageFiles):
@@ -314,6 +316,16 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
         **numbers,
         "seconds": seconds,
     }
+
+
+def _with_whole_batches(run: Run, model: nn.Module) -> Run:
+    """End `small_epochs`: each batch is one forward, with the statistics of all of it."""
+    layers = [module for module in model.modules() if isinstance(module, NormLayer)]
+    for layer in layers:
+        layer.norm_batch_size = None
+    if layers and run.accumulate > 1:
+        accumulate(model, 1)
+    return run.but(norm_batch_size=None, accumulate=1, small_epochs=None)
 
 
 def _parts(training: Training, observer: Observer | None) -> dict[str, Any]:
