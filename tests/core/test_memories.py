@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anybatch
+from anybatch.backends import use_fused
 from anybatch.core.norm_layer import NormLayer
 from method_cases import NAMES, batch, make, same, state, step
 
@@ -60,12 +63,50 @@ def test_memories_are_those_of_as_many_layers(name: str) -> None:
         assert same(kept(layer, at), kept(one, 0))
 
 
-def test_more_parts_than_memories_come_in_turn() -> None:
-    layer = several("mabn", 2)
+@pytest.mark.parametrize("name", NAMES)
+def test_more_parts_than_memories_come_in_turn(name: str) -> None:
+    """Also backward: the averages of a memory move in the order of its parts."""
+    layer = several(name, 2).double()
     layers = apart(layer, 2)
-    x = batch(10)
-    expected = [layers[at % 2](part) for at, part in enumerate(x.split(2))]
-    assert torch.equal(layer(x), torch.cat(expected))
+    for _ in range(6):
+        x = batch(9, dtype=torch.float64)
+        dy = torch.randn_like(x)
+        parts = enumerate(zip(x.split(2), dy.split(2), strict=True))
+        expected = [step(layers[at % 2], part, grad) for at, (part, grad) in parts]
+        for given, whole in zip(step(layer, x, dy), zip(*expected, strict=True), strict=True):
+            torch.testing.assert_close(given, torch.cat(whole), rtol=1e-12, atol=1e-12)
+    for at, one in enumerate(layers):
+        first, second = kept(layer, at), kept(one, 0)
+        assert all(torch.allclose(first[k].double(), second[k].double()) for k in second)
+
+
+@pytest.mark.parametrize("fused", ["auto", "never"])
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("first", [1, 2, 4, 6])
+def test_the_first_batch_may_have_fewer_parts_than_memories(
+    first: int, order: int, fused: str
+) -> None:
+    """`cbn` then makes the slots of its window, which the memories without a part have as well."""
+    conv = nn.Conv2d(3, 6, 3)
+    layer = make("cbn", norm_batch_size=2, memories=4, window=None, order=order)
+    layer.bind(conv)
+    use_fused(fused)
+    try:
+        for examples in (first, 8, 8, 5, 8):
+            layer(conv(torch.randn(examples, 3, 6, 6))).sum().backward()
+    finally:
+        use_fused("auto")
+    windows = [v.shape for k, v in layer.state_dict().items() if k.endswith("var_base")]
+    assert windows == [(8, 6)] * (4 if order else 0)
+
+
+def test_unequal_parts_of_a_first_batch_give_all_memories_one_window() -> None:
+    first, second = (make("cbn", norm_batch_size=4, memories=2, window=None) for _ in range(2))
+    for examples in (6, 8, 6):
+        first(batch(examples))
+    assert {len(v) for k, v in state(first).items() if k.endswith("values")} == {4}
+    second.load_state_dict(first.state_dict())
+    assert same(state(first), state(second))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,7 +170,49 @@ def test_memories_move_and_are_forgotten_with_their_layer(name: str) -> None:
     assert layer.weight.dtype == torch.float64
     step(layer, batch(6, dtype=torch.float64))
     layer.reset_running_stats()
-    assert not any(k.startswith("memories.") for k in layer.state_dict())
+    assert same(kept(layer, 1), kept(layer, 0))
+    assert not layer.running_mean.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_has_the_same_keys_before_the_first_batch(name: str) -> None:
+    layer = several(name)
+    keys = set(layer.state_dict())
+    step(layer, batch(6))
+    assert set(layer.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_loading_something_else_leaves_the_memories(name: str) -> None:
+    layer = several(name)
+    for _ in range(3):
+        step(layer, batch(6))
+    model, before = nn.Sequential(nn.Linear(2, 2), layer), state(layer)
+    model.load_state_dict({"0.bias": torch.ones(2)}, strict=False)
+    if name == "bn":  # others forget what they remember where a checkpoint has nothing of it
+        model.load_state_dict({"1.weight": layer.weight.detach()}, strict=False)
+    assert same(state(layer), before)
+
+
+def test_an_unknown_key_of_a_memory_is_an_error() -> None:
+    layer = several("mabn")
+    keys = layer.state_dict()
+    with pytest.raises(RuntimeError, match="memories.7.zzz"):
+        layer.load_state_dict({**keys, "memories.7.zzz": torch.zeros(1)})
+    with pytest.warns(UserWarning, match="^MovingAverageBatchNorm2d: the checkpoint holds other"):
+        layer.load_state_dict({**keys, "memories.7.running_mean": torch.zeros(6)})
+
+
+def test_a_transform_cannot_pass_several_memories() -> None:
+    layers = [several("bn") for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    base, x = copy.deepcopy(layers[0]), batch(6)
+    for context in (nullcontext(), anybatch.no_update()):
+        with context, pytest.raises(RuntimeError, match="memories=3, whose state is in no buffer"):
+            torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)))(
+                parameters, buffers
+            )
+    assert torch.equal(base(x), layers[0](x))
 
 
 def test_settings_made_on_a_layer_hold_for_all_its_memories() -> None:
@@ -179,7 +262,8 @@ def test_memories_of_cbn_follow_the_layer_before_it(order: int) -> None:
         own._forward_hooks.clear()
         own._forward_hooks_with_kwargs.clear()
         alone = make("cbn", order=order, window=4).double().bind(own)
-        alone.load_state_dict(layer.state_dict())
+        keys = layer.state_dict().items()
+        alone.load_state_dict({k: v for k, v in keys if not k.startswith("memories.")})
         singles.append((own, alone))
     optimizer = torch.optim.SGD(conv.parameters(), 0.05)
     for _ in range(6):
@@ -245,11 +329,40 @@ def test_a_network_converts_to_layers_of_several_memories() -> None:
     assert isinstance(anybatch.to_batchnorm(model)[1], nn.BatchNorm2d)
 
 
-def test_an_impossible_number_of_memories_is_refused() -> None:
-    with pytest.raises(ValueError, match="memories=0"):
-        make("mabn", norm_batch_size=2, memories=0)
-    with pytest.raises(ValueError, match="memories=4: give norm_batch_size"):
-        make("mabn", memories=4)
+WRONG = [
+    ("memories", 0, ValueError, "memories=0"),
+    ("memories", True, TypeError, "memories=True"),
+    ("norm_batch_size", 0, ValueError, "norm_batch_size=0"),
+    ("norm_batch_size", -1, ValueError, "norm_batch_size=-1"),
+    ("norm_batch_size", "2", TypeError, "norm_batch_size='2'"),
+    ("norm_batch_size", None, ValueError, "memories=3: give norm_batch_size"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "words"), WRONG)
+def test_impossible_parts_are_refused_at_once(
+    name: str, value: object, kind: type[Exception], words: str
+) -> None:
+    layer = several("mabn")
+    with pytest.raises(kind, match=re.escape(words)):
+        setattr(layer, name, value)
+    with pytest.raises(kind, match=re.escape(words)):
+        make("mabn", **{"norm_batch_size": 2, "memories": 3, name: value})
+    assert (layer.norm_batch_size, layer.memories) == (2, 3)
+
+
+def test_accumulation_joins_what_parts_would_cut() -> None:
+    layer = make("bn")
+    anybatch.accumulate(layer, 2)
+    with pytest.raises(ValueError, match="norm_batch_size=2: it cuts a batch"):
+        layer.norm_batch_size = 2
+    model = nn.Sequential(layer)
+    with pytest.raises(ValueError, match="norm_batch_size=2: it cuts a batch"):
+        anybatch.convert(model, "bn", norm_batch_size=2)
+    anybatch.accumulate(layer, 1)
+    layer.norm_batch_size = 2
+    with pytest.raises(ValueError, match="norm_batch_size=2 cuts a batch"):
+        anybatch.accumulate(layer, 2)
 
 
 @pytest.mark.exhaustive

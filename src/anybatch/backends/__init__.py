@@ -26,7 +26,7 @@ from anybatch.backends.aten.pooling import expand_groups, pool_channels, pool_gr
 from anybatch.backends.aten.samples import fixed_gradient, put_gradient, sample_moments, take_dense
 from anybatch.backends.aten.scalars import is_finite, scalar
 from anybatch.backends.choice import use_fused
-from anybatch.backends.layout import dense, is_channels_last, is_plain
+from anybatch.backends.layout import dense, is_channels_last, is_plain, rows
 from anybatch.backends.numba.backend import row_kernels_for
 from anybatch.backends.registry import ATEN, BACKENDS
 from anybatch.backends.tracing import is_traced
@@ -57,6 +57,7 @@ __all__ = [
     "put_gradient",
     "row_counts",
     "row_kernels_for",
+    "rows",
     "sample_moments",
     "scalar",
     "second_moment",

@@ -13,6 +13,11 @@ def is_plain(x: Tensor) -> bool:
     return not torch._C._functorch.is_legacy_batchedtensor(x)
 
 
+def rows(x: Tensor, examples: tuple[slice, ...]) -> Tensor:
+    """Some examples of a batch: a view of successive ones, else a copy."""
+    return x[examples[0]] if len(examples) == 1 else torch.cat([x[one] for one in examples])
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a batch are innermost in memory, without gaps."""
     if x.dim() == 4:

@@ -8,21 +8,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from anybatch.backends.aten import recorded
+from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.arguments import check_count
 from anybatch.core.dispatched_layer import DispatchedLayer
 from anybatch.core.fused_activation import Activation
+from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.reduction_scope import ReductionScope
 
 _STATE = ("_buffers", "method_state", "_recent", "_last", "_plans", "_flow", "_others")
 _PREFIX = "memories."  # before the names of further memories in a checkpoint
 Self = TypeVar("Self", bound="MemoriesLayer")
-
-
-def check_memories(memories: int, norm_batch_size: int | None) -> None:
-    """Raise for a number below 1, or for several memories without a `norm_batch_size`."""
-    check_count("memories", memories)
-    if memories > 1 and norm_batch_size is None:
-        raise ValueError(f"memories={memories}: give norm_batch_size, the examples that go to each")
 
 
 class MemoriesLayer(DispatchedLayer):
@@ -38,9 +34,44 @@ class MemoriesLayer(DispatchedLayer):
     memories: int
     _others: tuple[Any, ...] = ()
 
-    def lender(self: Self) -> Callable[[Self, slice], None]:
-        """Return a function that gives a layer the bound layer's call for some examples, if any."""
-        return lambda layer, examples: None
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("norm_batch_size", "memories"):
+            self._check_cut(**{"norm_batch_size": None, "memories": 1, **self._cut(), name: value})
+        super().__setattr__(name, value)
+
+    def _cut(self) -> dict[str, Any]:
+        return {n: v for n, v in self.__dict__.items() if n in ("norm_batch_size", "memories")}
+
+    def _check_cut(self, norm_batch_size: int | None, memories: int) -> None:
+        """Raise for parts of a batch that there cannot be."""
+        check_count("memories", memories)
+        if memories > 1 and norm_batch_size is None:
+            raise ValueError(
+                f"memories={memories}: give norm_batch_size, the examples that go to each"
+            )
+        if norm_batch_size is not None:
+            check_count("norm_batch_size", norm_batch_size)
+            if self.__dict__.get("step") is not None:
+                raise ValueError(
+                    f"norm_batch_size={norm_batch_size}: it cuts a batch where accumulate joins "
+                    "batches; undo that first (anybatch.accumulate(model, 1))"
+                )
+
+    def accumulate(self, steps: int | None, counts: bool = True) -> None:
+        if steps != 1 and self.norm_batch_size is not None:
+            raise ValueError(
+                f"norm_batch_size={self.norm_batch_size}: it cuts a batch where accumulate joins "
+                "batches; set it to None"
+            )
+        self.step = None if steps == 1 else StepMemory(self, steps, counts)
+        self._last, self._recent = None, RecomputeCache()
+
+    def lender(self: Self, x: Tensor) -> Callable[[Self, tuple[slice, ...], Tensor], None]:
+        """Return a function that gives a layer the bound layer's call for a part of ``x``."""
+        return lambda layer, examples, part: None
+
+    def open_state(self, examples: int) -> None:
+        """Make the state whose size the first normalization batch decides."""
 
     def _normalize_in_turn(
         self, x: Tensor, source: ReductionScope | None, then: Activation | None
@@ -49,13 +80,25 @@ class MemoriesLayer(DispatchedLayer):
 
         A compiler breaks its graph here: it cannot make the further memories' layers.
         """
-        layers = (self, *self._follow())
-        size = self.norm_batch_size or x.shape[0]
-        lend, done = self.lender(), []
-        for at, part in enumerate(x.split(size)):
-            layer, examples = layers[at % len(layers)], slice(at * size, (at + 1) * size)
-            lend(layer, examples)
-            done.append(layer._by_own_memory(part, source and source.at(examples)))
+        if recorded.is_transformed():
+            raise RuntimeError(
+                f"torch.func: {type(self).__name__} has memories={self.memories}, whose state is "
+                "in no buffer, so that functional_call cannot pass it; set memories=1, or call it "
+                "in evaluation mode"
+            )
+        size = min(self.norm_batch_size or x.shape[0], x.shape[0])
+        self.open_state(size)
+        pieces = x.split(size)
+        done, lend = list(pieces), self.lender(x)
+        for at, layer in enumerate((self, *self._follow())[: len(pieces)]):
+            own = range(at, len(pieces), self.memories)
+            examples = tuple(slice(one * size, (one + 1) * size) for one in own)
+            # All of a memory's parts in one call: their backward passes come in order as well.
+            part = pieces[at] if len(own) == 1 else torch.cat([pieces[one] for one in own])
+            lend(layer, examples, part)
+            y = layer._by_own_memory(part, source and source.at(*examples))
+            for one, piece in zip(own, y.split(size), strict=True):
+                done[one] = piece
         y = torch.cat(done)
         return y if then is None else then.of(y, fresh=True)
 
@@ -97,16 +140,23 @@ class MemoriesLayer(DispatchedLayer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for at, other in enumerate(self._others, 1):
+        for at, other in enumerate(self._follow(), 1):
             for name, tensor in other._moved():
                 kept = tensor if keep_vars else tensor.detach()
                 destination[f"{prefix}{_PREFIX}{at}.{name}"] = kept
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        start = prefix + _PREFIX
-        kept = {key: value for key, value in state_dict.items() if key.startswith(start)}
+        start, names = prefix + _PREFIX, {name for name, _ in self._moved()}
+        kept = {
+            key: value
+            for key, value in state_dict.items()
+            if key.startswith(start) and key.rpartition(".")[2] in names
+        }
         own = {key: value for key, value in state_dict.items() if key not in kept}
+        about_it = kept or any(prefix + name in own for name in names)
         super()._load_from_state_dict(own, prefix, *rest)
+        if not about_it:
+            return
         others = [self._other() for _ in range(self.memories - 1)]
         pairs = [
             (kept.get(f"{start}{at}.{name}"), tensor)
@@ -118,8 +168,8 @@ class MemoriesLayer(DispatchedLayer):
         )
         if kept and not fits:
             warnings.warn(
-                f"{prefix[:-1]}: the checkpoint holds other memories than memories={self.memories} "
-                "takes; all start from the first",
+                f"{prefix[:-1] or type(self).__name__}: the checkpoint holds other memories than "
+                f"memories={self.memories} takes; all start from the first",
                 stacklevel=2,
             )
         for value, tensor in pairs if fits else ():

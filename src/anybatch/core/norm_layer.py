@@ -17,9 +17,8 @@ from anybatch.backends.protocol import Statistics
 from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.fused_activation import read_activation
-from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.graphs import as_leaf, refuse_script
-from anybatch.core.memories import MemoriesLayer, check_memories
+from anybatch.core.memories import MemoriesLayer
 from anybatch.core.reduction_scope import WORLD
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
 
@@ -96,9 +95,6 @@ class NormLayer(MemoriesLayer):
         outlier_limit: float | None = None,
     ) -> None:
         check_count("num_features", num_features)
-        if norm_batch_size is not None:
-            check_count("norm_batch_size", norm_batch_size)
-        check_memories(memories, norm_batch_size)
         check_between("example_weight", example_weight, 0.0, 1.0)
         if process_group is not None and norm_batch_size is not None:
             raise ValueError(
@@ -149,10 +145,6 @@ class NormLayer(MemoriesLayer):
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
-
-    def accumulate(self, steps: int | None, counts: bool = True) -> None:
-        self.step = None if steps == 1 else StepMemory(self, steps, counts)
-        self._last, self._recent = None, RecomputeCache()
 
     def forward(
         self,

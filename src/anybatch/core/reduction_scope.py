@@ -28,9 +28,9 @@ class ReductionScope(NamedTuple):
     group: Any = None
     name: str = ""
 
-    def at(self, examples: slice) -> "ReductionScope":
+    def at(self, *examples: slice) -> "ReductionScope":
         """The scope of some examples of the batch."""
-        return self if self.mask is None else self._replace(mask=self.mask[examples])
+        return self if self.mask is None else self._replace(mask=backends.rows(self.mask, examples))
 
     def moments(
         self, x: Tensor, sizes: tuple[int, ...], centered: bool

@@ -148,11 +148,11 @@ class BoundNormLayer(NormLayer):
         """After a parametrization's forward: the weight it made."""
         self._flow.weight = as_plain(output).detach()
 
-    def lender(self: Self) -> Callable[[Self, slice], None]:
-        feed, self._flow.feed = self._flow.feed, None
+    def lender(self: Self, x: Tensor) -> Callable[[Self, tuple[slice, ...], Tensor], None]:
+        feed = None if self._flow.feed is None else self.take_feed(x)
 
-        def lend(layer: Self, examples: slice) -> None:
-            layer._flow.feed = feed and feed.at(examples)
+        def lend(layer: Self, examples: tuple[slice, ...], part: Tensor) -> None:
+            layer._flow.feed = feed and feed.at(*examples)._replace(output=part.detach())
 
         return lend
 

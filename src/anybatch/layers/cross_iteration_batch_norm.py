@@ -227,9 +227,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
         source: ReductionScope | None = None,
         then: Activation | None = None,
     ) -> Tensor:
-        if training and self.window is None:
-            examples = min(x.shape[0], self.norm_batch_size or x.shape[0])
-            self._open_window(self.examples_of_all(examples))
+        if training:
+            self.open_state(min(x.shape[0], self.norm_batch_size or x.shape[0]))
         if training and self.window != 1 and not self.burning:
             feed = self.take_feed(x) if self.order and not in_backward() else None
             self._flow.batch = BoundBatch(feed, x.detach(), 0, source)
@@ -238,10 +237,13 @@ class CrossIterationBatchNorm(BoundNormLayer):
         finally:
             self._flow.batch = self._flow.feed = None
 
-    def _open_window(self, examples: int) -> None:
-        """Choose the window by the first batch."""
+    def open_state(self, examples: int) -> None:
+        """Choose the window by the first batch, and make its slots."""
+        if self.window is not None and len(self.method_state.get("mean", (1,))):
+            return
         feed = self._flow.feed
-        self.window = recommended_window(examples)
+        if self.window is None:
+            self.window = recommended_window(self.examples_of_all(examples))
         if self.window > 1:
             self.open_memory()
         self._flow.feed = feed

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from anybatch.backends.layout import rows
 from anybatch.backends.tracing import is_traced
 
 _OUTSIDE = -1
@@ -86,9 +87,9 @@ class ConvCall(NamedTuple):
     bias: Tensor | None
     output: Tensor
 
-    def at(self, examples: slice) -> "ConvCall":
+    def at(self, *examples: slice) -> "ConvCall":
         """The call for some examples of the batch."""
-        return self._replace(x=self.x[examples], output=self.output[examples])
+        return self._replace(x=rows(self.x, examples), output=rows(self.output, examples))
 
 
 def geometry_of(module: nn.Module) -> Geometry:
