@@ -261,6 +261,32 @@ def test_a_saved_network_trains_on_where_it_was(tmp_path: Path, method: str) -> 
     again.save_pretrained(tmp_path / "again")
 
 
+SETTINGS = {
+    "memories of brn": ("brn", {"norm_batch_size": 1, "memories": 2, "warmup_steps": 0}),
+    "memories of cbn": ("cbn", {"norm_batch_size": 1, "memories": 2, "burn_in": 0.0}),
+    "frozen": ("frozen", {}),
+    "group norm": ("gn", {"num_groups": 4}),
+    "bn, then frozen": ("bn", {}),
+    "mabn, then frozen": ("mabn", {}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_memories_and_frozen_statistics_are_saved_too(tmp_path: Path, name: str) -> None:
+    method, options = SETTINGS[name]
+    model = network()
+    train(model, 2)
+    anybatch.convert(model, method, **options)
+    train(model, 3)
+    if name.endswith("then frozen"):
+        anybatch.freeze(model)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(transformers.AutoModelForImageClassification, tmp_path)
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert train(again, 3) == pytest.approx(train(model, 3), rel=1e-5)
+
+
 def test_a_network_that_plain_code_cannot_load_is_saved_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"(?s)gives other outputs.*example_weight"):
         trained("bgn").save_pretrained(tmp_path)

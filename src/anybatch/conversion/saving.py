@@ -10,6 +10,7 @@ from torch import nn
 
 from anybatch.conversion.restore import for_plain_code, plain_state_dict
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 from anybatch.layers.weight_centralization import is_centralized
 from anybatch.registry import METHODS, Method
 
@@ -75,17 +76,27 @@ def record_methods(model: nn.Module) -> dict[str, Any]:
     """
     groups: list[dict[str, Any]] = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, NormLayer) or (method := _method_of(layer)) is None:
+        known = _method_and_options(layer)
+        if known is None:
             continue
-        own = {n: getattr(layer, n) for n in method.accepted if hasattr(layer, n) and n != "seed"}
-        options = {n: v for n, v in own.items() if v is None or type(v) in (int, float, str, bool)}
-        known = {"method": method.name, "options": options}
         group = next((g for g in groups if {**g, "names": 0} == {**known, "names": 0}), None)
         if group is None:
             groups.append(group := {**known, "names": []})
         group["names"].append(name)
     centralized = [name for name, module in model.named_modules() if is_centralized(module)]
     return {"layers": groups, "centralized": centralized}
+
+
+def _method_and_options(layer: nn.Module) -> dict[str, Any] | None:
+    if isinstance(layer, FrozenBatchNorm):
+        return {"method": "frozen", "options": {}}
+    if isinstance(layer, nn.GroupNorm):  # of the network's own, or in place of a batch norm
+        return {"method": "gn", "options": {"num_groups": layer.num_groups}}
+    if not isinstance(layer, NormLayer) or (method := _method_of(layer)) is None:
+        return None
+    own = {n: getattr(layer, n) for n in method.accepted if hasattr(layer, n) and n != "seed"}
+    options = {n: v for n, v in own.items() if v is None or type(v) in (int, float, str, bool)}
+    return {"method": method.name, "options": options}
 
 
 def _method_of(layer: NormLayer) -> Method | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from anybatch.conversion.convert import convert
 from anybatch.conversion.saving import RECORD
@@ -140,14 +140,20 @@ def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **opt
         )
     delattr(model.config, RECORD)
     plain = set(model.state_dict())
+    modules = dict(model.named_modules())
     for group in record["layers"]:
-        methods = dict.fromkeys(group["names"], group["method"])
-        convert(model, methods, centralize=False, example_inputs=example_inputs, **group["options"])
+        names = [n for n in group["names"] if not isinstance(modules.get(n), nn.GroupNorm)]
+        methods = dict.fromkeys(names, group["method"])
+        if methods:
+            how = {"centralize": False, "example_inputs": example_inputs, **group["options"]}
+            convert(model, methods, **how)
     for name in record["centralized"]:
         weight_centralization(model.get_submodule(name))
-    ours = set(model.state_dict()) - plain
+    saved = _saved_tensors(folder, options)
+    layers = tuple(f"{name}." for group in record["layers"] for name in group["names"])
+    ours = {key for key in (*model.state_dict(), *saved) if key.startswith(layers)} - plain
     ours |= {f"{name}.{UNCENTRED}" for name in record["centralized"]}
-    state = {key: value for key, value in _saved_tensors(folder, options).items() if key in ours}
+    state = {key: value for key, value in saved.items() if key in ours}
     if lacking := ours - set(state):
         warnings.warn(
             f"folder={folder!r}: what methods remember of training is not there under the names of "
