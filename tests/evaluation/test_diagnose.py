@@ -607,3 +607,17 @@ def test_a_copy_measures_the_same() -> None:
     twin = copy.deepcopy(model)
     batches = list(data())
     assert diagnose(model, batches).to_dict() == diagnose(twin, batches).to_dict()
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_diagnosis_leaves_all_memories_alone(ran: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())
+    anybatch.convert(model, "mabn", norm_batch_size=2, memories=2)
+    loader = [torch.randn(4, 3, 6, 6) for _ in range(6)]
+    for x in loader[: 3 * ran]:
+        model(x).sum().backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    anybatch.diagnose(model, loader)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())

@@ -378,3 +378,22 @@ def test_recalibrate_pools_the_data_of_processes(tmp_path) -> None:
         pooled = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for key, value in model.state_dict().items():
             torch.testing.assert_close(pooled[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_all_memories_of_a_layer_are_recalibrated() -> None:
+    model = anybatch.convert(small(), "brn", norm_batch_size=2, memories=2, warmup_steps=0)
+    for _ in range(3):
+        model(torch.randn(4, 3, 9, 9)).sum().backward()
+    recalibrate(model, [torch.randn(8, 3, 9, 9)], mode="layerwise")
+    for layer in norms(model).values():
+        (other,) = layer.further_memories
+        assert torch.equal(other.running_mean, layer.running_mean)
+        assert torch.equal(other.running_var, layer.running_var)
+
+
+def test_a_virtual_dataset_is_recalibrated_layer_by_layer() -> None:
+    model = anybatch.VirtualDataset(anybatch.convert(small(), "vdn"), 0.0, 1.0, 4)
+    data = [torch.randn(8, 3, 9, 9)]
+    with pytest.raises(ValueError, match="mode='together': a VirtualDataset"):
+        recalibrate(model, data, mode="together")
+    assert recalibrate(model, data).settled

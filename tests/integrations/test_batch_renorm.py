@@ -126,9 +126,15 @@ def test_a_joint_forward_is_one_of_the_batches_together() -> None:
         anybatch.joint_forward(model)
 
 
-@pytest.mark.parametrize("method", ["bn", "brn", "mabn", "mbn"])
-def test_a_target_network_follows_parameters_and_running_statistics(method: str) -> None:
-    model = anybatch.convert(critic(nn.BatchNorm1d), method)
+PARTS = {"norm_batch_size": 4, "memories": 2}
+
+
+@pytest.mark.parametrize("options", [{}, PARTS], ids=str)
+@pytest.mark.parametrize("method", ["bn", "brn", "mabn", "mbn", "cbn"])
+def test_a_target_network_follows_parameters_and_running_statistics(
+    method: str, options: dict[str, int]
+) -> None:
+    model = anybatch.convert(critic(nn.BatchNorm1d), method, **options)
     target = copy.deepcopy(model)
     before = {name: value.clone() for name, value in target.state_dict().items()}
     for x in batches(3):

@@ -127,6 +127,11 @@ class MemoriesLayer(DispatchedLayer):
             other.__dict__[place] = {n: None if t is None else t.clone() for n, t in tensors}
         return other
 
+    @property
+    def further_memories(self: Self) -> tuple[Self, ...]:
+        """The layers of the memories beyond the first, as far as there are any yet."""
+        return self._others
+
     def reset_memory(self) -> None:
         self._others = ()
         super().reset_memory()
@@ -141,12 +146,12 @@ class MemoriesLayer(DispatchedLayer):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for at, other in enumerate(self._follow(), 1):
-            for name, tensor in other._moved():
+            for name, tensor in other.moved():
                 kept = tensor if keep_vars else tensor.detach()
                 destination[f"{prefix}{_PREFIX}{at}.{name}"] = kept
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        start, names = prefix + _PREFIX, {name for name, _ in self._moved()}
+        start, names = prefix + _PREFIX, {name for name, _ in self.moved()}
         kept = {
             key: value
             for key, value in state_dict.items()
@@ -161,7 +166,7 @@ class MemoriesLayer(DispatchedLayer):
         pairs = [
             (kept.get(f"{start}{at}.{name}"), tensor)
             for at, other in enumerate(others, 1)
-            for name, tensor in other._moved()
+            for name, tensor in other.moved()
         ]
         fits = len(pairs) == len(kept) and all(
             value is not None and value.shape == tensor.shape for value, tensor in pairs
@@ -177,7 +182,7 @@ class MemoriesLayer(DispatchedLayer):
             tensor.copy_(value)
         self._others = tuple(others) if fits else ()
 
-    def _moved(self) -> list[tuple[str, Tensor]]:
+    def moved(self) -> list[tuple[str, Tensor]]:
         """The tensors that a forward updates, by name."""
         tensors = {**self._buffers, **self.method_state}
         return [(n, t) for n, t in tensors.items() if t is not None and n not in self.set_state]

@@ -31,6 +31,7 @@ from anybatch.evaluation.population_moments import (
 )
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 from anybatch.layers.control import no_update
+from anybatch.layers.virtual_dataset import VirtualDataset
 
 _REUSED = 20  # passes more, for a layer whose input depends on its own output
 
@@ -167,6 +168,11 @@ def recalibrate(
     check_from("tolerance", tolerance, 0)
     group = group_of_processes(process_group)
     _refuse_lazy(model)
+    if mode == "together" and any(isinstance(m, VirtualDataset) for m in model.modules()):
+        raise ValueError(
+            "mode='together': a VirtualDataset has virtual examples in training alone, and they "
+            'would be counted; give mode="layerwise"'
+        )
     with borrowed(model, training=False) as inner:
         found = {name: module for name, module in inner.named_modules() if _counts(module)}
         chosen = {n: m for n, m in found.items() if _obstacle(n, m, where) is None}
@@ -325,7 +331,10 @@ def _stored(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _store(module: nn.Module, statistics: tuple[Tensor | None, Tensor]) -> None:
+    """Put statistics into a layer, into all its memories."""
     mean, var = statistics
+    for other in module.further_memories if isinstance(module, NormLayer) else ():
+        _store(other, statistics)
     with torch.no_grad():
         for name, value in (("running_mean", mean), ("running_var", var)):
             if value is None:

@@ -45,7 +45,10 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
         (tensor, tensor.clone())
         for module in inner.modules()
         if isinstance(module, NormLayer)
-        for tensor in module.method_state.values()
+        for tensor in (
+            *module.method_state.values(),
+            *(tensor for other in module.further_memories for _, tensor in other.moved()),
+        )
     ]
     gradients = [
         (p, p.grad, None if p.grad is None else p.grad.clone()) for p in inner.parameters()

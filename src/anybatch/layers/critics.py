@@ -89,12 +89,22 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
     check_module("source", source)
     check_between("weight", weight, 0.0, 1.0)
     new, old = source.state_dict(), target.state_dict()
+    layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
+    kept = {
+        key
+        for name, layer in layers
+        for key in old
+        if key.startswith(f"{name}." if name else "")
+        and key.rpartition(".")[2] in layer.method_state
+    }
+    if any(name in new and not value.numel() and new[name].numel() for name, value in old.items()):
+        # A window has its slots from the first batch on, and the target may have seen none.
+        target.load_state_dict({**old, **{n: v for n, v in new.items() if n in kept}}, strict=False)
+        old = target.state_dict()
     if {name: value.shape for name, value in new.items()} != {n: v.shape for n, v in old.items()}:
         raise ValueError(
             "target: its state_dict differs from that of source; make it with copy.deepcopy(source)"
         )
-    layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
-    kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.method_state}
     for name, value in old.items():
         if value.is_floating_point() and name not in kept:
             value.lerp_(new[name].to(value), weight)
