@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import anybatch
 from anybatch.registry import METHODS, get_method
 from method_cases import CENTRED, NAMES, VIRTUAL, batch, make, same, state, step
 
@@ -269,3 +270,21 @@ def test_the_order_of_examples_does_not_matter(name: str, n: int, c: int, seed: 
     x = torch.randn(n, c, 2, 2, dtype=torch.float64)
     first, second = (METHODS[name].build(c, 2).double() for _ in range(2))
     assert torch.allclose(first(x)[order], second(x[order]), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"eps": "a"}, "eps='a'"), ({"outlier_limit": "a"}, "outlier_limit='a'")],
+    ids=str,
+)
+def test_words_in_the_place_of_numbers_are_named(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make("bn", **settings)
+
+
+def test_what_is_no_optimizer_or_mean_is_named() -> None:
+    with pytest.raises(TypeError, match="optimizer='x': give a torch"):
+        anybatch.accumulate(make("bn"), optimizer="x")
+    for mean, std in ((None, 1.0), ("x", 1.0)):
+        with pytest.raises(TypeError, match="mean="):
+            anybatch.VirtualDataset(nn.Identity(), mean, std)

@@ -102,7 +102,7 @@ class NormLayer(MemoriesLayer):
                 "batches; leave one of them out"
             )
         if outlier_limit is not None:
-            if not outlier_limit > 1:
+            if not (isinstance(outlier_limit, (int, float)) and outlier_limit > 1):
                 raise ValueError(f"outlier_limit={outlier_limit!r}: give a number above 1 or None")
             if not track_running_stats:
                 raise ValueError(
@@ -111,7 +111,7 @@ class NormLayer(MemoriesLayer):
                 )
         if momentum is not None:
             check_between("momentum", momentum, 0.0, 1.0)
-        if not eps > 0:
+        if not (isinstance(eps, (int, float)) and eps > 0):
             raise ValueError(f"eps={eps!r}: give a number above 0, such as 1e-5")
         if self.needs_running_stats and not track_running_stats:
             raise ValueError(

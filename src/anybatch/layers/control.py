@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from anybatch.core.arguments import check_count, check_module
+from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
 from anybatch.core.norm_layer import NormLayer
@@ -304,6 +304,8 @@ def accumulate(
         check_count("steps", steps)
     elif optimizer is None:
         raise ValueError("steps=None: give the forwards in an optimizer step, or the optimizer")
+    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+        raise TypeError(f"optimizer={shown(optimizer)}: give a torch.optim.Optimizer")
     if steps == 1:
         for layer in select(model, None):
             layer.accumulate(1)

@@ -245,11 +245,14 @@ def _by_input(
 ) -> dict[int | str | None, Tensor]:
     """A row of numbers for each input; None is the first floating-point one."""
     values: Mapping[Any, Moments] = value if isinstance(value, Mapping) else {None: value}
-    found = {key: torch.as_tensor(row, dtype=torch.float32).cpu() for key, row in values.items()}
-    for row in found.values():
-        if row.dim() > 1 or not bool(row.isfinite().all()):
-            raise ValueError(f"{name}={value!r}: give a number for each channel, or one for all")
-    return found
+    wrong = f"{name}={value!r}: give a number for each channel, or one for all"
+    try:
+        rows = [torch.as_tensor(row, dtype=torch.float32).cpu() for row in values.values()]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(wrong) from error
+    if any(row.dim() > 1 or not bool(row.isfinite().all()) for row in rows):
+        raise ValueError(wrong)
+    return dict(zip(values, rows, strict=True))
 
 
 def _first(given: Mapping[int | str, Any]) -> int | str | None:
