@@ -429,7 +429,8 @@ def test_a_network_of_images_refuses_vectors() -> None:
 
 
 LATER = {"milestones": (1, 2), "norm_decay": "auto", "gamma_target": 1.0, "norm_epochs": 2}
-GROWING = ({"norm_batch_size": 2}, {"accumulate": 4})  # before batches are whole
+MEMORIES = {"norm_batch_size": 2, "options": (("memories", 4),)}
+GROWING = ({"norm_batch_size": 2}, {"accumulate": 4}, MEMORIES)  # before batches are whole
 
 
 @pytest.mark.few(1)
@@ -465,9 +466,10 @@ def test_after_small_batches_come_whole_ones(method: str, cut: dict[str, int]) -
     small, again = prepare(run, data), prepare(run, data)
     for training in (small, again):
         train_epoch(run, training, data, 1)
-    other = run.but(norm_batch_size=None, accumulate=1, small_epochs=None)
+    other = run.but(norm_batch_size=None, accumulate=1, small_epochs=None, options=())
     plain = prepare(other, data)
-    plain.model.load_state_dict(small.model.state_dict())
+    kept = small.model.state_dict().items()
+    plain.model.load_state_dict({k: v for k, v in kept if "memories." not in k})
     plain.optimizer.load_state_dict(copy.deepcopy(small.optimizer.state_dict()))
     plain.learning_rate.load_state_dict(small.learning_rate.state_dict())
     rows = [train_epoch(run, small, data, 2), train_epoch(other, plain, data, 2)]

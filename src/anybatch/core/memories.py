@@ -36,11 +36,13 @@ class MemoriesLayer(DispatchedLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("norm_batch_size", "memories"):
-            self._check_cut(**{"norm_batch_size": None, "memories": 1, **self._cut(), name: value})
+            own = self.__dict__
+            now = {
+                "norm_batch_size": own.get("norm_batch_size"),
+                "memories": own.get("memories", 1),
+            }
+            self._check_cut(**{**now, name: value})
         super().__setattr__(name, value)
-
-    def _cut(self) -> dict[str, Any]:
-        return {n: v for n, v in self.__dict__.items() if n in ("norm_batch_size", "memories")}
 
     def _check_cut(self, norm_batch_size: int | None, memories: int) -> None:
         """Raise for parts of a batch that there cannot be."""

@@ -322,7 +322,7 @@ def _with_whole_batches(run: Run, model: nn.Module) -> Run:
     """End `small_epochs`: each batch is one forward, with the statistics of all of it."""
     layers = [module for module in model.modules() if isinstance(module, NormLayer)]
     for layer in layers:
-        layer.norm_batch_size = None
+        layer.memories, layer.norm_batch_size = 1, None
     if layers and run.accumulate > 1:
         accumulate(model, 1)
     return run.but(norm_batch_size=None, accumulate=1, small_epochs=None)

@@ -641,7 +641,7 @@ def test_what_another_process_makes_is_left_to_it(
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("reco", ["recovery", *LONG, "recovery-memory"]), ("--size p", ["paper"])],
+    [("reco", ["recovery", *LONG, "recovery-memory", "recovery-switch"]), ("--size p", ["paper"])],
 )
 def test_the_shell_completes_reproductions_and_sizes(typed: str, offered: list[str]) -> None:
     words = f"papers {typed}"
