@@ -48,10 +48,11 @@ def ratios(rows: Sequence[Measurement], question: str) -> str:
 def made_on(source: Path) -> str:
     """What a file was measured on, as a sentence."""
     with source.open(encoding="utf-8", newline="") as file:
-        first = next(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    first, types = rows[0], " and ".join(dict.fromkeys(row["precision"] for row in rows))
     device = first["processor"] if first["device"] == "cpu" else first["device"]
     return (
-        f"{device}, {first['threads']} threads, {first['precision']}, torch {first['torch']}, "
+        f"{device}, {first['threads']} threads, {types}, torch {first['torch']}, "
         f"medians of {first['rounds']} rounds, commit {first['commit']}."
     )
 
@@ -116,9 +117,9 @@ def tables(folder: Path) -> dict[str, str]:
     return {
         "layers": f"{made_on(folder / 'layers.csv')}\n\n{ratios(rows['layers'], 'layer')}",
         "modes": f"{made_on(folder / 'modes.csv')}\n\n{ratios(rows['modes'], 'way')}",
-        "low": low_tables(rows["layers-16-bit"]),
+        "low": f"{made_on(folder / 'layers-16-bit.csv')}\n\n{low_tables(rows['layers-16-bit'])}",
         "steps": f"{made_on(folder / 'steps.csv')}\n\n{ratios(rows['steps'], 'step')}",
-        "parts": ratios(rows["steps-parts"], "step"),
+        "parts": f"{made_on(folder / 'steps-parts.csv')}\n\n{ratios(rows['steps-parts'], 'step')}",
         "inference": ratios(rows["inference"], "inference"),
         "memory": memory,
         "networks": f"{ratios(networks, 'kept')}\n\nAt most:\n\n{ratios(networks, 'peak')}",
