@@ -11,35 +11,19 @@ forward of k - 1 batches a step.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anybatch.core.files import write_json
 from anybatch.layers.control import accumulate
 from anybatch.tools.data import Dataset, load
-from anybatch.tools.machine import machine
 from anybatch.tools.run import Run
-from anybatch.tools.training import Training, prepare, train_epoch
-
-
-class Trained(NamedTuple):
-    """A trained network.
-
-    Attributes:
-        accuracy: On the held-out examples, from 0 to 1.
-        seconds: Of training.
-    """
-
-    accuracy: float
-    seconds: float
+from anybatch.tools.training import Training, prepare
+from papers.studies.small_trainings import Trained, run_study, train_to_end, trained_rows
 
 
 def train_replayed(run: Run, data: Dataset, batches: int) -> Trained:
@@ -53,8 +37,7 @@ def train_replayed(run: Run, data: Dataset, batches: int) -> Trained:
     training = prepare(run, data)
     if batches > 1:
         training = training._replace(loss=_replaying(training, batches))
-    rows = [train_epoch(run, training, data, epoch + 1) for epoch in range(run.epochs)]
-    return Trained(rows[-1]["accuracy"], sum(row["seconds"] for row in rows))
+    return train_to_end(run, training, data)
 
 
 def _replaying(training: Training, batches: int) -> Callable[[Tensor, Any], Tensor]:
@@ -88,42 +71,14 @@ def table(base: Run, seeds: int) -> list[dict[str, Any]]:
         ("CBN, 2", base.but(method="cbn", options=(("burn_in", 0.0),)), 1),
         ("MABN, 2", base.but(method="mabn"), 1),
     ]
-    found = []
-    for name, run, batches in rows:
-        trained = []
-        for seed in range(seeds):
-            print(f"{name}, seed {seed}", file=sys.stderr)
-            trained.append(train_replayed(run.but(seed=seed), data, batches))
-        accuracies = [100 * one.accuracy for one in trained]
-        found.append(
-            {
-                "row": name,
-                "accuracy": round(statistics.fmean(accuracies), 1),
-                "spread": round(statistics.stdev(accuracies), 1) if seeds > 1 else 0.0,
-                "seconds": round(statistics.fmean(one.seconds for one in trained), 1),
-            }
-        )
-    return found
-
-
-def main() -> None:
-    """Measure, print, and write the rows where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--root")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    model = "mlp" if given.data == "digits" else "resnet8"
-    size = None if given.data == "digits" else 10000
-    base = Run(data=given.data, root=given.root, model=model, batch_size=2, train_size=size)
-    rows = table(base, given.seeds)
-    for row in rows:
-        print("{row:<22} {accuracy:>5} ± {spread:<5} {seconds:>6} s".format(**row))
-    if given.json is not None:
-        write_json(given.json, {"rows": rows, "made_with": machine()})
+    return trained_rows(
+        [
+            (name, run, partial(train_replayed, data=data, batches=batches))
+            for name, run, batches in rows
+        ],
+        seeds,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_study(__doc__ or "", table)

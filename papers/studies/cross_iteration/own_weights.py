@@ -12,23 +12,19 @@ norm's scale and shift: with ``y = gamma (x - mean) / sqrt(var + eps) + beta``::
         [--json rows.json]
 """
 
-import argparse
-import statistics
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.backends.aten.patches import ConvCall
-from anybatch.core.files import write_json
 from anybatch.layers.cross_iteration_batch_norm import CrossIterationBatchNorm
 from anybatch.layers.statistics_gradients import compensated
 from anybatch.tools.data import Dataset, load
-from anybatch.tools.machine import machine
 from anybatch.tools.run import Run
-from anybatch.tools.training import prepare, train_epoch
+from anybatch.tools.training import prepare
+from papers.studies.small_trainings import Trained, run_study, train_to_end, trained_rows
 
 WINDOWS = (8, 16)
 
@@ -41,7 +37,7 @@ class Pair(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a norm was about to normalize: its window, the batch, and the call that made it."""
+    """The window and the batch before a norm's forward, and the input of the bound layer."""
 
     window: dict[str, Tensor]
     x: Tensor
@@ -126,60 +122,24 @@ class OwnWeights:
             grad.add_(through)
 
 
-def train_once(run: Run, data: Dataset, own_weights: bool) -> tuple[float, float]:
-    """Accuracy from 0 to 1, and seconds of training."""
+def train_once(run: Run, data: Dataset, own_weights: bool) -> Trained:
+    """Train a run, with or without the gradient through the compensation."""
     training = prepare(run, data)
     if own_weights:
         OwnWeights(training.model, training.optimizer)
-    rows = [train_epoch(run, training, data, epoch + 1) for epoch in range(run.epochs)]
-    return rows[-1]["accuracy"], sum(row["seconds"] for row in rows)
+    return train_to_end(run, training, data)
 
 
 def table(base: Run, seeds: int) -> list[dict[str, Any]]:
     """Train every row with every seed."""
-    data = load(base)
-    rows: list[tuple[str, Run, bool]] = [("BN, 2", base.but(method="bn"), False)]
+    plain, added = (partial(train_once, data=load(base), own_weights=own) for own in (False, True))
+    rows = [("BN, 2", base.but(method="bn"), plain)]
     for window in WINDOWS:
         options = (("burn_in", 0.0), ("gradient_sample", None), ("window", window))
         run = base.but(method="cbn", options=options)
-        rows += [(f"CBN of {window}", run, False)]
-        rows += [(f"CBN of {window}, own weights", run, True)]
-    found = []
-    for name, run, own_weights in rows:
-        trained = []
-        for seed in range(seeds):
-            print(f"{name}, seed {seed}", file=sys.stderr)
-            trained.append(train_once(run.but(seed=seed), data, own_weights))
-        accuracies = [100 * accuracy for accuracy, _ in trained]
-        found.append(
-            {
-                "row": name,
-                "accuracy": round(statistics.fmean(accuracies), 1),
-                "spread": round(statistics.stdev(accuracies), 1) if seeds > 1 else 0.0,
-                "seconds": round(statistics.fmean(seconds for _, seconds in trained), 1),
-            }
-        )
-    return found
-
-
-def main() -> None:
-    """Measure, print, and write the rows where asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--root")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    model = "mlp" if given.data == "digits" else "resnet8"
-    size = None if given.data == "digits" else 10000
-    base = Run(data=given.data, root=given.root, model=model, batch_size=2, train_size=size)
-    rows = table(base, given.seeds)
-    for row in rows:
-        print("{row:<24} {accuracy:>5} ± {spread:<5} {seconds:>6} s".format(**row))
-    if given.json is not None:
-        write_json(given.json, {"rows": rows, "made_with": machine()})
+        rows += [(f"CBN of {window}", run, plain), (f"CBN of {window}, own weights", run, added)]
+    return trained_rows(rows, seeds)
 
 
 if __name__ == "__main__":
-    main()
+    run_study(__doc__ or "", table)
