@@ -92,9 +92,13 @@ def makers(
     return found
 
 
-def call_of(name: str, layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
+def forward_of(name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer, compiled where its name says so."""
+    return compiled(layer) if name.startswith("compiled") else layer
+
+
+def call_of(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Call:
     """Forward and backward of a layer."""
-    forward = compiled(layer) if name.startswith("compiled") else layer
 
     def call() -> None:
         x.grad = None
@@ -120,7 +124,8 @@ def measure(
         if setting.mode == "graph" and name.startswith("compiled"):
             continue  # eager replays are enough of it: each shape takes a compilation
         try:
-            call = call_of(name, make().to(device).train(), x, dy)
+            layer = make().to(device).train()
+            call = call_of(layer, forward_of(name, layer), x, dy)
             call()
             calls[name] = graphed(call) if setting.mode == "graph" else call
         except Exception as error:  # one that cannot run here must not stop the others

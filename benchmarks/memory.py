@@ -33,7 +33,7 @@ def layer_rows(
     for name, make in made.items():
         try:
             layer = make().to(device).train()
-            call = layers.call_of(name, layer, x, dy)
+            call = layers.call_of(layer, layers.forward_of(name, layer), x, dy)
             call()
             kept[name] = kept_bytes(lambda layer=layer: layer(x), tensors_of(layer))
             clear(x, layer)

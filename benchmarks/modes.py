@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import anybatch
 from anybatch.registry import METHODS
 from anybatch.tools.measurements import Measurement, Setting, timed
-from anybatch.tools.timing import Call, interleaved
-from layers import data, method_layer
+from anybatch.tools.timing import interleaved
+from layers import call_of, data, method_layer
 
 SHAPES = ("2x16x8x8", "2x64x56x56", "32x64x56x56")
 MICRO_BATCHES = 4
@@ -49,17 +49,6 @@ def modes(method: str, x: Tensor) -> dict[str, tuple[nn.Module, Forward]]:
         "two halves": (halved, halved),
         "with a ReLU": (relu, lambda x: relu(x, activation="relu")),
     }
-
-
-def call_of(layer: nn.Module, forward: Forward, x: Tensor, dy: Tensor) -> Call:
-    """A forward and backward."""
-
-    def call() -> None:
-        x.grad = None
-        layer.zero_grad()
-        forward(x).backward(dy)
-
-    return call
 
 
 def main(typed: Sequence[str] | None = None) -> int:
