@@ -72,8 +72,8 @@ class MemoriesLayer(DispatchedLayer):
         """Return a function that gives a layer the bound layer's call for a part of ``x``."""
         return lambda layer, examples, part: None
 
-    def open_state(self, examples: int) -> None:
-        """Make the state whose size the first normalization batch decides."""
+    def open_state(self, x: Tensor) -> None:
+        """Make the state whose size the first batch decides."""
 
     def _normalize_in_turn(
         self, x: Tensor, source: ReductionScope | None, then: Activation | None
@@ -88,8 +88,8 @@ class MemoriesLayer(DispatchedLayer):
                 "in no buffer, so that functional_call cannot pass it; set memories=1, or call it "
                 "in evaluation mode"
             )
-        size = min(self.norm_batch_size or x.shape[0], x.shape[0])
-        self.open_state(size)
+        self.open_state(x)
+        size = self.norm_batch_size or x.shape[0]
         pieces = x.split(size)
         done, lend = list(pieces), self.lender(x)
         for at, layer in enumerate((self, *self._follow())[: len(pieces)]):
@@ -128,6 +128,11 @@ class MemoriesLayer(DispatchedLayer):
             tensors = self.__dict__[place].items()
             other.__dict__[place] = {n: None if t is None else t.clone() for n, t in tensors}
         return other
+
+    def state_keys(self) -> list[str]:
+        """The names in a checkpoint of what the method remembers, in all memories."""
+        starts = ("", *(f"{_PREFIX}{at}." for at in range(1, self.memories)))
+        return [start + name for start in starts for name in self.method_state]
 
     @property
     def further_memories(self: Self) -> tuple[Self, ...]:

@@ -90,13 +90,7 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
     check_between("weight", weight, 0.0, 1.0)
     new, old = source.state_dict(), target.state_dict()
     layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
-    kept = {
-        key
-        for name, layer in layers
-        for key in old
-        if key.startswith(f"{name}." if name else "")
-        and key.rpartition(".")[2] in layer.method_state
-    }
+    kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.state_keys()}
     if any(name in new and not value.numel() and new[name].numel() for name, value in old.items()):
         # A window has its slots from the first batch on, and the target may have seen none.
         target.load_state_dict({**old, **{n: v for n, v in new.items() if n in kept}}, strict=False)

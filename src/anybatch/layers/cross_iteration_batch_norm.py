@@ -228,7 +228,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         then: Activation | None = None,
     ) -> Tensor:
         if training:
-            self.open_state(min(x.shape[0], self.norm_batch_size or x.shape[0]))
+            self.open_state(x)
         if training and self.window != 1 and not self.burning:
             feed = self.take_feed(x) if self.order and not in_backward() else None
             self._flow.batch = BoundBatch(feed, x.detach(), 0, source)
@@ -237,12 +237,13 @@ class CrossIterationBatchNorm(BoundNormLayer):
         finally:
             self._flow.batch = self._flow.feed = None
 
-    def open_state(self, examples: int) -> None:
+    def open_state(self, x: Tensor) -> None:
         """Choose the window by the first batch, and make its slots."""
         if self.window is not None and len(self.method_state.get("mean", (1,))):
             return
         feed = self._flow.feed
         if self.window is None:
+            examples = min(x.shape[0], self.norm_batch_size or x.shape[0])
             self.window = recommended_window(self.examples_of_all(examples))
         if self.window > 1:
             self.open_memory()
