@@ -165,7 +165,7 @@ def reproductions() -> dict[str, Reproduction]:
     """Everything that can be reproduced, by name, in the order of the papers.
 
     Returns:
-        A reproduction a file in ``experiments/reproductions``.
+        A reproduction a file in ``papers/specs``.
 
     Raises:
         ValueError: If a file is wrong; it says which and why.
