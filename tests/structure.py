@@ -34,26 +34,27 @@ def parsed(source: str) -> ast.Module:
 
 def imports(package: Path) -> dict[str, set[str]]:
     """The modules of the package that each module imports, wherever in the file."""
-    parsed = trees(package)
+    parsed, files = trees(package), modules(package)
     return {
-        module: {target for _, target, _ in _imported(package, parsed, module)} - {module}
+        module: {target for _, target, _ in _imported(files, parsed, module, package.name)}
+        - {module}
         for module in parsed
     }
 
 
 def _imported(
-    package: Path, parsed: Mapping[str, ast.Module], module: str
+    files: Mapping[str, Path], parsed: Mapping[str, ast.Module], module: str, package: str
 ) -> Iterator[tuple[str, str, str | None]]:
     """Local name, module and, where it is not a module that is imported, name of each import."""
-    is_init = modules(package)[module].name == "__init__.py"
+    is_init = files[module].name == "__init__.py"
     for node in ast.walk(parsed[module]):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 head, _, tail = alias.name.partition(".")
-                if head == package.name and tail in parsed:
+                if head == package and tail in parsed:
                     yield alias.asname or head, tail, None
         elif isinstance(node, ast.ImportFrom):
-            origin = _origin(package.name, module, is_init, node)
+            origin = _origin(package, module, is_init, node)
             if origin is None:
                 continue
             for alias in node.names:
@@ -103,12 +104,12 @@ def foreign_private_names(package: Path, allowed: frozenset[str] = frozenset()) 
         package: Its directory.
         allowed: Underscored attributes of libraries that modules may use.
     """
-    parsed = trees(package)
+    parsed, files = trees(package), modules(package)
     defined = {module: set(_defined(tree)) for module, tree in parsed.items()}
     found = set()
     for module, tree in parsed.items():
         names = {}
-        for name, origin, imported in _imported(package, parsed, module):
+        for name, origin, imported in _imported(files, parsed, module, package.name):
             if imported is None:
                 names[name] = origin
             elif _is_private(imported):

@@ -169,7 +169,7 @@ def test_no_two_tests_have_the_same_name() -> None:
     names = collections.Counter(
         node.name
         for path in (ROOT / "tests").rglob("test_*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in structure.parsed(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     )
     assert [name for name, count in names.items() if count > 1] == []
