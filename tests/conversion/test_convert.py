@@ -358,6 +358,29 @@ class Renamed(nn.BatchNorm2d):
     """A subclass that changes nothing, as libraries have them."""
 
 
+class Checking(nn.BatchNorm2d):
+    """Takes inputs of other shapes."""
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
+
+
+class Asked(nn.BatchNorm2d):
+    """Has something to call."""
+
+    @property
+    def gate(self) -> Tensor:
+        return self.weight.sigmoid()
+
+
+def holding(name: str) -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    if name == "gate":
+        norm.gate = nn.Parameter(torch.zeros(4))
+    else:
+        norm.register_buffer(name, torch.zeros(4))
+    return norm
+
+
 def patched() -> nn.Module:
     norm = nn.BatchNorm2d(4)
     norm.forward = lambda x: x
@@ -369,6 +392,10 @@ def patched() -> nn.Module:
     [
         (OwnForward(4), r"OwnForward is a batch norm with its own forward\(\)"),
         (OwnTrain(4), r"its own train\(\)"),
+        (Checking(4), r"its own _check_input_dim\(\)"),
+        (Asked(4), r"its own gate\(\)"),
+        (holding("gate"), "it holds gate, which a replacement would lose"),
+        (holding("importance"), "it holds importance, which a replacement would lose"),
         (patched(), "its forward was replaced on the instance"),
         (nn.LazyBatchNorm2d(), "run one batch through the model before"),
         (nn.SyncBatchNorm(4), "convert the model before torch.nn.SyncBatchNorm.convert_sync"),
@@ -382,6 +409,69 @@ def test_norms_it_does_not_understand_are_refused_by_name(norm: nn.Module, reaso
         convert(model, "bn")
     assert list(model) == before
     assert type(convert(model, "bn", where="0")[0]) is anybatch.BatchNorm2d
+
+
+class Listed(nn.Module):
+    """Goes through plain containers of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.steps = [self.conv, ("then", {"norm": self.norm})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (conv, (_, rest)) = self.steps
+        return rest["norm"](conv(x))
+
+
+def test_norms_in_plain_containers_of_a_module_are_exchanged() -> None:
+    model, x = Listed(), torch.randn(2, 3, 8, 8)
+    convert(model, "mabn")(x)
+    assert model.norm.num_batches_tracked == 1
+    assert model.steps[1][1]["norm"] is model.norm
+    anybatch.to_batchnorm(model)(x)
+    assert type(model.norm) is nn.BatchNorm2d
+    assert model.norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("way", ["convert", "schedule"])
+def test_what_all_methods_take_is_kept_by_another_conversion(way: str) -> None:
+    given = {"process_group": "world", "outlier_limit": 9.0, "example_weight": 0.5}
+    model = convert(nn.Sequential(nn.BatchNorm2d(4)), "mbn", batch_size=2, **given)
+    if way == "convert":
+        convert(model, "bn")
+    else:
+        anybatch.NormScheduler(model, 2, switch={1: "bn"}).step()
+    assert type(model[0]) is anybatch.BatchNorm2d
+    assert {name: getattr(model[0], name) for name in given} == given
+    convert(model, "brn", process_group=None, norm_batch_size=2)
+    assert model[0].process_group is None
+    convert(convert(model, "brn", process_group="world", norm_batch_size=None), "bn")
+    convert(model, "brn", norm_batch_size=2)  # which cuts what the group would join
+    assert model[0].process_group is None
+
+
+def test_a_group_that_a_layer_keeps_is_in_the_plan() -> None:
+    model = convert(nn.Sequential(nn.BatchNorm2d(4)), "sync")
+    assert anybatch.plan(model, "bn").rows[0].reason == "already bn, keeps process_group=world"
+
+
+@pytest.mark.parametrize("methods", [("bn",), ("mabn", "brn"), ("bn", "cbn")])
+def test_tags_of_other_libraries_outlast_all_conversions(methods: tuple[str, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1]._no_weight_decay = True
+    for method in methods:
+        convert(model, method)
+        assert model[1]._no_weight_decay
+    anybatch.to_batchnorm(model)
+    assert model[1]._no_weight_decay
+
+
+def test_a_weight_that_another_layer_shares_is_not_centralized() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3))
+    model[2].weight = model[0].weight
+    reason = anybatch.plan(model, "mabn").rows[0].reason
+    assert reason.endswith("weights not centralized: '0' shares its weight with '2'")
 
 
 def test_subclasses_that_change_nothing_are_converted() -> None:

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import random
+from typing import Any
 
+import numpy
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from anybatch.conversion import Plan, plan
+from anybatch.conversion import Plan, convert, plan
 from anybatch.conversion.decisions import is_fresh
 from conversion.networks import Tabular, convnet
 from zoo.listing import randomize
@@ -63,7 +66,7 @@ def reasons(model: nn.Module, method: str = "mabn", **arguments: object) -> dict
 def test_a_fresh_network_has_its_weights_centralized() -> None:
     made = plan(convnet(), "mabn")
     assert [row.centralizes for row in made.rows] == ["0", "3"]
-    assert made.rows[0].reason == "eval output unchanged; weights of '0' centralized"
+    assert made.rows[0].reason == "eval output changes: weights of '0' centralized"
 
 
 def test_trained_weights_are_left_alone_unless_asked() -> None:
@@ -158,3 +161,49 @@ def test_a_shared_norm_is_one_row_with_all_its_names() -> None:
     (row,) = plan(model, "bn").rows
     assert (row.name, row.also, row.feeder) == ("1", ("3",), "called twice")
     assert str(plan(model, "bn")).splitlines()[2].startswith("1, 3")
+
+
+class Caching(nn.Module):
+    """Draws a number of Python's, and keeps what it computed in nested containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+        self.cache: dict[str, list[Any]] = {"a": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        random.random()
+        numpy.random.random()
+        y: Tensor = self.norm(self.conv(x))
+        self.cache["a"].append(y)
+        return y
+
+
+def test_random_states_and_nested_containers_are_left_alone() -> None:
+    model = Caching()
+    states = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    plan(model, "mabn")
+    assert model.cache == {"a": []}
+    after = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+    assert after == states
+
+
+@pytest.mark.parametrize("method", ["mabn", "cbn"])
+def test_a_recomputed_weight_is_not_computed(method: str) -> None:
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(conv, nn.BatchNorm2d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan(model, method)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["bn", "l1", "range", "mabn"])
+def test_the_plan_says_whether_the_output_in_evaluation_stays(method: str) -> None:
+    torch.manual_seed(0)
+    tracks = method == "mabn"
+    norm = nn.BatchNorm2d(4, track_running_stats=tracks)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval(), torch.randn(4, 3, 8, 8)
+    before = model(x)
+    (row,) = plan(model, method).rows
+    same = torch.allclose(convert(model, method)(x), before, atol=1e-5)
+    assert ("eval output unchanged" in row.reason) is same

@@ -1,5 +1,6 @@
 """Who feeds each norm: by symbolic trace, by a recorded forward, and part by part."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import anybatch
 from anybatch.conversion.producers import Feeder, find_feeders
 
 Forward = Callable[..., Any]
@@ -297,3 +299,74 @@ def test_finding_producers_leaves_the_network_as_it_was(traceable: bool) -> None
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert len(model.bn._forward_hooks) == 0
     assert heard == [] if traceable else heard == ["drop", "root"]
+
+
+class Skipped(nn.Module):
+    """A block that training leaves out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(1).item() + random.random() < 1:
+            return x
+        return x + torch.relu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("method", ["mabn", "cbn"])
+def test_blocks_that_training_leaves_out_at_random_are_converted(method: str) -> None:
+    made = [type(module) for module in converted_blocks(0, method).modules()]
+    assert made == [type(module) for module in converted_blocks(1, method).modules()]
+    assert nn.BatchNorm2d not in made
+
+
+def converted_blocks(seed: int, method: str) -> nn.Module:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return anybatch.convert(nn.Sequential(*[Skipped() for _ in range(6)]), method)
+
+
+class WithHead(nn.Module):
+    """A head of its own for training, on the output of a convolution or of a norm."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head, self.head_norm = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+        self.before = before
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        z = self.norm(y)
+        return (z, self.head_norm(self.head(y if self.before else z))) if self.training else z
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_head_that_only_training_runs_counts(before: bool) -> None:
+    model = WithHead(before)
+    for training in (True, False):
+        feeders = find_feeders(model.train(training))
+        assert feeders["head_norm"].name == "head"
+        assert feeders["norm"].name == "conv"
+        assert feeders["norm"].other_consumers == before
+
+
+class Either(nn.Module):
+    """Another convolution feeds the norm in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm((self.other if self.training else self.one)(x))
+        return y
+
+
+def test_a_norm_that_training_feeds_otherwise_has_no_feeder() -> None:
+    feeder = find_feeders(Either())["norm"]
+    assert feeder.name is None
+    assert feeder.reason == "fed by 'one' in evaluation, by 'other' in training"

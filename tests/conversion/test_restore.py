@@ -18,6 +18,21 @@ from anybatch.registry import METHODS
 from conversion.networks import Tabular, Wave, convnet
 from zoo.listing import randomize
 
+
+def test_a_centralized_weight_that_another_layer_has_as_it_is_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model[1].weight = model[0].weight
+    anybatch.weight_centralization(model[0])
+    for back in (anybatch.to_batchnorm, anybatch.plain_state_dict):
+        with pytest.raises(ValueError, match="0: its weight is centralized, and not in '1'"):
+            back(model)
+    anybatch.weight_centralization(model[1])
+    before = eval_output(model, torch.ones(1, 3, 8, 8))
+    torch.testing.assert_close(
+        eval_output(anybatch.to_batchnorm(model), torch.ones(1, 3, 8, 8)), before
+    )
+
+
 EXACT = [name for name, method in METHODS.items() if method.exact_eval]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from anybatch.backends.aten.patches import geometry_of
 from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.method_options import is_already, kept_options, options_for
+from anybatch.conversion.module_swap import owners_of
 from anybatch.conversion.norm_types import NormKind, channels_of, has_plain_forward, is_batch_norm
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.conversion.plan_table import PlanRow
@@ -112,7 +113,7 @@ class NormDecider:
 
     def __post_init__(self) -> None:
         self.by_name = {name: module for module, names in self.places.items() for name in names}
-        self.owners = _owners(self.places)
+        self.owners = owners_of(self.places)
         self.checked: set[tuple[str, int]] = set()  # methods whose options were tried, with dims
 
     def decide(self, norm: nn.Module, kind: NormKind) -> Decision:
@@ -180,12 +181,12 @@ class NormDecider:
         target, why = self._centralization(method, options, feeder)
         uncentralized = target is None and why is not None and not why.endswith("already")
         notes = [
-            _effect(method),
+            _effect(method, norm) if target is None else f"eval output changes: {why}",
             "frozen until now: its scale and shift train from now on" if is_frozen else None,
             "keeps its activation" if ends_in_activation(norm) else None,
             self._opens(method, options),
             _cut_groups(norm, method, options),
-            why,
+            why if target is None else None,
             f"bound to {feeder.name!r}" if binds else None,
             "train the network in a VirtualDataset" if method.wraps else None,
         ]
@@ -226,6 +227,8 @@ class NormDecider:
         if self.centralize is False or not (wanted or self.centralize):
             return None, None
         obstacle = _centralization_obstacle(feeder, self._module(feeder))
+        if obstacle is None and (shared := self._sharing(self.by_name[str(feeder.name)], "weight")):
+            obstacle = f"{feeder.name!r} shares its weight with {shared}"
         if obstacle is not None:
             return None, f"weights not centralized: {obstacle}"
         if is_centralized(self.by_name[str(feeder.name)]):
@@ -240,11 +243,11 @@ class NormDecider:
     def _module(self, feeder: Feeder) -> nn.Module | None:
         return None if feeder.name is None else self.by_name[feeder.name]
 
-    def _sharing(self, norm: nn.Module) -> str | None:
-        """The name of another module that holds one of a norm's Parameters."""
-        for parameter in norm.parameters(recurse=False):
-            for owner in self.owners[id(parameter)]:
-                if owner is not norm:
+    def _sharing(self, module: nn.Module, *names: str) -> str | None:
+        """The name of another module that holds one of a module's Parameters, or of these."""
+        for name, parameter in module._parameters.items():
+            for owner in self.owners.get(id(parameter), ()) if name in (names or {name}) else ():
+                if owner is not module:
                     return repr(self.places[owner][0])
         return None
 
@@ -268,8 +271,10 @@ class NormDecider:
         return PlanRow(name, kind, feeder, decision, becomes, reason, centralizes, tuple(also))
 
 
-def _effect(method: Method) -> str:
+def _effect(method: Method, norm: nn.Module) -> str:
     """The effect of a conversion on the output in evaluation mode."""
+    if norm._buffers.get("running_var") is None and method.class_name != "BatchNorm":
+        return "eval output changes: train on"  # whose statistics of a batch are the method's
     if method.exact_eval:
         return "eval output unchanged"
     if issubclass(method.layer(2), NormLayer):
@@ -311,20 +316,11 @@ def _binding_obstacle(norm: nn.Module, feeder: Feeder, module: nn.Module | None)
         return feeder.reason
     if not is_centralized(module) and not has_plain_forward(module, any_weight=True):
         return f"{feeder.name!r} computes its weight or output in its own way"
-    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+    if isinstance(module._parameters.get("weight"), nn.UninitializedParameter):
         return f"{feeder.name!r} does not know its number of inputs yet: run one batch first"
     if geometry_of(module).outputs != channels_of(norm):
         return f"the channels of {feeder.name!r} are not those that it normalizes"
     return None
-
-
-def _owners(places: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
-    """The modules that hold each Parameter, by the Parameter's identity."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in places:
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(module)
-    return owners
 
 
 def layer_seed(seed: int, name: str) -> int:

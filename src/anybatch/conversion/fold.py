@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from anybatch.conversion.frozen_norms import is_frozen_norm, thawed
-from anybatch.conversion.module_swap import has_hooks, let_go, paths, swap
+from anybatch.conversion.module_swap import has_hooks, let_go, owners_of, paths, swap
 from anybatch.conversion.norm_types import (
     channels_of,
     check_bare,
@@ -38,10 +38,11 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
     With s = weight / sqrt(running_var + eps), the layer before gets weight s * w and bias
     s * (b - running_mean) + bias, and the norm becomes torch.nn.Identity. A norm is merged only if
-    it alone uses the output of the layer before it, on every path, both are called once, and its
-    inference is an affine map per channel. Other norms stay, and a warning names them. The dropout
-    and activation of a norm that ends in an activation (timm's) stay. The output of a linear layer
-    is taken to be (N, C); with `example_inputs` that and everything else is checked.
+    it alone uses the output of the layer before it, on every path that the forward's default
+    arguments take, both are called once, and its inference is an affine map per channel. Other
+    norms stay, and a warning names them. The dropout and activation of a norm that ends in an
+    activation (timm's) stay. The output of a linear layer is taken to be (N, C); with
+    `example_inputs` that and everything else is checked.
 
     Args:
         model: a network in eval mode.
@@ -74,11 +75,12 @@ def fold(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     places = paths(model)
     feeders = find_feeders(model, example_inputs)
     by_name = {names[0]: module for module, names in places.items()}
+    owners = owners_of(places)
     folds, stay = dict[nn.Module, nn.Module](), dict[str, str]()
     for norm, names in places.items():
         if not is_batch_norm(norm):
             continue
-        reason = _obstacle(norm, feeders[names[0]], by_name, places)
+        reason = _obstacle(norm, feeders[names[0]], by_name, places, owners)
         if reason is None:
             folds[norm] = by_name[str(feeders[names[0]].name)]
         else:
@@ -115,6 +117,7 @@ def _obstacle(
     feeder: Feeder,
     by_name: Mapping[str, nn.Module],
     places: Mapping[nn.Module, tuple[str, ...]],
+    owners: Mapping[int, list[nn.Module]],
 ) -> str | None:
     """The reason why a norm cannot be merged into its feeder, or None."""
     if (why := _norm_obstacle(norm)) is not None:
@@ -133,10 +136,9 @@ def _obstacle(
         return f"{feeder.name!r} computes its weight or output in its own way"
     if not _same_channels(norm, layer):
         return f"its channels are not those of {feeder.name!r}"
-    mine = {id(parameter) for parameter in layer.parameters()}
-    for other, names in places.items():
-        if other is not layer and mine & {id(p) for p in other.parameters(recurse=False)}:
-            return f"{feeder.name!r} shares its weight with {names[0]!r}"
+    holders = {one for parameter in layer.parameters() for one in owners[id(parameter)]} - {layer}
+    if holders:
+        return f"{feeder.name!r} shares its weight with {min(places[one][0] for one in holders)!r}"
     return None
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from anybatch.conversion.norm_types import is_batch_norm
-from anybatch.conversion.observe import observe, restored, tensors_in
+from anybatch.conversion.observe import observe, restored, seed, tensors_in
 
 FEEDING_LAYERS = (_ConvNd, nn.Linear)
 
@@ -65,29 +65,39 @@ class GraphTracer(fx.Tracer):
         return super().call_module(m, m.forward, args, kwargs)
 
 
-def graph_of(
+def graphs_of(
     model: nn.Module,
     example_inputs: Any,
     is_traced_leaf: Callable[[nn.Module], bool | None],
     is_recorded_leaf: IsLeaf,
-) -> fx.Graph | None:
-    """The graph of a network: traced, or else recorded on example inputs; None for neither."""
-    graph = trace_graph(model, is_traced_leaf)
-    return record_graph(model, example_inputs, is_recorded_leaf) if graph is None else graph
+) -> list[fx.Graph]:
+    """The graphs of a network: traced, or else one recorded on example inputs; [] for neither."""
+    graphs = trace_graphs(model, is_traced_leaf)
+    if not graphs and (graph := record_graph(model, example_inputs, is_recorded_leaf)) is not None:
+        graphs.append(graph)
+    return graphs
 
 
-def trace_graph(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -> fx.Graph | None:
-    """Trace a network symbolically, and leave it as it was.
+def trace_graphs(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -> list[fx.Graph]:
+    """Trace a network symbolically in evaluation and in training mode, and leave it as it was.
 
-    `is_leaf` is as in `GraphTracer`. The graph is None if tracing fails.
+    Training may run parts of its own, such as auxiliary heads, and may leave parts out at random.
+    `is_leaf` is as in `GraphTracer`. A mode in which tracing fails has no graph.
 
     Example:
-        >>> graph = trace_graph(nn.Sequential(nn.Linear(2, 2)), lambda module: None)
-        >>> [node.name for node in graph.nodes]
-        ['input_1', '_0', 'output']
+        >>> graphs = trace_graphs(nn.Sequential(nn.Linear(2, 2)), lambda module: None)
+        >>> [[node.name for node in graph.nodes] for graph in graphs]
+        [['input_1', '_0', 'output'], ['input_1', '_0', 'output']]
     """
     if "forward" in model.__dict__:  # fx would trace the class's forward, not this one
-        return None
+        return []
+    traced = (_trace(model, is_leaf, training) for training in (False, True))
+    return [graph for graph in traced if graph is not None]
+
+
+def _trace(
+    model: nn.Module, is_leaf: Callable[[nn.Module], bool | None], training: bool
+) -> fx.Graph | None:
     defaults = {
         name: argument.default
         for name, argument in signature(model.forward).parameters.items()
@@ -95,6 +105,9 @@ def trace_graph(model: nn.Module, is_leaf: Callable[[nn.Module], bool | None]) -
     }
     with restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        seed(0)  # so that what is left out at random is the same in every process
+        for module in model.modules():
+            module.training = training
         try:
             return GraphTracer(is_leaf).trace(model, defaults or None)
         except Exception:  # any forward may be run on proxies here, and fail in any way

@@ -9,6 +9,7 @@ from torch import nn
 
 from anybatch.core.arguments import check_count, shown
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.reduction_scope import WORLD
 from anybatch.layers.group_norm import fitting_groups
 from anybatch.registry import Method, check_options, get_method
 
@@ -81,6 +82,7 @@ def kept_options(norm: nn.Module, method: Method, options: Mapping[str, Any]) ->
     for name, parameter in method.options.items():
         usual = options.get(name, method.suggested.get(name, parameter.default))
         value = getattr(norm, name, usual)
-        if name not in ("seed", "generator", "process_group") and value != usual:
-            different.append(f"{name}={value}")
+        if name not in ("seed", "generator") and value != usual:
+            of_its_own = name == "process_group" and value != WORLD
+            different.append(f"{name}={'of its own' if of_its_own else value}")
     return ", ".join(different)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_TORCHS = nn.Module().__dict__.keys()
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -58,10 +60,27 @@ def paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {module: tuple(names) for module, names in found.items()}
 
 
+def owners_of(modules: Iterable[nn.Module]) -> dict[int, list[nn.Module]]:
+    """The modules that hold each Parameter, by the Parameter's identity.
+
+    Example:
+        >>> one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> other.weight = one.weight
+        >>> len(owners_of([one, other])[id(one.weight)])
+        2
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put each replacement wherever its original sits, under every name and every parent.
 
-    The result is the model, or the replacement of the model itself.
+    That includes attributes that hold modules beside torch's own list of them, in plain lists,
+    tuples and dictionaries. The result is the model, or the replacement of the model itself.
 
     Example:
         >>> norm, model = nn.BatchNorm1d(3), nn.Sequential()
@@ -76,7 +95,26 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Mo
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+        for name, value in parent.__dict__.items():
+            if name not in _TORCHS and not isinstance(parent, NormLayer):
+                parent.__dict__[name] = _swapped(value, replacements)
     return replacements.get(model, model)
+
+
+def _swapped(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
+    """A value of an attribute with replacements in it, a list or dictionary in place."""
+    if isinstance(value, nn.Module):
+        return replacements.get(value, value)
+    if type(value) is tuple:
+        items = [_swapped(item, replacements) for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else tuple(items)
+    if type(value) in (list, dict):
+        for key, item in enumerate(value) if type(value) is list else value.items():
+            new = _swapped(item, replacements)
+            if new is not item:
+                value[key] = new
+    return value
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from anybatch.conversion.graph_trace import FEEDING_LAYERS, graph_of, is_query, name_of
+from anybatch.conversion.graph_trace import FEEDING_LAYERS, graphs_of, is_query, name_of
 from anybatch.conversion.norm_types import is_norm, norm_kind
 from anybatch.core.norm_layer import NormLayer
 
@@ -89,8 +89,10 @@ def find_paths(model: nn.Module, example_inputs: Any = None) -> dict[str, Paths]
     norms = {module: name for module, name in names.items() if _is_any_norm(module)}
     if model in norms:
         return {"": Paths((), called=True)}
-    graph = graph_of(model, example_inputs, _is_traced_leaf, _is_leaf)
-    return None if graph is None else _read(graph, names, norms)
+    graphs, carried = graphs_of(model, example_inputs, _is_traced_leaf, _is_leaf), _Carried(norms)
+    for graph in graphs:
+        _read(graph, names, carried)
+    return carried.by_name() if graphs else None
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -175,19 +177,17 @@ def _step(reach: _Reach, operation: str) -> _Reach:
     return {module: (*path, operation) for module, path in reach.items()}
 
 
-def _read(
-    graph: fx.Graph, names: Mapping[nn.Module, str], norms: Mapping[nn.Module, str]
-) -> dict[str, Paths]:
+def _read(graph: fx.Graph, names: Mapping[nn.Module, str], carried: _Carried) -> None:
     """Carry along a graph, whose nodes stand in the order of execution."""
     modules = {name: module for module, name in names.items()}
-    carried, reaches = _Carried(norms), dict[fx.Node, _Reach]()
+    reaches = dict[fx.Node, _Reach]()
     for node in graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         reach = {} if is_query(node) else _merge(reaches[n] for n in node.all_input_nodes)
         name = name_of(node)
         if node.op == "output":
             carried.leave(reach)
-        elif module is not None and module in norms:
+        elif module is not None and module in carried.norms:
             reach = carried.through(reach, module)
         elif node.op == "call_function" and name in _NORM_OPERATIONS:
             carried.meet(reach, f"{name}()")
@@ -198,7 +198,6 @@ def _read(
         reaches[node] = _merge([reach, *aliases])
         for written in _written(node):
             reaches[written] = _merge([reaches[written], reach])
-    return carried.by_name()
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

@@ -22,8 +22,9 @@ from anybatch.core.norm_layer import NormLayer
 
 OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-# Methods of _NormBase and Module that a subclass may not change, or a replacement would lose it.
-_BEHAVIOUR = ("forward", "__call__", "train", "eval", "_apply", "state_dict", "load_state_dict")
+# What a subclass of torch's norms may define without a replacement losing anything that runs.
+_HARMLESS = {"extra_repr", "reset_parameters", "reset_running_stats"}
+_STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 
 # Wrappers that hold on to the modules they were given, by class name, so that nothing is imported:
 # when to wrap instead, and the attribute that holds the model.
@@ -210,6 +211,10 @@ def _refusal(norm: nn.Module) -> str | None:
         return f"{_class_path(norm)} is not a 1d, 2d or 3d batch norm: leave it out with where="
     if "forward" in norm.__dict__:
         return "its forward was replaced on the instance: leave it out with where="
+    own = (norm._parameters.keys() | norm._buffers.keys()) - _STATE
+    if own and not isinstance(norm, NormLayer):
+        names = " and ".join(sorted(own))
+        return f"it holds {names}, which a replacement would lose: leave it out with where="
     return _subclass_refusal(norm)
 
 
@@ -218,7 +223,7 @@ def _subclass_refusal(norm: nn.Module) -> str | None:
         return None
     bases = {cls for cls in type(norm).__mro__ if _is_ours_or_torchs(cls)}
     own = [cls for cls in type(norm).__mro__ if cls not in bases]
-    changed = [name for name in _BEHAVIOUR if any(name in vars(cls) for cls in own)]
+    changed = [name for cls in own for name, value in vars(cls).items() if _runs(name, value)]
     dims = dims_of(norm)
     if changed:
         return (
@@ -229,6 +234,13 @@ def _subclass_refusal(norm: nn.Module) -> str | None:
     if any(True for _ in norm.children()):
         return f"{_class_path(norm)} holds modules of its own: leave it out with where="
     return None
+
+
+def _runs(name: str, value: object) -> bool:
+    """True if a name that a class defines is a method or a property that a user may call."""
+    called = callable(value) or isinstance(value, (property, classmethod, staticmethod))
+    special = name.startswith("__") and name != "__call__"
+    return called and not special and name not in _HARMLESS
 
 
 def _is_ours_or_torchs(cls: type) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,9 +64,34 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, name))
 
 
+def seed(number: int) -> None:
+    """Start the random numbers of torch on the CPU, of Python and of NumPy anew."""
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(number)
+
+
+@contextmanager
+def _random_states_restored(devices: list[torch.device]) -> Iterator[None]:
+    """A context that restores the random states of torch, Python and NumPy."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    numbers = None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numbers)
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """A context that restores the model's attributes, its buffers and torch's random state."""
+    """A context that restores the model's attributes, its buffers and the random states.
+
+    Lists, dictionaries and sets among the attributes are restored as deep as they are nested.
+    """
     saved = [(module, _attributes(module)) for module in model.modules()]
     buffers = [
         (buffer, buffer.detach().clone())
@@ -73,7 +100,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     ]
     devices = {b.device for b in model.buffers()} | {p.device for p in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
+    with _random_states_restored(cuda):
         try:
             yield
         finally:
@@ -114,23 +141,33 @@ def undone_on_failure(model: nn.Module, written: Iterable[nn.Module]) -> Iterato
         raise
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute of a module, with a copy of the lists and dictionaries among them."""
-    plain = (list, dict, OrderedDict, set)
-    return {
-        name: (value, value.copy() if type(value) in plain else None)
-        for name, value in module.__dict__.items()
-    }
+_Contents = list[tuple[Any, Any]]  # a container that can change, and a copy of what it holds
+_CONTAINERS = (list, dict, OrderedDict, set)
 
 
-def _restore(module: nn.Module, attributes: Mapping[str, tuple[Any, Any]]) -> None:
-    module.__dict__.clear()
-    for name, (value, copy) in attributes.items():
-        module.__dict__[name] = value
-        if copy is None:
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], _Contents]:
+    """The attributes of a module, and the contents of the containers among and in them."""
+    contents: _Contents = []
+    waiting, seen = list(module.__dict__.values()), set[int]()
+    while waiting:
+        value = waiting.pop()
+        inside = type(value) in _CONTAINERS
+        if not (inside or type(value) is tuple) or id(value) in seen:
             continue
+        seen.add(id(value))
+        waiting += value.values() if isinstance(value, dict) else value
+        if inside:
+            contents.append((value, value.copy()))
+    return dict(module.__dict__), contents
+
+
+def _restore(module: nn.Module, attributes: tuple[dict[str, Any], _Contents]) -> None:
+    own, contents = attributes
+    module.__dict__.clear()
+    module.__dict__.update(own)
+    for value, content in contents:
         if isinstance(value, list):
-            value[:] = copy
+            value[:] = content
         else:
             value.clear()
-            value.update(copy)
+            value.update(content)

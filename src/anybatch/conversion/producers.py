@@ -1,18 +1,24 @@
 """The convolution or linear layer that feeds each norm, and the other users of its output.
 
-Read off a graph of the whole network, or, where there is none, off graphs of the parts of it that
-can be traced on their own.
+Read off graphs of the whole network, in evaluation and in training, or, where there are none, off
+graphs of the parts of it that can be traced on their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
-from anybatch.conversion.graph_trace import FEEDING_LAYERS, graph_of, is_query, name_of, trace_graph
+from anybatch.conversion.graph_trace import (
+    FEEDING_LAYERS,
+    graphs_of,
+    is_query,
+    name_of,
+    trace_graphs,
+)
 from anybatch.conversion.module_swap import paths
 from anybatch.conversion.norm_types import channels_of, is_batch_norm, is_norm
 
@@ -27,6 +33,7 @@ _WORDS = {
     "cat": "a concatenation", "concat": "a concatenation", "getitem": "a part of something",
 }  # fmt: skip
 _UNTRACED = "model does not trace; pass example_inputs"
+_NOT_CALLED = "not called"
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,12 @@ def find_feeders(model: nn.Module, example_inputs: Any = None) -> dict[str, Feed
         return {"": Feeder(None, "the model is this norm alone")}
     if not norms:
         return {}
-    graph = graph_of(model, example_inputs, _is_traced_leaf, _is_leaf)
-    if graph is not None:
-        calls = _read(graph, dict(model.named_modules()), names)
-        return {names[norm]: _resolve(norm, calls, names) for norm in norms}
-    found = {norm: Feeder(None, _UNTRACED) for norm in norms}
-    _trace_parts(model, "", places, found)
+    graphs = graphs_of(model, example_inputs, _is_traced_leaf, _is_leaf)
+    if graphs:
+        found = _resolve_all(norms, graphs, dict(model.named_modules()), names)
+    else:
+        found = {norm: Feeder(None, _UNTRACED) for norm in norms}
+        _trace_parts(model, "", places, found)
     return {names[norm]: found[norm] for norm in norms}
 
 
@@ -140,11 +147,46 @@ def _is_traced_leaf(module: nn.Module) -> bool | None:
     return _is_leaf(module) or None
 
 
+def _resolve_all(
+    norms: Iterable[nn.Module],
+    graphs: Iterable[fx.Graph],
+    modules: Mapping[str, nn.Module],
+    names: Mapping[nn.Module, str],
+) -> dict[nn.Module, Feeder]:
+    """Find what feeds each norm in all graphs that call it."""
+    found = {norm: Feeder(None, _NOT_CALLED) for norm in norms}
+    called: set[nn.Module] = set()
+    for graph in graphs:
+        calls = _read(graph, modules, names)
+        called |= calls.norms.keys()
+        for norm, known in found.items():
+            found[norm] = _in_both(known, _resolve(norm, calls, names))
+    reached = {names[norm] for norm in called}
+    return {
+        norm: replace(
+            one, may_feed=tuple(dict.fromkeys(n for n in one.may_feed if n not in reached))
+        )
+        for norm, one in found.items()
+    }
+
+
+def _in_both(one: Feeder, other: Feeder) -> Feeder:
+    """What feeds a norm in two graphs of its network; the first may not call it."""
+    if one.reason == _NOT_CALLED or other.reason == _NOT_CALLED:
+        return other if one.reason == _NOT_CALLED else one
+    if one.name is None or other.name is None:
+        return other if one.name is not None else one
+    if one.name != other.name:
+        return Feeder(None, f"fed by {one.name!r} in evaluation, by {other.name!r} in training")
+    more = max(one.other_consumers, other.other_consumers)
+    return replace(one, other_consumers=more, may_feed=(*one.may_feed, *other.may_feed))
+
+
 def _resolve(norm: nn.Module, calls: _Calls, names: Mapping[nn.Module, str]) -> Feeder:
     """Find one norm's feeder, or the reason why there is none."""
     sources = calls.norms.get(norm, [])
     if not sources:
-        return Feeder(None, "not called")
+        return Feeder(None, _NOT_CALLED)
     if len(sources) > 1:
         return Feeder(None, f"called {_times(len(sources))}")
     source = sources[0]
@@ -279,14 +321,14 @@ def _trace_parts(
         if not norms or child in found:
             continue
         part = f"{prefix}{child_name}."
-        graph = trace_graph(child, _is_traced_leaf)
-        if graph is None:
+        graphs = trace_graphs(child, _is_traced_leaf)
+        if not graphs:
             _trace_parts(child, part, places, found)
             continue
-        calls = _read(graph, dict(child.named_modules()), names)
+        fed = _resolve_all(norms, graphs, dict(child.named_modules()), names)
         inside = {module for module, where in places.items() if _all_under(where, part)}
         for norm in norms:
-            found[norm] = _within(norm, _resolve(norm, calls, names), part, inside, names)
+            found[norm] = _within(norm, fed[norm], part, inside, names)
 
 
 def _all_under(where: tuple[str, ...], part: str) -> bool:

@@ -21,6 +21,7 @@ from anybatch.layers.group_norm import fitting_groups
 from anybatch.registry import Method
 
 _TORCH_MOMENTUM = 0.1
+_KEPT = ("norm_batch_size", "memories", "example_weight", "process_group", "outlier_limit")
 
 
 def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> nn.Module:
@@ -95,9 +96,12 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
     if "momentum" not in arguments and _keeps_momentum(norm, method):
         arguments["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
-        for name in ("norm_batch_size", "memories", "example_weight"):
-            if name in method.options and norm.num_statistics == norm.num_features:
+        kept = _KEPT if norm.num_statistics == norm.num_features else ()
+        for name in kept:
+            if name in method.options:
                 arguments.setdefault(name, getattr(norm, name))
+        if "process_group" not in options and arguments.get("norm_batch_size") is not None:
+            arguments.pop("process_group", None)  # of batches that are cut now
     return arguments
 
 
@@ -143,12 +147,11 @@ def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
 
 def _keep_tags(norm: nn.Module, new: nn.Module) -> None:
     """Copy attributes that others hung on a torch norm, as libraries do to mark modules."""
-    if isinstance(norm, NormLayer):
-        return
     known = nn.BatchNorm1d(1).__dict__
-    for name, value in norm.__dict__.items():
-        if name not in known:
-            new.__dict__[name] = value
+    tags = norm.tags if isinstance(norm, NormLayer) else tuple(norm.__dict__.keys() - known)
+    new.__dict__.update((name, norm.__dict__[name]) for name in tags if name in norm.__dict__)
+    if isinstance(new, NormLayer) and tags:
+        new.tags = tags
 
 
 def _twin(norm: nn.Module) -> nn.Module:
@@ -190,4 +193,6 @@ def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     frozen = isinstance(layer, FrozenBatchNorm) or layer.frozen
     norm.training = layer.training and not frozen
     move_hooks(layer, norm)
+    if isinstance(layer, NormLayer):
+        _keep_tags(layer, norm)
     return norm

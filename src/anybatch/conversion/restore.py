@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from anybatch.conversion.module_swap import let_go, paths, swap
+from anybatch.conversion.module_swap import let_go, owners_of, paths, swap
 from anybatch.conversion.norm_types import check_bare, listed, recomputed_parameter
 from anybatch.conversion.norm_with_activation import ends_in_activation, give_back_activation
 from anybatch.conversion.relu_fusion.fused_block import unfuse
@@ -125,7 +125,17 @@ def _check_plain(model: nn.Module) -> tuple[list[NormLayer | FrozenBatchNorm], l
     layers = [module for module in places if isinstance(module, (NormLayer, FrozenBatchNorm))]
     centralized = [module for module in places if isinstance(module, CENTRALIZED)]
     ours = (*layers, *centralized, *(m for m in places if isinstance(m, NormCopies)))
+    owners = owners_of(places)
     obstacles = [(places[module][0], why) for module in ours if (why := _obstacle(module))]
+    obstacles += [
+        (
+            places[one][0],
+            f"its weight is centralized, and not in {places[other][0]!r}, which has it too",
+        )
+        for one in centralized
+        for other in owners.get(id(one._parameters.get("weight")), ())
+        if other not in centralized
+    ]
     if obstacles:
         raise ValueError(
             f"nothing was changed, as no plain layer is the same as\n{listed(obstacles)}"

@@ -23,7 +23,7 @@ class NormState(_NormBase):
     """Parameters, running statistics and memory of a layer.
 
     Attributes:
-        memory: Tensors beyond torch's buffers, by name. They follow the layer's
+        method_state: Tensors beyond torch's buffers, by name. They follow the layer's
             device and are in its ``state_dict``, but are no buffers:
             DistributedDataParallel overwrites buffers with those of rank 0.
         per_step_state: Names of memory that has a slot per step, of which only the newest is
@@ -32,6 +32,7 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
+        tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
     method_state: dict[str, Tensor]
@@ -40,6 +41,7 @@ class NormState(_NormBase):
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
+    tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
     _plans: dict[torch.Size, Any] | None = None  # see `anybatch.core.dispatch.ExecutionPlan`

@@ -153,7 +153,8 @@ def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **opt
     layers = tuple(f"{name}." for group in record["layers"] for name in group["names"])
     ours = {key for key in (*model.state_dict(), *saved) if key.startswith(layers)} - plain
     ours |= {f"{name}.{UNCENTRED}" for name in record["centralized"]}
-    state = {key: value for key, value in saved.items() if key in ours}
+    # With what torch's norms have as well: a conversion writes these by arithmetic.
+    state = {key: value for key, value in saved.items() if key in ours or key.startswith(layers)}
     if lacking := ours - set(state):
         warnings.warn(
             f"folder={folder!r}: what methods remember of training is not there under the names of "
