@@ -418,6 +418,38 @@ def test_a_checkpointed_masked_layer_counts_once(use_reentrant: bool) -> None:
     torch.testing.assert_close(mine["backward_average"], its["backward_average"])
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("by", ["mask", "lengths"])
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_may_come_after_the_end_of_a_mask(name: str, by: str, use_reentrant: bool) -> None:
+    layer = make(name, dims=1)
+    twin, lengths = copy.deepcopy(layer), torch.tensor([5, 2, 4, 3])
+    how = {by: lengths if by == "lengths" else torch.arange(5) < lengths.unsqueeze(1)}
+    for number in range(3):
+        torch.manual_seed(number)
+        x, dy = torch.randn(4, 6, 5, requires_grad=True), torch.randn(4, 6, 5)
+        with anybatch.masked(layer, **how):
+            y = checkpoint(layer, x, use_reentrant=use_reentrant)
+        y.backward(dy)
+        other = x.detach().clone().requires_grad_()
+        with anybatch.masked(twin, **how):
+            expected = twin(other)
+        expected.backward(dy)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_of_forwards_that_ran_again_are_let_go() -> None:
+    layer, x = anybatch.BatchNorm1d(6), torch.randn(4, 6, 5, requires_grad=True)
+    for _ in range(3):
+        checkpoint(layer, x, torch.ones(4).bool(), use_reentrant=True).sum().backward()
+    with torch.no_grad():
+        for _ in range(20):
+            layer(x, mask=torch.ones(4).bool())
+    assert sum(noted.source is not None for _, noted in layer._recent.kept) == 8
+    checkpoint(layer, x, use_reentrant=True).sum().backward()
+
+
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "floats": (torch.ones(4), TypeError, "mask of type torch.float32: give a tensor of bool"),
     "a list": ([True] * 4, TypeError, "mask of type list"),

@@ -225,6 +225,126 @@ def test_lengths_are_followed_through_a_subsampling_of_two_dimensions() -> None:
     torch.testing.assert_close(found, expected)
 
 
+class Spectrogram(nn.Module):
+    """A strided block with a shortcut: two convolutions and two norms of the same maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.one = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+        self.other = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.one(x) + self.other(x)
+
+
+@pytest.mark.parametrize("bins", [10, 16, 20, 40, 80, 160])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_the_sequence_of_two_dimensions_stays_the_same(bins: int, dim: int) -> None:
+    model = anybatch.convert(Spectrogram(), "bn").double()
+    model(torch.randn(4, 1, 32, 32, dtype=torch.float64))
+    model.eval()
+    x, lengths = torch.randn(2, 1, bins, 40, dtype=torch.float64), torch.tensor([40, 22])
+    alone = model(x[1:, ..., :22])[0]
+    x, alone = (x, alone) if dim == 3 else (x.transpose(2, 3), None)
+    how = {"dim": dim} if bins == 40 else {}
+    with anybatch.masked(model, lengths=lengths, zero=True, **how):
+        found = model(x)
+    if alone is None:
+        alone = model(x[1:, :, :22])[0]
+        torch.testing.assert_close(found[1, :, : alone.shape[1]], alone)
+    else:
+        torch.testing.assert_close(found[1, ..., : alone.shape[2]], alone)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((2, 1, 40, 40), "may run along either dimension"), ((2, 1, 12, 44), "has so many positions")],
+)
+def test_a_sequence_that_two_dimensions_or_none_could_be_is_asked_for(
+    shape: tuple[int, ...], words: str
+) -> None:
+    model, lengths = anybatch.convert(Spectrogram(), "bn"), torch.tensor([40, 22])
+    with (
+        anybatch.masked(model, lengths=lengths),
+        pytest.raises(ValueError, match=rf"{words}.*dim=3"),
+    ):
+        model(torch.randn(shape))
+    with anybatch.masked(model, lengths=lengths, dim=3):
+        model(torch.randn(shape))
+
+
+POOLS = [
+    *(nn.AvgPool1d(3, 2, 1, count_include_pad=counted) for counted in (True, False)),
+    *(nn.AvgPool1d(3, 2, 1, ceil_mode=True, count_include_pad=one) for one in (True, False)),
+    *(nn.AvgPool1d(2, 3, ceil_mode=True), nn.MaxPool1d(2, 3, ceil_mode=True)),
+    nn.MaxPool1d(3, 2, 1, ceil_mode=True),
+]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("size", [9, 10, 11])
+def test_pools_of_a_padded_example_are_those_of_it_alone(pool: nn.Module, size: int) -> None:
+    layers = (nn.Conv1d(3, 4, 3, padding=1), copy.deepcopy(pool), nn.BatchNorm1d(4))
+    model = anybatch.convert(nn.Sequential(*layers), "bn").eval()
+    for length in range(3, size + 1):
+        x = torch.randn(2, 3, size)
+        with anybatch.masked(model, lengths=torch.tensor([size, length]), zero=True):
+            found = model(x)
+        alone = model(x[1:, :, :length])[0]
+        torch.testing.assert_close(found[1, :, : alone.shape[1]], alone)
+        assert found.abs().max() < 100
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_that_repeats_the_end_is_refused(mode: str) -> None:
+    conv = nn.Conv1d(3, 4, 3, padding=1, padding_mode=mode)
+    model, lengths = nn.Sequential(conv, anybatch.BatchNorm1d(4)), torch.tensor([5, 3])
+    with (
+        pytest.raises(ValueError, match=f"'0' pads with '{mode}'"),
+        anybatch.masked(model, lengths=lengths, zero=True),
+    ):
+        pass
+    with anybatch.masked(model, lengths=lengths):
+        model(torch.randn(2, 3, 5))
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_virtual_examples_are_as_long_as_the_input(size: int | None) -> None:
+    layers = (nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3, padding=1))
+    model = anybatch.convert(nn.Sequential(*layers), "vdn", norm_batch_size=size)
+    model = anybatch.VirtualDataset(model, 0.0, 1.0, num_virtual=2)
+    before, lengths = copy.deepcopy(model.state_dict()), torch.tensor([8, 3, 4])
+    x = torch.randn(3, 3, 8)
+    found = []
+    for padding in (0.0, 100.0):
+        model.load_state_dict(before)
+        x[1, :, 3:] = x[2, :, 4:] = padding
+        with anybatch.masked(model, lengths=lengths, zero=True):
+            found.append(model(x))
+    assert torch.equal(found[0][1, :, :3], found[1][1, :, :3])
+    assert torch.equal(found[0][0], found[1][0])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("first", ["masked", "plain"])
+def test_a_compiled_network_follows_lengths(first: str, zero: bool) -> None:
+    layers = (nn.Conv1d(3, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3, padding=1))
+    model = anybatch.convert(nn.Sequential(*layers), "bn").requires_grad_(False)
+    model[1].momentum = 0.0
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x, lengths = torch.randn(4, 3, 8), torch.tensor([8, 2, 3, 1])
+    if first == "plain":
+        compiled(x)
+    with anybatch.masked(model, lengths=lengths, zero=zero):
+        found, expected = compiled(x), model(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(found, compiled(x))
+
+
 def test_a_parakeet_encoder_trains_as_without_padding() -> None:
     """Examples of one length: the batch with padding and the one without have equal statistics."""
     model = parakeet()
@@ -272,6 +392,8 @@ def test_a_wav2vec2_bert_encoder_has_no_statistics_that_padding_could_reach() ->
         ({"lengths": torch.ones(2)}, "whole numbers"),
         ({"lengths": torch.tensor([3, -1])}, "lengths from -1: give whole numbers from 0 on"),
         ({"mask": torch.tensor([3, 2])}, r"values up to 3: .* give lengths="),
+        ({"lengths": torch.tensor([3, 2]), "dim": 1}, "dim=1: give 2 or 3"),
+        ({"mask": torch.ones(2, 4).bool(), "dim": 2}, "dim=2: give 2 or 3, with lengths"),
     ],
 )
 def test_wrong_masks_and_lengths_are_refused(arguments: dict, words: str) -> None:
@@ -289,6 +411,12 @@ def test_what_a_forward_lacks_is_named() -> None:
         pytest.raises(TypeError, match="attention_mask of type"),
     ):
         model(torch.randn(2, 3, 8, dtype=torch.float64), attention_mask=torch.zeros(2, 8))
+    for lengths in (torch.tensor([8]), torch.tensor([8, 2, 3])):
+        with (
+            anybatch.masked(model, lengths=lengths),
+            pytest.raises(ValueError, match=f"{len(lengths)} lengths: the input has 2 examples"),
+        ):
+            model(torch.randn(2, 3, 8, dtype=torch.float64))
     lengths = torch.tensor([9, 2])
     with (
         anybatch.masked(model, lengths=lengths),

@@ -1,13 +1,15 @@
 """Batch renormalization in reinforcement learning: checkpoints of others, critics, targets."""
 
 import copy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import anybatch
 from anybatch.integrations.batch_renorm import from_sb3_contrib, from_torchrl
@@ -124,6 +126,45 @@ def test_a_joint_forward_is_one_of_the_batches_together() -> None:
         anybatch.joint_forward(model, now, later[0])
     with pytest.raises(ValueError, match="one batch or more"):
         anybatch.joint_forward(model)
+
+
+class Values(NamedTuple):
+    now: Tensor
+    extra: list[Tensor]
+
+
+@dataclass
+class Named(ModelOutput):
+    logits: Tensor | None = None
+
+
+@pytest.mark.parametrize("kind", [Values, Named])
+def test_a_joint_output_keeps_its_class(kind: type) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return Values(x, [x * 2]) if kind is Values else Named(logits=x)
+
+    x = torch.randn(5, 3)
+    first, second = anybatch.joint_forward(Net(), x[:3], x[3:])
+    assert type(first) is type(second) is kind
+    for part, rows in ((first, x[:3]), (second, x[3:])):
+        assert torch.equal(part.now if kind is Values else part.logits, rows)
+        assert torch.equal(part[1][0] / 2 if kind is Values else part["logits"], rows)
+
+
+@pytest.mark.parametrize("method", ["bn", "brn", "mabn"])
+def test_a_target_network_takes_over_the_middle_of_an_optimizer_step(method: str) -> None:
+    model = anybatch.convert(critic(nn.BatchNorm1d), method)
+    anybatch.accumulate(model, 3)
+    target = copy.deepcopy(model)
+    for x in batches(2):
+        model(x)
+    anybatch.update_target(target, model, 0.5)
+    found, new = target.state_dict(), model.state_dict()
+    within = [name for name in new if name.startswith("1.step.")]
+    assert len(within) > 4
+    for name in within:
+        torch.testing.assert_close(found[name], new[name], rtol=0, atol=0)
 
 
 PARTS = {"norm_batch_size": 4, "memories": 2}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import anybatch
 from anybatch.backends import use_fused
 from method_cases import NAMES, SAMPLED, make
 
@@ -65,3 +66,18 @@ def test_two_norms_in_a_row_in_one_checkpoint(name: str) -> None:
     plain(a).backward(dy)
     checkpoint(net, b, use_reentrant=False).backward(dy)
     torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpointed_forward_without_updates_changes_nothing(
+    name: str, use_reentrant: bool
+) -> None:
+    layer, x = make(name), torch.randn(4, 6, 5, 7, requires_grad=True)
+    layer(x).sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    with anybatch.no_update():
+        y = checkpoint(layer, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    after = layer.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []

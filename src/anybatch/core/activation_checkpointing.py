@@ -1,12 +1,14 @@
 """Forwards that are computed again in backward: activation checkpointing.
 
 A forward that runs inside a backward pass must not count as a step, and must
-normalize as the first time, though memory has moved on since. While a forward
-may be checkpointed, its statistics are kept beside a fingerprint of its input;
-the forward that runs again finds them by it. No value is read from the device.
+normalize as the first time, though memory has moved on since, and a mask or
+`no_update` may be over. While a forward may be checkpointed, how it normalized
+is kept beside a fingerprint of its input; the forward that runs again finds it
+by that. No value is read from the device.
 """
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +16,15 @@ from torch import Tensor
 from anybatch.backends import is_channels_last, is_traced
 from anybatch.backends.layout import PLAIN_TYPES
 from anybatch.backends.protocol import Statistics
+from anybatch.core.reduction_scope import ReductionScope
 
 _FINGERPRINT = 256  # values from all over the batch, beside the sum of all
+_MASKS = 8  # forwards with a mask that are kept, for masks are large
 _ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
 _LOST = (
     "a layer ran more often before one backward than the 64 times that it can tell apart under "
-    "activation checkpointing, or what is checkpointed computes something else when it runs again"
+    "activation checkpointing, or what is checkpointed computes something else when it runs again, "
+    "as after the end of masked(..., zero=True): call backward() within it"
 )
 
 
@@ -65,32 +70,60 @@ def runs_once() -> bool:
     return _task() == -1 and _records() and _hooks is not None and _hooks(True) is None
 
 
+class Noted(NamedTuple):
+    """How a forward normalized.
+
+    Attributes:
+        statistics: By what.
+        source: The values behind these; None for all of the batch.
+        update: Whether it moved the state.
+    """
+
+    statistics: Statistics
+    source: ReductionScope | None
+    update: bool
+
+
 class RecomputeCache:
-    """Statistics of a layer's latest forwards that may run again.
+    """How a layer's latest forwards that may run again normalized.
 
     Args:
         length: Forwards before one backward that are told apart (default 64).
     """
 
     def __init__(self, length: int = 64) -> None:
-        self.kept: deque[tuple[Tensor, Statistics]] = deque(maxlen=length)
+        self.kept: deque[tuple[Tensor, Noted]] = deque(maxlen=length)
+        self.found: list[Noted] = []  # with a mask, since the latest was noted
 
-    def note(self, x: Tensor, chosen: Statistics) -> None:
-        """Keep the statistics of a forward of ``x``, if other calls can use its tensors."""
+    def note(
+        self, x: Tensor, chosen: Statistics, source: ReductionScope | None, update: bool
+    ) -> None:
+        """Keep how a forward of ``x`` normalized, if other calls can use its tensors."""
         # A fake tensor has no data.
         if type(x) not in PLAIN_TYPES or torch._C._are_functorch_transforms_active():
             return
-        self.kept.append((_fingerprint(x), chosen))
+        if _has_mask(noted := Noted(chosen, source, update)):
+            self._drop_masks()
+        self.kept.append((_fingerprint(x), noted))
 
-    def find(self, x: Tensor, rows: tuple[int, ...]) -> Statistics | None:
-        """The statistics of the forward whose input this was.
+    def _drop_masks(self) -> None:
+        """Drop the forwards with masks that backward has run again, and all but the latest."""
+        masked = [noted for _, noted in self.kept if _has_mask(noted)]
+        over = {id(noted) for noted in (*self.found, *masked[: 1 - _MASKS])}
+        left = [pair for pair in self.kept if id(pair[1]) not in over]
+        self.kept.clear()
+        self.kept.extend(left)
+        self.found.clear()
+
+    def find(self, x: Tensor, rows: tuple[int, ...]) -> Noted | None:
+        """How the forward whose input this was normalized.
 
         Args:
             x: The input.
             rows: Leading shape of the statistics, () for one group.
 
         Returns:
-            The statistics, or None if no forward of such a shape was noted.
+            What was noted, or None if no forward of such a shape was.
 
         Raises:
             RuntimeError: If none of the forwards noted had such an input (on a GPU the device
@@ -100,23 +133,27 @@ class RecomputeCache:
         fitting = [  # the latest first, which is taken of equals
             (noted, kept)
             for noted, kept in reversed(self.kept)
-            if noted.shape == own.shape and kept.var.shape[:-1] == rows
+            if noted.shape == own.shape and kept.statistics.var.shape[:-1] == rows
         ]
         if not fitting:
             return None
         apart = (torch.stack([noted for noted, _ in fitting]) - own).abs().sum(1)
         least = apart.amin()
         # What is not finite is not compared: it has no statistics to mistake.
-        found = torch.le(least, _ALIKE * own.abs().sum()).logical_or_(
+        alike = torch.le(least, _ALIKE * own.abs().sum()).logical_or_(
             least.isfinite().logical_not_()
         )
-        torch._assert_async(found, _LOST)
-        if len(fitting) == 1:
-            return fitting[0][1]
+        torch._assert_async(alike, _LOST)
         nearest = apart.argmin(keepdim=True)
-        if x.device.type == "cpu" and not is_traced():  # where reading costs no wait
-            return fitting[int(nearest)][1]
+        if len(fitting) == 1 or (x.device.type == "cpu" and not is_traced()):  # to read is no wait
+            found: Noted = fitting[0 if len(fitting) == 1 else int(nearest)][1]
+            self.found += [found] if _has_mask(found) else []
+            return found
         return _select([kept for _, kept in fitting], nearest)
+
+
+def _has_mask(noted: Noted) -> bool:
+    return noted.source is not None and noted.source.mask is not None
 
 
 def _fingerprint(x: Tensor) -> Tensor:
@@ -128,9 +165,20 @@ def _fingerprint(x: Tensor) -> Tensor:
     return torch.cat([some, flat.sum(dtype=torch.float32).view(1)])
 
 
-def _select(choices: list[Statistics], index: Tensor) -> Statistics:
-    """One of several statistics, by an index on the device."""
+def _select(choices: list[Noted], index: Tensor) -> Noted:
+    """One of several forwards, by an index on the device."""
+    statistics = _select_statistics([one.statistics for one in choices], index)
+    source = next((one.source for one in choices if one.source is not None), None)
+    masks = [None if one.source is None else one.source.mask for one in choices]
+    mask = next((one for one in masks if one is not None), None)
+    if source is not None and mask is not None:
+        all_valid = torch.ones_like(mask)
+        table = torch.stack([all_valid if one is None else one for one in masks])
+        source = source._replace(mask=table.index_select(0, index).squeeze(0))
+    return Noted(statistics, source, all(one.update for one in choices))
 
+
+def _select_statistics(choices: list[Statistics], index: Tensor) -> Statistics:
     def pick(name: str) -> Tensor | None:
         values = [getattr(one, name) for one in choices]
         if values[0] is None:

@@ -75,12 +75,15 @@ class DispatchedLayer(InferenceLayer):
                     return y
             else:
                 only_aten(obstacle)
-        chosen = self._recent.find(x, _rows(cut)) if recomputed else None
-        if chosen is None:
+        first = self._recent.find(x, _rows(cut)) if recomputed else None
+        if first is None:
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, update, source)
             if again and not recomputed:
-                self._recent.note(x, chosen)
+                self._recent.note(x, chosen, source, update)
+            update = update or recomputed
+        else:
+            chosen, source, update = first
         # Under a compiler this makes them outputs of its graph: saved for backward, and not
         # computed again from memory that has moved on since.
         if torch.compiler.is_compiling():
@@ -90,7 +93,7 @@ class DispatchedLayer(InferenceLayer):
         memory = None
         if training:
             count = cut.sizes[0] * values
-            memory = self.memory_of_backward(chosen, count, update or recomputed)
+            memory = self.memory_of_backward(chosen, count, update)
         y = self._apply_statistics(x, cut, chosen, memory, source)
         return y if then is None else then.of(y, fresh=True)
 
@@ -143,7 +146,8 @@ class DispatchedLayer(InferenceLayer):
                 step.leave(self, "", aside, update)
         if contexts and y is not None:
             call = plan.calls[update]
-            self._recent.note(x, statistics_of(plan.backend, call, contexts[0], x))
+            chosen = statistics_of(plan.backend, call, contexts[0], x)
+            self._recent.note(x, chosen, source, update)
         return y
 
     def _contribution(

@@ -14,6 +14,7 @@ from anybatch.core.arguments import check_count
 from anybatch.core.dispatched_layer import DispatchedLayer
 from anybatch.core.fused_activation import Activation
 from anybatch.core.gradient_accumulation import StepMemory
+from anybatch.core.module_state import STEP
 from anybatch.core.reduction_scope import ReductionScope
 
 _STATE = ("_buffers", "method_state", "_recent", "_last", "_plans", "_flow", "_others")
@@ -130,9 +131,10 @@ class MemoriesLayer(DispatchedLayer):
         return other
 
     def state_keys(self) -> list[str]:
-        """The names in a checkpoint of what the method remembers, in all memories."""
+        """The names in a checkpoint of what the method remembers, in all memories and in a step."""
         starts = ("", *(f"{_PREFIX}{at}." for at in range(1, self.memories)))
-        return [start + name for start in starts for name in self.method_state]
+        within = () if self.step is None else (f"{STEP}{name}" for name in self.step.tensors)
+        return [*within, *(start + name for start in starts for name in self.method_state)]
 
     @property
     def further_memories(self: Self) -> tuple[Self, ...]:

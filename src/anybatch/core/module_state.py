@@ -14,7 +14,7 @@ from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.tensor_subclasses import as_plain
 
 _LOW = (torch.float16, torch.bfloat16)
-_STEP = "step."  # before the names of memory within an optimizer step
+STEP = "step."  # before the names of memory within an optimizer step
 _OUTLIERS = "outliers"  # batches in a row that were out of proportion, a channel
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
 
@@ -157,7 +157,7 @@ class NormState(_NormBase):
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         if self.step is not None:
             for name, tensor in self.step.tensors.items():
-                destination[f"{prefix}{_STEP}{name}"] = tensor if keep_vars else tensor.detach()
+                destination[f"{prefix}{STEP}{name}"] = tensor if keep_vars else tensor.detach()
         if self.frozen or self.affine_frozen:
             destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
 
@@ -175,7 +175,7 @@ class NormState(_NormBase):
         rest = (prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {name: state_dict.get(prefix + name) for name in self.method_state}
         frozen = state_dict.get(prefix + "frozen")
-        step = prefix + _STEP
+        step = prefix + STEP
         named = {prefix + name for name in (*own, "frozen", *self._parameters, *self._buffers)}
         steps = any(key.startswith(step) for key in state_dict)
         if not steps and named.isdisjoint(state_dict):  # nothing of this layer

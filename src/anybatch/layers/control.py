@@ -1,9 +1,10 @@
 """Holding layers still: frozen statistics, forwards that leave no trace."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -131,6 +132,7 @@ def masked(
     *,
     lengths: Tensor | None = None,
     zero: bool = False,
+    dim: int | None = None,
 ) -> Iterator[None]:
     """A context in which layers take statistics from valid positions only, for padded input.
 
@@ -162,10 +164,17 @@ def masked(
             dimension of convolutions; they follow strides and kernels exactly.
         zero: Set padding to 0 (default False). With neither a mask nor lengths, these are read from
             the ``attention_mask`` that the model is called with, as transformers' models are.
+        dim: Dimension of two-dimensional inputs along which lengths run, 2 or 3 (default None: the
+            one of their size).
+
+    A network under ``torch.compile`` runs uncompiled within `lengths` or `zero`, as compiled code
+    runs no hooks. The mask is part of the network: masks in several threads need several networks.
 
     Raises:
         ValueError: If there is no layer; for both a mask and lengths, or neither without `zero`;
-            for lengths given as a mask, or negative ones;
+            for lengths given as a mask, or negative ones, or of other than the batch's examples;
+            for a dimension other than 2 or 3, or none where two have the lengths' size;
+            with `zero`, for a convolution whose padding is not zeros;
             with `zero`, for a mask that is not padded at the end; in a forward, if it does not fit
             a layer's input.
         TypeError: For a mask or lengths of floating point.
@@ -194,13 +203,17 @@ def masked(
         )
     if lengths is not None and bool((lengths < 0).any()):
         raise ValueError(f"lengths from {int(lengths.min())}: give whole numbers from 0 on")
+    if dim is not None and (dim not in (2, 3) or not (zero or lengths is not None)):
+        raise ValueError(f"dim={dim!r}: give 2 or 3, with lengths or zero=True")
     layers = select(model, where, optional=zero)
     if zero or lengths is not None:
         size = None if mask is None else mask.shape[-1]
         lengths = lengths_of(mask) if mask is not None else lengths
-        following = SequenceLengths(model, layers, lengths, size, zero)
+        following = SequenceLengths(model, layers, lengths, size, zero, dim)
+        compiling = torch.compiler.is_compiling()
         try:
-            yield
+            with nullcontext() if compiling else torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             following.remove()
         return

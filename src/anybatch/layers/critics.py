@@ -1,12 +1,13 @@
 """Joint forwards and target networks, for critics of reinforcement learning."""
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anybatch.core.arguments import check_between, check_module
+from anybatch.core.nested import mapped
 from anybatch.core.norm_layer import NormLayer
 
 
@@ -21,7 +22,8 @@ def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
         *batches: What it takes: a tensor, or a tuple of tensors, with examples along dimension 0.
 
     Returns:
-        The output for each batch; tuples, lists and mappings of tensors are split as well.
+        The output for each batch; tuples, lists, mappings and dataclasses of tensors are split as
+        well.
 
     Raises:
         ValueError: If there is no batch, or the batches have different numbers of tensors.
@@ -41,18 +43,12 @@ def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
         )
     sizes = [len(batch[0]) for batch in given]
     output = module(*(torch.cat(parts) for parts in zip(*given, strict=True)))
-    return tuple(_part(output, sizes, number) for number in range(len(sizes)))
+    return tuple(mapped(partial(_part, sizes, number), output) for number in range(len(sizes)))
 
 
-def _part(value: Any, sizes: Sequence[int], number: int) -> Any:
+def _part(sizes: list[int], number: int, joint: Tensor) -> Any:
     """One batch's part of a joint output."""
-    if isinstance(value, Tensor):
-        return value.split(list(sizes))[number]
-    if isinstance(value, dict):
-        return {name: _part(item, sizes, number) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_part(item, sizes, number) for item in value)
-    return value
+    return joint.split(sizes)[number]
 
 
 @torch.no_grad()

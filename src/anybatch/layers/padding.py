@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.virtual_dataset import VirtualDataset
 
 _FOLLOWED = (
     *(nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d),
     *(nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
 )
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d)
 
 
 class SequenceLengths:
@@ -19,7 +21,8 @@ class SequenceLengths:
 
     A convolution or pooling gives an example of length ``n`` the length that it has alone. Lengths
     are known by the size of the dimension, and of a convolution's output itself; in two dimensions
-    the sequence is the first one whose size is known.
+    the first input whose size is known says which one the sequence is, for all of a forward. What
+    a `VirtualDataset` puts in front of the batch is as long as the input.
 
     Args:
         model: The network.
@@ -27,6 +30,10 @@ class SequenceLengths:
         lengths: Valid positions of each example; None to read them from ``attention_mask``.
         size: Positions of the network's input (default None: those of the first layer's input).
         zero: Whether padding is set to zero before convolutions and after norms.
+        dim: The sequence's dimension in two dimensions, 2 or 3 (default None: by its size).
+
+    Raises:
+        ValueError: With `zero`, for a convolution that pads with something else.
     """
 
     def __init__(
@@ -36,9 +43,13 @@ class SequenceLengths:
         lengths: Tensor | None,
         size: int | None,
         zero: bool,
+        dim: int | None = None,
     ) -> None:
         self.given = lengths, size
-        self.zero = zero
+        self.zero, self.dim, self.axis = zero, dim, dim
+        self.virtual = next((m for m in model.modules() if isinstance(m, VirtualDataset)), None)
+        if zero:
+            _check_padding_modes(model)
         self.known: dict[int, Tensor] = {}
         self.first = 0  # positions of the network's input
         self.before = [(layer, layer.mask) for layer in layers]
@@ -72,7 +83,7 @@ class SequenceLengths:
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the network begins."""
         lengths, size = self.given
-        self.known = {}
+        self.known, self.axis = {}, self.dim
         if lengths is None:
             mask = kwargs.get("attention_mask")
             if not isinstance(mask, Tensor):
@@ -85,6 +96,11 @@ class SequenceLengths:
                     "where input is valid"
                 )
             lengths, size = lengths_of(mask), mask.shape[1]
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+        if tensors and all(len(tensor) != len(lengths) for tensor in tensors):
+            raise ValueError(
+                f"{len(lengths)} lengths: the input has {len(tensors[0])} examples; give one each"
+            )
         if size is not None:
             self._start(lengths, size)
 
@@ -93,15 +109,38 @@ class SequenceLengths:
         lengths: Tensor | None = getattr(x, "valid_lengths", None)
         if lengths is not None or x.dim() not in (3, 4):
             return lengths
-        if not self.known and self.given[0] is not None:  # padded to the longest, else the first
-            longest = int(self.given[0].max())
-            self._start(self.given[0], longest if longest in x.shape[2:] else x.shape[2])
-        lengths = self.known.get(x.shape[self._axis(x)])
+        if not self.known and self.given[0] is not None:
+            self._start(self.given[0], self._positions(x, int(self.given[0].max())))
+        size = x.shape[self._axis(x)]
+        lengths = self.known.get(size)
+        if lengths is not None and len(lengths) != len(x) and self.virtual is not None:
+            lengths = self.virtual.grown(lengths, size)
         return None if lengths is None or len(lengths) != len(x) else lengths.to(x.device)
 
+    def _positions(self, x: Tensor, longest: int) -> int:
+        """Positions of the network's first input, which is padded to the longest example, or on."""
+        if x.dim() == 3 or self.axis is not None:
+            return x.shape[self._axis(x)]
+        if longest not in x.shape[2:]:
+            raise ValueError(
+                f"lengths up to {longest}: no dimension of the input of shape {tuple(x.shape)} has "
+                "so many positions; say along which they run, masked(..., dim=2) or dim=3"
+            )
+        return longest
+
     def _axis(self, x: Tensor) -> int:
-        """The dimension of the sequence."""
-        return 3 if x.dim() == 4 and x.shape[2] not in self.known else 2
+        """The dimension of the sequence; that of two dimensions is the same in all of a forward."""
+        if x.dim() == 3:
+            return 2
+        if self.axis is None:
+            fits = [dim for dim in (2, 3) if x.shape[dim] in self.known]
+            if len(fits) == 2:
+                raise ValueError(
+                    f"input of shape {tuple(x.shape)}: lengths may run along either dimension; "
+                    "say along which, masked(..., dim=2) or dim=3"
+                )
+            self.axis = fits[0] if fits else None
+        return self.axis or 2
 
     def _before_convolution(self, module: nn.Module, args: Any) -> Any:
         lengths = self._of(args[0])
@@ -117,9 +156,11 @@ class SequenceLengths:
             return None
         axis = self._axis(args[0])
         size = output.shape[axis]
+        if self.zero and isinstance(module, _AVERAGES):
+            output = _averaged_alone(module, lengths, args[0].shape[axis], output, axis)
         lengths = _length_after(module, lengths, axis - 2).clamp(0, size)
-        other = self.known.get(size)
-        self.known[size] = lengths if other is None else other.maximum(lengths)
+        other = self.known.get(size, lengths)
+        self.known[size] = lengths if len(other) != len(lengths) else other.maximum(lengths)
         if self.zero and isinstance(module, nn.ConvTranspose1d):  # shorter than what it is added to
             output = _filled(output, lengths, 0.0)
         output.valid_lengths = lengths
@@ -192,23 +233,62 @@ def _filled(x: Tensor, lengths: Tensor, value: float, axis: int = 2) -> Tensor:
     return x.masked_fill(~mask_of(lengths, x.shape[axis]).view(shape), value)
 
 
+def _number(module: nn.Module, name: str, dim: int, default: int = 0) -> int:
+    """A setting of a convolution or pooling along a dimension."""
+    value: Any = getattr(module, name, default)
+    return int(value[dim] if isinstance(value, tuple) else value)
+
+
 def _length_after(module: nn.Module, lengths: Tensor, dim: int) -> Tensor:
     """The lengths that examples would have alone after a convolution or pooling along `dim`."""
-
-    def number(name: str, default: int) -> int:
-        value: Any = getattr(module, name, default)
-        return int(value[dim] if isinstance(value, tuple) else value)
-
-    kernel, stride = number("kernel_size", 1), number("stride", 1)
-    dilation = number("dilation", 1)
-    reach = dilation * (kernel - 1)
+    kernel, stride = _number(module, "kernel_size", dim, 1), _number(module, "stride", dim, 1)
+    reach = _number(module, "dilation", dim, 1) * (kernel - 1)
     if isinstance(module, nn.ConvTranspose1d):
-        added = number("output_padding", 0) - 2 * number("padding", 0)
+        added = _number(module, "output_padding", dim) - 2 * _number(module, "padding", dim)
         return (lengths - 1) * stride + reach + 1 + added
     padding: Any = getattr(module, "padding", 0)
     named = {"same": reach, "valid": 0}
-    both = named[padding] if isinstance(padding, str) else 2 * number("padding", 0)
+    both = named[padding] if isinstance(padding, str) else 2 * _number(module, "padding", dim)
     free = lengths + both - reach - 1
-    if getattr(module, "ceil_mode", False):
-        free = free + stride - 1
-    return free.div(stride, rounding_mode="floor") + 1
+    if not getattr(module, "ceil_mode", False):
+        return free.div(stride, rounding_mode="floor") + 1
+    after = (free + stride - 1).div(stride, rounding_mode="floor") + 1
+    # A window begins within the input or the padding before it.
+    return after - ((after - 1) * stride >= lengths + both // 2).long()
+
+
+def _averaged_alone(
+    module: nn.Module, lengths: Tensor, size: int, output: Tensor, axis: int
+) -> Tensor:
+    """The output of an average pooling with each window divided as if an example were alone."""
+    if module.divisor_override if isinstance(module, nn.AvgPool2d) else False:
+        return output
+    kernel, stride, padding = (
+        _number(module, name, axis - 2) for name in ("kernel_size", "stride", "padding")
+    )
+    first = torch.arange(output.shape[axis], device=output.device) * stride - padding
+
+    def values(length: Tensor) -> Tensor:
+        """Those behind each window, padding included where it counts."""
+        last = (first + kernel).minimum(length + padding)
+        if module.count_include_pad:
+            return last - first
+        return last.minimum(length) - first.clamp(min=0)
+
+    alone = values(lengths.unsqueeze(1)).clamp(min=1)
+    shape = [len(lengths), *(1,) * (output.dim() - 1)]
+    shape[axis] = output.shape[axis]
+    return output * (values(lengths.new_tensor(size)) / alone).to(output.dtype).view(shape)
+
+
+def _check_padding_modes(model: nn.Module) -> None:
+    """Raise for a convolution that repeats an example's values beyond its end."""
+    for name, module in model.named_modules():
+        mode = getattr(module, "padding_mode", "zeros")
+        if not isinstance(module, _FOLLOWED) or mode == "zeros":
+            continue
+        if any(getattr(module, "_reversed_padding_repeated_twice", ())):
+            raise ValueError(
+                f"zero=True: the convolution {name!r} pads with {mode!r}, which repeats what is at "
+                "the end of the longest example; give it padding_mode='zeros', or leave zero out"
+            )

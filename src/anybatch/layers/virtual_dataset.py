@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_count
 from anybatch.core.grouping import successive
+from anybatch.core.nested import mapped
 from anybatch.core.tensor_subclasses import on_plain
 from anybatch.layers.sample_positions import drawn_seed
 from anybatch.layers.sampled_batch_norm import SampledBatchNorm
@@ -104,12 +103,12 @@ class VirtualDataset(nn.Module):
         layers = self._layers()
         given: dict[int | str, Any] = dict(enumerate(inputs))
         given.update(named)
-        rows, size = _rows(given, self.mean), self._norm_batch_size(layers)
+        rows = _rows(given, self.mean)
         self.step += not in_backward()  # a checkpointed forward that runs again draws the same
         if not self._is_here(layers):
             with _virtual_rows(layers.values(), 0):
                 return self.model(*inputs, **named)
-        parts = [rows] if size is None else list(successive(rows, size - self.num_virtual)) or [0]
+        parts = self._parts(rows, layers)
         grown = {key: self._grow(key, value, parts, given) for key, value in given.items()}
         with _virtual_rows(layers.values(), self.num_virtual):
             output = self.model(
@@ -117,7 +116,7 @@ class VirtualDataset(nn.Module):
                 **{name: grown[name] for name in named},
             )
         stripped = _Strip([part + self.num_virtual for part in parts], self.num_virtual)
-        output = stripped(output)
+        output = mapped(stripped, output)
         if not stripped.done:
             raise ValueError(
                 f"model: {type(self.model).__name__} returned no tensor with a row an example, "
@@ -125,6 +124,22 @@ class VirtualDataset(nn.Module):
                 "return tensors with the batch in front, and compute losses outside"
             )
         return output
+
+    def _parts(self, rows: int, layers: Mapping[str, SampledBatchNorm]) -> list[int]:
+        """Examples of a batch behind each group of virtual ones."""
+        size = self._norm_batch_size(layers)
+        return [rows] if size is None else list(successive(rows, size - self.num_virtual)) or [0]
+
+    def grown(self, values: Tensor, virtual: int) -> Tensor:
+        """A value for each example, with that of the virtual ones in front of each part.
+
+        Args:
+            values: One for each example of the batch, ``(N,)``.
+            virtual: That of virtual examples.
+        """
+        parts = values.split(self._parts(len(values), self._layers()))
+        ahead = values.new_full((self.num_virtual,), virtual)
+        return torch.cat([row for part in parts for row in (ahead, part)])
 
     def _is_here(self, layers: Mapping[str, SampledBatchNorm]) -> bool:
         """True if this process has virtual examples."""
@@ -290,32 +305,13 @@ class _Strip:
     def __init__(self, parts: list[int], virtual: int) -> None:
         self.parts, self.virtual, self.done = parts, virtual, False
 
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if value.dim() == 0 or len(value) != sum(self.parts):
-                return value
-            self.done = True
-            return on_plain(self._real, value)
-        if isinstance(value, Mapping):
-            return self._mapping(value)
-        if isinstance(value, (tuple, list)):
-            parts = [self(item) for item in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            named = {f.name: self(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return dataclasses.replace(value, **named)
-        return value
+    def __call__(self, value: Tensor) -> Tensor:
+        if value.dim() == 0 or len(value) != sum(self.parts):
+            return value
+        self.done = True
+        return on_plain(self._real, value)
 
     def _real(self, rows: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return rows[self.virtual :]
         return torch.cat([part[self.virtual :] for part in rows.split(self.parts)])
-
-    def _mapping(self, value: Mapping[Any, Any]) -> Any:
-        parts = {key: self(item) for key, item in value.items()}
-        if type(value) is dict:
-            return parts
-        new: Any = copy.copy(value)  # keeps the class and what else it holds
-        for key, item in parts.items():
-            new[key] = item
-        return new
