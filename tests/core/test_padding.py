@@ -272,7 +272,10 @@ def test_a_sequence_that_two_dimensions_or_none_could_be_is_asked_for(
     ):
         model(torch.randn(shape))
     with anybatch.masked(model, lengths=lengths, dim=3):
-        model(torch.randn(shape))
+        expected = model(torch.ones(shape))
+    with anybatch.masked(model, lengths=lengths):
+        model(torch.randn(2, 1, 12, 40))
+        torch.testing.assert_close(model(torch.ones(shape)), expected)  # as the input before
 
 
 POOLS = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,18 @@ _FOLLOWED = (
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d)
 
 
+# The sequence's dimension of each network in two dimensions, for inputs that do not say it.
+_axes: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
 class SequenceLengths:
     """Hooks that give each norm the valid lengths of its input, and set padding to zero.
 
     A convolution or pooling gives an example of length ``n`` the length that it has alone. Lengths
     are known by the size of the dimension, and of a convolution's output itself; in two dimensions
-    the first input whose size is known says which one the sequence is, for all of a forward. What
-    a `VirtualDataset` puts in front of the batch is as long as the input.
+    the first input whose size is known says which one the sequence is, for all of a forward, and
+    for later inputs in which both are so large, or neither is. What a `VirtualDataset` puts in
+    front of the batch is as long as the input.
 
     Args:
         model: The network.
@@ -46,7 +52,7 @@ class SequenceLengths:
         dim: int | None = None,
     ) -> None:
         self.given = lengths, size
-        self.zero, self.dim, self.axis = zero, dim, dim
+        self.model, self.zero, self.dim, self.axis = model, zero, dim, dim
         self.virtual = next((m for m in model.modules() if isinstance(m, VirtualDataset)), None)
         if zero:
             _check_padding_modes(model)
@@ -119,8 +125,12 @@ class SequenceLengths:
 
     def _positions(self, x: Tensor, longest: int) -> int:
         """Positions of the network's first input, which is padded to the longest example, or on."""
-        if x.dim() == 3 or self.axis is not None:
-            return x.shape[self._axis(x)]
+        if x.dim() == 3:
+            return x.shape[2]
+        if longest not in x.shape[2:]:
+            self.axis = self.axis or _axes.get(self.model)
+        if self.axis is not None:
+            return x.shape[self.axis]
         if longest not in x.shape[2:]:
             raise ValueError(
                 f"lengths up to {longest}: no dimension of the input of shape {tuple(x.shape)} has "
@@ -134,7 +144,11 @@ class SequenceLengths:
             return 2
         if self.axis is None:
             fits = [dim for dim in (2, 3) if x.shape[dim] in self.known]
-            if len(fits) == 2:
+            if len(fits) == 1:
+                _axes[self.model] = fits[0]
+            elif len(fits) == 2:  # in transformers' models the sequence comes first
+                fits = [_axes.get(self.model, 0 if self.given[0] is not None else 2)]
+            if fits == [0]:
                 raise ValueError(
                     f"input of shape {tuple(x.shape)}: lengths may run along either dimension; "
                     "say along which, masked(..., dim=2) or dim=3"
