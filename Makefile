@@ -1,6 +1,6 @@
 # Everything a reader needs, from a fresh clone. The environment is made once, in .venv.
 #
-#   make demo    train on digits at batch 2 with every method, print the table, write a report
+#   make demo    train on digits at batch 2 with eight methods, print the table, write a report
 #   make test    the fast tests
 #   make test-all  the other cases as well
 #
@@ -38,7 +38,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo  ## compare every method at batch 2 on digits (DEMO="..." adds options)
+demo: $(VENV)/.demo  ## compare eight methods at batch 2 on digits (DEMO="..." adds options)
 	OMP_NUM_THREADS=1 $(BIN)/anybatch compare $(DEMO)
 
 test: $(VENV)/.dev  ## fast tests, doctests and documentation examples

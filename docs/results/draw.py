@@ -15,18 +15,19 @@ BARS = {
     "batch norm": ("batch norm, batch 2", "#56B4E9"),
     "**`mabn`**": ("mabn, batch 2", "#D55E00"),
 }
-DATA = ("digits\nMLP", "CIFAR-10\nResNet-8", "CIFAR-100\nResNet-20")
+DATA = ("digits\nMLP", "CIFAR-100, last epochs\nResNet-20")
 
 
-def accuracies() -> dict[str, list[float]]:
-    """Read the rows to draw; of several numbers in a cell, the best."""
+def accuracies() -> dict[str, list[tuple[float, float]]]:
+    """Read mean and spread of the rows to draw; of several in a cell the first, of the defaults."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition("<!-- results:start -->")[2].partition("<!-- results:end -->")[0]
     found = {}
     for line in table.splitlines():
         name, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
         if name in BARS:
-            found[name] = [max(map(float, re.findall(r"([\d.]+)[ ±\d.]* %", c))) for c in cells]
+            pairs = [re.findall(r"([\d.]+) ± ([\d.]+) %", cell)[0] for cell in cells]
+            found[name] = [(float(mean), float(spread)) for mean, spread in pairs]
     return found
 
 
@@ -37,7 +38,8 @@ def draw() -> Figure:
     for index, (name, values) in enumerate(accuracies().items()):
         label, color = BARS[name]
         places = [group + 0.27 * (index - 1) for group in range(len(DATA))]
-        bars = axes.bar(places, values, 0.25, color=color, label=label)
+        means, spreads = zip(*values, strict=True)
+        bars = axes.bar(places, means, 0.25, color=color, label=label, yerr=spreads, capsize=3)
         axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
     axes.set_xticks(range(len(DATA)), DATA)
     axes.set_ylabel("accuracy, %")

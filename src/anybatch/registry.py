@@ -203,7 +203,7 @@ _TABLE = (
         "MomentumBatchNorm",
         MOMENTUM,
         "Moving averages of mean and variance, whose weight grows over the epochs.",
-        "Segmentation at 2 to 8 images, with a scheduler stepped once an epoch.",
+        "Segmentation at 2 to 4 images, with a scheduler stepped once an epoch.",
         scheduled=True,
     ),
     Method(
@@ -212,7 +212,7 @@ _TABLE = (
         "MovingAverageBatchNorm",
         MOVING_AVERAGE,
         "Averages over recent steps: of the second moment forward, of its gradient backward.",
-        "Classification at batches of 1 to 8, from scratch or fine-tuned.",
+        "Classification at batches of 1 to 4, from scratch or fine-tuned.",
     ),
     Method(
         "cbn",
@@ -220,7 +220,7 @@ _TABLE = (
         "CrossIterationBatchNorm",
         CROSS_ITERATION,
         "Statistics of recent steps, corrected to the current weights by a Taylor polynomial.",
-        "Detection from scratch at 1 to 8 images; segmentation as the second choice.",
+        "Detection from scratch at 1 image; segmentation as the second choice.",
         scheduled=True,
         binds=True,
         suggested={"backward_stats": "window", "running_stats": "window"},

@@ -95,7 +95,7 @@ def eval_norm(
         loader: Gives training data, mixed as in training; targets are not used.
         batch_size: Examples that shared statistics in training (the ghost size where
             there was one). Batches are cut into so many; a rest is left out.
-        forward: Called as ``forward(model, batch)`` (default: see `evaluation.loaders.run`).
+        forward: Called as ``forward(model, batch)`` (default: see `evaluation.batches.run`).
         max_batches: Use only so many of the loader's batches (default None: all).
         where: Which layers: a name pattern or a predicate ``(name, module)``.
         progress: Show a bar (default None: where standard error is a terminal), or a

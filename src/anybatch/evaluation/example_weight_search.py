@@ -168,7 +168,7 @@ def tune_example_weight(
             target) that gives the batch's mean or a value an example.
         candidates: Weights to try, from 0 to 1 (default: 16, denser towards 0 and 1).
         maximize: Whether a function's larger values are better (default False).
-        forward: Called as ``forward(model, batch)`` (default: see `evaluation.loaders.run`).
+        forward: Called as ``forward(model, batch)`` (default: see `evaluation.batches.run`).
         max_batches: Use only so many batches (default None: all).
         where: Which layers: a name pattern or a predicate ``(name, module)``.
         in_one_pass: Read the data once and run all candidates on each batch (default),

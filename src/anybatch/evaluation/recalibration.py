@@ -135,7 +135,7 @@ def recalibrate(
         model: The network; only running statistics are changed.
         loader: Gives the data; read once a pass, with random numbers rewound, so
             that shuffling and augmentation are the same in each.
-        forward: Called as ``forward(model, batch)`` (default: see `evaluation.loaders.run`).
+        forward: Called as ``forward(model, batch)`` (default: see `evaluation.batches.run`).
         max_batches: Use only so many batches (default None: all).
         mode: ``"layerwise"`` (default) or ``"together"``.
         where: Which layers: a name pattern or a predicate ``(name, module)``.
