@@ -50,7 +50,7 @@ app = typer.Typer(
 
 
 @app.command(cls=Command)
-@plain_errors(PROGRAM)
+@plain_errors(PROGRAM, keeps=True)
 def reproduce(
     names: Annotated[
         list[str] | None,

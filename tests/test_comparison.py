@@ -1,5 +1,6 @@
 """Comparing methods from Python."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,12 @@ def test_methods_are_compared_on_a_users_network_and_data(tmp_path: Path) -> Non
         ({"methods": ["mabm"]}, "did you mean 'mabn'"),
         ({"seeds": 0}, "seeds=0"),
         ({"options": {"mabn": {"windou": 3}}}, "windou"),
+        ({"options": {"gn": {"num_groups": 2}}}, "options='gn': it is none of the methods mabn"),
+        ({"methods": "mabn"}, r"methods='mabn': give a list of names, as in \['mabn'\]"),
+        ({"target_batch_size": 65}, "target_batch_size=65: give a number from 1 to 64"),
+        ({"model": anybatch.convert(network(), "mabn")}, "is a layer of anybatch already"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"target_batch_size": 4096}, "batch_size=4096"),
+        ({"batch_size": 4096}, "batch_size=4096"),
         ({"model": nn.Linear(8, 3)}, "model: Linear has no batch norm"),
         ({"model": nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))}, r"not fit .* shape \(6,\)"),
     ],
@@ -75,11 +80,32 @@ def test_a_wrong_argument_of_compare_is_named(settings: dict, words: str) -> Non
         anybatch.compare(train=examples(64, 0), test=examples(8, 1), **{**given, **settings})
 
 
+def test_methods_may_be_typed_in_capitals() -> None:
+    how = {"epochs": 1, "seeds": 1, "timing": False}
+    both = [
+        anybatch.compare(network, examples(64, 0), examples(8, 1), [name], **how)
+        for name in ("BRN", "brn")
+    ]
+    assert str(both[0]) == str(both[1])
+    assert "step time" not in str(both[0])
+
+
+def test_a_batch_of_one_is_compared_with_batch_norm_that_takes_it() -> None:
+    how = {"epochs": 1, "seeds": 1, "timing": False, "batch_size": 1}
+    found = anybatch.compare(network, examples(32, 0), examples(8, 1), ["mabn"], **how)
+    assert [line.run.method for line in found.lines] == ["torch", "bn", "mabn"]
+
+
+def test_a_number_that_is_not_finite_is_in_the_table() -> None:
+    how = {"epochs": 1, "seeds": 1, "timing": False, "score": lambda outputs, targets: math.nan}
+    found = anybatch.compare(network, examples(32, 0), examples(8, 1), ["mabn"], **how)
+    assert "nan %" in str(found)
+
+
 def finished(**accuracies: tuple[float, ...]) -> FinishedComparison:
     seeds = tuple(range(len(accuracies["baseline"])))
-    comparison = Comparison(
-        Run(), tuple(accuracies)[2:], seeds, options=(("mbn", (("ideal_decay", 0.9),)),)
-    )
+    options = (("mbn", (("ideal_decay", 0.9),)),) if "mbn" in accuracies else ()
+    comparison = Comparison(Run(), tuple(accuracies)[2:], seeds, options=options)
     from anybatch.tools.compare import table
 
     results = {

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from anybatch.core.arguments import check_count
@@ -100,6 +99,7 @@ def compare(
         >>> [line.row for line in found.lines]
         ['target', 'baseline', 'mabn']
     """
+    from anybatch.conversion.observe import random_states_restored
     from anybatch.tools.compare import DEFAULT_METHODS, Comparison, check_data, table
     from anybatch.tools.compare_report import FinishedComparison
     from anybatch.tools.own_data import own_data
@@ -127,17 +127,17 @@ def compare(
             device=device,
             precision=precision,
         ),
-        methods=DEFAULT_METHODS if methods is None else tuple(methods),
+        methods=DEFAULT_METHODS if methods is None else _names(methods),
         seeds=tuple(seeds),
         target_batch_size=target_batch_size,
-        options=tuple((name, tuple(own.items())) for name, own in (options or {}).items()),
+        options=tuple((name.lower(), tuple(own.items())) for name, own in (options or {}).items()),
     )
     check_data(comparison, data)
     runs = comparison.runs()
     results, total = {}, sum(run.epochs for run in runs)
     with (
         tempfile.TemporaryDirectory() as folder,
-        torch.random.fork_rng(),
+        random_states_restored(),
         progress_bar(total, progress, "comparing") as advance,
     ):
         for run in runs:
@@ -147,6 +147,13 @@ def compare(
     lines = table(comparison, results)
     seconds = time.perf_counter() - start
     return FinishedComparison(comparison, lines, results, times, "anybatch.compare(...)", seconds)
+
+
+def _names(methods: Iterable[str]) -> tuple[str, ...]:
+    """Short names of methods, in lower case."""
+    if isinstance(methods, str):
+        raise TypeError(f"methods={methods!r}: give a list of names, as in [{methods!r}]")
+    return tuple(name.lower() for name in methods)
 
 
 def _factory(model: nn.Module | Callable[[], nn.Module]) -> Callable[[], nn.Module]:

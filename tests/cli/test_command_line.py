@@ -479,3 +479,67 @@ def test_the_list_of_methods_fits_80_columns() -> None:
 def test_help_teaches_by_example() -> None:
     assert "anybatch compare" in run("compare", "--help").output
     assert run().exit_code in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"timing": "false"}, "timing='false': give true or false"),
+        ({"epochs": "x"}, "epochs='x': give a whole number"),
+        ({"epochs": 1.5}, "epochs=1.5: give a whole number"),
+        ({"lr": "high"}, "lr='high': give a number"),
+        ({"output": 5}, "output=5: give text"),
+        ({"data": 5}, "data='5': give one of"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_named(
+    tmp_path: Path, content: dict, words: str
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    result = run("compare", "--config", str(tmp_path / "run.json"))
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
+
+
+def test_a_file_may_give_one_option_a_number_of_seeds_and_capitals(tmp_path: Path) -> None:
+    content = {
+        **{"option": "MABN.window=4", "methods": ["MABN"], "seeds": 1, "epochs": 1},
+        **{"timing": False, "output": str(tmp_path / "out"), "batch_size": 32},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    result = run("compare", "--config", str(tmp_path / "run.json"), "--workers", "1")
+    assert result.exit_code == 0, result.output
+    assert "step time" not in result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["table"]
+    assert rows[2]["run"]["options"] == [["window", 4]]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_diagnosis_shows_its_reading_in_any_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import anybatch
+    from anybatch.tools.diagnose_run import diagnosis_table
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    found = anybatch.diagnose(model, [torch.randn(4, 4) for _ in range(8)], progress=False)
+    columns = [str(column.header) for column in diagnosis_table(found, "title").columns]
+    assert columns[0] == "norm"
+    assert columns[-1] == "reading"
+    assert len(columns) == {40: 5, 60: 6, 80: 6, 200: 6}[width]
+
+
+@pytest.mark.parametrize("command", ["train", "diagnose"])
+def test_what_is_said_of_a_stopped_command_is_true(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anybatch.tools.training.prepare", stop)
+    monkeypatch.setattr("anybatch.tools.diagnose_run.prepare", stop)
+    result = run(command, "--output", str(tmp_path))
+    assert result.exit_code == 130
+    kept = "what is done is kept. To go on" if command == "train" else "nothing is kept"
+    assert kept in " ".join(result.output.split())

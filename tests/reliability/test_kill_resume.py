@@ -160,3 +160,44 @@ def test_every_killed_training_goes_on_bit_for_bit(
         struck += kill_and_compare(course, tmp_path / str(seed), kills=4, seed=seed)
     assert struck > 0
     record_property(KILLS, struck)
+
+
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from anybatch.tools.processes import in_processes
+
+class Job:
+    key = "one"
+
+def work(job, folder, tell):
+    (folder / "pid").write_text(str(os.getpid()))
+    time.sleep(100)
+
+if __name__ == "__main__":
+    in_processes([Job()], Path(sys.argv[1]), 1, lambda *_: None, work)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "start.py").write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "start.py"), str(tmp_path)])
+    end = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    worker = int((tmp_path / "pid").read_text())
+    assert is_running(worker)
+    parent.kill()
+    parent.wait()
+    while is_running(worker):
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -1,22 +1,31 @@
 """Networks and data of a user: functions in a file, for every command and from Python."""
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
+import anybatch
 from anybatch.cli.application import app
+from anybatch.tools.checkpoint import read_checkpoint
 from anybatch.tools.data import load, steps_per_epoch
+from anybatch.tools.diagnose_run import diagnose_run
 from anybatch.tools.own_data import own_data
 from anybatch.tools.run import Run
 from anybatch.tools.training import prepare, step, train
-from anybatch.tools.tune import halves
+from anybatch.tools.tune import halves, tune
 
 MINE = """
+import random
+
+import numpy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -51,6 +60,55 @@ def regression():
 
 def without_loss():
     return {key: value for key, value in regression().items() if key in ("train", "test")}
+
+
+def drawn():
+    x = torch.randn(64, 6) + torch.tensor(numpy.random.rand(6) + random.random()).float()
+    y = torch.randint(3, (64,))
+    return TensorDataset(x[:48], y[:48]), TensorDataset(x[48:], y[48:])
+
+
+def nested():
+    train, test = data()
+    train = [(x, {"class": y, "pair": (y, -y)}) for x, y in train]
+    return {
+        "train": train,
+        "test": train,
+        "loss": lambda o, t: nn.functional.cross_entropy(o, t["class"] + 0 * t["pair"][1]),
+        "score": lambda o, t: (o.argmax(1) == t["class"]).float().mean(),
+    }
+
+
+def several(items):
+    x, y = torch.utils.data.default_collate(items)
+    return x.repeat(4, 1), y.repeat(4)
+
+
+def crops():
+    train, test = data()
+    return tuple(DataLoader(part, collate_fn=several) for part in (train, test.dataset))
+
+
+def time_first():
+    turned = lambda items: (torch.stack([x for x, _ in items], 1), torch.tensor([0] * len(items)))
+    return DataLoader(data()[0], collate_fn=turned), data()[1]
+
+
+def scored_nan():
+    train, test = data()
+    return {"train": train, "test": test.dataset, "score": lambda o, t: float("nan")}
+
+
+def dropping():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+
+
+def one_output():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
 
 
 def three():
@@ -197,3 +255,116 @@ def test_a_users_network_without_its_data_ends_in_what_to_give(
     assert "model='mine.py:network': it does not fit the examples, of shape (64,)" in result.output
     assert "--data mine.py:data" in result.output
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def own(data: str, model: str = "network", **settings: Any) -> Run:
+    return Run(data=f"mine.py:{data}", model=f"mine.py:{model}", method="mabn", **settings)
+
+
+def test_data_are_the_same_however_often_they_are_loaded(mine: str) -> None:
+    random.seed(3)
+    numpy.random.seed(3)
+    torch.manual_seed(3)
+    states = random.getstate(), torch.get_rng_state().tolist(), repr(numpy.random.get_state())
+    first = load(own("drawn"))
+    assert states == (
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+        repr(numpy.random.get_state()),
+    )
+    torch.randn(3)
+    random.random()
+    again = load(own("drawn"))
+    for one, other in zip(first.train_x.batch(), again.train_x.batch(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_stopped_training_of_a_network_with_dropout_ends_in_the_same_numbers(
+    mine: str, tmp_path: Path
+) -> None:
+    run = own("data", "dropping", epochs=4, batch_size=4)
+    whole = train(run, tmp_path / "whole")
+
+    def stop(done: int, row: Any) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "cut", stop)
+    torch.randn(5)
+    gone_on = train(run, tmp_path / "cut")
+    for one, other in zip(whole["epochs"], gone_on["epochs"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_tuning_and_diagnosis_use_the_users_loss_and_score(mine: str, tmp_path: Path) -> None:
+    run = own("regression", "one_output", epochs=1, batch_size=8)
+    train(run, tmp_path, keep_weights=True)
+    weights = tmp_path / "runs" / f"{run.key}.pt"
+    _, state = read_checkpoint(weights)
+    for metric, maximize in (("loss", False), ("top1", True)):
+        tuned = tune(run, weights, state, metric, (0.0, 0.5), False, False, "").tuned
+        assert list(tuned.curves) == ["<lambda>"]
+        assert tuned.best == (max if maximize else min)(
+            tuned.alphas, key=lambda a, t=tuned: t.values[t.alphas.index(a)]
+        )
+    found = diagnose_run(run, 0, None, 4, lambda *_: None)
+    assert found.layers[0].psi is not None
+
+
+def test_outputs_of_one_value_are_no_classes() -> None:
+    net = nn.Sequential(anybatch.BatchNorm1d(3), nn.Linear(3, 1)).eval()
+    batch = torch.randn(4, 3), torch.randn(4, 1)
+    with pytest.raises(ValueError, match=r"outputs \(4, 1\) are no scores of classes"):
+        anybatch.tune_example_weight(net, [batch], candidates=[0.0], progress=False)
+
+
+def test_examples_are_counted_as_they_are_collated(mine: str, tmp_path: Path) -> None:
+    row = train(own("crops", epochs=1, batch_size=4), tmp_path)
+    assert 0 <= row["accuracy"] <= 1
+    with pytest.raises(ValueError, match=r"inputs \(6, 4\) and targets \(4,\)"):
+        train(own("time_first", epochs=1, batch_size=4), tmp_path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_targets_may_be_nested(mine: str, tmp_path: Path, accumulate: int) -> None:
+    row = train(own("nested", epochs=2, batch_size=4, accumulate=accumulate), tmp_path)
+    assert row["accuracy"] > 0.4
+
+
+def test_lazy_networks_are_trained(mine: str, tmp_path: Path) -> None:
+    assert train(own("data", "lazy", epochs=1, batch_size=4), tmp_path)["accuracy"] > 0
+
+
+def test_a_diagnosis_needs_no_held_out_examples(mine: str) -> None:
+    found = diagnose_run(own("train_only", epochs=1), 1, None, 3, lambda *_: None)
+    assert len(found.layers) == 1
+
+
+def test_a_score_that_is_not_finite_is_kept_as_such(mine: str, tmp_path: Path) -> None:
+    typed = ["train", "--model", "mine.py:network", "--data", "mine.py:scored_nan"]
+    typed += ["--method", "gn", "--epochs", "1", "--output", str(tmp_path / "out")]
+    for _ in range(2):
+        result = CliRunner().invoke(app, typed)
+        assert result.exit_code == 0, result.output
+        assert "held-out accuracy not finite" in result.output
+        printed = CliRunner().invoke(app, [*typed, "--json"]).output
+        assert json.loads(printed)["accuracy"] is None
+
+
+def test_results_of_other_contents_are_not_used_again(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "somewhere.py"
+    module.write_text("a = 1")
+    (tmp_path / "data.npz").write_bytes(b"1")
+    runs = [
+        Run(data="somewhere:data", model="somewhere:network"),
+        Run(data="npz", root=str(tmp_path / "data.npz"), model="resnet8"),
+    ]
+    before = [run.key for run in runs]
+    assert before == [run.key for run in runs]
+    module.write_text("a = 12")
+    (tmp_path / "data.npz").write_bytes(b"12")
+    assert not set(before) & {run.key for run in runs}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.console import console, plain_errors, print_file, print_lines, print_path
-from anybatch.cli.options import AsJson, Methods, Output, Rounds
+from anybatch.cli.options import AsJson, Output, Rounds, complete_methods
 from anybatch.cli.progress import progress_bars, show_parts
 from anybatch.cli.settings import check_device, parse_names
 from anybatch.core.arguments import check_count
@@ -14,7 +14,12 @@ from anybatch.core.arguments import check_count
 
 @plain_errors()
 def check(
-    methods: Methods = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Short names, with commas. [dim]Default: all.[/]", autocompletion=complete_methods
+        ),
+    ] = None,
     devices: Annotated[
         str | None,
         typer.Option(help="cpu, cuda:0 ..., with commas. [dim]Default: all that are present.[/]"),
@@ -27,7 +32,7 @@ def check(
 
         anybatch check
 
-    Without --methods all are checked. Each is compared with torch's operators, and timed beside
+    Each is compared with torch's operators, and timed beside
     nn.BatchNorm2d, unless --rounds is 0. The exit code is 1 if one disagrees. check.json has all
     results: attach it to a report of a fault.
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anybatch.tools.compare import Comparison
 
 
-@plain_errors()
+@plain_errors(keeps=True)
 def compare(
     context: typer.Context,
     data: options.Data = "digits",

@@ -42,10 +42,11 @@ console = Console()
 errors = Console(stderr=True)
 
 
-def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
+def plain_errors(program: str = "anybatch", keeps: bool = False) -> Callable[[_Command], _Command]:
     """Decorate a command so that errors become one line and an exit code.
 
-    The exit code is 2 for a wrong argument, 130 for Ctrl-C and 1 for a full disk.
+    The exit code is 2 for a wrong argument, 130 for Ctrl-C and 1 for a full disk. A command that
+    `keeps` what is done goes on there when it is started again.
     """
 
     def decorate(command: _Command) -> _Command:
@@ -54,15 +55,16 @@ def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
             try:
                 command(*args, **kwargs)
             except KeyboardInterrupt as error:
-                raise _interrupted(program) from error
+                raise _interrupted(program, keeps) from error
             except Exception as error:
                 if _stop_requested.is_set():  # an interrupted import may fail in its own way
-                    raise _interrupted(program) from error
+                    raise _interrupted(program, keeps) from error
                 if isinstance(error, ValueError | TypeError):
                     errors.print(f"[bold red]error[/]  {escape(str(error))}", soft_wrap=True)
                     raise typer.Exit(2) from error
                 if isinstance(error, OSError):  # a full disk, or a folder that was removed
-                    _say_how_to_go_on(f"[bold red]error[/]  {escape(str(error))}", program)
+                    why = f"[bold red]error[/]  {escape(str(error))}"
+                    _say_how_to_go_on(why, program, keeps)
                     raise typer.Exit(1) from error
                 raise
 
@@ -71,14 +73,15 @@ def plain_errors(program: str = "anybatch") -> Callable[[_Command], _Command]:
     return decorate
 
 
-def _interrupted(program: str) -> typer.Exit:
-    _say_how_to_go_on("\nstopped", program)
+def _interrupted(program: str, keeps: bool) -> typer.Exit:
+    _say_how_to_go_on("\nstopped", program, keeps)
     return typer.Exit(INTERRUPTED)
 
 
-def _say_how_to_go_on(why: str, program: str) -> None:
+def _say_how_to_go_on(why: str, program: str, keeps: bool) -> None:
     command = escape(typed_command(program))
-    errors.print(f"{why}; what is done is kept. To go on: [bold]{command}[/]", soft_wrap=True)
+    how = "what is done is kept. To go on" if keeps else "nothing is kept. To start again"
+    errors.print(f"{why}; {how}: [bold]{command}[/]", soft_wrap=True)
 
 
 def typed_command(program: str = "anybatch") -> str:

@@ -30,11 +30,27 @@ def read_settings(context: typer.Context, config: Path | None) -> dict[str, Any]
             raise ValueError(f"config={str(config)!r}: {name}={value!r} is none of {known}")
         source = context.get_parameter_source(name)
         if source is None or source.name == "DEFAULT":
-            given[name] = value
+            given[name] = _checked(name, value, given[name])
     for name in ("methods", "seeds", "candidates", "batch_sizes"):
         if isinstance(given.get(name), list):
             given[name] = ",".join(map(str, given[name]))
     return given
+
+
+def _checked(name: str, value: Any, usual: Any) -> Any:
+    """A value of a file; one of the default's type where that is a flag, a number or text."""
+    if name == "option":
+        return [value] if isinstance(value, str) else value
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if type(usual) is str and type(value) in (int, float):  # as in seeds = 3
+        return str(value)
+    kind = kinds.get(type(usual))
+    fits = type(value) is type(usual) or (type(usual) is float and type(value) is int)
+    if kind is not None and not fits and not isinstance(value, list):
+        raise ValueError(f"config: {name}={value!r}: give {kind}")
+    if name in ("root", "model", "output", "checkpoint") and not isinstance(value, str | None):
+        raise ValueError(f"config: {name}={value!r}: give text")
+    return value
 
 
 def build_run(given: dict[str, Any]) -> "Run":

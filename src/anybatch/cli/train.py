@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from anybatch.tools.training import Row
 
 
-@plain_errors()
+@plain_errors(keeps=True)
 def train(
     context: typer.Context,
     method: options.Method = "mabn",
@@ -54,8 +54,8 @@ def train(
         if not given["as_json"]:
             loss = "not finite" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
             bars.console.print(
-                f"epoch {done:3d}  train loss {loss}  held-out accuracy "
-                f"{100 * row['accuracy']:.2f} %  {row['seconds']:.1f} s",
+                f"epoch {done:3d}  train loss {loss}  held-out accuracy {_percent(row)}  "
+                f"{row['seconds']:.1f} s",
                 highlight=False,
             )
         bars.update(bar, completed=done)
@@ -66,7 +66,11 @@ def train(
     if given["as_json"]:
         print(json.dumps(row, indent=2))
         return
-    console.print(f"held-out accuracy [bold]{100 * row['accuracy']:.2f} %[/]  ({run.label})")
+    console.print(f"held-out accuracy [bold]{_percent(row)}[/]  ({run.label})")
     path = folder / "runs" / f"{run.key}.json"
     print_path("result ", path)
     print_path("weights", path.with_suffix(".pt"))
+
+
+def _percent(row: "Row") -> str:
+    return "not finite" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} %"

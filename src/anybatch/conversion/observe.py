@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,11 +73,11 @@ def seed(number: int) -> None:
 
 
 @contextmanager
-def _random_states_restored(devices: list[torch.device]) -> Iterator[None]:
+def random_states_restored(devices: Sequence[torch.device] = ()) -> Iterator[None]:
     """A context that restores the random states of torch, Python and NumPy."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     numbers = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
@@ -100,7 +100,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     ]
     devices = {b.device for b in model.buffers()} | {p.device for p in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
-    with _random_states_restored(cuda):
+    with random_states_restored(cuda):
         try:
             yield
         finally:

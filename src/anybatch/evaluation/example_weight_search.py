@@ -260,6 +260,11 @@ def _classify(metric: str, output: Any, batch: Any, totals: _Totals) -> None:
     classes = scores.shape[1] if scores.dim() > 1 else 0
     if metric == "top5" and classes < 6:
         raise ValueError(f'metric="top5": the network has {classes} classes; give "top1" or "loss"')
+    if classes < 2:
+        raise ValueError(
+            f"metric={metric!r}: outputs {tuple(scores.shape)} are no scores of classes; give a "
+            "function of output and target"
+        )
     totals.examples += examples_in(batch)
     loss = F.cross_entropy(scores.float(), target, reduction="sum")
     if target.is_floating_point():  # shares of the classes

@@ -1,5 +1,6 @@
 """A comparison of methods: its runs, in several processes, and its table."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.core.arguments import check_count
+from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import get_method
 from anybatch.tools.data import Dataset, steps_per_epoch
 from anybatch.tools.network_factory import build
@@ -48,6 +50,10 @@ class Comparison:
             if name == BASELINE:
                 raise ValueError("methods: torch's batch norm is the baseline of every comparison")
             get_method(name)
+        for name, _ in self.options:
+            if name not in self.methods:
+                known = ", ".join(self.methods)
+                raise ValueError(f"options={name!r}: it is none of the methods {known}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: give each once")
         check_count("target_batch_size", self.target_batch_size)
@@ -61,7 +67,9 @@ class Comparison:
             size = min(self.target_batch_size, base.batch_size)
             whole = size == base.batch_size
             target = base.but(method="bn", norm_batch_size=None if whole else size)
-        baseline = base.but(method=BASELINE if base.norm_batch_size is None else "bn")
+        # torch's layer refuses a single value
+        apart = base.norm_batch_size is not None or base.micro_batch_size == 1
+        baseline = base.but(method="bn" if apart else BASELINE)
         rows = {"target": target, "baseline": baseline}
         for name in self.methods:
             own = dict(self.options).get(name, ())
@@ -112,7 +120,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     """
     groups = comparison.groups()
     accuracies = {
-        row: tuple(float(results[run.key]["accuracy"]) for run in runs)
+        row: tuple(_number(results[run.key]["accuracy"]) for run in runs)
         for row, runs in groups.items()
     }
     means = {row: statistics.fmean(values) for row, values in accuracies.items()}
@@ -136,16 +144,34 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     return lines[:2] + sorted(lines[2:], key=lambda line: -line.mean)
 
 
+def _number(stored: float | None) -> float:
+    """A number as results keep it, where nan is None."""
+    return math.nan if stored is None else float(stored)
+
+
 def check_data(comparison: Comparison, data: Dataset) -> None:
     """Check that methods can be compared on the data, before anything is trained.
 
     Raises:
-        ValueError: For a batch larger than the training set, and a network without batch norms.
+        ValueError: For a batch larger than the training set, and a network without batch norms or
+            with layers of this library.
     """
+    examples, wanted = len(data.train_y), comparison.target_batch_size
+    if comparison.base.batch_size <= examples < wanted:
+        raise ValueError(
+            f"target_batch_size={wanted}: give a number from 1 to {examples}, the training "
+            "examples there are"
+        )
     for run in comparison.runs():
         steps_per_epoch(run, data)
     with torch.random.fork_rng():
         model = build(comparison.base.model, data)
+    converted = [name for name, module in model.named_modules() if isinstance(module, NormLayer)]
+    if converted:
+        raise ValueError(
+            f"model: its {converted[0]!r} is a layer of anybatch already, and the comparison is "
+            "with torch's batch norm; give the network before convert"
+        )
     if not any(map(is_batch_norm, model.modules())):
         raise ValueError(
             f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "

@@ -140,12 +140,15 @@ def cells(line: Line, times: dict[str, StepTime]) -> tuple[str, ...]:
 def comparison_table(outcome: FinishedComparison) -> "Table":
     """Build the table for the terminal."""
     base = outcome.comparison.base
-    seeds = len(outcome.comparison.seeds)
+    shown = len(COLUMNS) if outcome.times else len(COLUMNS) - 1
+    caption = f"{len(outcome.comparison.seeds)} seed(s)"
+    if outcome.times:
+        caption += "; step time: torch.nn.BatchNorm at this batch size = 1"
     return terminal_table(
-        COLUMNS,
-        [cells(line, outcome.times) for line in outcome.lines],
+        COLUMNS[:shown],
+        [cells(line, outcome.times)[:shown] for line in outcome.lines],
         title=f"{base.data_name}, {base.model_name}, {base.epochs} epochs",
-        caption=f"{seeds} seed(s); step time: torch.nn.BatchNorm at this batch size = 1",
+        caption=caption,
         styles=["dim" if line.row in ("target", "baseline") else None for line in outcome.lines],
     )
 

@@ -56,6 +56,7 @@ def parse_options(pairs: list[str]) -> dict[str, tuple[Option, ...]]:
         method, dot, name = target.partition(".")
         if not (equals and dot and method and name):
             raise ValueError(f"option={pair!r}: give METHOD.NAME=VALUE, such as mabn.window=8")
+        method = method.lower()
         get_method(method)
         try:
             value = json.loads(text)

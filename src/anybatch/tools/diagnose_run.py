@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from anybatch.tools.bench import Show
 from anybatch.tools.checkpoint import load_weights, read_checkpoint
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.objective import objective
+from anybatch.tools.own_data import OwnData
 from anybatch.tools.precision import forward
 from anybatch.tools.report_files import terminal_table
 from anybatch.tools.run import BASELINE, Run
@@ -36,7 +38,7 @@ def diagnose_run(
         ValueError: If the file cannot be loaded into the network.
     """
     if run.method == BASELINE and run.micro_batch_size == 1:
-        run = run.but(method="bn")  # the same mathematics; torch's layer refuses a single value
+        run = run.but(method="bn")  # torch's layer refuses a single value
     data = load(run)
     training = prepare(run, data)
     if checkpoint is not None:
@@ -48,10 +50,12 @@ def diagnose_run(
     def through(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return forward(run, model, batch[0])
 
+    own = data.loss if isinstance(data, OwnData) else None
     return diagnose(
         training.model.train(),
         _endless(run, data, epochs + 1, max_batches),
         forward=through,
+        loss=None if own is None else lambda output, batch: own(output, batch[1]),
         max_batches=max_batches,
         progress=lambda done, total: show("measuring", done, total or max_batches),
     )
@@ -71,7 +75,7 @@ def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[
 def diagnosis_table(found: Diagnosis, title: str) -> Table:
     """Build the table for the terminal, without columns of which nothing was measured."""
     styles = {"noisy": "red", "borderline": "yellow"}
-    head, rows = found.table()
+    head, rows = _fitting(*found.table(), get_terminal_size().columns)
     return terminal_table(
         head,
         rows,
@@ -81,6 +85,17 @@ def diagnosis_table(found: Diagnosis, title: str) -> Table:
         left=head[-1:],
         wrapped=(head[0], head[-1]),
     )
+
+
+def _fitting(
+    head: tuple[str, ...], rows: list[tuple[str, ...]], width: int
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The columns that a terminal has room for: name, values and reading in any case."""
+    kept, lines = list(range(len(head))), (head, *rows)
+    while len(kept) > 3 and sum(2 + max(len(line[k]) for line in lines) for k in kept) > width:
+        del kept[-2]
+    head, *rows = (tuple(line[k] for k in kept) for line in lines)
+    return head, rows
 
 
 def write(found: Diagnosis, folder: Path) -> Path:

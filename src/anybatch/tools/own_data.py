@@ -1,5 +1,6 @@
 """A user's own data: a function that gives training and held-out examples."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from anybatch.conversion.observe import random_states_restored, seed
+from anybatch.core.nested import mapped
 from anybatch.tools.data import LOADERS, Dataset, shuffled
 from anybatch.tools.examples import Collate, Examples
 from anybatch.tools.network_factory import call, find
@@ -89,13 +92,15 @@ def _examples(name: str, given: Any) -> Examples:
 
 
 def load_own(run: Run) -> OwnData:
-    """Load the data that a function of the user gives.
+    """Load the data that a function of the user gives, with the same random numbers each time.
 
     Raises:
         ValueError: If there is no such function, or it fails.
         TypeError: If it gives something else.
     """
-    made = call("data", run.data, find("data", run.data))
+    with random_states_restored():
+        seed(0)
+        made = call("data", run.data, find("data", run.data))
     if isinstance(made, tuple):
         names = ("train", "test") if len(made) == 2 else map(str, range(len(made)))
         given: Mapping[str, Any] = dict(zip(names, made, strict=True))
@@ -121,8 +126,18 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Any]]
     """The batches of an epoch; their order follows from seed and epoch alone."""
     assert isinstance(data.train_x, Examples)
     for index, _ in shuffled(run, data, epoch):
-        x, y = data.train_x[index].batch()
-        yield x.to(run.device), y.to(run.device)
+        yield _batch(data.train_x[index], run.device)
+
+
+def _batch(examples: Examples, device: str) -> tuple[Tensor, Any]:
+    """Inputs and targets of examples, which may be nested, on a device."""
+    x, y = examples.batch()
+    if isinstance(y, Tensor) and y.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"data: a batch has inputs {tuple(x.shape)} and targets {tuple(y.shape)}; let "
+            "collate_fn give both with the examples in front"
+        )
+    return x.to(device), mapped(lambda t: t.to(device), y)
 
 
 def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Any) -> Tensor:
@@ -131,18 +146,23 @@ def loss(run: Run, data: Dataset, model: nn.Module, x: Tensor, y: Any) -> Tensor
     return (own or _cross_entropy)(forward(run, model, x), y)
 
 
-def evaluate(run: Run, model: nn.Module, data: Dataset) -> tuple[float, dict[str, float]]:
-    """Mean loss and score on the held-out examples; the network is left in evaluation mode."""
+def evaluate(run: Run, model: nn.Module, data: Dataset) -> tuple[float | None, dict[str, float]]:
+    """Mean loss and score on the held-out examples; the network is left in evaluation mode.
+
+    Without such examples the loss is None, and the score is nan.
+    """
     assert isinstance(data, OwnData) and isinstance(data.test_x, Examples)
     model.eval()
-    losses = scores = 0.0
+    losses, scores, count = 0.0, 0.0, 0
     with torch.no_grad():
         for start in range(0, len(data.test_x), _EVALUATED):
-            x, y = data.test_x[start : start + _EVALUATED].batch()
-            outputs, targets = forward(run, model, x.to(run.device)), y.to(run.device)
-            losses += len(x) * float((data.loss or _cross_entropy)(outputs, targets))
-            scores += len(x) * float((data.score or _accuracy)(outputs, targets))
-    return losses / len(data.test_x), {"accuracy": scores / len(data.test_x)}
+            x, y = _batch(data.test_x[start : start + _EVALUATED], run.device)
+            outputs, count = forward(run, model, x), count + len(x)
+            losses += len(x) * float((data.loss or _cross_entropy)(outputs, y))
+            scores += len(x) * float((data.score or _accuracy)(outputs, y))
+    if not count:
+        return None, {"accuracy": math.nan}
+    return losses / count, {"accuracy": scores / count}
 
 
 def _cross_entropy(outputs: Tensor, targets: Any) -> Tensor:

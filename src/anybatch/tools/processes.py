@@ -1,7 +1,9 @@
 """Work in several processes, and locks between them."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -85,7 +87,16 @@ def _start_worker(news: "Queue[tuple[str, int]]") -> None:
     global _news
     _news = news
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def _end_with_parent() -> None:
+    """Leave nothing behind that works on where the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(work: Work[Job], run: Job, folder: Path) -> Row:

@@ -54,7 +54,7 @@ def terminal_table(
             justify="left" if index == 0 or column in left else "right",
             no_wrap=column not in wrapped,
             overflow="fold",
-            min_width=8 if index == 0 and column in wrapped else None,
+            min_width=10 if column in wrapped else None,
         )
     given = list(styles)
     for index, row in enumerate(rows):

@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -205,7 +207,10 @@ class Run:
             for name, value in self.as_dict().items()
             if name not in without and not (name in added and getattr(self, name) == added[name])
         }
-        text = json.dumps(kept, sort_keys=True) + _contents(self.data) + _contents(self.model)
+        sources = [source(name) for name in (self.data, self.model) if is_own(name)]
+        if self.root is not None and "root" not in without and Path(self.root).is_file():
+            sources.append(Path(self.root))
+        text = json.dumps(kept, sort_keys=True) + "".join(map(_contents, filter(None, sources)))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -298,9 +303,35 @@ def is_own(name: str) -> bool:
     return ":" in name and name.partition(":")[0] not in LIBRARIES
 
 
-def _contents(name: str) -> str:
-    """A hash of the file that a user's function is in; empty for a module."""
-    path = Path(name.rpartition(":")[0])
-    if not (is_own(name) and path.suffix == ".py" and path.is_file()):
-        return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def source(name: str) -> Path | None:
+    """The file that a user's ``module:function`` is in; None where there is none.
+
+    Example:
+        >>> source("anybatch.tools.run:Run").name
+        'run.py'
+    """
+    place = name.rpartition(":")[0]
+    if place.endswith(".py"):
+        found = place
+    else:
+        try:
+            spec = find_spec(place)
+        except (ImportError, ValueError):
+            return None
+        found = "" if spec is None or spec.origin is None else spec.origin
+    return Path(found) if found and Path(found).is_file() else None
+
+
+def _contents(path: Path) -> str:
+    """A hash of a file."""
+    status = path.stat()
+    return _hashed(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()

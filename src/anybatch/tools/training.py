@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from anybatch.conversion import GammaDecay, convert, param_groups
-from anybatch.conversion.observe import restored
+from anybatch.conversion.observe import restored, seed
 from anybatch.core.files import write_json, write_whole
+from anybatch.core.nested import mapped
 from anybatch.core.norm_layer import NormLayer
 from anybatch.evaluation.dataset_statistics import dataset_statistics
 from anybatch.layers import VirtualDataset, accumulate
@@ -105,8 +108,9 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     layer for other classes stays fresh.
     """
     steps = steps_per_epoch(run, data)
-    torch.manual_seed(run.seed)
+    _seed(run.seed)
     model = build(run.model, data)
+    _initialize(run, data, model)
     if initial is not None:
         _load_initial(model, initial)
     progress = None
@@ -130,6 +134,20 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
     return Training(model, optimizer, learning_rate, progress, scaler, loss)
 
 
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    seed(number)  # Python's and NumPy's numbers as well
+
+
+@torch.no_grad()
+def _initialize(run: Run, data: Dataset, model: nn.Module) -> None:
+    """Let the lazy layers of a user's network see a batch."""
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        x, _ = next(objective(run).batches(run.but(device="cpu"), data, 1))
+        model.eval()(x)
+        model.train()
+
+
 def _check_fit(
     run: Run, data: Dataset, model: nn.Module, loss: Callable[[Tensor, Any], Tensor]
 ) -> None:
@@ -138,7 +156,7 @@ def _check_fit(
     try:
         with restored(model), torch.no_grad():
             model.eval()
-            loss(x.split(run.micro_batch_size)[0], next(iter(y.split(run.micro_batch_size))))
+            loss(*_micro_batches(run, x, y)[0])
     except Exception as error:  # anything can go wrong in there
         given = f"model={run.model!r}" if data.network is None else "model"
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -202,14 +220,25 @@ def step(run: Run, training: Training, x: Tensor, y: Any) -> Tensor:
     """
     training.optimizer.zero_grad()
     losses = []
-    pairs = zip(x.split(run.micro_batch_size), y.split(run.micro_batch_size), strict=True)
-    for some, targets in pairs:
+    for some, targets in _micro_batches(run, x, y):
         loss = training.loss(some, targets) / run.accumulate
         training.scaler.scale(loss).backward()
         losses.append(loss.detach())
     training.scaler.step(training.optimizer)
     training.scaler.update()
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _micro_batches(run: Run, x: Tensor, y: Any) -> list[tuple[Tensor, Any]]:
+    """The micro-batches of a step, with their targets."""
+    size, parts = run.micro_batch_size, x.split(run.micro_batch_size)
+    if len(parts) == 1:
+        return [(x, y)]
+    if hasattr(y, "split"):
+        return list(zip(parts, y.split(size), strict=True))
+    starts = range(0, len(x), size)
+    targets = (mapped(itemgetter(slice(start, start + size)), y) for start in starts)
+    return list(zip(parts, targets, strict=True))
 
 
 def train(
@@ -293,7 +322,11 @@ def stored_result(path: Path, run: Run) -> Row | None:
 
 
 def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
-    """Train for one epoch, from 1 on; its row."""
+    """Train for one epoch, from 1 on; its row.
+
+    Each epoch has random numbers of its own, so that a training that goes on is the same.
+    """
+    _seed((run.seed << 20) + epoch)
     training.model.train()
     if run.small_epochs is not None and epoch > run.small_epochs:
         run = _with_whole_batches(run, training.model)
@@ -313,7 +346,7 @@ def train_epoch(run: Run, training: Training, data: Dataset, epoch: int) -> Row:
         "epoch": epoch,
         "train_loss": train_loss if math.isfinite(train_loss) else None,
         "test_loss": None if test_loss is None or not math.isfinite(test_loss) else test_loss,
-        **numbers,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         "seconds": seconds,
     }
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.examples import Examples
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
+from anybatch.tools.own_data import OwnData
 from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import Run
 from anybatch.tools.training import prepare
@@ -100,7 +102,7 @@ def tune(
         run: Gives data, network, method and device.
         checkpoint: Where the weights are from.
         state: The weights.
-        metric: "loss", "top1" or "top5".
+        metric: "loss", "top1" or "top5"; of a user's data their loss and, for "top1", their score.
         candidates: Weights to try; None for the usual ones.
         recalibrates: Take running statistics from the training examples first; group
             norms, which have none, always do.
@@ -114,9 +116,13 @@ def tune(
     if recalibrates or any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         recalibration = recalibrate(model, training_batches(data, run.device), progress=progress)
     validation, test = halves(data, run.device)
-    tuned = tune_example_weight(model, validation, metric, candidates=candidates, progress=progress)
+    own = {"loss": data.loss, "top1": data.score} if isinstance(data, OwnData) else {}
+    search = partial(
+        tune_example_weight, metric=own.get(metric) or metric, maximize=metric != "loss"
+    )
+    tuned = search(model, validation, candidates=candidates, progress=progress)
     pair = sorted({tuned.plain, tuned.best})
-    judged = tune_example_weight(model, test, metric, candidates=pair, progress=False)
+    judged = search(model, test, candidates=pair, progress=False)
     seconds = time.perf_counter() - start
     return TunedNetwork(run, str(checkpoint), tuned, judged, recalibration, command, seconds)
 
