@@ -69,7 +69,7 @@ def seed(number: int) -> None:
     torch.default_generator.manual_seed(number)
     random.seed(number)
     if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(number)
+        numpy.random.seed(number % 2**32)  # larger ones are refused
 
 
 @contextmanager
