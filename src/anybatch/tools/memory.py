@@ -1,5 +1,6 @@
 """Memory of a call: what it keeps for a backward pass, and the most that it holds at a time."""
 
+import gc
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,6 +76,7 @@ def tensors_of(module: torch.nn.Module) -> tuple[Tensor, ...]:
 def _host_peak(call: Callable[[], Any]) -> int | None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell of its start and its end
     activity = torch.profiler.ProfilerActivity.CPU
+    gc.collect()  # what others left behind is given back before, and not meanwhile
     with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
         call()
     results = getattr(profile.profiler, "kineto_results", None)
