@@ -1,8 +1,10 @@
 """Comparing methods from Python."""
 
 import math
+import random
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,15 @@ def test_a_batch_of_one_is_compared_with_batch_norm_that_takes_it() -> None:
     how = {"epochs": 1, "seeds": 1, "timing": False, "batch_size": 1}
     found = anybatch.compare(network, examples(32, 0), examples(8, 1), ["mabn"], **how)
     assert [line.run.method for line in found.lines] == ["torch", "bn", "mabn"]
+
+
+def test_a_comparison_leaves_random_states_alone() -> None:
+    def states() -> tuple[object, ...]:
+        return random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state().tolist()
+
+    before = states()
+    anybatch.compare(network, examples(32, 0), examples(8, 1), ["mabn"], epochs=1, seeds=1)
+    assert states() == before
 
 
 def test_a_number_that_is_not_finite_is_in_the_table() -> None:

@@ -135,15 +135,15 @@ def compare(
     check_data(comparison, data)
     runs = comparison.runs()
     results, total = {}, sum(run.epochs for run in runs)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        random_states_restored(),
-        progress_bar(total, progress, "comparing") as advance,
-    ):
-        for run in runs:
-            done = train_run(run, Path(folder), lambda *_: advance(), data=data)
-            results[run.key] = done
-    times = time_steps(comparison.timed(), data) if timing else {}
+    with random_states_restored():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            progress_bar(total, progress, "comparing") as advance,
+        ):
+            for run in runs:
+                done = train_run(run, Path(folder), lambda *_: advance(), data=data)
+                results[run.key] = done
+        times = time_steps(comparison.timed(), data) if timing else {}
     lines = table(comparison, results)
     seconds = time.perf_counter() - start
     return FinishedComparison(comparison, lines, results, times, "anybatch.compare(...)", seconds)

@@ -328,8 +328,13 @@ def test_examples_are_counted_as_they_are_collated(mine: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_targets_may_be_nested(mine: str, tmp_path: Path, accumulate: int) -> None:
-    row = train(own("nested", epochs=2, batch_size=4, accumulate=accumulate), tmp_path)
+    run = own("nested", epochs=2, batch_size=4, accumulate=accumulate)
+    row = train(run, tmp_path, keep_weights=True)
     assert row["accuracy"] > 0.4
+    weights = tmp_path / "runs" / f"{run.key}.pt"
+    _, state = read_checkpoint(weights)
+    tuned = tune(run, weights, state, "loss", (0.0,), False, False, "").tuned
+    assert tuned.values[0] > 0
 
 
 def test_lazy_networks_are_trained(mine: str, tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def check(
 
         anybatch check
 
-    Each is compared with torch's operators, and timed beside
-    nn.BatchNorm2d, unless --rounds is 0. The exit code is 1 if one disagrees. check.json has all
-    results: attach it to a report of a fault.
+    Each is compared with torch's operators, and timed beside nn.BatchNorm2d, unless --rounds is 0.
+    The exit code is 1 if one disagrees. check.json has all results: attach it to a report of a
+    fault.
     """
     from anybatch.tools import check as checks
 

@@ -245,8 +245,8 @@ class NormDecider:
 
     def _sharing(self, module: nn.Module, *names: str) -> str | None:
         """The name of another module that holds one of a module's Parameters, or of these."""
-        for name, parameter in module._parameters.items():
-            for owner in self.owners.get(id(parameter), ()) if name in (names or {name}) else ():
+        for name in names or tuple(module._parameters):
+            for owner in self.owners.get(id(module._parameters.get(name)), ()):
                 if owner is not module:
                     return repr(self.places[owner][0])
         return None

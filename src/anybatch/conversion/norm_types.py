@@ -22,7 +22,7 @@ from anybatch.core.norm_layer import NormLayer
 
 OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
-# What a subclass of torch's norms may define without a replacement losing anything that runs.
+# Methods of a subclass of torch's norms that a replacement may drop: no forward calls them.
 _HARMLESS = {"extra_repr", "reset_parameters", "reset_running_stats"}
 _STATE = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 

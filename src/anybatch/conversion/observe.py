@@ -73,11 +73,11 @@ def seed(number: int) -> None:
 
 
 @contextmanager
-def random_states_restored(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+def random_states_restored(devices: Sequence[torch.device] | None = None) -> Iterator[None]:
     """A context that restores the random states of torch, Python and NumPy."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     numbers = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:

@@ -153,7 +153,7 @@ def _resolve_all(
     modules: Mapping[str, nn.Module],
     names: Mapping[nn.Module, str],
 ) -> dict[nn.Module, Feeder]:
-    """Find what feeds each norm in all graphs that call it."""
+    """Find the feeder of each norm from all graphs of its network."""
     found = {norm: Feeder(None, _NOT_CALLED) for norm in norms}
     called: set[nn.Module] = set()
     for graph in graphs:
@@ -171,7 +171,7 @@ def _resolve_all(
 
 
 def _in_both(one: Feeder, other: Feeder) -> Feeder:
-    """What feeds a norm in two graphs of its network; the first may not call it."""
+    """The feeder of a norm, from what two graphs of its network say; one may not call it."""
     if one.reason == _NOT_CALLED or other.reason == _NOT_CALLED:
         return other if one.reason == _NOT_CALLED else one
     if one.name is None or other.name is None:

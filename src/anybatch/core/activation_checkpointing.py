@@ -71,12 +71,12 @@ def runs_once() -> bool:
 
 
 class Noted(NamedTuple):
-    """How a forward normalized.
+    """A forward that may run again.
 
     Attributes:
-        statistics: By what.
-        source: The values behind these; None for all of the batch.
-        update: Whether it moved the state.
+        statistics: Statistics that it normalized by.
+        source: The elements that contributed to them; None for all of the batch.
+        update: Whether it updated the state.
     """
 
     statistics: Statistics
@@ -85,7 +85,7 @@ class Noted(NamedTuple):
 
 
 class RecomputeCache:
-    """How a layer's latest forwards that may run again normalized.
+    """The latest forwards of a layer that may run again.
 
     Args:
         length: Forwards before one backward that are told apart (default 64).
@@ -98,7 +98,7 @@ class RecomputeCache:
     def note(
         self, x: Tensor, chosen: Statistics, source: ReductionScope | None, update: bool
     ) -> None:
-        """Keep how a forward of ``x`` normalized, if other calls can use its tensors."""
+        """Keep a forward of ``x``, if other calls can use its tensors."""
         # A fake tensor has no data.
         if type(x) not in PLAIN_TYPES or torch._C._are_functorch_transforms_active():
             return
@@ -116,14 +116,14 @@ class RecomputeCache:
         self.found.clear()
 
     def find(self, x: Tensor, rows: tuple[int, ...]) -> Noted | None:
-        """How the forward whose input this was normalized.
+        """Find the forward that had this input.
 
         Args:
             x: The input.
             rows: Leading shape of the statistics, () for one group.
 
         Returns:
-            What was noted, or None if no forward of such a shape was.
+            The forward, or None if none of this shape was noted.
 
         Raises:
             RuntimeError: If none of the forwards noted had such an input (on a GPU the device

@@ -127,16 +127,15 @@ class SequenceLengths:
         """Positions of the network's first input, which is padded to the longest example, or on."""
         if x.dim() == 3:
             return x.shape[2]
-        if longest not in x.shape[2:]:
-            self.axis = self.axis or _axes.get(self.model)
-        if self.axis is not None:
-            return x.shape[self.axis]
-        if longest not in x.shape[2:]:
+        if self.axis is None and longest in x.shape[2:]:
+            return longest
+        self.axis = self.axis or _axes.get(self.model)
+        if self.axis is None:
             raise ValueError(
                 f"lengths up to {longest}: no dimension of the input of shape {tuple(x.shape)} has "
                 "so many positions; say along which they run, masked(..., dim=2) or dim=3"
             )
-        return longest
+        return x.shape[self.axis]
 
     def _axis(self, x: Tensor) -> int:
         """The dimension of the sequence; that of two dimensions is the same in all of a forward."""
@@ -275,7 +274,7 @@ def _averaged_alone(
     module: nn.Module, lengths: Tensor, size: int, output: Tensor, axis: int
 ) -> Tensor:
     """The output of an average pooling with each window divided as if an example were alone."""
-    if module.divisor_override if isinstance(module, nn.AvgPool2d) else False:
+    if getattr(module, "divisor_override", None):
         return output
     kernel, stride, padding = (
         _number(module, name, axis - 2) for name in ("kernel_size", "stride", "padding")

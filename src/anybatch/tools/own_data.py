@@ -126,10 +126,10 @@ def batches(run: Run, data: Dataset, epoch: int) -> Iterator[tuple[Tensor, Any]]
     """The batches of an epoch; their order follows from seed and epoch alone."""
     assert isinstance(data.train_x, Examples)
     for index, _ in shuffled(run, data, epoch):
-        yield _batch(data.train_x[index], run.device)
+        yield batch(data.train_x[index], run.device)
 
 
-def _batch(examples: Examples, device: str) -> tuple[Tensor, Any]:
+def batch(examples: Examples, device: str) -> tuple[Tensor, Any]:
     """Inputs and targets of examples, which may be nested, on a device."""
     x, y = examples.batch()
     if isinstance(y, Tensor) and y.shape[:1] != x.shape[:1]:
@@ -156,7 +156,7 @@ def evaluate(run: Run, model: nn.Module, data: Dataset) -> tuple[float | None, d
     losses, scores, count = 0.0, 0.0, 0
     with torch.no_grad():
         for start in range(0, len(data.test_x), _EVALUATED):
-            x, y = _batch(data.test_x[start : start + _EVALUATED], run.device)
+            x, y = batch(data.test_x[start : start + _EVALUATED], run.device)
             outputs, count = forward(run, model, x), count + len(x)
             losses += len(x) * float((data.loss or _cross_entropy)(outputs, y))
             scores += len(x) * float((data.score or _accuracy)(outputs, y))

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from anybatch.evaluation.example_weight_search import ExampleWeightTuning, tune_example_weight
 from anybatch.evaluation.figures import png
 from anybatch.evaluation.recalibration import Recalibration, recalibrate
+from anybatch.tools import own_data
 from anybatch.tools.checkpoint import load_weights
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.examples import Examples
 from anybatch.tools.images import as_tensor
 from anybatch.tools.machine import machine
-from anybatch.tools.own_data import OwnData
 from anybatch.tools.report_files import terminal_table, write_report
 from anybatch.tools.run import Run
 from anybatch.tools.training import prepare
@@ -73,8 +73,9 @@ def halves(data: Dataset, device: str = "cpu") -> tuple[Batches, Batches]:
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor]:
         x = data.test_x[index]
-        pair = x.batch() if isinstance(x, Examples) else (as_tensor(x), data.test_y[index])
-        return pair[0].to(device), pair[1].to(device)
+        if isinstance(x, Examples):
+            return own_data.batch(x, device)
+        return as_tensor(x).to(device), data.test_y[index].to(device)
 
     parts = (order[:middle], order[middle:])
     found = [[batch(index) for index in part.split(_BATCH)] for part in parts]
@@ -116,7 +117,7 @@ def tune(
     if recalibrates or any(isinstance(module, nn.GroupNorm) for module in model.modules()):
         recalibration = recalibrate(model, training_batches(data, run.device), progress=progress)
     validation, test = halves(data, run.device)
-    own = {"loss": data.loss, "top1": data.score} if isinstance(data, OwnData) else {}
+    own = {"loss": data.loss, "top1": data.score} if isinstance(data, own_data.OwnData) else {}
     search = partial(
         tune_example_weight, metric=own.get(metric) or metric, maximize=metric != "loss"
     )
