@@ -1,5 +1,6 @@
 """Every test starts from the same random numbers, on one thread; kills are counted."""
 
+import gc
 import os
 from typing import Any
 
@@ -67,8 +68,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile before the tests, each type in one worker alone."""
+    """Compile before the tests, each type in one worker alone; what is there is no garbage."""
+    gc.collect()
+    gc.freeze()  # or each measurement of memory, which collects, looks at all modules and tests
     compiled_loops.share_compilation(len(session.items))
+
+
+def pytest_unconfigure() -> None:
+    """Let the end of the process find all that it has to take down."""
+    gc.unfreeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

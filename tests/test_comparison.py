@@ -82,6 +82,35 @@ def test_a_wrong_argument_of_compare_is_named(settings: dict, words: str) -> Non
         anybatch.compare(train=examples(64, 0), test=examples(8, 1), **{**given, **settings})
 
 
+def test_what_only_the_last_method_refuses_is_said_before_a_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr("anybatch.tools.training.train", train)
+    state = random.getstate(), torch.get_rng_state().tolist(), repr(numpy.random.get_state())
+    for options, words in (
+        ({"window": 0}, "window=0"),
+        ({"backward_stats": "x"}, "backward_stats='x'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            anybatch.compare(
+                network,
+                examples(64, 0),
+                examples(32, 1),
+                ["mbn", "mabn"],
+                options={"mabn": options},
+                timing=False,
+                progress=False,
+            )
+    assert state == (
+        random.getstate(),
+        torch.get_rng_state().tolist(),
+        repr(numpy.random.get_state()),
+    )
+
+
 def test_methods_may_be_typed_in_capitals() -> None:
     how = {"epochs": 1, "seeds": 1, "timing": False}
     both = [

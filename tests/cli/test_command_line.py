@@ -504,7 +504,7 @@ def test_a_value_of_another_type_in_a_file_is_named(
 def test_a_file_may_give_one_option_a_number_of_seeds_and_capitals(tmp_path: Path) -> None:
     content = {
         **{"option": "MABN.window=4", "methods": ["MABN"], "seeds": 1, "epochs": 1},
-        **{"timing": False, "output": str(tmp_path / "out"), "batch_size": 32},
+        **{"timing": False, "output": str(tmp_path / "out"), "batch_size": 32, "train_size": 64},
     }
     (tmp_path / "run.json").write_text(json.dumps(content))
     result = run("compare", "--config", str(tmp_path / "run.json"), "--workers", "1")

@@ -5,9 +5,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.conversion.observe import random_states_restored
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_layer import NormLayer
 from anybatch.registry import get_method
@@ -15,7 +14,7 @@ from anybatch.tools.data import Dataset, steps_per_epoch
 from anybatch.tools.network_factory import build
 from anybatch.tools.processes import OnProgress, in_processes
 from anybatch.tools.run import BASELINE, Option, Run
-from anybatch.tools.training import Row, stored_result, train
+from anybatch.tools.training import Row, prepare, stored_result, train
 
 # Those for the small batches of the default setting; a sample of these is smaller still.
 DEFAULT_METHODS = ("bn", "gn", "mbn", "mabn", "cbn", "brn", "ghost", "bgn")
@@ -153,8 +152,8 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
     """Check that methods can be compared on the data, before anything is trained.
 
     Raises:
-        ValueError: For a batch larger than the training set, and a network without batch norms or
-            with layers of this library.
+        ValueError: For a batch larger than the training set, a network without batch norms or with
+            layers of this library, and one that does not fit the data or a method.
     """
     examples, wanted = len(data.train_y), comparison.target_batch_size
     if comparison.base.batch_size <= examples < wanted:
@@ -164,7 +163,7 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
         )
     for run in comparison.runs():
         steps_per_epoch(run, data)
-    with torch.random.fork_rng():
+    with random_states_restored():
         model = build(comparison.base.model, data)
     converted = [name for name, module in model.named_modules() if isinstance(module, NormLayer)]
     if converted:
@@ -177,6 +176,9 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
             f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "
             "give a network with torch's"
         )
+    for first, *_ in comparison.groups().values():  # the last method fails as early as the first
+        with random_states_restored():
+            prepare(first, data)
 
 
 def train_runs(
