@@ -124,9 +124,10 @@ def test_what_a_network_cannot_take_is_refused() -> None:
 def test_targets_of_a_batch_are_found() -> None:
     assert target_of((X, 5, 6)) == 5
     assert target_of({"x": X, "labels": 4}) == 4
-    for without in (X, (X,), {"x": X}):
+    for without in (X, (X,), (X, None), {"x": X}, {"x": X, "labels": None}):
         with pytest.raises(ValueError, match="has no target"):
             target_of(without)
+    assert target_of({"labels": None, "targets": 4}) == 4
 
 
 def test_scores_of_an_output_are_found() -> None:

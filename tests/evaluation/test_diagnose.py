@@ -272,6 +272,8 @@ def test_batches_are_cut_and_joined() -> None:
     assert [len(part["x"]) for part in recut(batches, None)] == [3, 4, 2]
     pairs = [(torch.arange(5), torch.arange(5))]
     assert [tuple(map(len, part)) for part in recut(pairs, 2)] == [(2, 2), (2, 2)]
+    with pytest.raises(ValueError, match="batch_size=10: the loader has 9 examples"):
+        list(recut(batches, 10))
 
 
 def test_other_batches_forwards_and_losses() -> None:

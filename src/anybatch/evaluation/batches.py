@@ -87,7 +87,7 @@ def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
     The first dimension of each tensor counts examples. With `size` None they stay as they are.
 
     Raises:
-        ValueError: If a batch holds no tensor.
+        ValueError: If a batch holds no tensor, or all of them together fewer examples than `size`.
 
     Example:
         >>> [len(batch) for batch in recut([torch.zeros(3), torch.zeros(4)], 2)]
@@ -98,15 +98,20 @@ def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
         yield from loader
         return
     waiting: list[Any] = []
-    have = 0
+    have, short = 0, True
     for batch in loader:
         waiting.append(batch)
         have += _countable(batch)
         while have >= size:
-            whole = _join(waiting)
+            whole, short = _join(waiting), False
             yield _part(whole, 0, size)
             have -= size
             waiting = [_part(whole, size, size + have)] if have else []
+    if have and short:
+        raise ValueError(
+            f"batch_size={size}: the loader has {have} examples; give a number up to that, or a "
+            "loader with more"
+        )
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
@@ -163,11 +168,11 @@ def target_of(batch: Any) -> Any:
         >>> target_of({"pixel_values": None, "labels": 3})
         3
     """
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+    if isinstance(batch, (tuple, list)) and len(batch) > 1 and batch[1] is not None:
         return batch[1]
     if isinstance(batch, Mapping):
         for name in _TARGETS:
-            if name in batch:
+            if batch.get(name) is not None:
                 return batch[name]
     raise ValueError(
         f"loader gave {_describe(batch)}, which has no target: give (inputs, target), or a mapping "
