@@ -67,6 +67,13 @@ def card(method: str) -> str:
     return (ROOT / "docs" / "methods" / f"{method}.md").read_text()
 
 
+def test_pages_for_users_are_three_screens_at_most():
+    pages = [page for page in PAGES if {"use", "methods"} & set(page.parts)] + [PAGES[0]]
+    long = {page.name: n for page in pages if (n := len(page.read_text().splitlines())) > 150}
+    assert len(pages) > 50
+    assert not long
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_card_has_every_heading_in_order(method):
     assert re.findall(r"^## (.+)$", card(method), re.MULTILINE) == HEADINGS
