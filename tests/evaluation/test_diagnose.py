@@ -201,6 +201,48 @@ def test_only_the_noisy_norms_are_named() -> None:
     assert "in 1 of 2 norms" in str(found)
 
 
+class SideBySide(nn.Module):
+    """Norms of the same input; one behind another would see what the first has normalized."""
+
+    def __init__(self, *heads: nn.Module) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([head(x).mean() for head in self.heads]).sum()
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "problem"),
+    [(24, 4, "no"), (24, 6, "perhaps"), (24, 16, "yes"), (12, 1, "perhaps"), (120, 16, "no")],
+)
+def test_the_noise_of_all_norms_adds_up(size: int, count: int, problem: str) -> None:
+    model = SideBySide(*(nn.BatchNorm1d(256) for _ in range(count)))
+    found = diagnose(model, gaussian(size, 256, batches=40))
+    assert found.reading.noisy == ()
+    each = [layer.forward_values for layer in found.layers]
+    assert found.reading.network_values == pytest.approx(1 / sum(1 / one for one in each))
+    assert found.reading.network_values == pytest.approx(size / count, rel=0.15)
+    assert found.reading.problem == problem
+    assert found.to_dict()["reading"]["network_values"] == found.reading.network_values
+    if problem == "yes":
+        assert found.reading.method == "mbn"
+        assert found.reading.options["ideal_batch_size"] == pytest.approx(8 * count, rel=0.15)
+        assert "where=" not in str(found)
+        assert "no norm is very noisy alone" in " ".join(str(found).split())
+
+
+@pytest.mark.parametrize(("positions", "whole"), [(100, False), (3, True)])
+def test_other_norms_are_converted_as_well_where_they_are_noisy_together(
+    positions: int, whole: bool
+) -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.BatchNorm1d(64))
+    model = SideBySide(*(nn.BatchNorm1d(64) for _ in range(8)), pooled)
+    found = diagnose(model, [torch.randn(4, 64, positions) for _ in range(40)])
+    assert found.reading.noisy == ("heads.8.2",)
+    assert ("where=" in str(found)) is not whole
+
+
 def test_norms_that_average_are_read_so() -> None:
     model = nn.Sequential(anybatch.MomentumBatchNorm1d(8), anybatch.BatchRenorm1d(8))
     found = diagnose(model, gaussian(2, 8, batches=40))

@@ -63,10 +63,14 @@ def diagnose(
       16, else *quiet*; one that averages over steps (mbn, mabn, brn) is *averaged*;
     - it is *stale* if its running statistics are further from the data's than 0.1 and three times
       what the noise of both explains;
-    - batch normalization is the problem if a norm is noisy, perhaps if one is borderline;
-    - the method is mabn if the noisiest norm acts as fewer than 4 values, with the window that
-      reaches 32, else mbn with the batch size and the ideal one in the proportion to reach 32 (on
-      the way back it weighs the batch's statistics by 1 - lambda);
+    - the noise of the norms adds up: all together act as ``1 / sum(1 / values)`` values, each norm
+      with those that it acts as;
+    - batch normalization is the problem if a norm is noisy or all together act as fewer than 2.5
+      values, perhaps if a norm is borderline or they act as fewer than 5;
+    - the method shall have 32 values in the noisiest norm and 8 in all together. Where that is more
+      than 8 times what a batch has, it is mabn with such a window, else mbn with the batch size and
+      an ideal one in that proportion (on the way back it weighs the batch's statistics by 1 -
+      lambda). The whole network is converted, unless its other norms together act as 5 or more;
     - batches are not drawn at random if the first norm's mean is half as noisy again as its
       examples let expect; further on, noise of norms before does that, too.
 
@@ -93,9 +97,9 @@ def diagnose(
         ValueError: there is no norm to measure, or there are fewer than two batches.
         TypeError: an argument of another type.
 
-    Source: momentum-bn, section 3; moving-average-bn, section 3 and Figure 2; the limits 8 and 16
-    are where batch normalization begins to lose accuracy in Wu and He, Group Normalization, 2018,
-    and on the digits of `anybatch compare`.
+    Source: momentum-bn, section 3; moving-average-bn, section 3 and Figure 2; the limits are where
+    batch normalization begins to lose accuracy in Wu and He, Group Normalization, 2018, on the
+    digits of `anybatch compare`, and on residual networks on CIFAR-100.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 3))

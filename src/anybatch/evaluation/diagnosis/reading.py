@@ -13,9 +13,12 @@ from anybatch.registry import METHODS
 
 NOISY_BELOW = 8.0  # independent values
 QUIET_FROM = 16.0
+NETWORK_NOISY_BELOW = 2.5  # all norms together
+NETWORK_QUIET_FROM = 5.0
 _SEAM_FROM = 0.05  # of an output's standard deviation
 _WANTED = 32.0  # independent values that a method with averages is set to reach
-_ONE_STEP_TOO_FEW = 4.0  # below it, mabn; from it on, mbn
+_WANTED_TOGETHER = 8.0
+_MABN_ABOVE = 8.0  # times the values that a batch has, that are wanted; up to it, mbn
 _AVERAGING = ("mbn", "mabn", "brn")
 
 Word = Literal["noisy", "borderline", "quiet", "averaged", "dead"]
@@ -27,6 +30,8 @@ class Reading:
 
     Attributes:
         problem: Whether batch normalization is the problem: "yes", "perhaps" or "no".
+        network_values: Independent values that are as noisy as all norms together: the inverse of
+            the sum of theirs.
         noisy: Names of the norms whose statistics are too noisy.
         stale: Names of the norms whose running statistics are not those of the data.
         method: Short name of the method to use; None where none is needed.
@@ -35,6 +40,7 @@ class Reading:
     """
 
     problem: Literal["yes", "perhaps", "no"]
+    network_values: float
     noisy: tuple[str, ...]
     stale: tuple[str, ...]
     method: str | None
@@ -125,11 +131,17 @@ def read(
     noisy = [layer for layer in layers if words[layer.name] == "noisy"]
     edge = [layer for layer in layers if words[layer.name] == "borderline"]
     stale = tuple(layer.name for layer in layers if is_stale(layer))
-    sentences = [_first_sentence(layers, noisy, edge, words)]
-    method, options = (None, {}) if not noisy else _method(noisy, batch_size)
+    together = _together(layers)
+    problem: Literal["yes", "perhaps", "no"] = "no"
+    if noisy or together < NETWORK_NOISY_BELOW:
+        problem = "yes"
+    elif edge or together < NETWORK_QUIET_FROM:
+        problem = "perhaps"
+    sentences = [_first_sentence(layers, noisy, edge, words, together)]
+    method, options = (None, {}) if problem != "yes" else _method(layers, batch_size, together)
     if method is not None:
         sentences.append(_remedy(layers, noisy, method, options, batch_size))
-    if noisy and trained:
+    if problem == "yes" and trained:
         sentences.append(
             "Without retraining: anybatch.tune_example_weight weighs the example at hand into the "
             "statistics of inference."
@@ -147,9 +159,8 @@ def read(
             "times as noisy as its examples let expect: the examples of a batch are alike. Shuffle "
             "them, or take them from different sources."
         )
-    problem: Literal["yes", "perhaps", "no"] = "yes" if noisy else "perhaps" if edge else "no"
     names = tuple(layer.name for layer in noisy)
-    return Reading(problem, names, stale, method, options, tuple(sentences))
+    return Reading(problem, together, names, stale, method, options, tuple(sentences))
 
 
 def _seams(norms: Sequence[LayerNoise | ExampleNorm]) -> list[str]:
@@ -164,38 +175,61 @@ def _seams(norms: Sequence[LayerNoise | ExampleNorm]) -> list[str]:
     ]
 
 
+def _uses_batches(layer: LayerNoise) -> bool:
+    return word(layer) not in ("averaged", "dead")
+
+
+def _together(layers: Iterable[LayerNoise]) -> float:
+    """Independent values that are as noisy as all norms together: their noise adds up."""
+    noise = sum(1 / max(_worst(layer), 1e-9) for layer in layers if _uses_batches(layer))
+    return 1 / noise if noise else math.inf
+
+
 def _first_sentence(
     layers: tuple[LayerNoise, ...],
     noisy: list[LayerNoise],
     edge: list[LayerNoise],
     words: Mapping[str, Word],
+    together: float,
 ) -> str:
     if not layers:
         return "No norm depends on the batch."
+    several = sum(map(_uses_batches, layers)) > 1
+    all_norms = (
+        f"as those of {_count(together)} independent values ({NETWORK_QUIET_FROM:.0f} do no harm)"
+    )
     if noisy:
         worst = min(noisy, key=_worst)
         some = f"{len(noisy)} of {len(layers)} norms" if len(noisy) < len(layers) else "every norm"
         return (
-            f"Batch normalization is the problem here, in {some}: at worst, in "
-            f"{worst.name or 'the model'!r}, a batch's statistics are as noisy as those of "
-            f"{_count(_worst(worst))} independent values; from {QUIET_FROM:.0f} on they do no harm."
+            f"Batch normalization is the problem here, in {some}. A batch's statistics are as "
+            f"noisy as those of {_count(_worst(worst))} independent values in "
+            f"{worst.name or 'the model'!r}, the worst ({QUIET_FROM:.0f} do no harm)"
+            + (f", and in all norms together {all_norms}." if several else ".")
         )
-    if edge:
-        names = _list(layer.name for layer in edge)
-        return f"Batch normalization may cost a little here, in {names}; larger batches would tell."
+    together_said = f"All norms together are as noisy {all_norms}."
+    if together < NETWORK_NOISY_BELOW:
+        return (
+            "Batch normalization is the problem here: no norm is very noisy alone, but their "
+            f"noise adds up. {together_said}"
+        )
+    if edge or together < NETWORK_QUIET_FROM:
+        where = f", in {_list(layer.name for layer in edge)}" if edge else ""
+        first = f"Batch normalization may cost a little here{where}; larger batches would tell."
+        return f"{first} {together_said}" if several else first
     if all(found == "averaged" for found in words.values()):
         return "Every norm averages over steps already: a batch's own noise is not what they use."
     return "Batch normalization is not the problem here: look elsewhere."
 
 
-def _method(noisy: list[LayerNoise], batch_size: int) -> tuple[str, dict[str, Any]]:
-    worst = min(map(_worst, noisy))
-    if worst < _ONE_STEP_TOO_FEW:
-        return "mabn", {"window": max(math.ceil(_WANTED / worst - 0.05), 16)}
-    return "mbn", {
-        "batch_size": batch_size,
-        "ideal_batch_size": round(batch_size * _WANTED / worst),
-    }
+def _method(
+    layers: tuple[LayerNoise, ...], batch_size: int, together: float
+) -> tuple[str, dict[str, Any]]:
+    worst = min(_worst(layer) for layer in layers if _uses_batches(layer))
+    wanted = max(_WANTED / worst, _WANTED_TOGETHER / together)  # times what a batch has
+    if wanted > _MABN_ABOVE:
+        return "mabn", {"window": max(math.ceil(wanted - 0.05), 16)}
+    return "mbn", {"batch_size": batch_size, "ideal_batch_size": round(batch_size * wanted)}
 
 
 def _remedy(
@@ -206,19 +240,18 @@ def _remedy(
     batch_size: int,
 ) -> str:
     given = "".join(f", {name}={value}" for name, value in options.items())
-    some = (
-        ", where=lambda name, _: name in diagnosis.reading.noisy"
-        if len(noisy) < len(layers)
-        else ""
-    )
+    some, rest = "", [layer for layer in layers if layer not in noisy]
+    if rest and noisy and _together(rest) >= NETWORK_QUIET_FROM:
+        some = ", where=lambda name, _: name in diagnosis.reading.noisy"
     scheduled = "; step an anybatch.NormScheduler once an epoch" if method == "mbn" else ""
     parts = []
     if any(layer.forward_values < NOISY_BELOW for layer in noisy):
         parts.append("mean and variance")
     if any((layer.backward_values or math.inf) < NOISY_BELOW for layer in noisy):
         parts.append("the backward statistics")
+    what = " and ".join(parts) or "all norms together"
     return (
-        f"Too noisy at batch {batch_size}: {' and '.join(parts)}. Train with "
+        f"Too noisy at batch {batch_size}: {what}. Train with "
         f'anybatch.convert(model, "{method}"{given}{some}){scheduled}; or larger batches.'
     )
 
