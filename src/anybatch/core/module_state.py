@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -159,7 +160,24 @@ class NormState(_NormBase):
             for name, tensor in self.step.tensors.items():
                 destination[f"{prefix}{STEP}{name}"] = tensor if keep_vars else tensor.detach()
         if self.frozen or self.affine_frozen:
-            destination[prefix + "frozen"] = torch.tensor([self.frozen, self.affine_frozen])
+            flags = torch.tensor([self.frozen, self.affine_frozen], device="cpu")
+            destination[prefix + "frozen"] = flags
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where `torch.distributed.checkpoint` finds what an entry's name stands for."""
+        return {key.partition(".")[0]: "saved" for key in self.state_dict()}
+
+    @property
+    def saved(self) -> SimpleNamespace:
+        """The entries of a checkpoint as attributes, those with points in their names nested."""
+        found = SimpleNamespace()
+        for key, tensor in self.state_dict(keep_vars=True).items():
+            *way, name = key.split(".")
+            place = found
+            for part in way:
+                place = place.__dict__.setdefault(part, SimpleNamespace())
+            place.__dict__[name] = tensor
+        return found
 
     def _load_from_state_dict(
         self,
