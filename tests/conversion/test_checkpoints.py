@@ -1,13 +1,17 @@
 """Checkpoints between methods, through files of both kinds."""
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import anybatch
+from anybatch.layers.weight_centralization import CENTRED
 from anybatch.registry import METHODS
 
 KEEPING = [name for name, method in METHODS.items() if method.exact_eval and not method.wraps]
@@ -99,3 +103,148 @@ def test_another_method_s_memory_is_refused_by_name(first: str) -> None:
     state = trained(first).state_dict()
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*1\."):
         anybatch.convert(network(), "bn").load_state_dict(state)
+
+
+# --- centred weights ---------------------------------------------------------------
+
+
+def fine_tuned(**options: object) -> nn.Module:
+    """A batch norm's network that goes on as mabn, whose weights are not centred."""
+    torch.manual_seed(1)
+    model = network()
+    model(torch.randn(8, 3, 6, 6) + 1)
+    return step(anybatch.convert(model, "mabn", **options))
+
+
+def from_scratch(**options: object) -> nn.Module:
+    torch.manual_seed(2)
+    return step(anybatch.convert(network(), "mabn", **options))
+
+
+def step(model: nn.Module) -> nn.Module:
+    model.train()(torch.randn(8, 3, 6, 6)).square().mean().backward()
+    return model
+
+
+def assert_same_output(one: nn.Module, other: nn.Module, rtol: float = 0.0) -> None:
+    x = torch.randn(4, 3, 6, 6)
+    torch.testing.assert_close(one.eval()(x), other.eval()(x), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "options", [{}, {"copies": 2, "share_affine": False}, {"centered": True}], ids=str
+)
+@pytest.mark.parametrize("into", [fine_tuned, from_scratch])
+@pytest.mark.parametrize("saved", [fine_tuned, from_scratch])
+def test_a_checkpoint_of_mabn_says_whether_its_weights_were_centred(
+    saved, into, options: dict[str, object], suffix: str, tmp_path: Path
+) -> None:
+    model, other = saved(**options), into(**options)
+    other.load_state_dict(written(model.state_dict(), tmp_path / f"weights{suffix}"))
+    assert type(other[0]) is type(model[0])
+    assert_same_output(model, other)
+    again = torch.optim.SGD(other.parameters(), 0.1), torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(4, 3, 6, 6)
+    for net, optimizer in zip((other, model), again, strict=True):
+        net.train().zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    assert_same_output(model, other)
+    other.load_state_dict(model.state_dict())  # it tells of what it uses now
+    assert_same_output(model, other)
+
+
+@pytest.mark.parametrize("into", [*KEEPING, "bgn", "frozen"])
+def test_a_network_that_leaves_mabn_is_one_of_plain_weights(into: str) -> None:
+    if into == "mabn":
+        pytest.skip("it stays")
+    model, x = from_scratch(), torch.randn(4, 3, 6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    optimizer.step()
+    before, weight = model.eval()(x), model[0].weight
+    options = {"num_groups": 4, "example_weight": 0.0} if into == "bgn" else {}
+    anybatch.convert(model, into, **options)
+    assert type(model[0]) is nn.Conv2d
+    assert model[0].weight is weight
+    if into != "bgn":
+        torch.testing.assert_close(model.eval()(x), before, rtol=1e-4, atol=1e-5)
+    step(model)
+    optimizer.step()
+    torch.manual_seed(3)
+    fresh = network()
+    if into == "frozen":
+        fresh(torch.randn(8, 3, 6, 6))
+    fresh = anybatch.convert(fresh, into, **options)
+    if into == "cbn":
+        step(fresh)
+    fresh.load_state_dict(model.state_dict())
+    assert_same_output(model, fresh)
+
+
+def test_a_conversion_that_fails_keeps_centred_weights() -> None:
+    model = from_scratch()
+    weight = model[0].weight.clone()
+    model.append(nn.BatchNorm1d(3, affine=False))
+    model[-1].running_mean.fill_(1.0)
+    with pytest.raises(ValueError, match="mean"):
+        anybatch.convert(model, {"1": "bn", "*": "mabn"})
+    assert type(model[0]).__name__ == "CentralizedConv2d"
+    assert torch.equal(model[0].weight, weight)
+    assert "1.centred_weights" in model.state_dict()
+
+
+def test_centred_weights_that_no_norm_tells_of_are_not_taken_for_others() -> None:
+    by_hand = nn.Sequential(
+        anybatch.weight_centralization(nn.Conv2d(3, 8, 3)),
+        anybatch.MovingAverageBatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    asked_for = anybatch.convert(network(), "bn", centralize=True)
+    kept = anybatch.convert(from_scratch(), "brn", centralize=True)
+    for model in (by_hand, asked_for, kept):
+        step(model)
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.centralized"'):
+            model.load_state_dict({k: v for k, v in model.state_dict().items() if k[2:] != CENTRED})
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.centralized"'):
+        network().load_state_dict(asked_for.state_dict())
+    again = anybatch.convert(network(), "bn", centralize=True)
+    again.load_state_dict(asked_for.state_dict())
+    assert_same_output(asked_for, again)
+    plain = network()
+    plain.load_state_dict(anybatch.plain_state_dict(asked_for))
+    assert_same_output(asked_for, plain, 1e-5)
+    back = anybatch.convert(kept, "mabn")
+    assert not any(key.endswith(CENTRED) for key in back.state_dict())
+    assert back[1].feeder is back[0]
+
+
+# --- torch.distributed.checkpoint ------------------------------------------------
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("way", ["plain", "accumulated", "memories", "outliers", "frozen"])
+@pytest.mark.parametrize("method", [*KEEPING, "bgn"])
+def test_torch_s_own_state_dict_of_a_distributed_checkpoint_is_the_network_s(
+    method: str, way: str
+) -> None:
+    given = {"memories": {"norm_batch_size": 2, "memories": 2}, "outliers": {"outlier_limit": 99.0}}
+    if (method, way) in {("l1", "accumulated"), ("range", "accumulated"), ("sync", "memories")}:
+        pytest.skip("the method does not do that")
+    options = {**OPTIONS.get(method, {}), **given.get(way, {})}
+    groups = {"num_groups": 4} if method == "bgn" else {}
+    make = partial(anybatch.convert, method=method, **options, **groups)
+    models = [make(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))) for _ in range(2)]
+    for number, model in enumerate(models):
+        if way == "accumulated":
+            anybatch.accumulate(model, 4)
+        for _ in range(3 - number):  # the other one is elsewhere
+            model(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        if way == "frozen":
+            anybatch.freeze(model)
+    model, other = models
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(other, copy.deepcopy(state))
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)

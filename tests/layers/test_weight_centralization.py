@@ -55,7 +55,7 @@ def test_the_output_is_that_of_centred_weights(kind: str) -> None:
     assert wrapped is layer
     assert is_centralized(layer)
     assert torch.allclose(layer(x), expected(x), atol=1e-12)
-    assert list(layer.state_dict()) == keys
+    assert list(layer.state_dict()) == [*keys, "centralized"]
     assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
     assert anybatch.weight_centralization(layer) is layer  # once is enough
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -24,7 +24,8 @@ from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice
-from anybatch.layers.weight_centralization import weight_centralization
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
+from anybatch.layers.weight_centralization import decentralize, weight_centralization
 from anybatch.registry import FROZEN
 
 
@@ -123,17 +124,22 @@ def convert(
     )
     _refuse(decided)
     chosen = [decision for decision in decided.rows if decision.method is not None]
-    with undone_on_failure(model, [decision.norm for decision in chosen]):
+    left = [decision.decentralize for decision in chosen if decision.decentralize is not None]
+    with undone_on_failure(model, [*(decision.norm for decision in chosen), *left]):
         replacements = {
             d.norm: replacement(d.norm, d.method, d.options) for d in chosen if d.method
         }
+        for feeder in left:
+            decentralize(feeder)
+        for norm in replacements:
+            if isinstance(norm, UncenteredNormLayer):
+                norm.unfollow()
         for decision in decided.rows:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
-                layer = replacements.get(decision.norm, decision.norm)
-                follow = getattr(layer, "follow_centralized", None)
-                if follow is not None:  # of a layer whose checkpoint tells whether they are
-                    follow(decision.centralize)
+            layer = replacements.get(decision.norm, decision.norm)
+            if decision.follow is not None and isinstance(layer, UncenteredNormLayer):
+                layer.follow(decision.follow)
             if decision.bind is not None:
                 replacements[decision.norm].bind(decision.bind)  # type: ignore[operator]
     for norm, new in replacements.items():

@@ -23,6 +23,7 @@ from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.group_norm import fitting_groups
 from anybatch.layers.norm_copies import NormCopies
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
 from anybatch.layers.weight_centralization import is_centralized, weight_centralization
 from anybatch.registry import FROZEN, Method
 
@@ -37,6 +38,8 @@ class Decision:
         method: The method it becomes; None where it stays as it is.
         options: Options of the method's layer.
         centralize: The layer whose weights are centralized for it, or None.
+        follow: The layer whose weights its checkpoints tell of, or None.
+        decentralize: The layer whose centred weights are written, as it leaves mabn, or None.
         bind: The layer that it is bound to, or None.
         uncentralized: Whether the weights before it were to be centralized and cannot be.
         untraced: Whether that is only because the model cannot be traced.
@@ -48,6 +51,8 @@ class Decision:
     method: Method | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     centralize: nn.Module | None = None
+    follow: nn.Module | None = None
+    decentralize: nn.Module | None = None
     bind: nn.Module | None = None
     uncentralized: bool = False
     untraced: bool = False
@@ -151,7 +156,8 @@ class NormDecider:
                 target, why = self._centralization(method, options, self.feeders[names[0]])
                 if target is not None:
                     row = self._row(norm, "keep", type(norm).__name__, f"{note}; {why}", target)
-                    return Decision(row, norm, centralize=self.by_name[target])
+                    module = self.by_name[target]
+                    return Decision(row, norm, centralize=module, follow=module)
             return self._keep(norm, note)
         if not self.fresh:
             options = {**method.when_trained, **options}
@@ -179,6 +185,7 @@ class NormDecider:
             absorbs = f"{method.name} rewrites its scale and shift, which {shared} uses too"
             return self._refuse(norm, f"{absorbs}: give each its own, or leave it out with where=")
         target, why = self._centralization(method, options, feeder)
+        left = self._left(norm, method)
         uncentralized = target is None and why is not None and not why.endswith("already")
         notes = [
             _effect(method, norm) if target is None else f"eval output changes: {why}",
@@ -187,6 +194,7 @@ class NormDecider:
             self._opens(method, options),
             _cut_groups(norm, method, options),
             why if target is None else None,
+            "centred weights written" if left is not None else None,
             f"bound to {feeder.name!r}" if binds else None,
             "train the network in a VirtualDataset" if method.wraps else None,
         ]
@@ -198,6 +206,8 @@ class NormDecider:
             method,
             options,
             None if target is None else self.by_name[target],
+            self._followed(feeder) if method.name == "mabn" else None,
+            left,
             self._module(feeder) if binds else None,
             uncentralized,
             uncentralized and feeder.untraced and (self.fresh or self.centralize is True),
@@ -226,9 +236,7 @@ class NormDecider:
         wanted = method.name == "mabn" and not options.get("centered", False)
         if self.centralize is False or not (wanted or self.centralize):
             return None, None
-        obstacle = _centralization_obstacle(feeder, self._module(feeder))
-        if obstacle is None and (shared := self._sharing(self.by_name[str(feeder.name)], "weight")):
-            obstacle = f"{feeder.name!r} shares its weight with {shared}"
+        obstacle = self._obstacle(feeder)
         if obstacle is not None:
             return None, f"weights not centralized: {obstacle}"
         if is_centralized(self.by_name[str(feeder.name)]):
@@ -239,6 +247,24 @@ class NormDecider:
             # moving-average-bn, section 4.2, centralizes convolution kernels.
             return None, "weights left alone: a linear layer's are with centralize=True only"
         return feeder.name, f"weights of {feeder.name!r} centralized"
+
+    def _obstacle(self, feeder: Feeder) -> str | None:
+        """The reason why the weights before a norm cannot be centralized, or None."""
+        obstacle = _centralization_obstacle(feeder, self._module(feeder))
+        if obstacle is None and (shared := self._sharing(self.by_name[str(feeder.name)], "weight")):
+            return f"{feeder.name!r} shares its weight with {shared}"
+        return obstacle
+
+    def _followed(self, feeder: Feeder) -> nn.Module | None:
+        return self._module(feeder) if self._obstacle(feeder) is None else None
+
+    def _left(self, norm: nn.Module, method: Method) -> nn.Module | None:
+        """The layer that a norm which becomes another method's leaves with centred weights."""
+        feeder = norm.feeder if isinstance(norm, UncenteredNormLayer) else None
+        stays = method.name == "mabn" or self.centralize is True
+        if feeder is None or stays or not is_centralized(feeder):
+            return None
+        return None if self._sharing(feeder, "weight") else feeder
 
     def _module(self, feeder: Feeder) -> nn.Module | None:
         return None if feeder.name is None else self.by_name[feeder.name]

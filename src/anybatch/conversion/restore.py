@@ -19,6 +19,7 @@ from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 from anybatch.layers.norm_copies import NormCopies
 from anybatch.layers.weight_centralization import (
     CENTRALIZED,
+    CENTRED,
     UNCENTRED,
     centralized_weight,
     decentralize,
@@ -113,6 +114,7 @@ def for_plain_code(
                     del plain[key]
         weight = state.get(f"{prefix}weight")
         if isinstance(module, CENTRALIZED) and weight is not None:
+            plain.pop(prefix + CENTRED, None)
             plain[f"{prefix}weight"] = centralized_weight(module, weight).detach()
             if complete:
                 plain[prefix + UNCENTRED] = weight

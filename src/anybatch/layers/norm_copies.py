@@ -38,7 +38,9 @@ class NormCopies(nn.Module):
     def __init__(self, norm: nn.Module, copies: int, share_affine: bool = True) -> None:
         check_count("copies", copies)
         super().__init__()
-        self.copies = nn.ModuleList([norm, *(copy.deepcopy(norm) for _ in range(copies - 1))])
+        before = getattr(norm, "feeder", None)  # which is the same for all copies
+        others = (copy.deepcopy(norm, {id(before): before}) for _ in range(copies - 1))
+        self.copies = nn.ModuleList([norm, *others])
         if share_affine:
             for layer in self.copies:
                 layer._parameters.update(norm._parameters)

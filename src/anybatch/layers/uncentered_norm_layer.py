@@ -1,12 +1,20 @@
 """Base of layers that may have no mean: how they start from a batch norm and load checkpoints."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
-from anybatch.layers.weight_centralization import is_centralized, match_centralization
+from anybatch.layers.weight_centralization import (
+    is_centralized,
+    match_centralization,
+    tell_of_centring,
+)
+
+WEIGHTS_CENTRED = "centred_weights"  # name in a checkpoint: whether those before the layer were
 
 
 class UncenteredNormLayer(NormLayer):
@@ -14,25 +22,38 @@ class UncenteredNormLayer(NormLayer):
 
     _feeder: tuple[nn.Module, ...] = ()
 
-    def follow_centralized(self, module: nn.Module) -> None:
-        """Keep the layer before this one, whose weights are centred, for checkpoints.
+    @property
+    def feeder(self) -> nn.Module | None:
+        """The layer before this one, whose weights checkpoints tell of; None if there is none."""
+        return self._feeder[0] if self._feeder else None
+
+    def follow(self, module: nn.Module) -> None:
+        """Keep the layer before this one, whose weights may be centred, for checkpoints.
 
         A checkpoint tells whether it was trained with centred weights. Where it was not, the layer
         uses its weights as they are from the load on, and the other way round.
         """
         self.__dict__["_feeder"] = (module,)  # a tuple: it is no part of this layer
+        tell_of_centring(module, itself=False)
+
+    def unfollow(self) -> None:
+        """Leave it to the layer before this one to tell of itself."""
+        if self.feeder is not None:
+            tell_of_centring(self.feeder, itself=True)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        own = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if own is not None and self._feeder:
-            own["centralized"] = is_centralized(self._feeder[0])
+        if self.feeder is not None:
+            centred = torch.tensor(is_centralized(self.feeder), device="cpu")
+            destination[prefix + WEIGHTS_CENTRED] = centred
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        centred = local_metadata.get("centralized")
+        told = state_dict.get(prefix + WEIGHTS_CENTRED)
+        own = {key: v for key, v in state_dict.items() if key != prefix + WEIGHTS_CENTRED}
+        super()._load_from_state_dict(own, prefix, local_metadata, *rest)
+        centred = local_metadata.get("centralized") if told is None else bool(told)
         if centred is None and not any(prefix + name in state_dict for name in self.method_state):
             count = state_dict.get(prefix + "num_batches_tracked")
             mean = state_dict.get(prefix + "running_mean")
@@ -40,14 +61,14 @@ class UncenteredNormLayer(NormLayer):
             if evidence is not None and bool(evidence.any()):  # of a trained batch norm
                 centred = False
         if centred is not None and prefix + "running_mean" in state_dict:
-            match_centralization(prefix[:-1], self._feeder[0] if self._feeder else None, centred)
+            match_centralization(prefix[:-1], self.feeder, centred, told=told is not None)
 
     # --- from a batch norm -------------------------------------------------
 
-    def adopt_(self, norm: torch.nn.Module) -> "UncenteredNormLayer":
+    def adopt_(self, norm: torch.nn.Module) -> UncenteredNormLayer:
         super().adopt_(norm)
         if isinstance(norm, UncenteredNormLayer):
-            self._feeder = norm._feeder
+            self.__dict__["_feeder"] = norm._feeder
         obstacle = self._absorb_mean()
         if obstacle is not None:
             raise ValueError(obstacle)

@@ -22,6 +22,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 UNCENTRED = "uncentred_weight"  # the weight as it is, where a checkpoint's "weight" is the centred
+CENTRED = "centralized"  # in the checkpoint of a layer whose norm does not tell of it
 
 
 def centralized_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
@@ -79,7 +80,15 @@ class _Centre(torch.autograd.Function):
 
 
 class _Centralized(nn.Module):
-    """A leaf of symbolic traces, as torch's own layers are."""
+    """A leaf of symbolic traces, as torch's own layers are.
+
+    Attributes:
+        tells_centred: Whether its own entry in a checkpoint says that it centres its weights, so
+            that no layer loads them that uses them as they are.
+    """
+
+    centralized = True  # what the entry stands for
+    tells_centred = True
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(input, Tensor):
@@ -87,13 +96,28 @@ class _Centralized(nn.Module):
         y: Tensor = super().forward(input, *args, **kwargs)
         return y
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tells_centred:
+            destination[prefix + CENTRED] = torch.tensor(True, device="cpu")
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
         """Load; a checkpoint for plain code holds the weights as they were beside centred ones."""
-        weight = state_dict.get(prefix + UNCENTRED)
+        own = {key: v for key, v in state_dict.items() if key != prefix + CENTRED}
+        weight = own.pop(prefix + UNCENTRED, None)
         if weight is not None:
-            state_dict = {**state_dict, prefix + "weight": weight}
-            del state_dict[prefix + UNCENTRED]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            own[prefix + "weight"] = weight
+        elif self.tells_centred and prefix + CENTRED not in state_dict:
+            missing_keys.append(prefix + CENTRED)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, *rest)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
@@ -197,8 +221,10 @@ def weight_centralization(module: _Module) -> _Module:
 
         W_used[o] = W[o] - mean(W[o])        for each output channel o
 
-    Gradients pass the subtraction. Parameters and ``state_dict`` keys stay as
-    they were; `anybatch.to_batchnorm` and `anybatch.fold` write the centred weights.
+    Gradients pass the subtraction. Parameters and their keys stay as they were. The ``state_dict``
+    has an entry ``centralized`` beside them, so that weights with and without it are not taken for
+    one another; where `anybatch.convert` centralized for mabn, that layer has it.
+    `anybatch.to_batchnorm` and `anybatch.fold` write the centred weights.
 
     Args:
         module: ``Conv1d`` to ``Conv3d``, ``ConvTranspose1d`` to ``3d`` or ``Linear``.
@@ -233,6 +259,14 @@ def weight_centralization(module: _Module) -> _Module:
     return module
 
 
+def tell_of_centring(module: nn.Module, itself: bool) -> None:
+    """Let a layer's own entry in a checkpoint tell of centred weights, or that of its norm."""
+    if itself:
+        module.__dict__.pop("tells_centred", None)
+    else:
+        module.__dict__["tells_centred"] = False
+
+
 def use_uncentred(module: nn.Module) -> None:
     """Make a centralized layer a plain one that uses its weights as they are, in place."""
     module.__class__ = _PLAIN.get(type(module), type(module))
@@ -258,7 +292,8 @@ def decentralize(module: _Module) -> _Module:
     plain = _PLAIN.get(type(module))
     if plain is not None:
         module.weight.copy_(centralized_weight(module))  # type: ignore[operator]
-        module.__class__ = plain  # type: ignore[assignment]
+        use_uncentred(module)
+        tell_of_centring(module, itself=True)
     return module
 
 
@@ -269,15 +304,15 @@ def _fan_in(module: nn.Module) -> int:
     return weight[:, 0].numel() // module.groups
 
 
-def match_centralization(name: str, module: nn.Module | None, centred: bool) -> None:
-    """Let the layer before a norm use its weights as a checkpoint's network did, and warn.
+def match_centralization(name: str, module: nn.Module | None, centred: bool, *, told: bool) -> None:
+    """Let the layer before a norm use its weights as a checkpoint's network did.
 
     Args:
         name: Of the norm.
-        module: The layer before it; None if there is none that is centred here.
+        module: The layer before it; None if there is none that can be centred here.
         centred: Whether the checkpoint was trained with centred weights there.
+        told: Whether the checkpoint says so itself; else there is a warning.
     """
-    advice = "; to centre the weights of a trained network, use convert(..., centralize=True)"
     if module is None:
         if centred:
             warnings.warn(
@@ -289,16 +324,13 @@ def match_centralization(name: str, module: nn.Module | None, centred: bool) -> 
             )
     elif centred and not is_centralized(module):
         weight_centralization(module)
-        warnings.warn(
-            f"{name}: the checkpoint was trained with centred weights before this layer; its "
-            "weights are centred again",
-            stacklevel=2,
-        )
+        tell_of_centring(module, itself=False)
     elif not centred and is_centralized(module):
         use_uncentred(module)
-        warnings.warn(
-            f"{name}: the checkpoint was trained with weights before this layer that are not "
-            f"centred; its weights are no longer centred, so that the output is the same"
-            f"{advice}",
-            stacklevel=2,
-        )
+        if not told:
+            warnings.warn(
+                f"{name}: the checkpoint was trained with weights before this layer that are not "
+                "centred; its weights are no longer centred, so that the output is the same; to "
+                "centre the weights of a trained network, use convert(..., centralize=True)",
+                stacklevel=2,
+            )
