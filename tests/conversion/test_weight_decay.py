@@ -285,6 +285,35 @@ def test_decay_towards_one_is_the_update_written_by_hand(make: Maker) -> None:
     assert not torch.allclose(expected, torch.ones(12), atol=1e-3)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "RMSprop", "Adagrad", "AdamW", "NAdam"])
+def test_decay_towards_zero_is_the_optimizer_s_own(kind: str, maximize: bool) -> None:
+    weights = []
+    for group in ({"weight_decay": 0.2}, {"gamma_decay": 0.2, "gamma_target": 0.0}):
+        weight = nn.Parameter(torch.tensor([3.0, -1.0]))
+        groups = [{"params": [weight], "weight_decay": 0.0, **group}]
+        optimizer = getattr(torch.optim, kind)(groups, lr=0.1, maximize=maximize)
+        if "gamma_target" in group:
+            GammaDecay(optimizer)
+        for step in range(3):
+            gradient = torch.tensor([0.1, -0.3 * step])
+            weight.grad = gradient.clone()
+            optimizer.step()
+            assert torch.equal(weight.grad, gradient)  # as torch leaves it
+            optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=0)
+
+
+def test_an_optimizer_decays_once() -> None:
+    _, optimizer = one_gamma()
+    decay = GammaDecay(optimizer)
+    with pytest.raises(ValueError, match="has a GammaDecay already"):
+        GammaDecay(optimizer)
+    decay.remove()
+    GammaDecay(optimizer)
+
+
 def attached(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     GammaDecay(optimizer)
     return optimizer

@@ -170,6 +170,30 @@ def test_a_target_network_takes_over_the_middle_of_an_optimizer_step(method: str
 PARTS = {"norm_batch_size": 4, "memories": 2}
 
 
+def test_what_has_two_names_is_averaged_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+            self.norm = self.same = nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.same(self.second(self.norm(self.first(x))))
+
+    source = anybatch.convert(Tied(), "brn")
+    target = copy.deepcopy(source)
+    source(torch.randn(8, 4))
+    with torch.no_grad():
+        source.first.weight.fill_(1.0)
+        target.first.weight.fill_(0.0)
+        source.norm.running_mean.fill_(1.0)
+    anybatch.update_target(target, source, 0.25)
+    assert torch.all(target.first.weight == 0.25)
+    assert torch.all(target.norm.running_mean == 0.25)
+    assert torch.equal(target.norm.method_state["step"], source.norm.method_state["step"])
+
+
 @pytest.mark.parametrize("options", [{}, PARTS], ids=str)
 @pytest.mark.parametrize("method", ["bn", "brn", "mabn", "mbn", "cbn"])
 def test_a_target_network_follows_parameters_and_running_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 _DECOUPLED = {"AdamW", "Adafactor", "Muon"}
 _COUPLED = {"ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"}
 
+_DECAYING: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
+
 
 class GammaDecay:
     """Weight decay towards another target than 0, for the groups that `param_groups` made.
@@ -25,19 +28,19 @@ class GammaDecay:
         coupled:    grad = grad + w * (p - target)
         decoupled:  p = p - learning_rate * w * (p - target)
 
-    which is the decay of that optimizer with the target in the place of 0. The group's own weight
-    decay stays 0. Learning rates are read at each step; gradients that a scaler or a clipping
-    changed are taken as they are at the step.
+    which is the decay of that optimizer with the target in the place of 0, with ``maximize`` too.
+    The group's own weight decay stays 0. Learning rates are read at each step; gradients that a
+    scaler or a clipping changed are taken as they are at the step, and are those again after it.
 
     Args:
-        optimizer: an optimizer over such groups. It is not changed, but for a hook before its
-            steps.
+        optimizer: an optimizer over such groups. It is not changed, but for hooks before and after
+            its steps.
         decoupled: which of the two (default None: as this optimizer of torch does it; say it for
             one that is not torch's).
 
     Raises:
-        ValueError: the optimizer has no such group, it is not known how it decays, or it has no
-            weight decay (LBFGS).
+        ValueError: the optimizer has no such group, it has a GammaDecay already, it is not known
+            how it decays, or it has no weight decay (LBFGS).
         TypeError: `optimizer` is none.
 
     Example:
@@ -61,12 +64,22 @@ class GammaDecay:
                 "optimizer: none of its groups has a gamma_target; make them with "
                 "anybatch.param_groups(model, weight_decay, gamma_target=1.0)"
             )
+        if optimizer in _DECAYING:
+            raise ValueError("optimizer: it has a GammaDecay already; call remove() of that first")
         self.decoupled = _is_decoupled(optimizer) if decoupled is None else decoupled
-        self._handle = optimizer.register_step_pre_hook(self._before)
+        self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._optimizer = weakref.ref(optimizer)
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+        _DECAYING.add(optimizer)
 
     def remove(self) -> None:
-        """Remove the hook from the optimizer."""
-        self._handle.remove()
+        """Remove the hooks from the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        _DECAYING.discard(self._optimizer())
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -86,6 +99,11 @@ class GammaDecay:
         self._decay(optimizer)
         return loss
 
+    def _after(self, *_: Any) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        self._gradients.clear()
+
     @torch.no_grad()
     def _decay(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -100,7 +118,9 @@ class GammaDecay:
                     rate = group["lr"] * amount * _taken(optimizer)
                     parameter.sub_((excess * rate).to(parameter.dtype))
                 else:
-                    parameter.grad.add_(excess * (amount * _scale(optimizer)))
+                    self._gradients.append((parameter, parameter.grad))
+                    own = excess * (amount * _scale(optimizer))
+                    parameter.grad = parameter.grad + (-own if group.get("maximize") else own)
 
 
 def _is_decoupled(optimizer: Optimizer) -> bool:

@@ -85,7 +85,8 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
     check_module("source", source)
     check_between("weight", weight, 0.0, 1.0)
     new, old = source.state_dict(), target.state_dict()
-    layers = [(n, m) for n, m in target.named_modules() if isinstance(m, NormLayer)]
+    everyone = target.named_modules(remove_duplicate=False)
+    layers = [(n, m) for n, m in everyone if isinstance(m, NormLayer)]
     kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.state_keys()}
     if any(name in new and not value.numel() and new[name].numel() for name, value in old.items()):
         # A window has its slots from the first batch on, and the target may have seen none.
@@ -95,7 +96,12 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
         raise ValueError(
             "target: its state_dict differs from that of source; make it with copy.deepcopy(source)"
         )
+    done = set()  # a tensor may have several names
     for name, value in old.items():
+        place = value.data_ptr(), value.shape, value.stride(), value.dtype
+        if value.numel() and place in done:
+            continue
+        done.add(place)
         if value.is_floating_point() and name not in kept:
             value.lerp_(new[name].to(value), weight)
         else:
