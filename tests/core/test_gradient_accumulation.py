@@ -1,6 +1,7 @@
 """Several forwards that make one optimizer step: exact pooling, one step in every memory."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -328,6 +329,28 @@ def test_momentum_batch_norm_counts_the_examples_of_a_step() -> None:
     assert micro.momentum == whole.momentum
     micro.accumulate(1)
     assert micro.average_weight != whole.average_weight
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_that_no_optimizer_tells_of_its_steps_says_so(make) -> None:
+    net = anybatch.convert(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "bn")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    anybatch.accumulate(net, optimizer=optimizer)
+    other = make(net)
+    other.eval()(torch.randn(4, 4))
+    with pytest.warns(anybatch.NoEffectWarning, match=r"accumulate\(copy, optimizer="):
+        other.train()(torch.randn(4, 4))
+    other(torch.randn(4, 4))  # once is enough
+    theirs = torch.optim.SGD(other.parameters(), 0.1)
+    anybatch.accumulate(other, optimizer=theirs)
+    counted = anybatch.accumulate(copy.deepcopy(other), 2).model  # which counts by itself
+    for network in (net, other, copy.deepcopy(counted)):
+        before = network[1].num_batches_tracked.item()
+        for forwards in range(4):
+            network(torch.randn(4, 4)).square().mean().backward()
+            if forwards % 2:
+                (optimizer if network is net else theirs).step()
+        assert network[1].num_batches_tracked == before + 2
 
 
 def test_what_is_set_within_an_optimizer_step_stays() -> None:

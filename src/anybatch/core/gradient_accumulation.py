@@ -12,6 +12,7 @@ that averages them over steps averages those of a step's micro-batches first.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from anybatch.backends import is_finite, is_traced
 from anybatch.backends.protocol import BackwardMemory
+from anybatch.core.notices import NoEffectWarning
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
@@ -80,6 +82,7 @@ class StepMemory:
     def __init__(self, layer: StatefulLayer, steps: int | None, counts: bool = True) -> None:
         self.steps = steps
         self.counts = counts and steps is not None
+        self.is_copy = False
         self.tensors: dict[str, Tensor] = {}
         counter, row = layer.new_counter(), layer.new_state
         for way, width in (("", layer.num_features), (BACKWARD, layer.num_statistics)):
@@ -88,6 +91,21 @@ class StepMemory:
             self.tensors[way + "mean"], self.tensors[way + "var"] = row(width), row(width)
             for name, tensor in _state(layer, way):
                 self.tensors[f"start_{name}"] = tensor.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is none that the optimizer tells of its steps."""
+        return {**self.__dict__, "is_copy": not self.counts}
+
+    def _warn_of_copy(self) -> None:
+        if self.is_copy:
+            self.is_copy = False
+            warnings.warn(
+                "accumulate: the layers are copies of those of a network whose optimizer tells "
+                "them of its steps, and nothing does here: all batches are one step. Call "
+                "anybatch.accumulate(copy, optimizer=...) with the optimizer of the copy",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     def begin(self) -> None:
         """The next forward is the first of an optimizer step."""
@@ -119,6 +137,7 @@ class StepMemory:
             tensor.copy_(value)
 
     def _is_first(self, way: str) -> Tensor:
+        self._warn_of_copy()
         done = self.tensors[way + "micro_batches"]
         if self.steps is None or not self.counts:
             return done == 0
@@ -126,6 +145,7 @@ class StepMemory:
 
     def _begins(self, way: str) -> bool:
         """The same as `_is_first`, of which a device waits."""
+        self._warn_of_copy()
         done = int(self.tensors[way + "micro_batches"])
         return not (done % self.steps if self.counts and self.steps is not None else done)
 
