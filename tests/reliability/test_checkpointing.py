@@ -1,15 +1,20 @@
 """Activation checkpointing: backward gets a recomputed input, other in its last bits."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import anybatch
 from anybatch.backends import use_fused
-from method_cases import NAMES, SAMPLED, make
+from method_cases import NAMES, SAMPLED, VIRTUAL, make
 
 
 class Shaken(nn.Module):
@@ -81,3 +86,30 @@ def test_a_checkpointed_forward_without_updates_changes_nothing(
     y.square().sum().backward()
     after = layer.state_dict()
     assert [key for key in before if not torch.equal(before[key], after[key])] == []
+
+
+POLICIES = {
+    "convolutions are kept": [torch.ops.aten.convolution.default],
+    "all is kept": lambda ctx, operator, *_, **__: CheckpointPolicy.MUST_SAVE,
+    "nothing is kept": [],
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in VIRTUAL])
+def test_a_selective_checkpoint_changes_nothing(name: str, policy: str) -> None:
+    contexts = partial(create_selective_checkpoint_contexts, POLICIES[policy])
+    plain = nn.Sequential(nn.Conv2d(6, 6, 3), make(name), nn.ReLU(), nn.Conv2d(6, 6, 1))
+    kept = copy.deepcopy(plain)
+    for _ in range(3):
+        x = torch.randn(4, 6, 7, 6)
+        plain.zero_grad()
+        kept.zero_grad()
+        plain(x).square().mean().backward()
+        y = checkpoint(kept, x, use_reentrant=False, context_fn=contexts)
+        y.square().mean().backward()
+        for one, other in zip(kept.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dict(kept.state_dict()), dict(plain.state_dict()), rtol=1e-4, atol=1e-5
+    )

@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from anybatch.backends import is_channels_last, is_traced
 from anybatch.backends.layout import PLAIN_TYPES
 from anybatch.backends.protocol import Statistics
 from anybatch.core.reduction_scope import ReductionScope
 
+_SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 _FINGERPRINT = 256  # values from all over the batch, beside the sum of all
 _MASKS = 8  # forwards with a mask that are kept, for masks are large
 _ALIKE = 0.02  # apart by less, in proportion: the same batch, computed in another order
@@ -50,6 +53,17 @@ def may_run_again() -> bool:
     if not _records():
         return True
     return _hooks is None or _hooks(True) is not None
+
+
+def is_selective() -> bool:
+    """True within a selective checkpoint, which gives operators the results of the first time.
+
+    It knows them by their order. A layer that finds its statistics again runs other operators, so
+    it is to run without the modes that are active, and be computed again.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode) in _SELECTIVE for mode in _get_current_dispatch_mode_stack())
 
 
 def hooks_on_saved() -> bool:

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing
+from torch.utils._python_dispatch import _disable_current_modes
 
 from anybatch.backends.protocol import Statistics
-from anybatch.core.activation_checkpointing import RecomputeCache
+from anybatch.core.activation_checkpointing import RecomputeCache, is_selective
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.fused_activation import read_activation
 from anybatch.core.graphs import as_leaf, refuse_script
@@ -184,8 +186,12 @@ class NormLayer(MemoriesLayer):
         known = self._run_cached_plan(input, then) if mask is None else None
         if known is not None:
             return known
+        if is_selective():
+            with _disable_current_modes():
+                return self._forward_plain(mask, activation, input, residual)
         shape = input.shape
-        if len(shape) not in self._ranks or shape[1] != self.num_features:
+        # A trace has tensors for sizes, and warns of each decision by them.
+        if len(shape) not in self._ranks or not (is_tracing() or shape[1] == self.num_features):
             self._refuse(input)
         if not input.is_floating_point():
             self._refuse(input)
