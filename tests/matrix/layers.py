@@ -124,7 +124,7 @@ def _centralized(name: str) -> Made:
     plain = PLAIN[name]().double()
     layer = weight_centralization(PLAIN[name]().double())
     assert type(layer).__name__ == name
-    layer.load_state_dict(plain.state_dict())
+    layer.load_state_dict(plain.state_dict(), strict=False)
     transposed = isinstance(plain, nn.modules.conv._ConvTransposeNd)
     with torch.no_grad():
         weight: Tensor = plain.weight  # type: ignore[assignment]
