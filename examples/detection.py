@@ -105,11 +105,16 @@ def run(way: str, seed: int, epochs: int, images: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Diagnose a fresh detector, train every way and seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--images", type=int, default=80)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training data")
+    parser.add_argument("--images", type=int, default=80, help="training images")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs, given.images) < 1:
+        parser.error("--seeds, --epochs and --images: give whole numbers from 1 on")
     reading = anybatch.diagnose(detector(), images_of(given.images, 0), loss=loss).reading
     print("Is batch norm the problem?", reading.problem)
     found = {}

@@ -118,10 +118,15 @@ def run(seed: int, epochs: int) -> dict[str, dict[str, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
     """Run every seed and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each row")
     parser.add_argument("--epochs", type=int, default=6, help="of fine-tuning")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs) < 1:
+        parser.error("--seeds and --epochs: give whole numbers from 1 on")
     runs = [run(seed, given.epochs) for seed in range(given.seeds)]
     found = {method: [one[method] for one in runs] for method in METHODS}
     print("method               outputs move by " + "".join(f"{task:>16}" for task in TASKS))

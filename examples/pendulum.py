@@ -17,12 +17,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import gymnasium
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anybatch
+
+try:
+    import gymnasium
+except ImportError:
+    raise SystemExit("The pendulum is in gymnasium: pip install gymnasium") from None
 
 STATE, ACTION, TORQUE = 3, 1, 2.0
 BATCH, DISCOUNT, RANDOM_STEPS = 128, 0.99, 400
@@ -192,13 +196,22 @@ def train(norm: Norm, seed: int, steps: int) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
     """Train agents with each norm, seed by seed, and print their returns."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     names = ["anybatch", "batch norm", "none", *FILES]
-    parser.add_argument("--norms", nargs="+", choices=names, default=["anybatch", "batch norm"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--warmup-steps", type=int, default=1000)
+    parser.add_argument(
+        "--norms", nargs="+", choices=names, default=["anybatch", "batch norm"], help="rows"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each row")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps")
+    parser.add_argument("--warmup-steps", type=int, default=1000, help="of the norms")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.steps, given.warmup_steps) < 1:
+        parser.error("--seeds, --steps and --warmup-steps: give whole numbers from 1 on")
+    if given.steps <= RANDOM_STEPS:
+        parser.error(f"--steps: give more than {RANDOM_STEPS}, as learning begins after these")
     found: dict[str, list[list[float]]] = {}
     for name in given.norms:
         norm = norm_of(name, given.warmup_steps)

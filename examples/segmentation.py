@@ -103,11 +103,16 @@ def run(way: str, seed: int, epochs: int, images: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Diagnose a fresh network, train every way and seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--images", type=int, default=100)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training data")
+    parser.add_argument("--images", type=int, default=100, help="training images")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs, given.images) < 1:
+        parser.error("--seeds, --epochs and --images: give whole numbers from 1 on")
     loader = torch.utils.data.DataLoader(scenes(given.images, 0), batch_size=2, shuffle=True)
     print("noisy:", ", ".join(anybatch.diagnose(Segmenter(), loader).reading.noisy))
     found = {}

@@ -145,19 +145,25 @@ def measure(way: str, model: nn.Module, data: list[Utterance]) -> dict[str, floa
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
     """Train and measure every way, seed by seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument(
         "--data", type=Path, help="folder with JapaneseVowels_TRAIN.ts and _TEST.ts"
     )
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=20, help="trainings of each row")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training data")
+    parser.add_argument("--batch-size", type=int, default=4, help="utterances in a batch")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="rows")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs, given.batch_size) < 1:
+        parser.error("--seeds, --epochs and --batch-size: give whole numbers from 1 on")
     folder = given.data or data_folder()
-    train_data, test_data = (
-        read(folder / f"JapaneseVowels_{split}.ts") for split in ("TRAIN", "TEST")
-    )
+    files = [folder / f"JapaneseVowels_{split}.ts" for split in ("TRAIN", "TEST")]
+    if lacking := [file.name for file in files if not file.is_file()]:
+        parser.error(f"--data {folder}: it has no {' and no '.join(lacking)}")
+    train_data, test_data = map(read, files)
     mean = torch.cat([frames for frames, _ in train_data], 1).mean(1, keepdim=True)
     spread = torch.cat([frames for frames, _ in train_data], 1).std(1, keepdim=True)
     train_data, test_data = (

@@ -72,10 +72,15 @@ def run(way: str, seed: int, epochs: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Train every way and seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of each row")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training data")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs) < 1:
+        parser.error("--seeds and --epochs: give whole numbers from 1 on")
     found = {}
     for way in WAYS:
         scores = [run(way, seed, given.epochs) for seed in range(given.seeds)]

@@ -140,13 +140,18 @@ def measure(model: nn.Module, data: Data) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
     """Train and measure each method, seed by seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with camvid.zip or CamVid")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rows")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--images", type=int, default=60, help="of the test set")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.steps, given.images) < 1:
+        parser.error("--seeds, --steps and --images: give whole numbers from 1 on")
     train_data, test_data = (read_split(given.data, split, SIZE) for split in ("train", "test"))
     test_data = test_data[0][: given.images], test_data[1][: given.images]
     found: dict[str, list[dict[str, float]]] = {}

@@ -76,17 +76,24 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def train(
-    model: nn.Module, batches: DataLoader, epochs: int, scheduled: bool, accumulate: int = 1
+    model: nn.Module,
+    batches: DataLoader,
+    epochs: int,
+    scheduled: bool,
+    accumulate: int = 1,
+    joined: bool = False,
 ) -> None:
-    """AdamW with one cosine over all steps, of so many batches each."""
+    """AdamW with one cosine over the epochs; so many batches make a step, also of the norms."""
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    if joined:
+        anybatch.accumulate(model, optimizer=optimizer)
     schedule = anybatch.NormScheduler(model, total_epochs=epochs) if scheduled else None
     for _ in range(epochs):
         for number, batch in enumerate(batches, 1):
             (loss(forward(model, batch), batch["label"]) / accumulate).backward()
-            if number % accumulate == 0:
+            if number % accumulate == 0 or number == len(batches):
                 optimizer.step()
                 optimizer.zero_grad()
         decay.step()
@@ -123,9 +130,8 @@ def run(row: str, seed: int, epochs: int, count: int, accumulate: int) -> dict[s
     batches = loader(volumes(count, seed), seed)
     method = row.removesuffix(APART)
     model = anybatch.convert(network(), method, batch_size=2)
-    if accumulate > 1 and row == method != "in":
-        anybatch.accumulate(model, accumulate)
-    train(model, batches, epochs, anybatch.METHODS[method].scheduled, accumulate)
+    joined = accumulate > 1 and row == method != "in"
+    train(model, batches, epochs, anybatch.METHODS[method].scheduled, accumulate, joined)
     test = volumes(8, seed + 1000)
     found = {"Dice": dice(model, test)}
     if anybatch.METHODS[method].exact_eval:  # instance norm has no running statistics
@@ -139,12 +145,19 @@ def run(row: str, seed: int, epochs: int, count: int, accumulate: int) -> dict[s
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
     """Run every method and seed, and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--volumes", type=int, default=16)
-    parser.add_argument("--accumulate", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each row")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training data")
+    parser.add_argument("--volumes", type=int, default=16, help="training volumes")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches in a step")
     given = parser.parse_args(arguments)
+    if min(given.seeds, given.epochs, given.volumes, given.accumulate) < 1:
+        parser.error("--seeds, --epochs, --volumes and --accumulate: give whole numbers from 1 on")
+    if given.volumes < 2:
+        parser.error("--volumes: give 2 or more, which make a batch")
     rows = ("bn" + APART, *METHODS) if given.accumulate > 1 else METHODS
     found: dict[str, list[dict[str, float]]] = {}
     for row in rows:

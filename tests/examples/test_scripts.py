@@ -107,3 +107,32 @@ def test_tiles_cover_an_image_and_agree_with_a_network_of_one_pixel() -> None:
     assert len(pairs) == 9
     for one, other in pairs:
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("tabular", ["--seeds", "0"], "--seeds and --epochs: give whole numbers from 1 on"),
+        ("tabular", ["--epochs", "-1"], "--seeds and --epochs: give whole numbers from 1 on"),
+        ("fine_tuning", ["--epochs", "0"], "give whole numbers from 1 on"),
+        ("detection", ["--images", "0"], "--seeds, --epochs and --images: give whole numbers"),
+        ("segmentation", ["--images", "0"], "give whole numbers from 1 on"),
+        ("volumes", ["--volumes", "1"], "--volumes: give 2 or more"),
+        ("volumes", ["--accumulate", "0"], "give whole numbers from 1 on"),
+        ("speech", ["--data", "/nowhere"], "it has no JapaneseVowels_TRAIN.ts and no Japanese"),
+        ("tiles", ["--data", "x", "--steps", "0"], "give whole numbers from 1 on"),
+    ],
+)
+def test_a_wrong_argument_of_a_script_is_named(
+    name: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        script(name).main(arguments)
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gymnasium") is not None, reason="it is installed")
+def test_the_pendulum_script_says_what_it_needs() -> None:
+    with pytest.raises(SystemExit, match="pip install gymnasium"):
+        script("pendulum")
