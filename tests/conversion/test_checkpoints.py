@@ -182,6 +182,25 @@ def test_a_network_that_leaves_mabn_is_one_of_plain_weights(into: str) -> None:
     assert_same_output(model, fresh)
 
 
+class Untraceable(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x) if len(x) < 1000 else x
+        return x
+
+
+def test_an_option_that_changes_leaves_it_to_the_norm_to_tell_of_centred_weights() -> None:
+    model = Untraceable(*network())
+    anybatch.convert(model, "mabn", example_inputs=torch.randn(4, 3, 6, 6))
+    keys = list(model.state_dict())
+    with pytest.warns(anybatch.NoEffectWarning, match="cannot be traced"):
+        anybatch.convert(model, "mabn", window=4)
+    assert list(model.state_dict()) == keys
+    assert "1.centred_weights" in keys
+    anybatch.convert(model, "bn")
+    assert type(model[0]) is nn.Conv2d
+
+
 def test_a_conversion_that_fails_keeps_centred_weights() -> None:
     model = from_scratch()
     weight = model[0].weight.clone()

@@ -58,7 +58,8 @@ def convert(
     - "mabn": in a fresh network, the weights of the convolutions that feed the norms are
       centralized; those of linear layers only with `centralize=True` (the paper centralizes
       kernels). Trained weights are centralized only with `centralize=True`, because that changes
-      the output.
+      the output. From "mabn" to another method, centred weights are written into plain layers,
+      unless `centralize=True`.
     - "brn": in a trained network it starts without a warm-up.
     - Frozen norms (torchvision's, detectron2's, those of transformers' detectors) become layers of
       the method whose scale and shift are trained; `where` leaves them out. "frozen" is a method
@@ -124,15 +125,15 @@ def convert(
     )
     _refuse(decided)
     chosen = [decision for decision in decided.rows if decision.method is not None]
-    left = [decision.decentralize for decision in chosen if decision.decentralize is not None]
-    with undone_on_failure(model, [*(decision.norm for decision in chosen), *left]):
+    centred = [decision.decentralize for decision in chosen if decision.decentralize is not None]
+    with undone_on_failure(model, [*(decision.norm for decision in chosen), *centred]):
         replacements = {
             d.norm: replacement(d.norm, d.method, d.options) for d in chosen if d.method
         }
-        for feeder in left:
+        for feeder in centred:
             decentralize(feeder)
-        for norm in replacements:
-            if isinstance(norm, UncenteredNormLayer):
+        for norm, new in replacements.items():
+            if isinstance(norm, UncenteredNormLayer) and not isinstance(new, UncenteredNormLayer):
                 norm.unfollow()
         for decision in decided.rows:
             if decision.centralize is not None:

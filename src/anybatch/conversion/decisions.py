@@ -185,7 +185,7 @@ class NormDecider:
             absorbs = f"{method.name} rewrites its scale and shift, which {shared} uses too"
             return self._refuse(norm, f"{absorbs}: give each its own, or leave it out with where=")
         target, why = self._centralization(method, options, feeder)
-        left = self._left(norm, method)
+        written = self._decentralized(norm, method)
         uncentralized = target is None and why is not None and not why.endswith("already")
         notes = [
             _effect(method, norm) if target is None else f"eval output changes: {why}",
@@ -194,7 +194,7 @@ class NormDecider:
             self._opens(method, options),
             _cut_groups(norm, method, options),
             why if target is None else None,
-            "centred weights written" if left is not None else None,
+            "centred weights written" if written is not None else None,
             f"bound to {feeder.name!r}" if binds else None,
             "train the network in a VirtualDataset" if method.wraps else None,
         ]
@@ -207,7 +207,7 @@ class NormDecider:
             options,
             None if target is None else self.by_name[target],
             self._followed(feeder) if method.name == "mabn" else None,
-            left,
+            written,
             self._module(feeder) if binds else None,
             uncentralized,
             uncentralized and feeder.untraced and (self.fresh or self.centralize is True),
@@ -256,10 +256,11 @@ class NormDecider:
         return obstacle
 
     def _followed(self, feeder: Feeder) -> nn.Module | None:
+        """The layer whose weights are or might be centralized for a norm, or None."""
         return self._module(feeder) if self._obstacle(feeder) is None else None
 
-    def _left(self, norm: nn.Module, method: Method) -> nn.Module | None:
-        """The layer that a norm which becomes another method's leaves with centred weights."""
+    def _decentralized(self, norm: nn.Module, method: Method) -> nn.Module | None:
+        """The layer before a norm that leaves mabn, whose centred weights are written, or None."""
         feeder = norm.feeder if isinstance(norm, UncenteredNormLayer) else None
         stays = method.name == "mabn" or self.centralize is True
         if feeder is None or stays or not is_centralized(feeder):

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
-from torch.jit import is_tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
 from anybatch.backends.protocol import Statistics
@@ -191,7 +190,8 @@ class NormLayer(MemoriesLayer):
                 return self._forward_plain(mask, activation, input, residual)
         shape = input.shape
         # A trace has tensors for sizes, and warns of each decision by them.
-        if len(shape) not in self._ranks or not (is_tracing() or shape[1] == self.num_features):
+        traced = torch._C._get_tracing_state() is not None
+        if len(shape) not in self._ranks or not (traced or shape[1] == self.num_features):
             self._refuse(input)
         if not input.is_floating_point():
             self._refuse(input)
