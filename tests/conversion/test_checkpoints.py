@@ -201,12 +201,17 @@ def test_an_option_that_changes_leaves_it_to_the_norm_to_tell_of_centred_weights
     assert type(model[0]) is nn.Conv2d
 
 
-def test_a_conversion_that_fails_keeps_centred_weights() -> None:
+def test_a_conversion_that_fails_keeps_centred_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = from_scratch()
+    model.append(nn.BatchNorm1d(3))
     weight = model[0].weight.clone()
-    model.append(nn.BatchNorm1d(3, affine=False))
-    model[-1].running_mean.fill_(1.0)
-    with pytest.raises(ValueError, match="mean"):
+
+    def fail(layer: nn.Module, module: nn.Module) -> None:
+        assert type(model[0]) is nn.Conv2d  # it is under way
+        raise OSError("no memory")
+
+    monkeypatch.setattr(anybatch.MovingAverageBatchNorm1d, "follow", fail)
+    with pytest.raises(OSError, match="no memory"):
         anybatch.convert(model, {"1": "bn", "*": "mabn"})
     assert type(model[0]).__name__ == "CentralizedConv2d"
     assert torch.equal(model[0].weight, weight)
@@ -224,7 +229,7 @@ def test_centred_weights_that_no_norm_tells_of_are_not_taken_for_others() -> Non
     kept = anybatch.convert(from_scratch(), "brn", centralize=True)
     for model in (by_hand, asked_for, kept):
         step(model)
-        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.centralized"'):
+        with pytest.raises(RuntimeError, match=r"0.weight: the checkpoint has no .0.centralized."):
             model.load_state_dict({k: v for k, v in model.state_dict().items() if k[2:] != CENTRED})
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.centralized"'):
         network().load_state_dict(asked_for.state_dict())
@@ -237,6 +242,58 @@ def test_centred_weights_that_no_norm_tells_of_are_not_taken_for_others() -> Non
     back = anybatch.convert(kept, "mabn")
     assert not any(key.endswith(CENTRED) for key in back.state_dict())
     assert back[1].feeder is back[0]
+
+
+def test_centring_is_told_once_after_every_conversion() -> None:
+    several = anybatch.convert(network(), "mabn", copies=2)
+    anybatch.convert(several, "brn", where="1.copies.0", centralize=True)
+    assert [key for key in several.state_dict() if "centr" in key] == ["1.copies.1.centred_weights"]
+    plain = anybatch.to_batchnorm(fine_tuned())
+    again = anybatch.convert(plain, "bn", centralize=True)
+    assert "0.centralized" in again.state_dict()
+    one = anybatch.keep_copy(anybatch.convert(network(), "mabn", copies=2), 1)
+    assert [key for key in one.state_dict() if "centr" in key] == ["1.centred_weights"]
+
+
+def test_entries_of_centred_weights_are_numbers_like_others() -> None:
+    for model in (from_scratch(), anybatch.convert(network(), "bn", centralize=True)):
+        state = model.state_dict()
+        apart = {key: value - value for key, value in state.items()}
+        assert len(apart) == len(state)
+    own = {key: value for key, value in state.items() if not key.startswith("1.")}
+    x = torch.randn(4, 3, 6, 6)
+    torch.func.functional_call(model, own, (x,))
+    meta = {key: value.to("meta") for key, value in from_scratch().state_dict().items()}
+    fine_tuned().to("meta").load_state_dict(meta, assign=True)
+
+
+def as_fully_shard_does(layer: nn.Module) -> None:
+    layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
+
+
+def test_a_layer_whose_class_another_tool_changed_is_told_of_rightly() -> None:
+    model, other = from_scratch(), fine_tuned()
+    centred, plain = (copy.deepcopy(one.state_dict()) for one in (model, other))
+    for one in (model, other):
+        as_fully_shard_does(one[0])
+    assert model.state_dict()["1.centred_weights"] == 1
+    assert other.state_dict()["1.centred_weights"] == 0
+    with pytest.raises(RuntimeError, match="FSDPCentralizedConv2d cannot be switched"):
+        model.load_state_dict(plain, strict=False)
+    with pytest.raises(RuntimeError, match="FSDPConv2d cannot be switched"):
+        other.load_state_dict(centred, strict=False)
+    with pytest.raises(ValueError, match="made FSDPCentralizedConv2d"):
+        anybatch.to_batchnorm(model)
+    anybatch.convert(model, "bn")  # which leaves the layer to tell of itself
+    assert "0.centralized" in model.state_dict()
+
+
+def test_a_target_network_takes_over_whether_weights_are_centred() -> None:
+    source = from_scratch()
+    target = copy.deepcopy(source)
+    source.load_state_dict(fine_tuned().state_dict())
+    anybatch.update_target(target, source, 1.0)
+    assert_same_output(target, source)
 
 
 # --- torch.distributed.checkpoint ------------------------------------------------

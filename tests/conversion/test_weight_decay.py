@@ -1,7 +1,9 @@
 """Weight decay of scales and shifts: which norms, which groups, towards which target."""
 
 import copy
+import gc
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -311,7 +313,31 @@ def test_an_optimizer_decays_once() -> None:
     with pytest.raises(ValueError, match="has a GammaDecay already"):
         GammaDecay(optimizer)
     decay.remove()
+    other = GammaDecay(optimizer)
+    decay.remove()  # again, which is nothing to the other
+    with pytest.raises(ValueError, match="has a GammaDecay already"):
+        GammaDecay(optimizer)
+    assert pickle.loads(pickle.dumps(other)).decoupled is False
+    del optimizer
+    gc.collect()
+    other.remove()
+
+
+def test_a_step_that_fails_leaves_no_gradient_for_the_next() -> None:
+    model, optimizer = one_gamma()
     GammaDecay(optimizer)
+
+    def fail(*_: object) -> None:
+        raise OSError("no power")
+
+    model.weight.grad = torch.ones(1)
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(OSError, match="no power"):
+        optimizer.step()
+    handle.remove()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert model.weight.grad is None
 
 
 def attached(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -338,6 +338,8 @@ def test_a_copy_that_no_optimizer_tells_of_its_steps_says_so(make) -> None:
     anybatch.accumulate(net, optimizer=optimizer)
     other = make(net)
     other.eval()(torch.randn(4, 4))
+    with anybatch.no_update():
+        other.train()(torch.randn(4, 4))
     with pytest.warns(anybatch.NoEffectWarning, match=r"accumulate\(copy, optimizer="):
         other.train()(torch.randn(4, 4))
     other(torch.randn(4, 4))  # once is enough

@@ -92,12 +92,12 @@ GROUPED = {"ghost": {"ghost_size": 2}, "bgn": {"num_groups": 2, "examples_per_gr
 def test_a_network_compiled_for_dynamic_shapes_gives_the_same(method: str, training: bool) -> None:
     layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
     options = {**OPTIONS.get(method, {}), **GROUPED.get(method, {})}
-    plain = anybatch.convert(nn.Sequential(*layers, nn.BatchNorm2d(4)), method, **options)
+    plain = anybatch.convert(nn.Sequential(*layers), method, **options)
     plain(torch.randn(4, 3, 9, 9))
     plain.train(training)
     compiled = copy.deepcopy(plain)
     run = torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")
-    for examples, side in ((4, 9), (7, 9), (5, 8)):
+    for examples, side in ((4, 9), (7, 8)):
         x = torch.randn(examples, 3, side, side)
         found, expected = run(x), plain(x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

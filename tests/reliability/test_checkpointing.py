@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -113,3 +114,12 @@ def test_a_selective_checkpoint_changes_nothing(name: str, policy: str) -> None:
     torch.testing.assert_close(
         dict(kept.state_dict()), dict(plain.state_dict()), rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_selective_checkpoint_of_fake_tensors_gives_fake_ones() -> None:
+    contexts = partial(create_selective_checkpoint_contexts, [])
+    with FakeTensorMode():
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), make("bn"))
+        x = torch.randn(2, 3, 6, 6)
+        y = checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+    assert isinstance(y, FakeTensor)

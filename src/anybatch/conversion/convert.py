@@ -24,7 +24,7 @@ from anybatch.core.arguments import counted
 from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice
-from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer, settle_centring
 from anybatch.layers.weight_centralization import decentralize, weight_centralization
 from anybatch.registry import FROZEN
 
@@ -132,9 +132,6 @@ def convert(
         }
         for feeder in centred:
             decentralize(feeder)
-        for norm, new in replacements.items():
-            if isinstance(norm, UncenteredNormLayer) and not isinstance(new, UncenteredNormLayer):
-                norm.unfollow()
         for decision in decided.rows:
             if decision.centralize is not None:
                 weight_centralization(decision.centralize)
@@ -153,6 +150,7 @@ def convert(
     for block, fusion in decided.blocks.items():
         fuse_block(block, fusion.after(replacements))
     share_notice(module for new in replacements.values() for module in new.modules())
+    settle_centring(converted)
     save_for_plain_code(converted)
     _report(decided, verbose)
     if not (chosen or unfused or decided.blocks):

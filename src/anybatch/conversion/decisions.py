@@ -24,7 +24,7 @@ from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.group_norm import fitting_groups
 from anybatch.layers.norm_copies import NormCopies
 from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
-from anybatch.layers.weight_centralization import is_centralized, weight_centralization
+from anybatch.layers.weight_centralization import CENTRALIZED, is_centralized, weight_centralization
 from anybatch.registry import FROZEN, Method
 
 
@@ -263,7 +263,7 @@ class NormDecider:
         """The layer before a norm that leaves mabn, whose centred weights are written, or None."""
         feeder = norm.feeder if isinstance(norm, UncenteredNormLayer) else None
         stays = method.name == "mabn" or self.centralize is True
-        if feeder is None or stays or not is_centralized(feeder):
+        if feeder is None or stays or type(feeder) not in CENTRALIZED:
             return None
         return None if self._sharing(feeder, "weight") else feeder
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 _DECOUPLED = {"AdamW", "Adafactor", "Muon"}
 _COUPLED = {"ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"}
 
-_DECAYING: weakref.WeakSet[Any] = weakref.WeakSet()  # optimizers
+_DECAYING: weakref.WeakKeyDictionary[Any, GammaDecay] = weakref.WeakKeyDictionary()
 
 
 class GammaDecay:
@@ -68,22 +68,24 @@ class GammaDecay:
             raise ValueError("optimizer: it has a GammaDecay already; call remove() of that first")
         self.decoupled = _is_decoupled(optimizer) if decoupled is None else decoupled
         self._gradients: list[tuple[Tensor, Tensor]] = []
-        self._optimizer = weakref.ref(optimizer)
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         )
-        _DECAYING.add(optimizer)
+        _DECAYING[optimizer] = self
 
     def remove(self) -> None:
         """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
-        _DECAYING.discard(self._optimizer())
+        for optimizer, decay in list(_DECAYING.items()):
+            if decay is self:
+                del _DECAYING[optimizer]
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._gradients.clear()  # of a step that failed
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self.decoupled or closure is None:
             self._decay(optimizer)

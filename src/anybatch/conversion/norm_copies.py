@@ -11,6 +11,7 @@ from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.core.arguments import check_count, check_module
 from anybatch.layers.norm_copies import NormCopies, use_copy
+from anybatch.layers.uncentered_norm_layer import settle_centring
 from anybatch.registry import Method
 
 
@@ -71,7 +72,9 @@ def keep_copy(model: nn.Module, number: int) -> nn.Module:
         kept[module] = module.copies[number]
         if not ends_in_activation(kept[module]):
             move_hooks(module, kept[module])
-    return swap(model, kept)
+    converted = swap(model, kept)
+    settle_centring(converted)
+    return converted
 
 
 def norm_keys(model: nn.Module, *, affine: bool = True) -> list[str]:

@@ -114,7 +114,7 @@ def for_plain_code(
                     del plain[key]
         weight = state.get(f"{prefix}weight")
         if isinstance(module, CENTRALIZED) and weight is not None:
-            plain.pop(prefix + CENTRED, None)
+            plain.pop(prefix + CENTRED, None)  # the weight before it was centred says so as well
             plain[f"{prefix}weight"] = centralized_weight(module, weight).detach()
             if complete:
                 plain[prefix + UNCENTRED] = weight
@@ -149,8 +149,12 @@ def _obstacle(layer: nn.Module) -> str | None:
     """The reason why no plain layer computes the same in evaluation, or None."""
     if isinstance(layer, NormCopies):
         return "several copies of a norm: choose one with anybatch.keep_copy(model, number)"
-    if (why := recomputed_parameter(layer)) is not None or not isinstance(layer, NormLayer):
+    if (why := recomputed_parameter(layer)) is not None:
         return why
+    if isinstance(layer, CENTRALIZED) and type(layer) not in CENTRALIZED:
+        return f"another tool has made {type(layer).__name__} of a layer with centred weights"
+    if not isinstance(layer, NormLayer):
+        return None
     plain = isinstance(layer, (BatchNorm1d, BatchNorm2d, BatchNorm3d))
     if plain and not layer.track_running_stats and not layer.example_weight:
         return None

@@ -8,11 +8,13 @@ by that. No value is read from the device.
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from anybatch.backends import is_channels_last, is_traced
@@ -56,14 +58,24 @@ def may_run_again() -> bool:
 
 
 def is_selective() -> bool:
-    """True within a selective checkpoint, which gives operators the results of the first time.
-
-    It knows them by their order. A layer that finds its statistics again runs other operators, so
-    it is to run without the modes that are active, and be computed again.
-    """
+    """True within a selective checkpoint, which gives operators the results of the first time."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any(type(mode) in _SELECTIVE for mode in _get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def computed_again() -> Iterator[None]:
+    """A context that a selective checkpoint knows nothing of: what is in it is computed again.
+
+    Such a checkpoint knows operators by their order, and a layer that finds its statistics of the
+    first time runs others.
+    """
+    with _disable_current_modes() as modes, ExitStack() as kept:
+        for mode in reversed(modes):
+            if type(mode) not in _SELECTIVE:
+                kept.enter_context(mode)
+        yield
 
 
 def hooks_on_saved() -> bool:

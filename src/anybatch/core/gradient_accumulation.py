@@ -79,10 +79,11 @@ class StepMemory:
         counts: Whether so many forwards end a step; else only `begin` does.
     """
 
+    is_copy = False
+
     def __init__(self, layer: StatefulLayer, steps: int | None, counts: bool = True) -> None:
         self.steps = steps
         self.counts = counts and steps is not None
-        self.is_copy = False
         self.tensors: dict[str, Tensor] = {}
         counter, row = layer.new_counter(), layer.new_state
         for way, width in (("", layer.num_features), (BACKWARD, layer.num_statistics)):
@@ -97,15 +98,14 @@ class StepMemory:
         return {**self.__dict__, "is_copy": not self.counts}
 
     def _warn_of_copy(self) -> None:
-        if self.is_copy:
-            self.is_copy = False
-            warnings.warn(
-                "accumulate: the layers are copies of those of a network whose optimizer tells "
-                "them of its steps, and nothing does here: all batches are one step. Call "
-                "anybatch.accumulate(copy, optimizer=...) with the optimizer of the copy",
-                NoEffectWarning,
-                stacklevel=2,
-            )
+        self.is_copy = False
+        warnings.warn(
+            "accumulate: the layers are copies of those of a network whose optimizer tells them of "
+            "its steps, and nothing does here: all batches are one step. Call "
+            "anybatch.accumulate(copy, optimizer=...) with the optimizer of the copy",
+            NoEffectWarning,
+            stacklevel=2,
+        )
 
     def begin(self) -> None:
         """The next forward is the first of an optimizer step."""
@@ -137,7 +137,6 @@ class StepMemory:
             tensor.copy_(value)
 
     def _is_first(self, way: str) -> Tensor:
-        self._warn_of_copy()
         done = self.tensors[way + "micro_batches"]
         if self.steps is None or not self.counts:
             return done == 0
@@ -145,7 +144,6 @@ class StepMemory:
 
     def _begins(self, way: str) -> bool:
         """The same as `_is_first`, of which a device waits."""
-        self._warn_of_copy()
         done = int(self.tensors[way + "micro_batches"])
         return not (done % self.steps if self.counts and self.steps is not None else done)
 
@@ -160,6 +158,8 @@ class StepMemory:
         Returns:
             What to give to `leave`.
         """
+        if self.is_copy and update and not is_traced():
+            self._warn_of_copy()
         aside: dict[str, Tensor] = {}
         if update and self.tensors["count"].is_cpu and not is_traced():
             state = dict(_state(layer, way))

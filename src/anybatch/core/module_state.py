@@ -165,10 +165,10 @@ class NormState(_NormBase):
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Where `torch.distributed.checkpoint` finds what an entry's name stands for."""
-        return {key.partition(".")[0]: "saved" for key in self.state_dict()}
+        return {key.partition(".")[0]: "_entries" for key in self.state_dict()}
 
     @property
-    def saved(self) -> SimpleNamespace:
+    def _entries(self) -> SimpleNamespace:
         """The entries of a checkpoint as attributes, those with points in their names nested."""
         found = SimpleNamespace()
         for key, tensor in self.state_dict(keep_vars=True).items():

@@ -12,10 +12,9 @@ from typing import Any, ClassVar, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from anybatch.backends.protocol import Statistics
-from anybatch.core.activation_checkpointing import RecomputeCache, is_selective
+from anybatch.core.activation_checkpointing import RecomputeCache, computed_again, is_selective
 from anybatch.core.arguments import check_between, check_count
 from anybatch.core.fused_activation import read_activation
 from anybatch.core.graphs import as_leaf, refuse_script
@@ -186,7 +185,7 @@ class NormLayer(MemoriesLayer):
         if known is not None:
             return known
         if is_selective():
-            with _disable_current_modes():
+            with computed_again():
                 return self._forward_plain(mask, activation, input, residual)
         shape = input.shape
         # A trace has tensors for sizes, and warns of each decision by them.

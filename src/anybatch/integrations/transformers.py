@@ -14,6 +14,7 @@ from anybatch.conversion.convert import convert
 from anybatch.conversion.saving import RECORD
 from anybatch.core.norm_layer import NormLayer
 from anybatch.integrations.course import Course, caller_is_running, check_method
+from anybatch.layers.uncentered_norm_layer import settle_centring
 from anybatch.layers.weight_centralization import UNCENTRED, weight_centralization
 
 try:
@@ -149,6 +150,7 @@ def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **opt
             convert(model, methods, **how)
     for name in record["centralized"]:
         weight_centralization(model.get_submodule(name))
+    settle_centring(model)
     saved = _saved_tensors(folder, options)
     layers = tuple(f"{name}." for group in record["layers"] for name in group["names"])
     ours = {key for key in (*model.state_dict(), *saved) if key.startswith(layers)} - plain

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from anybatch.core.arguments import check_between, check_module
 from anybatch.core.nested import mapped
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
+from anybatch.layers.weight_centralization import is_centralized, match_centralization
 
 
 def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
@@ -84,26 +86,40 @@ def update_target(target: nn.Module, source: nn.Module, weight: float = 0.005) -
     check_module("target", target)
     check_module("source", source)
     check_between("weight", weight, 0.0, 1.0)
-    new, old = source.state_dict(), target.state_dict()
+    _match_centring(target, source)
+    new, old = source.state_dict(), target.state_dict(keep_vars=True)
     everyone = target.named_modules(remove_duplicate=False)
     layers = [(n, m) for n, m in everyone if isinstance(m, NormLayer)]
     kept = {f"{name}.{key}".lstrip(".") for name, layer in layers for key in layer.state_keys()}
     if any(name in new and not value.numel() and new[name].numel() for name, value in old.items()):
         # A window has its slots from the first batch on, and the target may have seen none.
         target.load_state_dict({**old, **{n: v for n, v in new.items() if n in kept}}, strict=False)
-        old = target.state_dict()
+        old = target.state_dict(keep_vars=True)
     if {name: value.shape for name, value in new.items()} != {n: v.shape for n, v in old.items()}:
         raise ValueError(
             "target: its state_dict differs from that of source; make it with copy.deepcopy(source)"
         )
-    done = set()  # a tensor may have several names
+    done = set[int]()  # a tensor may have several names
     for name, value in old.items():
-        place = value.data_ptr(), value.shape, value.stride(), value.dtype
-        if value.numel() and place in done:
+        if id(value) in done:
             continue
-        done.add(place)
+        done.add(id(value))
         if value.is_floating_point() and name not in kept:
             value.lerp_(new[name].to(value), weight)
         else:
             value.copy_(new[name])
     return target
+
+
+def _match_centring(target: nn.Module, source: nn.Module) -> None:
+    """Let layers before mabn use their weights as those of the source do."""
+    theirs = dict(source.named_modules())
+    for name, layer in target.named_modules():
+        other = theirs.get(name)
+        if not isinstance(layer, UncenteredNormLayer) or not isinstance(other, UncenteredNormLayer):
+            continue
+        if layer.feeder is not None and other.feeder is not None:
+            centred = is_centralized(other.feeder)
+            why = match_centralization(name, layer.feeder, centred, told=True)
+            if why is not None:
+                raise ValueError(f"target: {why}")

@@ -8,11 +8,7 @@ import torch
 from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
-from anybatch.layers.weight_centralization import (
-    is_centralized,
-    match_centralization,
-    tell_of_centring,
-)
+from anybatch.layers.weight_centralization import is_centralized, match_centralization
 
 WEIGHTS_CENTRED = "centred_weights"  # name in a checkpoint: whether those before the layer were
 
@@ -34,17 +30,11 @@ class UncenteredNormLayer(NormLayer):
         uses its weights as they are from the load on, and the other way round.
         """
         self.__dict__["_feeder"] = (module,)  # a tuple: it is no part of this layer
-        tell_of_centring(module, itself=False)
-
-    def unfollow(self) -> None:
-        """Leave it to the layer before this one to tell of itself."""
-        if self.feeder is not None:
-            tell_of_centring(self.feeder, itself=True)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.feeder is not None:
-            centred = torch.tensor(is_centralized(self.feeder), device="cpu")
+            centred = torch.tensor(int(is_centralized(self.feeder)), device="cpu")
             destination[prefix + WEIGHTS_CENTRED] = centred
 
     def _load_from_state_dict(
@@ -53,7 +43,8 @@ class UncenteredNormLayer(NormLayer):
         told = state_dict.get(prefix + WEIGHTS_CENTRED)
         own = {key: v for key, v in state_dict.items() if key != prefix + WEIGHTS_CENTRED}
         super()._load_from_state_dict(own, prefix, local_metadata, *rest)
-        centred = local_metadata.get("centralized") if told is None else bool(told)
+        known = told is not None and not told.is_meta
+        centred = bool(told) if known else local_metadata.get("centralized")
         if centred is None and not any(prefix + name in state_dict for name in self.method_state):
             count = state_dict.get(prefix + "num_batches_tracked")
             mean = state_dict.get(prefix + "running_mean")
@@ -61,7 +52,9 @@ class UncenteredNormLayer(NormLayer):
             if evidence is not None and bool(evidence.any()):  # of a trained batch norm
                 centred = False
         if centred is not None and prefix + "running_mean" in state_dict:
-            match_centralization(prefix[:-1], self.feeder, centred, told=told is not None)
+            why = match_centralization(prefix[:-1], self.feeder, centred, told=known)
+            if why is not None:
+                rest[-1].append(why)
 
     # --- from a batch norm -------------------------------------------------
 
@@ -106,3 +99,17 @@ class UncenteredNormLayer(NormLayer):
         self.weight.mul_((second + self.eps).sqrt_() * inverse)
         self.running_mean, self.running_var = torch.zeros_like(mean), second
         return None
+
+
+def settle_centring(model: nn.Module) -> None:
+    """Let one entry of a checkpoint tell of centred weights: a norm's, else the layer's own."""
+    followed = {
+        layer.feeder
+        for layer in model.modules()
+        if isinstance(layer, UncenteredNormLayer) and layer.feeder is not None
+    }
+    for module in filter(is_centralized, model.modules()):
+        if module in followed:
+            module.__dict__["tells_centred"] = False
+        else:
+            module.__dict__.pop("tells_centred", None)

@@ -85,10 +85,11 @@ class _Centralized(nn.Module):
     Attributes:
         tells_centred: Whether its own entry in a checkpoint says that it centres its weights, so
             that no layer loads them that uses them as they are.
+        centralized: That entry.
     """
 
-    centralized = True  # what the entry stands for
     tells_centred = True
+    centralized = torch.ones((), dtype=torch.long)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(input, Tensor):
@@ -99,7 +100,7 @@ class _Centralized(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.tells_centred:
-            destination[prefix + CENTRED] = torch.tensor(True, device="cpu")
+            destination[prefix + CENTRED] = self.centralized.clone()
 
     def _load_from_state_dict(
         self,
@@ -108,16 +109,23 @@ class _Centralized(nn.Module):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        *rest: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """Load; a checkpoint for plain code holds the weights as they were beside centred ones."""
         own = {key: v for key, v in state_dict.items() if key != prefix + CENTRED}
         weight = own.pop(prefix + UNCENTRED, None)
+        wanted = strict and self.tells_centred and prefix + "weight" in own
         if weight is not None:
             own[prefix + "weight"] = weight
-        elif self.tells_centred and prefix + CENTRED not in state_dict:
-            missing_keys.append(prefix + CENTRED)
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, *rest)
+        elif wanted and prefix + CENTRED not in state_dict:
+            error_msgs.append(
+                f'{prefix}weight: the checkpoint has no "{prefix}{CENTRED}", so these weights are '
+                "used as they are, and here they are centred; load them into the plain network, "
+                "and centralize then"
+            )
+        rest = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, *rest)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
@@ -211,7 +219,7 @@ def is_centralized(module: nn.Module) -> bool:
         >>> is_centralized(anybatch.weight_centralization(nn.Linear(4, 2)))
         True
     """
-    return type(module) in _PLAIN
+    return isinstance(module, CENTRALIZED)
 
 
 def weight_centralization(module: _Module) -> _Module:
@@ -245,6 +253,7 @@ def weight_centralization(module: _Module) -> _Module:
         >>> conv(torch.ones(1, 3, 5, 5)).std() < 1e-5 + conv.bias.std()
         tensor(True)
     """
+    module.__dict__.pop("tells_centred", None)
     if is_centralized(module):
         return module
     kind = _CENTRALIZED.get(type(module))
@@ -259,17 +268,16 @@ def weight_centralization(module: _Module) -> _Module:
     return module
 
 
-def tell_of_centring(module: nn.Module, itself: bool) -> None:
-    """Let a layer's own entry in a checkpoint tell of centred weights, or that of its norm."""
-    if itself:
-        module.__dict__.pop("tells_centred", None)
-    else:
-        module.__dict__["tells_centred"] = False
-
-
 def use_uncentred(module: nn.Module) -> None:
-    """Make a centralized layer a plain one that uses its weights as they are, in place."""
-    module.__class__ = _PLAIN.get(type(module), type(module))
+    """Make a centralized layer a plain one that uses its weights as they are, in place.
+
+    Raises:
+        TypeError: If another tool has changed its class.
+    """
+    if type(module) not in _PLAIN:
+        raise TypeError(f"module={type(module).__name__}: another tool has changed its class")
+    module.__class__ = _PLAIN[type(module)]
+    module.__dict__.pop("tells_centred", None)
 
 
 @torch.no_grad()
@@ -282,6 +290,9 @@ def decentralize(module: _Module) -> _Module:
     Returns:
         The same object; its output is unchanged.
 
+    Raises:
+        TypeError: If another tool has changed its class.
+
     Example:
         >>> from torch import nn
         >>> import anybatch
@@ -289,11 +300,10 @@ def decentralize(module: _Module) -> _Module:
         >>> type(decentralize(anybatch.weight_centralization(nn.Linear(4, 2)))).__name__
         'Linear'
     """
-    plain = _PLAIN.get(type(module))
-    if plain is not None:
-        module.weight.copy_(centralized_weight(module))  # type: ignore[operator]
+    if is_centralized(module):
+        weight = centralized_weight(module)
         use_uncentred(module)
-        tell_of_centring(module, itself=True)
+        module.weight.copy_(weight)  # type: ignore[operator]
     return module
 
 
@@ -304,7 +314,9 @@ def _fan_in(module: nn.Module) -> int:
     return weight[:, 0].numel() // module.groups
 
 
-def match_centralization(name: str, module: nn.Module | None, centred: bool, *, told: bool) -> None:
+def match_centralization(
+    name: str, module: nn.Module | None, centred: bool, *, told: bool
+) -> str | None:
     """Let the layer before a norm use its weights as a checkpoint's network did.
 
     Args:
@@ -312,6 +324,9 @@ def match_centralization(name: str, module: nn.Module | None, centred: bool, *, 
         module: The layer before it; None if there is none that can be centred here.
         centred: Whether the checkpoint was trained with centred weights there.
         told: Whether the checkpoint says so itself; else there is a warning.
+
+    Returns:
+        Why it cannot be done, or None.
     """
     if module is None:
         if centred:
@@ -322,15 +337,26 @@ def match_centralization(name: str, module: nn.Module | None, centred: bool, *, 
                 "centralize=True)",
                 stacklevel=2,
             )
-    elif centred and not is_centralized(module):
-        weight_centralization(module)
-        tell_of_centring(module, itself=False)
-    elif not centred and is_centralized(module):
-        use_uncentred(module)
-        if not told:
-            warnings.warn(
-                f"{name}: the checkpoint was trained with weights before this layer that are not "
-                "centred; its weights are no longer centred, so that the output is the same; to "
-                "centre the weights of a trained network, use convert(..., centralize=True)",
-                stacklevel=2,
-            )
+        return None
+    if centred == is_centralized(module):
+        return None
+    try:
+        if centred:
+            weight_centralization(module)
+            module.__dict__["tells_centred"] = False
+        else:
+            use_uncentred(module)
+    except TypeError:
+        return (
+            f"{name}: the checkpoint was trained with weights before this layer that are "
+            f"{'' if centred else 'not '}centred, and {type(module).__name__} cannot be switched "
+            "to that: load before another tool changes its class"
+        )
+    if not told and not centred:
+        warnings.warn(
+            f"{name}: the checkpoint was trained with weights before this layer that are not "
+            "centred; its weights are no longer centred, so that the output is the same; to "
+            "centre the weights of a trained network, use convert(..., centralize=True)",
+            stacklevel=2,
+        )
+    return None
