@@ -109,23 +109,16 @@ class _Centralized(nn.Module):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        *rest: Any,
     ) -> None:
         """Load; a checkpoint for plain code holds the weights as they were beside centred ones."""
         own = {key: v for key, v in state_dict.items() if key != prefix + CENTRED}
         weight = own.pop(prefix + UNCENTRED, None)
-        wanted = strict and self.tells_centred and prefix + "weight" in own
         if weight is not None:
             own[prefix + "weight"] = weight
-        elif wanted and prefix + CENTRED not in state_dict:
-            error_msgs.append(
-                f'{prefix}weight: the checkpoint has no "{prefix}{CENTRED}", so these weights are '
-                "used as they are, and here they are centred; load them into the plain network, "
-                "and centralize then"
-            )
-        rest = (missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, *rest)
+        elif self.tells_centred and prefix + CENTRED not in state_dict:
+            missing_keys.append(prefix + CENTRED)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, *rest)
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
