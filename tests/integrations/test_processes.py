@@ -186,3 +186,45 @@ def _mixed_precision(rank: int) -> None:
 @pytest.mark.exhaustive
 def test_shards_in_bfloat16_keep_their_statistics_in_float32() -> None:
     spawn(_mixed_precision)
+
+
+def _whole_of_shards(rank: int) -> None:
+    """A whole state dict of shards is the network's, and a sharded target follows."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = StateDictOptions(full_state_dict=True)
+
+    def sharded(method: str) -> nn.Module:
+        model = network(method)
+        apart = [] if method == "cbn" else [*model.stem, *model.body]
+        for block in (*apart, model.stem, model.body, model.head, model):
+            fully_shard(block, mesh=mesh)
+        return model
+
+    for method in METHODS:
+        model, target = sharded(method), sharded(method)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        for step in range(2):
+            x, y = data(rank, step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        fresh = network(method)
+        fresh.load_state_dict(get_model_state_dict(model, options=whole))
+        x = data(rank, 9)[0]
+        torch.testing.assert_close(fresh.eval()(x), model.eval()(x))
+        before, now = (
+            copy.deepcopy(get_model_state_dict(m, options=whole)) for m in (target, model)
+        )
+        anybatch.update_target(target, model, 0.25)
+        for name, value in get_model_state_dict(target, options=whole).items():
+            if name.endswith(("weight", "bias", "running_mean", "running_var")):
+                torch.testing.assert_close(value, torch.lerp(before[name], now[name], 0.25))
+
+
+@pytest.mark.exhaustive
+def test_the_whole_state_of_shards_is_the_networks_and_targets_follow() -> None:
+    spawn(_whole_of_shards)
