@@ -89,7 +89,7 @@ class _Centralized(nn.Module):
     """
 
     tells_centred = True
-    centralized = torch.ones((), dtype=torch.long)
+    centralized = torch.tensor(1, device="cpu")
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(input, Tensor):
@@ -100,7 +100,7 @@ class _Centralized(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.tells_centred:
-            destination[prefix + CENTRED] = self.centralized.clone()
+            destination[prefix + CENTRED] = torch.tensor(1, device="cpu")
 
     def _load_from_state_dict(
         self,
