@@ -212,7 +212,7 @@ _TABLE = (
         "MovingAverageBatchNorm",
         MOVING_AVERAGE,
         "Averages over recent steps: of the second moment forward, of its gradient backward.",
-        "Classification at batches of 1 to 4, from scratch or fine-tuned.",
+        "Classification at batches of 1 to 4, from scratch or fine-tuned; detection from scratch.",
     ),
     Method(
         "cbn",
