@@ -248,6 +248,9 @@ def test_centring_is_told_once_after_every_conversion() -> None:
     several = anybatch.convert(network(), "mabn", copies=2)
     anybatch.convert(several, "brn", where="1.copies.0", centralize=True)
     assert [key for key in several.state_dict() if "centr" in key] == ["1.copies.1.centred_weights"]
+    model = from_scratch()
+    anybatch.weight_centralization(model[0])  # again, which is nothing
+    assert [key for key in model.state_dict() if "centr" in key] == ["1.centred_weights"]
     plain = anybatch.to_batchnorm(fine_tuned())
     again = anybatch.convert(plain, "bn", centralize=True)
     assert "0.centralized" in again.state_dict()

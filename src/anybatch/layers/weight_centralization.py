@@ -246,7 +246,6 @@ def weight_centralization(module: _Module) -> _Module:
         >>> conv(torch.ones(1, 3, 5, 5)).std() < 1e-5 + conv.bias.std()
         tensor(True)
     """
-    module.__dict__.pop("tells_centred", None)
     if is_centralized(module):
         return module
     kind = _CENTRALIZED.get(type(module))
