@@ -1,4 +1,4 @@
-"""Whether what `diagnose` says before a training is what the training then shows.
+"""Comparison of what `diagnose` says before a training with what the training then shows.
 
 python -m papers.studies.diagnosis --root FOLDER [--json FILE]
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +28,14 @@ from anybatch.tools.data import Dataset, load
 from anybatch.tools.images import as_tensor, standardized
 from anybatch.tools.machine import machine
 from anybatch.tools.network_factory import build
-from anybatch.tools.objective import objective
+from anybatch.tools.objective import batches_from, objective
 from anybatch.tools.run import BASELINE
 from papers.datasets.camvid import IGNORED
 from papers.paper_run import PaperRun
-from papers.reproduction.store import Store
+from papers.reproduction.pages import stored
+from papers.reproduction.store import Row
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+DOCS = Path(__file__).parents[2] / "docs"
 STREETS = "resnet50"  # on CamVid's images, with targets that say nothing; no stored training
 Batch = tuple[Tensor, Tensor]
 
@@ -78,12 +78,6 @@ def data_of(run: PaperRun) -> Dataset:
     return replace(data, train_x=square, train_y=torch.arange(len(x)) % 100, classes=100)
 
 
-def batches_of(run: PaperRun, data: Dataset) -> Iterator[Batch]:
-    """The batches of epoch after epoch."""
-    for epoch in count(1):
-        yield from objective(run).batches(run, data, epoch)
-
-
 def loss(output: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy, of images or of the pixels that are labelled."""
     return F.cross_entropy(output, batch[1], ignore_index=IGNORED)
@@ -95,7 +89,7 @@ def measured(run: PaperRun, data: Dataset, seeds: int, batches: int) -> dict[str
     for seed in range(seeds):
         torch.manual_seed(seed)
         model = build(run.model, data)
-        some = list(islice(batches_of(run.but(seed=seed), data), batches))
+        some = list(batches_from(run.but(seed=seed), data, 1, batches))
         found.append(diagnose(model, some, loss=loss, progress=False))
     together = [one.reading.network_values for one in found]
     return {
@@ -109,29 +103,27 @@ def measured(run: PaperRun, data: Dataset, seeds: int, batches: int) -> dict[str
     }
 
 
-def lost(case: Case, batch: int, results: Path = RESULTS) -> float | None:
+def lost(case: Case, batch: int, rows: Iterable[Row]) -> float | None:
     """Points that stored trainings lost at a batch size against the target; None without any."""
     run = case.run
     wanted = {"data": run.data, "model": run.model, "epochs": run.epochs, "options": []}
     wanted |= {"train_size": run.train_size, "batch_size": case.target}
-    rows = [
+    metric = objective(run).metric
+    own = [
         row
-        for file in sorted(results.glob("*.jsonl"))
-        for row in Store(file).rows().values()
+        for row in rows
         if all(row["settings"].get(name) == value for name, value in wanted.items())
         and row["settings"]["method"] in ("bn", BASELINE)
         and not row["settings"].get("centralize")
     ]
 
-    score = "mean_iou" if run.task == "segmentation" else "accuracy"
-
-    def accuracy(size: int) -> float | None:
-        same = [r for r in rows if (r["settings"].get("norm_batch_size") or case.target) == size]
-        scores = {r["seed"]: r["result"][score] for r in same}
+    def score(size: int) -> float | None:
+        same = [r for r in own if (r["settings"].get("norm_batch_size") or case.target) == size]
+        scores = {r["seed"]: r["result"][metric] for r in same}
         return 100 * statistics.fmean(scores.values()) if len(scores) > 1 else None
 
-    of_target, own = accuracy(case.target), accuracy(batch)
-    return None if of_target is None or own is None else of_target - own
+    of_target, of_batch = score(case.target), score(batch)
+    return None if of_target is None or of_batch is None else of_target - of_batch
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -144,13 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows = []
+    rows, trainings = [], stored(DOCS).values()
     for case in cases(given.root):
         if given.models is None or case.run.model in given.models:
             data = data_of(case.run)
             for batch in case.batches:
                 row = measured(case.run.but(batch_size=batch), data, given.seeds, given.batches)
-                points = lost(case, batch)
+                points = lost(case, batch, trainings)
                 rows.append(row | {"lost": None if points is None else round(points, 1)})
     print(text_table(tuple(rows[0]), [tuple(map(_shown, row.values())) for row in rows]))
     if given.json is not None:

@@ -13,9 +13,8 @@ CSV and plots as PNG, and prints the tables.
 
 import argparse
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from anybatch.layers import VirtualDataset
 from anybatch.tools.classification import batches
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.machine import machine
+from anybatch.tools.objective import batches_from
 from anybatch.tools.report_files import output_folder
 from anybatch.tools.run import BASELINE, Run
 from anybatch.tools.training import prepare, step
@@ -63,7 +63,7 @@ def errors(run: Run, data: Dataset, draws: int, folder: Path) -> None:
         found = {}
         for ratio in RATIOS if trained else (RATIO,):
             for sample in METHODS:
-                some = [x for x, _ in _endless(run, data, epoch + 1, draws)]
+                some = [x for x, _ in batches_from(run, data, epoch + 1, draws)]
                 found[ratio, sample] = estimation_errors(
                     training.model, some, sample, ratio=ratio, moments=moments
                 )
@@ -79,7 +79,7 @@ def errors(run: Run, data: Dataset, draws: int, folder: Path) -> None:
             _write_image(folder / "sampling-correlation.png", figures.correlation_figure(last))
             outside = []
             for sample in list(METHODS)[:-1]:
-                some = [x for x, _ in _endless(run, data, epoch + 1, draws)]
+                some = [x for x, _ in batches_from(run, data, epoch + 1, draws)]
                 one = estimation_errors(training.model, some, sample, normalize_by="batch")
                 outside.append(_error_row(one))
     head = ("sample", "mean", "variance", "correlation, mean", "correlation, variance")
@@ -102,7 +102,7 @@ def own(run: Run, data: Dataset, draws: int, folder: Path) -> None:
         inner = training.model.model if wrapped else training.model
         assert isinstance(inner, nn.Module)
         model = to_batchnorm(inner)
-        some = [x for x, _ in _endless(run, data, 2, draws)]
+        some = [x for x, _ in batches_from(run, data, 2, draws)]
         one = estimation_errors(model, some, sample, ratio=RATIO, moments=moments)
         rows.append(_error_row(one))
     head = ("sample", "mean", "variance", "correlation, mean", "correlation, variance")
@@ -135,15 +135,6 @@ def _errors_by_layer(found: Sequence[SampleErrors], folder: Path) -> None:
             rows.append((one.sample, layer, str(one.values[k]), *cells))
     quartiles = [f"{s}, {q}" for s in ("mean", "variance") for q in ("low", "median", "high")]
     _write(folder / "errors-by-layer.csv", ("sample", "layer", "values", *quartiles), rows)
-
-
-def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Any, Any]]:
-    """So many batches, over the end of an epoch where it is short."""
-    while count > 0:
-        for batch in islice(batches(run, data, epoch), count):
-            count -= 1
-            yield batch
-        epoch += 1
 
 
 def averages(run: Run, data: Dataset, folder: Path) -> None:

@@ -164,7 +164,7 @@ class NormState(_NormBase):
             destination[prefix + "frozen"] = flags
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Where `torch.distributed.checkpoint` finds what an entry's name stands for."""
+        """Attribute in which `torch.distributed.checkpoint` looks up each entry of a checkpoint."""
         return {key.partition(".")[0]: "_entries" for key in self.state_dict()}
 
     @property

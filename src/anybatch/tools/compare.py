@@ -176,8 +176,8 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
             f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "
             "give a network with torch's"
         )
-    for first, *_ in comparison.groups().values():  # the last method fails as early as the first
-        with random_states_restored():
+    with random_states_restored():
+        for first, *_ in comparison.groups().values():  # the last fails as early as the first
             prepare(first, data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
@@ -14,8 +13,8 @@ from anybatch.evaluation.diagnosis.diagnose import diagnose
 from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.bench import Show
 from anybatch.tools.checkpoint import load_weights, read_checkpoint
-from anybatch.tools.data import Dataset, load
-from anybatch.tools.objective import objective
+from anybatch.tools.data import load
+from anybatch.tools.objective import batches_from
 from anybatch.tools.own_data import OwnData
 from anybatch.tools.precision import forward
 from anybatch.tools.report_files import terminal_table
@@ -53,23 +52,12 @@ def diagnose_run(
     own = data.loss if isinstance(data, OwnData) else None
     return diagnose(
         training.model.train(),
-        _endless(run, data, epochs + 1, max_batches),
+        batches_from(run, data, epochs + 1, max_batches),
         forward=through,
         loss=None if own is None else lambda output, batch: own(output, batch[1]),
         max_batches=max_batches,
         progress=lambda done, total: show("measuring", done, total or max_batches),
     )
-
-
-def _endless(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the epochs to come, as many as asked for."""
-    while count > 0:
-        for batch in objective(run).batches(run, data, epoch):
-            yield batch
-            count -= 1
-            if not count:
-                return
-        epoch += 1
 
 
 def diagnosis_table(found: Diagnosis, title: str) -> Table:

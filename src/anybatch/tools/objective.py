@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +61,15 @@ def objective(run: Run) -> Objective:
         'accuracy'
     """
     return OBJECTIVES[run.task]
+
+
+def batches_from(run: Run, data: Dataset, epoch: int, count: int) -> Iterator[tuple[Tensor, Any]]:
+    """Yield `count` training batches, from the start of an epoch on into those that follow."""
+    while count > 0:
+        for batch in islice(objective(run).batches(run, data, epoch), count):
+            count -= 1
+            yield batch
+        epoch += 1
 
 
 def _evaluate(run: Run, model: nn.Module, data: Dataset) -> tuple[float, dict[str, float]]:
