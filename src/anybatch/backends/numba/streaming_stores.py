@@ -7,6 +7,7 @@ Stores with a hint do without. A compiler makes them of whole, aligned vectors a
 written out here.
 """
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,24 @@ from anybatch.backends.numba.low_precision import LowFloat, narrow, widen
 _LINE = 64  # bytes of a line of the caches
 _VECTOR = 32  # bytes of a store
 _CACHE = 2**25  # bytes of the last cache, where the system does not tell
+_OF_A_CORE = 2**24  # bytes of it for each core; processors have less
+_REPORTED = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _FLAGS = ("reassoc", "contract", "nsz")
 
 
 @lru_cache(maxsize=1)
 def last_cache() -> int:
-    """Bytes of the last cache."""
+    """Bytes of the last cache.
+
+    A virtual machine of a few cores reports the whole cache of its host, hundreds of megabytes
+    that other machines fill as well. So it counts no larger than these cores would have.
+    """
     try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text("ascii").strip()
-        return int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]]
+        text = _REPORTED.read_text("ascii").strip()
+        size = int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]]
     except (OSError, ValueError, KeyError, IndexError):  # another system, or none of that level
-        return _CACHE
+        size = _CACHE
+    return min(size, _OF_A_CORE * (os.cpu_count() or 1))
 
 
 _ENOUGH = last_cache() // 2  # bytes of an output, beside whose input it does not stay
