@@ -1,6 +1,7 @@
 """Masks: statistics of the valid positions are those of the packed tensor."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -483,3 +484,77 @@ def test_a_mask_is_for_the_layers_that_are_picked() -> None:
         anybatch.masked(nn.ReLU(), torch.ones(2).bool()),
     ):
         pass
+
+
+def test_layers_of_one_shape_share_a_mask() -> None:
+    layers = nn.Sequential(*(make("bn") for _ in range(3)), nn.AvgPool2d(2), make("bn"))
+    mask, x = valid_of(batch(4)), batch(4)
+    fitted: dict[tuple[int, ...], set[int]] = {}
+    for layer in layers:
+        if isinstance(layer, NormLayer):
+            fit = layer._fit
+
+            def noted(mask: Tensor, x: Tensor, fit: Any = fit) -> Any:
+                found = fit(mask, x)
+                fitted.setdefault(tuple(x.shape), set()).add(id(found.valid))
+                return found
+
+            layer._fit = noted  # type: ignore[method-assign]
+    with anybatch.masked(layers, mask):
+        layers(x)
+    assert [len(kept) for kept in fitted.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["bn", "ghost", "cbn", "points"])
+def test_a_mask_that_is_written_into_is_read_again(name: str) -> None:
+    """Between two forwards of a context; what a forward has read stays for its backward."""
+    layer, mask = make(name, dims=2), valid_of(batch(4), 0)
+    twin, first, second = copy.deepcopy(layer), mask.clone(), valid_of(batch(4), 1)
+    xs = [batch(4).requires_grad_() for _ in range(2)]
+    twins = [x.detach().clone().requires_grad_() for x in xs]
+    dy = torch.randn_like(xs[0])
+    with anybatch.masked(layer, mask):
+        one = layer(xs[0])
+        mask.copy_(second)
+        two = layer(xs[1])
+    (one * dy).sum().backward()
+    (two * dy).sum().backward()
+    expected = [twin(x, m) for x, m in zip(twins, (first, second), strict=True)]
+    for y, wanted in zip((one, two), expected, strict=True):
+        assert torch.equal(y, wanted)
+        (wanted * dy).sum().backward()
+    for x, other in zip(xs, twins, strict=True):
+        assert torch.equal(x.grad, other.grad)
+
+
+def test_masks_of_two_threads_are_apart() -> None:
+    """Each of its own network."""
+    layers, x, found = [make("bn") for _ in range(2)], batch(4), {}
+    twins = copy.deepcopy(layers)
+    masks = [torch.arange(4) < 2, torch.arange(4) > 1]
+    barrier = threading.Barrier(2)
+
+    def run(number: int) -> None:
+        with anybatch.masked(layers[number], masks[number]):
+            barrier.wait()
+            found[number] = layers[number](x).detach()
+            barrier.wait()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert torch.equal(found[number], twins[number](x, masks[number]))
+
+
+def test_masks_in_one_another_are_each_their_layers() -> None:
+    outer, inner, x = make("bn"), make("bn"), batch(4)
+    twins = copy.deepcopy((outer, inner))
+    masks = torch.arange(4) < 2, torch.arange(4) > 1
+    with anybatch.masked(outer, masks[0]), anybatch.masked(inner, masks[1]):
+        for _ in range(2):
+            found = outer(x), inner(x)
+    for y, twin, mask in zip(found, twins, masks, strict=True):
+        assert torch.equal(y, twin(x, mask))

@@ -21,6 +21,7 @@ from anybatch.core.rule import spec_of
 from anybatch.core.rule_layer import RuleLayer
 from anybatch.core.transforms import check_state
 
+_MASKED = "a mask decides which elements contribute"
 _ACCUMULATED = "gradient accumulation joins the statistics of micro-batches"
 
 
@@ -129,52 +130,47 @@ class DispatchedLayer(InferenceLayer):
         plan = self._plan_for(x, cut, source)
         if plan is None:
             return None
-        given = None
-        if source is not None or self.step is not None:
-            given = self._contribution(x, cut, source)
-            if min(given.counts) < 2:
-                only_aten("too few valid values for statistics")
-                return None
         contexts: list[Any] | None = [] if again else None
-        step = self.step
-        aside = {} if step is None else step.rewind(self, "", update)
-        try:
-            how = self._kernel_state(x), update, then, contexts, given
-            y = run_plan(plan, x, self._rows(), self, *how)
-        finally:
-            if step is not None:
-                step.leave(self, "", aside, update)
+        y = self._serve(plan, x, cut, update, then, contexts, source)
         if contexts and y is not None:
             call = plan.calls[update]
             chosen = statistics_of(plan.backend, call, contexts[0], x)
             self._recent.note(x, chosen, source, update)
         return y
 
-    def _contribution(
-        self, x: Tensor, cut: Partition, source: ReductionScope | None
-    ) -> Contribution:
-        """The values that contribute to the statistics of a batch on a CPU."""
-        counts = tuple(size * x.shape[2:].numel() for size in cut.sizes)
-        if source is not None and source.mask is not None:
-            mask = source.mask.contiguous()
-            parts = mask.split(cut.sizes) if len(cut.sizes) > 1 else (mask,)
-            counts = tuple(int(part.count_nonzero()) for part in parts)
-            source = source._replace(mask=mask)
-        return Contribution(counts, source, self, self.step)
+    def _serve(
+        self,
+        plan: ExecutionPlan,
+        x: Tensor,
+        cut: Partition,
+        update: bool,
+        then: Activation | None,
+        contexts: list[Any] | None,
+        source: ReductionScope | None,
+    ) -> Tensor | None:
+        """The forward by a plan; None where it cannot serve the values that contribute."""
+        given, step = None, self.step
+        if source is not None or step is not None:
+            counts = (source or ReductionScope()).counts(x, cut.sizes)
+            if min(counts) < 2:
+                only_aten("too few valid values for statistics")
+                return None
+            given = Contribution(counts, source, self, step)
+        aside = {} if step is None else step.rewind(self, "", update)
+        try:
+            how = self._kernel_state(x), update, then, contexts, given
+            return run_plan(plan, x, self._rows(), self, *how)
+        finally:
+            if step is not None:
+                step.leave(self, "", aside, update)
 
     def _plan_for(
         self, x: Tensor, cut: Partition, source: ReductionScope | None
     ) -> ExecutionPlan | None:
         """The plan by which compiled kernels serve a batch; None if they do not."""
-        beyond, rows = "", self._rows()
-        key: Any = x.shape
-        if source is not None:
-            beyond = "a mask decides which elements contribute"
-        elif self.step is not None:
-            beyond = _ACCUMULATED
-        if beyond:
-            key = x.shape, beyond
-        elif self.outlier_limit is not None:
+        beyond, rows = self._beyond(source is not None), self._rows()
+        key: Any = (x.shape, beyond) if beyond else x.shape
+        if not beyond and self.outlier_limit is not None:
             beyond = f"outlier_limit={self.outlier_limit}: channels are compared with the state"
         remembers = not is_traced() and self._group is None and self.steady
         known = self._plans.get(key) if remembers and self._plans is not None else None
@@ -198,19 +194,32 @@ class DispatchedLayer(InferenceLayer):
         how = (cut, self.num_statistics, self.eps, True, spec)
         return NormCall(*how, update_weight=self._number(), formula=formula)
 
-    def _run_cached_plan(self, x: Tensor, then: Activation | None) -> Tensor | None:
+    def _beyond(self, masked: bool) -> str:
+        """What decides, beyond the batch, which values contribute to statistics; "" for nothing."""
+        return _MASKED if masked else "" if self.step is None else _ACCUMULATED
+
+    def _run_cached_plan(
+        self, x: Tensor, then: Activation | None, mask: Tensor | None
+    ) -> Tensor | None:
         """Run the cached plan, if shape, layout and settings still match."""
         plans = self._plans  # which another thread may take away
         if plans is None or torch.compiler.is_compiling():
             return None
-        plan = plans.get(x.shape)
+        beyond = self._beyond(mask is not None)
+        plan = plans.get((x.shape, beyond) if beyond else x.shape)
         if not isinstance(plan, ExecutionPlan) or not runs_once():
-            return None
-        inside = then is not None
-        if inside and not (plan.takes_relu and then.is_plain()):  # type: ignore[union-attr]
             return None
         rows = weight, bias, mean, var = self._rows()
         if not plan.fits(x, rows):
+            return None
+        if beyond:
+            if self.step is not None and not updates.enabled:
+                return None
+            cut = partition(x.shape[0], self.norm_batch_size, self.group_size)
+            source = None if mask is None else self._source(x, mask, True)
+            return self._serve(plan, x, cut, updates.enabled, then, None, source)
+        inside = then is not None
+        if inside and not (plan.takes_relu and then.is_plain()):  # type: ignore[union-attr]
             return None
         residual = None if then is None else then.residual
         state = mean, var, self._buffers["num_batches_tracked"]

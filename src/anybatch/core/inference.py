@@ -88,7 +88,7 @@ class InferenceLayer(RuleLayer):
                 own_mean, own_var, _ = self._moments(x.detach(), sizes, None)
                 statistics = self._mixed(own_mean, own_var, mean, var)
             return self._apply_statistics(x, cut, statistics, None)
-        source = ReductionScope(self._fit(mask, x))
+        source = ReductionScope(self._fit(mask, x).valid)
         with torch.no_grad():
             own_mean, own_var, counts = self._moments(x.detach(), sizes, source)
             assert counts is not None

@@ -45,10 +45,10 @@ class NormState(_NormBase):
     tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
-    _plans: dict[torch.Size, Any] | None = None  # see `anybatch.core.dispatch.ExecutionPlan`
+    _plans: dict[Any, Any] | None = None  # see `anybatch.core.dispatch.ExecutionPlan`
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if name != "mask" and not torch.compiler.is_compiling():
             self.__dict__.pop("_plans", None)
         super().__setattr__(name, value)
 

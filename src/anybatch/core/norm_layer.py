@@ -181,7 +181,8 @@ class NormLayer(MemoriesLayer):
         then = None
         if activation is not None or residual is not None:
             then = read_activation(activation, residual, input)
-        known = self._run_cached_plan(input, then) if mask is None else None
+        mask = self.mask if mask is None else mask
+        known = self._run_cached_plan(input, then, mask)
         if known is not None:
             return known
         if is_selective():
@@ -194,7 +195,6 @@ class NormLayer(MemoriesLayer):
             self._refuse(input)
         if not input.is_floating_point():
             self._refuse(input)
-        mask = self.mask if mask is None else mask
         training = self.training and not self.frozen
         if not training and self.running_mean is not None and self.running_var is not None:
             y = self._infer(input, mask)

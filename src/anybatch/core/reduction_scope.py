@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anybatch import backends
-from anybatch.core.tensor_subclasses import as_plain
 
 WORLD = "world"
 
@@ -22,15 +21,38 @@ class ReductionScope(NamedTuple):
         mask: Valid positions ``(N, 1, ...)``; None for all.
         group: Processes whose batches are one; None for this one alone.
         name: Of the layer, for errors.
+        counted: Valid values of groups of so many examples, where layers share the mask; they are
+            entered as they are counted.
     """
 
     mask: Tensor | None = None
     group: Any = None
     name: str = ""
+    counted: dict[tuple[int, ...], tuple[int, ...]] | None = None
 
     def at(self, *examples: slice) -> "ReductionScope":
         """The scope of some examples of the batch."""
-        return self if self.mask is None else self._replace(mask=backends.rows(self.mask, examples))
+        if self.mask is None:
+            return self
+        return self._replace(mask=backends.rows(self.mask, examples), counted=None)
+
+    def counts(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Values per channel of each group, of which a device waits.
+
+        Args:
+            x: The batch.
+            sizes: Examples in each group.
+        """
+        if self.mask is None:
+            length = x.shape[2:].numel()
+            return tuple(size * length for size in sizes)
+        found = None if self.counted is None else self.counted.get(sizes)
+        if found is None:
+            parts = self.mask.split(sizes) if len(sizes) > 1 else (self.mask,)
+            found = tuple([int(part.count_nonzero()) for part in parts])
+            if self.counted is not None:
+                self.counted[sizes] = found
+        return found
 
     def moments(
         self, x: Tensor, sizes: tuple[int, ...], centered: bool
@@ -218,48 +240,3 @@ def pool_processes(
     center = total_first / some
     spread = (pooled - center.square()).clamp_(min=0)
     return center.to(var.dtype), spread.to(var.dtype), total.to(counts.dtype)
-
-
-def fit_mask(mask: Tensor, x: Tensor, name: str) -> Tensor:
-    """A mask as ``(N, 1, ...)`` of an activation's spatial shape.
-
-    Args:
-        mask: True, or not 0, where an example, or a position of it, is valid: ``(N,)``,
-            ``(N, ...)`` or ``(N, 1, ...)``. Where an activation is smaller or larger than it along
-            a dimension, the nearest position counts; where it has no such dimension at all, an
-            example with any valid position is valid.
-        x: The activation.
-        name: Of the layer, for the error.
-
-    Returns:
-        The mask, on the activation's device.
-
-    Raises:
-        TypeError: For a mask of floating point.
-        ValueError: For one that does not fit.
-    """
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
-        what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask of type {what}: give a tensor of bool, true where input is valid")
-    valid, spatial = as_plain(mask).to(x.device), x.shape[2:]
-    # A tensor of its own: the caller may write into theirs before the backward pass.
-    valid = valid.clone() if valid.dtype is torch.bool else valid != 0
-    if valid.dim() == x.dim() and x.dim() > 2 and valid.shape[1] == 1:
-        valid = valid.squeeze(1)
-    if not spatial and valid.dim() > 1 and valid.shape[0] != x.shape[0] == valid.numel():
-        valid = valid.flatten()  # tokens in rows
-    fits = valid.dim() > 0 and valid.shape[0] == x.shape[0]
-    if not fits or (spatial and valid.dim() not in (1, 1 + len(spatial))):
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)}: {name} got an input of shape {tuple(x.shape)}; "
-            f"give a mask of shape {(x.shape[0], *spatial)}, or {(x.shape[0],)} for whole examples"
-        )
-    if not spatial:
-        return valid.flatten(1).any(1, keepdim=True) if valid.dim() > 1 else valid.unsqueeze(1)
-    if valid.dim() == 1:
-        return valid.view(-1, *(1,) * (x.dim() - 1)).expand(x.shape[0], 1, *spatial)
-    for dim, size in enumerate(spatial, 1):
-        if valid.shape[dim] != size:
-            nearest = torch.arange(size, device=x.device) * valid.shape[dim] // size
-            valid = valid.index_select(dim, nearest)
-    return valid.unsqueeze(1)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anybatch.core.masks import FittedMask, fit_mask
 from anybatch.core.module_state import NormState
 from anybatch.core.reduction_scope import (
     WORLD,
@@ -14,7 +15,6 @@ from anybatch.core.reduction_scope import (
     active_group,
     check_group,
     check_same,
-    fit_mask,
     sum_processes,
 )
 
@@ -52,22 +52,25 @@ class ScopedLayer(NormState):
 
     def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> ReductionScope | None:
         """The elements that contribute to the statistics; None for all of the current batch."""
-        valid = None if mask is None else self._fit(mask, x)
+        fitted = None if mask is None else self._fit(mask, x)
         joins = training and self.group_size is None
         group = active_group(self.process_group) if joins else None
         if group is not None and not self._compared and not torch.compiler.is_compiling():
             check_same(group, self._described(), self._device())
             self._compared = True
-        if valid is None and group is None:
+        if fitted is None and group is None:
             return None
-        return ReductionScope(valid, group, f"{type(self).__name__}({self.num_features})")
+        name = f"{type(self).__name__}({self.num_features})"
+        if fitted is None:
+            return ReductionScope(None, group, name)
+        return ReductionScope(fitted.valid, group, name, fitted.counted)
 
     def _described(self) -> str:
         """The settings that processes which synchronize must agree on."""
         own = ", ".join(f"{name}={value}" for name, value in self.own_arguments().items())
         return f"{type(self).__name__}({self.num_features}, eps={self.eps}, {own})"
 
-    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+    def _fit(self, mask: Tensor, x: Tensor) -> FittedMask:
         return fit_mask(mask, x, type(self).__name__)
 
     def examples_of_all(self, examples: int) -> int:

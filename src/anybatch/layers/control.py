@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from anybatch.core.arguments import check_count, check_module, shown
+from anybatch.core.masks import shared_mask
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
 from anybatch.core.norm_layer import NormLayer
@@ -217,11 +218,13 @@ def masked(
         finally:
             following.remove()
         return
+    assert mask is not None
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask
     try:
-        yield
+        with nullcontext() if torch.compiler.is_compiling() else shared_mask(mask):
+            yield
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.mask = old

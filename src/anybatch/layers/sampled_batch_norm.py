@@ -13,6 +13,7 @@ from anybatch.backends.protocol import Formula, SampleSpec, Spec, Statistics
 from anybatch.core.activation_checkpointing import in_backward
 from anybatch.core.arguments import check_between, check_choice, check_count
 from anybatch.core.grouping import Partition
+from anybatch.core.masks import FittedMask
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer, NormOptions
 from anybatch.core.reduction_scope import ReductionScope, first_of, rank_in, size_of
@@ -318,7 +319,7 @@ class SampledBatchNorm(NormLayer):
             self._agreed = True
         return rank_in(group) in draw_ranks(self.seed, self._drawn, size_of(group), self.ranks)
 
-    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+    def _fit(self, mask: Tensor, x: Tensor) -> FittedMask:
         rows, size = self.wrapped_rows or 0, self.norm_batch_size or x.shape[0]
         parts = -(-x.shape[0] // size) if rows else 0
         if parts and mask.dim() and mask.shape[0] == x.shape[0] - parts * rows:

@@ -43,7 +43,7 @@ class LoopScope(NamedTuple):
 def scope_of(given: Contribution, first: int, group: int, groups: int, length: int) -> LoopScope:
     """That of a normalization batch, which begins at an example and a group of the whole."""
     counts, scope, layer, step = given
-    mask = None if scope is None else scope.mask
+    mask = None if scope is None or scope.mask is None else scope.mask.contiguous()
     place = 0 if mask is None else address_of(mask, torch.bool, mask.numel()) + first * length
     values = np.array(counts[group : group + groups], np.float64)
     return LoopScope(values, place, layer, step, mask)
