@@ -5,7 +5,8 @@ that size (on the meta device, empty, of another type, with a freed storage) wou
 elsewhere.
 """
 
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -52,6 +53,45 @@ def running_addresses(
         address_of(var, dtype, channels),
         address_of(tracked, torch.int64, 1),
     )
+
+
+class CheckedMemory:
+    """What was made of the addresses of some tensors, as long as their memory is the same.
+
+    A kernel takes as many values from an address as it was told when the tensors were checked. The
+    storage is held, so that no other comes to lie where it was; while it has its size, the values
+    are there, whatever else has become of the tensor.
+
+    Example:
+        >>> memory, rows = CheckedMemory(), (torch.ones(2),)
+        >>> memory.find(rows)
+        >>> memory.keep(rows, "known")
+        'known'
+        >>> memory.find(rows), memory.find((torch.ones(2),))
+        ('known', None)
+    """
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: tuple[list[int], list[Any], list[int], Any] | None = None
+
+    def find(self, tensors: Sequence[Tensor]) -> Any:
+        """What was kept of these tensors; None if their memory is another."""
+        known = self._known  # which another thread may replace
+        if known is None:
+            return None
+        places, storages, sizes, value = known
+        if [one.data_ptr() for one in tensors] != places:
+            return None
+        return value if [one.nbytes() for one in storages] == sizes else None
+
+    def keep(self, tensors: Sequence[Tensor], value: Any) -> Any:
+        """Keep what was made of them, and give it back."""
+        storages = [one.untyped_storage() for one in tensors]
+        places, sizes = [one.data_ptr() for one in tensors], [one.nbytes() for one in storages]
+        self._known = places, storages, sizes, value
+        return value
 
 
 def check_device_memory(device: torch.device, *tensors: Tensor | None) -> None:

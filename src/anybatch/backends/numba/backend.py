@@ -15,6 +15,7 @@ from anybatch.backends.tracing import is_traced
 
 TYPES = (torch.float32, torch.float64)
 LOW = (torch.bfloat16, torch.float16)  # of activations, with float32 for all else
+_ACTIVATIONS = (*TYPES, *LOW)
 SERIAL = 2**16  # values at a time, above which torch's threads win where the loops have none
 _STEPS = {
     "rule": "rule_steps",
@@ -83,7 +84,7 @@ def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
     """Why a batch and the rows of its layer are not memory of one type to read and write."""
     if type(x) is not Tensor:
         return f"an input of class {type(x).__name__}, not torch.Tensor"
-    obstacle = tensor_obstacle(x, (*TYPES, *LOW))
+    obstacle = tensor_obstacle(x, _ACTIVATIONS)
     if obstacle is not None:
         return obstacle
     dtype, channels = torch.float32 if x.dtype in LOW else x.dtype, x.shape[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.layout import dense
-from anybatch.backends.native_memory import address_of
+from anybatch.backends.native_memory import CheckedMemory, address_of
 from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.scopes import LoopScope, scope_of
@@ -83,6 +83,7 @@ class Work(NamedTuple):
         small: Whether one thread does it, and writes little.
         steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
             where its groups begin, how many there are, and its first example and group.
+        rows: Addresses of scale and shift.
     """
 
     forward: Forward
@@ -91,6 +92,7 @@ class Work(NamedTuple):
     like: Array
     small: bool
     steps: tuple[Step, ...]
+    rows: CheckedMemory
 
 
 @lru_cache(maxsize=256)
@@ -112,7 +114,8 @@ def work_for(call: NormCall, x: Tensor, forward: Forward, backward: Backward) ->
         )
         for first, group, examples, sizes in iter_norm_batches(call.cut)
     )
-    return Work(forward, backward, x.dtype, LIKE[x.dtype], is_small(x.numel()), steps)
+    like, small = LIKE[x.dtype], is_small(x.numel())
+    return Work(forward, backward, x.dtype, like, small, steps, CheckedMemory())
 
 
 def forward(
@@ -125,12 +128,15 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
     """See `anybatch.backends.protocol.Backend.forward`."""
-    (one, _, dtype, like, small, steps), last = call.work[1], call.last
+    (one, _, dtype, like, small, steps, rows), last = call.work[1], call.last
     y: Tensor = torch.empty_like(x) if small else empty_like(x)
-    threads = 1 if small else parts(x.numel())
     size = x.numel()
+    threads = 1 if small else parts(size)
     x_, y_, added = address_of(x, dtype, size), y.data_ptr(), 0
-    w, b = (address_of(row, KEPT[dtype], x.shape[1]) for row in (weight, bias))
+    both = weight, bias
+    w, b = rows.find(both) or rows.keep(
+        both, [address_of(row, KEPT[dtype], x.shape[1]) for row in both]
+    )
     if residual is not None:
         residual = dense(residual, last)
         added = address_of(residual, dtype, size)
@@ -157,7 +163,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `anybatch.backends.protocol.Backend.backward`."""
-    (_, one, dtype, like, small, steps), last = call.work[1], call.last
+    (_, one, dtype, like, small, steps, _), last = call.work[1], call.last
     kept, tracked = context
     x = dense(x, last)  # what was saved on another device may come back in another layout
     if dy.dtype is not x.dtype or dy.stride() != x.stride() or dy.is_neg():
@@ -173,7 +179,8 @@ def backward(
         dw, db = torch.empty_like(weight), torch.empty_like(weight)
     else:
         dw, db = weight.new_empty(2, len(steps), *weight.shape)
-    above, x_ = (address_of(t, x.dtype, x.numel()) for t in (dy, x))
+    size = x.numel()
+    above, x_ = address_of(dy, x.dtype, size), address_of(x, x.dtype, size)
     dx_, w = dx.data_ptr(), address_of(weight, KEPT[dtype], x.shape[1])
     dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
     wanted, relu = needs[0], y_ != 0

@@ -7,14 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.backends.native_memory import address_of, running_addresses
+from anybatch.backends.native_memory import CheckedMemory, address_of
 from anybatch.backends.numba import backward_loops, forward_loops
 from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.bound_rules import described
 from anybatch.backends.numba.norm_batches import (
-    Backward,
     BackwardData,
-    Forward,
     ForwardData,
     SavedBatch,
     Work,
@@ -32,6 +30,7 @@ _ZERO = np.zeros((), np.int64)
 _NO_COUNTERS = (_ZERO.ctypes.data,) * COUNTERS
 _NO_STATE = (*(0,) * (ROWS + 2 * WINDOWS), *_NO_COUNTERS)
 _NO_SETTINGS = (0.0,) * (NUMBERS + OPTIONS)
+_NO_AVERAGES = (0, 0, *_NO_STATE), _NO_SETTINGS, 0.0
 
 
 def obstacle(call: NormCall, x: Tensor) -> None:
@@ -40,13 +39,8 @@ def obstacle(call: NormCall, x: Tensor) -> None:
 
 def prepare(call: NormCall, x: Tensor) -> Work:
     """How batches of this shape and layout go through the loops."""
-    return work_for(call, x, *batches_of(call.spec))
-
-
-def batches_of(spec: MethodSpec) -> tuple[Forward, Backward]:
-    """The two functions that serve a normalization batch of a method, forward and backward."""
-    ahead, behind = _addresses(spec.method, spec.centered)
-    return partial(forward_batch, spec, ahead), partial(backward_batch, spec, behind)
+    batches = RuleBatches(call.spec)
+    return work_for(call, x, batches.forward, batches.backward)
 
 
 @lru_cache(maxsize=256)
@@ -57,73 +51,77 @@ def _addresses(method: RuleSet, centered: bool) -> tuple[int, int]:
     return ahead, described(backward, forward, centered, tracks_applied)
 
 
-def forward_batch(
-    spec: MethodSpec,
-    method: int,
-    call: NormCall,
-    data: ForwardData,
-    groups: int,
-    state: tuple[Any, ...],
-) -> SavedBatch:
-    """The forward of one normalization batch of a method that is described at an address.
+class RuleBatches:
+    """The normalization batches of a method of one layer, each in one compiled call a pass.
 
-    `state` is the running mean, running variance and number of batches, and a `LoopScope` where not
-    simply all values of the batch contribute.
+    Args:
+        spec: The method.
     """
-    channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
-    dtype = state[0].dtype
-    mean, var, tracked = running_addresses(state[:3], dtype, channels)
-    applied = own = np.empty((spec.rows, groups, num_statistics))
-    if (
-        spec.method.forward.rule is not None
-        or num_statistics != channels
-        or spec.outliers is not None
-    ):
-        own = np.empty((2 if spec.outliers is None else 3, groups, channels))
-    memory = _memory(mean, var, spec.kept, dtype, channels)
-    moved = tracked, memory, _settings(spec.kept)
-    given = (
-        method,
-        LIKE[dtype],
-        data,
-        own,
-        applied,
-        *moved,
-        call.update_weight,
-        call.eps,
-        call.update,
-    )
-    scope = state[3] if len(state) > 3 else None
-    if scope is None and spec.outliers is None:
-        forward_loops.forward(*given, PLAIN)
-    else:
-        run_forward(partial(forward_loops.forward, *given), spec, scope, own)
-    return SavedBatch(applied, spec, scope=scope)
 
+    def __init__(self, spec: MethodSpec) -> None:
+        self.spec = spec
+        self.ahead, self.behind = _addresses(spec.method, spec.centered)
+        self.kept = (*spec.kept.rows, *spec.kept.windows, *spec.kept.counters)
+        averages = spec.averages
+        self.averages = (*averages.rows, *averages.windows, *averages.counters)
+        self.memory, self.memory_of_backward = CheckedMemory(), CheckedMemory()
 
-def backward_batch(
-    spec: MethodSpec,
-    method: int,
-    call: NormCall,
-    data: BackwardData,
-    kept: SavedBatch,
-    tracked: Tensor,
-) -> None:
-    """The backward of one normalization batch, in one compiled call; see `forward_batch`."""
-    if spec.method.backward.rule is None:
-        averages = (0, 0, *_NO_STATE), _NO_SETTINGS, 0.0
-    else:
-        update_weight = 1 / max(int(tracked), 1) if call.update_weight < 0 else call.update_weight
-        dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
-        memory = _memory(0, 0, spec.averages, dtype, kept.applied.shape[2])
-        averages = memory, _settings(spec.averages), update_weight
-    like = LIKE[KEPT[call.work[1].dtype]]
-    given = method, like, data, kept.applied, *averages, call.eps, call.update
-    if kept.scope is None:
-        backward_loops.backward(*given, PLAIN_BACKWARD)
-    else:
-        run = partial(backward_loops.backward, *given)
-        run_backward(run, spec, kept.scope, kept.applied.shape[2])
+    def forward(
+        self, call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
+    ) -> SavedBatch:
+        """The forward of one normalization batch.
+
+        `state` is the running mean, running variance and number of batches, and a `LoopScope` where
+        not simply all values of the batch contribute.
+        """
+        spec = self.spec
+        channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
+        mean, var, tracked = state[:3]
+        dtype, limits = mean.dtype, spec.outliers is not None
+        tensors = mean, var, tracked, *self.kept
+        found = self.memory.find(tensors)
+        if found is None:
+            rows, count = address_of(mean, dtype, channels), address_of(tracked, torch.int64, 1)
+            places = _memory(rows, address_of(var, dtype, channels), spec.kept, dtype, channels)
+            found = self.memory.keep(tensors, (count, places))
+        count, places = found
+        applied = own = np.empty((spec.rows, groups, num_statistics))
+        if spec.method.forward.rule is not None or num_statistics != channels or limits:
+            own = np.empty((3 if limits else 2, groups, channels))
+        moved = count, places, _settings(spec.kept)
+        shared = self.ahead, LIKE[dtype], data, own, applied
+        given = *shared, *moved, call.update_weight, call.eps, call.update
+        scope = state[3] if len(state) > 3 else None
+        if scope is None and not limits:
+            forward_loops.forward(*given, PLAIN)
+        else:
+            run_forward(partial(forward_loops.forward, *given), spec, scope, own)
+        return SavedBatch(applied, spec, None, scope)
+
+    def backward(
+        self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
+    ) -> None:
+        """The backward of one normalization batch; see `forward`."""
+        spec = self.spec
+        if spec.method.backward.rule is None:
+            averages = _NO_AVERAGES
+        else:
+            weight = call.update_weight
+            if weight < 0:
+                weight = 1 / max(int(tracked), 1)
+            places = self.memory_of_backward.find(self.averages)
+            if places is None:
+                dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
+                places = _memory(0, 0, spec.averages, dtype, kept.applied.shape[2])
+                self.memory_of_backward.keep(self.averages, places)
+            averages = places, _settings(spec.averages), weight
+        like = LIKE[KEPT[call.work[1].dtype]]
+        given = self.behind, like, data, kept.applied, *averages, call.eps, call.update
+        if kept.scope is None:
+            backward_loops.backward(*given, PLAIN_BACKWARD)
+        else:
+            run = partial(backward_loops.backward, *given)
+            run_backward(run, spec, kept.scope, kept.applied.shape[2])
 
 
 def _memory(

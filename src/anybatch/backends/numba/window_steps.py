@@ -41,7 +41,7 @@ def prepare(call: NormCall, x: Tensor) -> Work:
     return work_for(call, x, _window_batch if windowed else _plain_batch, _backward_batch)
 
 
-_BATCH_NORM = rule_steps.batches_of(MethodSpec())
+_BATCH_NORM = rule_steps.RuleBatches(MethodSpec())
 
 
 @rule
@@ -61,7 +61,7 @@ def _plain_batch(
     """Batch normalization, which counts the step."""
     if call.update:
         call.spec.memory["step"].add_(1)
-    return _BATCH_NORM[0](call, data, groups, state[:3])
+    return _BATCH_NORM.forward(call, data, groups, state[:3])
 
 
 def _window_batch(
@@ -153,4 +153,4 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
 def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Any) -> None:
     """The backward of one normalization batch, in one compiled call."""
     assert kept.spec is not None
-    rule_steps.batches_of(kept.spec)[1](call, data, kept, tracked)
+    rule_steps.RuleBatches(kept.spec).backward(call, data, kept, tracked)
