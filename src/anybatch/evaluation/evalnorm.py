@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from anybatch import backends
 from anybatch.backends.protocol import Statistics
 from anybatch.core.arguments import check_count
 from anybatch.core.autograd import normalize_by
+from anybatch.core.fused_activation import read_activation
 from anybatch.core.name_patterns import Where
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import on_plain
@@ -18,6 +20,7 @@ from anybatch.core.text_tables import text_table
 from anybatch.evaluation.batches import Forward, Shown, device_of, reading, run
 from anybatch.evaluation.example_weighing import set_example_weight, weighable
 from anybatch.evaluation.restore_model import borrowed
+from anybatch.evaluation.valid_positions import valid_positions
 
 
 @dataclass(frozen=True)
@@ -160,11 +163,22 @@ class _Fit:
         self.total: Tensor | float = 0.0
         self.batches = 0
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
         """The layer as in training, with statistics of `batch_size` examples each."""
-        return on_plain(self._normalize, input)
+        valid = valid_positions(self.norm, (input, mask), {}, input)
+        y = on_plain(partial(self._normalize, valid), input)
+        if activation is None and residual is None:
+            return y
+        return read_activation(activation, residual, input).of(y)
 
-    def _normalize(self, x: Tensor) -> Tensor:
+    def _normalize(self, valid: Tensor | None, x: Tensor) -> Tensor:
         size = self.size
         whole = x.shape[0] // size
         if not whole:
@@ -174,26 +188,44 @@ class _Fit:
             )
         rest = x.shape[0] - whole * size
         sizes = (size,) * whole if rest == 0 else (*(size,) * (whole - 1), size + rest)
-        self._compare(x[: whole * size].double())
+        used = slice(whole * size)
+        self._compare(x[used].double(), None if valid is None else valid[used])
         weight, bias = self.norm._parameters.get("weight"), self.norm._parameters.get("bias")
-        mean, var = backends.moments(x, sizes)
+        mean, var = self._moments(x, sizes, valid)[:2]
         like = [None if p is None else p.to(var.dtype) for p in (weight, bias)]
         eps = float(self.norm.eps)  # type: ignore[arg-type]
         return normalize_by(x, like[0], like[1], sizes, Statistics(mean, var), eps)
 
-    def _compare(self, x: Tensor) -> None:
+    def _moments(
+        self, x: Tensor, sizes: tuple[int, ...], valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and number of the values of each group; running ones for no values."""
+        if valid is None:
+            return *backends.moments(x, sizes), backends.all_counts(x, sizes)
+        mean, var, counts = backends.masked_moments(x, sizes, valid)
+        middle, scale = (row.to(var.dtype) for row in self._running())
+        some = counts > 0
+        return torch.where(some, mean, middle), torch.where(some, var, scale), counts
+
+    def _running(self) -> list[Tensor]:
         running = [self.norm._buffers[name] for name in ("running_mean", "running_var")]
-        middle, scale = (t.double() for t in running if t is not None)
+        return [row for row in running if row is not None]
+
+    def _compare(self, x: Tensor, valid: Tensor | None) -> None:
+        middle, scale = (row.double() for row in self._running())
         eps = float(self.norm.eps)  # type: ignore[arg-type]
         scale = scale + eps
-        own_mean, own_var = backends.moments(x, (1,) * x.shape[0])
+        own_mean, own_var, counts = self._moments(x, (1,) * x.shape[0], valid)
         own_mean, own_var = own_mean.view(x.shape[:2]), own_var.view(x.shape[:2])
+        counts = counts.view(-1, self.size, 1) if counts.dim() else counts.view(1, 1, 1)
+        share, some = counts / counts.sum(1, keepdim=True).clamp(min=1), counts > 0
         first = (own_mean - middle) / scale.sqrt()
         second = (own_var + (own_mean - middle).square() + eps) / scale - 1
         for own in (first, second):
-            batch = own.view(-1, self.size, own.shape[1]).mean(1)
-            self.shared = self.shared + self.size * batch.square().sum()
-            self.total = self.total + own.square().sum()
+            each = own.view(-1, self.size, own.shape[1]) * some
+            batch = (each * share).sum(1)
+            self.shared = self.shared + (batch * each.sum(1)).sum()
+            self.total = self.total + each.square().sum()
         self.batches += x.shape[0] // self.size
 
     def alpha(self, name: str) -> float:

@@ -48,15 +48,20 @@ class Pool:
         zeros = torch.zeros(channels, dtype=torch.float64, device=place)
         return cls(0, zeros, zeros.clone())
 
-    def add(self, x: Tensor) -> None:
-        """Join the values of a batch ``(N, C, ...)``."""
+    def add(self, x: Tensor, valid: Tensor | None = None) -> None:
+        """Join the values of a batch ``(N, C, ...)``, of the valid positions ``(N, 1, ...)``."""
         self.calls += 1
         if x.numel() == 0:
             return
         x = as_plain(x.detach()).to(self.mean.device).double()
-        mean, var = backends.moments(x, (x.shape[0],))
-        n = x.numel() // x.shape[1]
-        self._join(n, mean.view(-1), var.view(-1) * n)
+        if valid is None:
+            mean, var = backends.moments(x, (x.shape[0],))
+            n = x.numel() // x.shape[1]
+        else:
+            mean, var, counts = backends.masked_moments(x, (x.shape[0],), valid.to(x.device))
+            n = int(counts)
+        if n:
+            self._join(n, mean.view(-1), var.view(-1) * n)
 
     def _join(self, n: int, mean: Tensor, m2: Tensor) -> None:
         total = self.count + n

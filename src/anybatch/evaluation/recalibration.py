@@ -30,6 +30,7 @@ from anybatch.evaluation.population_moments import (
     raise_together,
 )
 from anybatch.evaluation.restore_model import borrowed, random_numbers
+from anybatch.evaluation.valid_positions import valid_positions
 from anybatch.layers.control import no_update
 from anybatch.layers.virtual_dataset import VirtualDataset
 
@@ -103,7 +104,8 @@ def recalibrate(
 ) -> Recalibration:
     """Replace running statistics by those of the data ("precise BN"), in every layer.
 
-    Of each channel of a layer's input ``x``, over all values of all batches::
+    Of each channel of a layer's input ``x``, over all values of all batches (the valid ones where
+    the layer has a mask, as in a `forward` of your own with `masked`)::
 
         running_mean = mean(x)    running_var = sum((x - mean(x))**2) / (n - 1)
 
@@ -228,7 +230,8 @@ class _Meter:
         self.layers = layers
         self.pools: dict[str, Pool] = {}
         for name, module in layers.items():
-            module.register_forward_pre_hook(self._listener(name), with_kwargs=True)
+            # After the forward: by then hooks that give the layer its mask have run.
+            module.register_forward_hook(self._listener(name), with_kwargs=True)
 
     def measure(
         self, model: nn.Module, batches: Iterator[Any], forward: Forward | None, group: Any
@@ -266,9 +269,9 @@ class _Meter:
         return reached, examples, reused
 
     def _listener(self, name: str) -> Callable[..., None]:
-        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def listen(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["input"]
-            self.pools[name].add(x)
+            self.pools[name].add(x, valid_positions(module, args, kwargs, x))
 
         return listen
 

@@ -28,6 +28,7 @@ from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain, on_plain
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread, histogram
 from anybatch.evaluation.diagnosis.outputs import OutputProbe
+from anybatch.evaluation.valid_positions import valid_positions
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 
@@ -87,12 +88,14 @@ class NormProbe:
                 return None
             recomputed = in_backward()  # by activation checkpointing: seen before
             self.called += not recomputed
-            moments = self._forward(given.detach(), note=not recomputed)
+            mask = valid_positions(module, args, kwargs, given)
+            valid = None if mask is None else mask.reshape(len(mask), 1, -1)
+            moments = self._forward(given.detach(), valid, note=not recomputed)
             goal = source()
             if goal is None:
                 return None
             # A copy: what follows may write into it, as an in-place ReLU does.
-            return on_plain(lambda y: _probed(y, goal, given, moments, self), output)
+            return on_plain(lambda y: _probed(y, goal, given, valid, moments, self), output)
 
         return self.norm.register_forward_hook(hook, with_kwargs=True)
 
@@ -102,27 +105,33 @@ class NormProbe:
         return partition(examples, self.norm.norm_batch_size, self.norm.group_size).sizes
 
     @torch.no_grad()
-    def _forward(self, x: Tensor, note: bool) -> tuple[Tensor, Tensor] | None:
+    def _forward(self, x: Tensor, valid: Tensor | None, note: bool) -> tuple[Tensor, Tensor] | None:
         """Note the statistics of a batch's groups; those of its first group, for backward."""
         rows = _rows(x)
-        mean = rows.mean(2).double()
-        var = rows.var(2, correction=0).double()
+        weights = _weights(rows, valid)
+        mean = (rows * weights).sum(2).double()
+        var = ((rows - mean.to(rows.dtype).unsqueeze(2)).square() * weights).sum(2).double()
         if not self.centered:
             mean, var = torch.zeros_like(mean), var + mean.square()
+        positions = _positions(rows, valid)
         first = None
         sizes = self._sizes(len(rows))
         self.examples = self.examples or sizes[0]
-        for means, variances in zip(mean.split(sizes), var.split(sizes), strict=True):
-            if len(means) != self.examples:
+        tables = zip(mean.split(sizes), var.split(sizes), positions.split(sizes), strict=True)
+        for means, variances, counts in tables:
+            if len(means) != self.examples or not counts.any():
                 self.skipped += note
                 continue
-            whole = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+            share = (counts / counts.sum()).unsqueeze(1)
+            center = (means * share).sum(0)
+            whole = center, ((variances + (means - center).square()) * share).sum(0)
             first = whole if first is None else first
             if not note:
                 continue
             self.batch.append((whole[0].cpu(), whole[1].cpu()))
-            self.positions += rows.shape[2]
-            self.each.append(self._part(means, variances))
+            self.positions += float(counts.mean())
+            some = counts > 0
+            self.each.append(self._part(means[some], variances[some]))
         return first if len(sizes) == 1 else None
 
     def _part(self, *tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +141,9 @@ class NormProbe:
         return first, second
 
     @torch.no_grad()
-    def backward(self, dy: Tensor, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    def backward(
+        self, dy: Tensor, x: Tensor, valid: Tensor | None, mean: Tensor, var: Tensor
+    ) -> None:
         """Note the two backward statistics of a batch (moving-average-bn, equation 5)."""
         weight = self.norm.weight
         slope = _rows(dy).float()
@@ -142,10 +153,19 @@ class NormProbe:
             var + self._eps
         ).to(slope.dtype).view(1, -1, 1)
         product = y * slope
-        each = slope.mean(2).double(), product.mean(2).double()
-        self.back.append((each[0].mean(0).cpu(), each[1].mean(0).cpu()))
-        self.back_each.append(self._part(*each))
-        of_slope, of_product = (t.square().mean((0, 2)).double().cpu() for t in (slope, product))
+        weights, positions = _weights(slope, valid), _positions(slope, valid)
+        share = (positions / positions.sum()).unsqueeze(1)
+
+        def over_examples(t: Tensor) -> Tensor:
+            return (t * weights).sum(2).double()
+
+        each = over_examples(slope), over_examples(product)
+        self.back.append(((each[0] * share).sum(0).cpu(), (each[1] * share).sum(0).cpu()))
+        some = positions > 0
+        self.back_each.append(self._part(each[0][some], each[1][some]))
+        of_slope, of_product = (
+            (over_examples(t.square()) * share).sum(0).cpu() for t in (slope, product)
+        )
         self.squares.append((of_slope, of_product))
 
     # --- the reading of what was noted -----------------------------------------
@@ -268,19 +288,20 @@ class _GradientProbe(torch.autograd.Function):
         output: Tensor,
         goal: Tensor,
         given: Tensor,
+        valid: Tensor | None,
         moments: tuple[Tensor, Tensor] | None,
         probe: NormProbe,
     ) -> Tensor:
-        ctx.save_for_backward(given.detach(), goal)
+        ctx.save_for_backward(given.detach(), goal, valid)
         ctx.moments, ctx.probe = moments, probe
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given, goal = ctx.saved_tensors
+        given, goal, valid = ctx.saved_tensors
         if ctx.moments is not None:
-            ctx.probe.backward(dy.detach(), given, *ctx.moments)
-        return dy, torch.zeros_like(goal), None, None, None
+            ctx.probe.backward(dy.detach(), given, valid, *ctx.moments)
+        return dy, torch.zeros_like(goal), None, None, None, None
 
 
 def second_moment_noise(values: float) -> theory.Noise:
@@ -318,6 +339,20 @@ def _rows(x: Tensor) -> Tensor:
     """``(N, C, L)``, in a type that statistics can be taken in."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+def _positions(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """How many values of a channel count in each example."""
+    if valid is None:
+        return torch.full((len(rows),), rows.shape[2], dtype=torch.float64, device=rows.device)
+    return valid.flatten(1).sum(1).double()
+
+
+def _weights(rows: Tensor, valid: Tensor | None) -> Tensor | float:
+    """What each value of an example weighs in the mean of those that count."""
+    if valid is None:
+        return 1 / rows.shape[2]
+    return valid.to(rows.dtype) / valid.sum(2, keepdim=True).clamp(min=1)
 
 
 def _table(rows: Sequence[tuple[Tensor, Tensor]], cat: bool = False) -> tuple[Tensor, Tensor]:
