@@ -162,3 +162,20 @@ def test_a_plain_state_dict_loads_strictly_and_leaves_the_model(
 def test_no_plain_state_dict_of_layers_that_have_no_plain_equal() -> None:
     with pytest.raises(ValueError, match="example_weight=0.5"):
         anybatch.plain_state_dict(trained("bgn"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["bn", "mabn", "cbn", "brn", "mbn", "ghost"])
+def test_a_network_of_16_bits_is_restored_to_one_that_runs(method: str, dtype: torch.dtype) -> None:
+    """Its layers are of torch, whose norms have one type."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).to(dtype)
+    x = torch.randn(2, 3, 9, 9).to(dtype)
+    net = anybatch.convert(net, method)
+    for _ in range(3):
+        net(x)
+    expected = net.eval()(x)
+    plain = anybatch.to_batchnorm(net)
+    torch.testing.assert_close(plain(x), expected, rtol=0.02, atol=0.02)
+    plain.train()(x)  # as any network of torch
+    assert {t.dtype for t in plain.state_dict().values() if t.is_floating_point()} == {dtype}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import anybatch
 from anybatch.core.autograd import statistics_of
 from anybatch.core.norm_layer import NormLayer
+from anybatch.core.notices import NoEffectWarning
 from method_cases import NAMES as ALL
 from method_cases import SAMPLED, UNPOOLED, VIRTUAL, batch, finite, make, same, state, step, train
+from processes import spawn
 
 NAMES = [name for name in ALL if name not in UNPOOLED]
 POOLED = [name for name in NAMES if name not in ("ghost", "bgn")]
@@ -391,3 +394,71 @@ def test_a_window_that_the_first_batch_decides_on_accumulates(resumed: bool) -> 
     assert net[1].method_state["entries"] == 3
     if other is not None:
         assert same(state(net), state(other))
+
+
+def test_no_layer_joins_micro_batches_whose_statistics_do_not_pool() -> None:
+    """Neither accumulate, nor what it becomes later."""
+    net = anybatch.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "bn")
+    scheduler = anybatch.NormScheduler(net, 3, switch={2: "l1"})
+    anybatch.accumulate(net, 4)
+    with pytest.raises(ValueError, match="do not pool over micro-batches"):
+        anybatch.convert(net, "range")
+    with pytest.raises(ValueError, match="do not pool over micro-batches"):
+        scheduler.step()
+    assert type(net[1]) is anybatch.BatchNorm2d
+
+
+@pytest.mark.parametrize("use", ["recalibrate", "average"])
+def test_statistics_from_elsewhere_outlive_an_unfinished_step(use: str) -> None:
+    """The next micro-batch begins a step; it does not go back to where the old one began."""
+    net = anybatch.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "bn")
+    anybatch.accumulate(net, 8)
+    for _ in range(10):
+        net(torch.randn(2, 3, 6, 6))
+    if use == "recalibrate":
+        anybatch.recalibrate(net, [torch.randn(64, 3, 6, 6) + 5])
+    else:
+        spawn(_average_within_a_step)
+        return
+    mean = net[1].running_mean.clone()
+    net(torch.randn(2, 3, 6, 6) + 5)
+    torch.testing.assert_close(net[1].running_mean, mean, rtol=0.5, atol=0.1)
+
+
+def _average_within_a_step(rank: int) -> None:
+    net = anybatch.BatchNorm1d(2)
+    anybatch.accumulate(net, 8)
+    net(torch.randn(4, 2))
+    net.running_mean.fill_(100.0 * rank)
+    anybatch.average_running_stats(net)
+    net(torch.randn(4, 2))
+    assert float(net.running_mean.min()) > 40
+
+
+def test_an_optimizer_that_never_steps_is_told() -> None:
+    """As one around another, whose own step() is what a loop calls."""
+    net = anybatch.BatchNorm1d(2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    anybatch.accumulate(net, optimizer=optimizer)
+    x = torch.randn(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(999):
+            net(x)
+        optimizer.step()
+        for _ in range(999):
+            net(x)
+    with pytest.warns(NoEffectWarning, match="the optimizer has not made a step"):
+        net(x)
+
+
+def test_a_wrapped_optimizer_is_refused_and_nothing_changed() -> None:
+    class Wrapped(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    net = anybatch.BatchNorm1d(2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="give a torch.optim.Optimizer, such as its .optimizer"):
+        anybatch.accumulate(net, optimizer=Wrapped(optimizer))
+    assert net.step is None

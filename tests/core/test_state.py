@@ -468,3 +468,52 @@ def test_without_running_statistics_inference_takes_the_batch(name: str) -> None
     assert layer.running_mean is None
     assert "track_running_stats=False" in (layer.inference_obstacle() or "")
     assert layer(torch.randn(1, 6, 1, 1)).isfinite().all()
+
+
+def test_a_thawed_layer_is_not_frozen_by_its_checkpoint() -> None:
+    """A run that froze and thawed goes on as it was where the script freezes first."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), make("bn", 4, 2))
+    assert "1.frozen" not in net.state_dict()
+    anybatch.thaw(net)  # of what was not frozen
+    assert "1.frozen" not in net.state_dict()
+    anybatch.thaw(anybatch.freeze(net, affine=True), affine=True)
+    other = anybatch.freeze(copy.deepcopy(net), affine=True)
+    other.load_state_dict(net.state_dict())
+    assert not other[1].frozen
+    assert not other[1].affine_frozen
+    assert other[1].weight.requires_grad
+    anybatch.freeze(net)
+    other = anybatch.freeze(copy.deepcopy(net), affine=True)
+    other.load_state_dict(net.state_dict())
+    assert (other[1].frozen, other[1].affine_frozen) == (True, False)
+    assert "1.frozen" not in anybatch.plain_state_dict(net)
+
+
+@pytest.mark.parametrize("way", ["freeze", "frozen"])
+def test_frozen_parameters_stay_where_an_optimizer_would_move_them_on(way: str) -> None:
+    """By momentum, weight decay, and gradients that were set to 0 and not to None."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    net = net if way == "frozen" else anybatch.convert(net, "bn")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    def descend() -> None:
+        net(torch.randn(4, 3, 6, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    descend()
+    net = anybatch.convert(net, "frozen") if way == "frozen" else anybatch.freeze(net, affine=True)
+    before = [p.detach().clone() for p in net[1].parameters()]
+    for _ in range(3):
+        descend()
+    for parameter, old in zip(net[1].parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+@pytest.mark.parametrize("change", [anybatch.freeze, anybatch.thaw])
+@pytest.mark.parametrize("name", ["statistics", "affine"])
+def test_freezing_takes_true_or_false(change: object, name: str) -> None:
+    net = nn.Sequential(make("bn", 4, 2))
+    with pytest.raises(TypeError, match=f"{name}='no': give True or False"):
+        change(net, **{name: "no"})  # type: ignore[operator]
+    assert not net[0].frozen

@@ -133,6 +133,13 @@ def _place(norm: nn.Module) -> dict[str, Any]:
     return {"device": None, "dtype": None}
 
 
+def constant_(norm: nn.Module) -> None:
+    """Make scale and shift constants: no optimizer moves them by a gradient that they had."""
+    norm.requires_grad_(False)
+    for parameter in norm.parameters(recurse=False):
+        parameter.grad = None
+
+
 def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
     """Let a frozen norm take over a batch norm's statistics, scale and shift as constants."""
     why = norm.inference_obstacle() if isinstance(norm, NormLayer) else None
@@ -142,7 +149,7 @@ def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
     new.affine = norm.affine
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         new._buffers[name] = norm._buffers[name]
-    new.requires_grad_(False)
+    constant_(new)
 
 
 def _keep_tags(norm: nn.Module, new: nn.Module) -> None:
@@ -190,6 +197,10 @@ def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     norm._parameters["weight"], norm._parameters["bias"] = layer.weight, layer.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         norm._buffers[name] = layer._buffers[name]
+    if layer.weight is not None and layer.weight.dtype in (torch.float16, torch.bfloat16):
+        for name in ("running_mean", "running_var"):  # torch's layer has one type
+            value = norm._buffers[name]
+            norm._buffers[name] = None if value is None else value.to(layer.weight.dtype)
     frozen = isinstance(layer, FrozenBatchNorm) or layer.frozen
     norm.training = layer.training and not frozen
     move_hooks(layer, norm)

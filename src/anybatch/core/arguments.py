@@ -87,6 +87,12 @@ def check_between(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name}={value!r}: give a number from {low} to {high}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={shown(value)}: give True or False")
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in (known := tuple(choices)):

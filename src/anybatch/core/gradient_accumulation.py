@@ -23,6 +23,7 @@ from anybatch.backends import is_finite, is_traced
 from anybatch.backends.protocol import BackwardMemory
 from anybatch.core.notices import NoEffectWarning
 
+_ENDLESS = 1000  # forwards without a step of the optimizer, more than anybody accumulates
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
 
@@ -80,6 +81,7 @@ class StepMemory:
     """
 
     is_copy = False
+    forwards = 0  # since the optimizer ended a step, as far as the host knows
 
     def __init__(self, layer: StatefulLayer, steps: int | None, counts: bool = True) -> None:
         self.steps = steps
@@ -97,7 +99,19 @@ class StepMemory:
         """A copy is none that the optimizer tells of its steps."""
         return {**self.__dict__, "is_copy": not self.counts}
 
-    def _warn_of_copy(self) -> None:
+    def _expect_optimizer(self) -> None:
+        """Warn where nothing seems to end a step."""
+        self.forwards += 1
+        if self.forwards == _ENDLESS and not self.is_copy:
+            warnings.warn(
+                f"accumulate: {_ENDLESS} forwards, and the optimizer has not made a step, so all "
+                "of them are one. Give accumulate the optimizer whose step() is called (of a "
+                "wrapper the one inside, or the other way round), or the forwards in a step",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        if not self.is_copy:
+            return
         self.is_copy = False
         warnings.warn(
             "accumulate: the layers are copies of those of a network whose optimizer tells them of "
@@ -111,6 +125,7 @@ class StepMemory:
         """The next forward is the first of an optimizer step."""
         for way in ("", BACKWARD):
             self.tensors[way + "micro_batches"].zero_()
+        self.forwards = 0
 
     def apply(self, lift: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors with their layer."""
@@ -158,8 +173,8 @@ class StepMemory:
         Returns:
             What to give to `leave`.
         """
-        if self.is_copy and update and not is_traced():
-            self._warn_of_copy()
+        if not self.counts and update and not way and not is_traced():
+            self._expect_optimizer()
         aside: dict[str, Tensor] = {}
         if update and self.tensors["count"].is_cpu and not is_traced():
             state = dict(_state(layer, way))

@@ -33,15 +33,18 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
+        tells_frozen: Whether a checkpoint says so where they are not: of a layer that was thawed.
         tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
     method_state: dict[str, Tensor]
     per_step_state: ClassVar[tuple[str, ...]] = ()
     set_state: ClassVar[tuple[str, ...]] = ()
+    pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
+    tells_frozen: bool = False
     tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
@@ -159,7 +162,7 @@ class NormState(_NormBase):
         if self.step is not None:
             for name, tensor in self.step.tensors.items():
                 destination[f"{prefix}{STEP}{name}"] = tensor if keep_vars else tensor.detach()
-        if self.frozen or self.affine_frozen:
+        if self.frozen or self.affine_frozen or self.tells_frozen:
             flags = torch.tensor([self.frozen, self.affine_frozen], device="cpu")
             destination[prefix + "frozen"] = flags
 
@@ -224,8 +227,9 @@ class NormState(_NormBase):
             self._leave_meta()
         if frozen is not None:
             self.frozen, affine = (bool(flag) for flag in frozen)
-            if affine:
-                self.freeze_affine(True)
+            self.tells_frozen = True
+            if affine != self.affine_frozen:
+                self.freeze_affine(affine)
         if own.pop(_OUTLIERS, ...) is None:  # of a layer without a limit: none so far
             self.method_state[_OUTLIERS].zero_()
         lacking = [name for name, value in own.items() if value is None]
@@ -268,6 +272,8 @@ class NormState(_NormBase):
         self.affine_frozen = frozen
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(not frozen)
+            if frozen:  # by which an optimizer would move it on
+                parameter.grad = None
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_last": None, "_recent": RecomputeCache(), "_plans": None}
@@ -281,6 +287,14 @@ class NormState(_NormBase):
     def _number(self) -> float:
         """Momentum for the compiled kernels: -1 averages over all batches."""
         return -1.0 if self.momentum is None else float(self.momentum)
+
+    def check_pools(self) -> None:
+        """Raise ValueError if statistics of micro-batches are not those of all."""
+        if not self.pools:
+            raise ValueError(
+                f"{type(self).__name__} has statistics that do not pool over micro-batches; "
+                "convert it to another method, or do not accumulate"
+            )
 
     def accumulate(self, steps: int | None, counts: bool = True) -> None:
         """Count optimizer steps of several forwards; see `anybatch.accumulate`.
@@ -311,6 +325,8 @@ class NormState(_NormBase):
         """
         if not isinstance(norm, _NormBase) or norm.num_features != self.num_features:
             raise ValueError(f"norm={norm!r}: give a batch norm of {self.num_features} channels")
+        if isinstance(norm, NormState) and norm.step is not None:
+            self.check_pools()
         self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(norm, name)
@@ -324,6 +340,7 @@ class NormState(_NormBase):
         self.reset_memory()
         if isinstance(norm, NormState):
             self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
+            self.tells_frozen = norm.tells_frozen
             if norm.step is not None:
                 self.accumulate(norm.step.steps, norm.step.counts)
         for name, value in norm.__dict__.items():

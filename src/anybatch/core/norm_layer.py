@@ -75,7 +75,6 @@ class NormLayer(MemoriesLayer):
     """
 
     dims: ClassVar[int] = 0
-    pools: ClassVar[bool] = True  # statistics of micro-batches make those of all
 
     def __init__(
         self,

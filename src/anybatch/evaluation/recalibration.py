@@ -336,6 +336,8 @@ def _stored(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 def _store(module: nn.Module, statistics: tuple[Tensor | None, Tensor]) -> None:
     """Put statistics into a layer, into all its memories."""
     mean, var = statistics
+    if isinstance(module, NormLayer) and module.step is not None:
+        module.step.begin()  # else its next micro-batch goes back to where the step began
     for other in module.further_memories if isinstance(module, NormLayer) else ():
         _store(other, statistics)
     with torch.no_grad():

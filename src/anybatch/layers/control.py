@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from anybatch.core.arguments import check_count, check_module, shown
+from anybatch.core.arguments import check_count, check_flag, check_module, shown
 from anybatch.core.masks import shared_mask
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
@@ -63,6 +63,7 @@ def freeze(
         >>> anybatch.freeze(net).train()[0].frozen
         True
     """
+    _check_flags(statistics, affine)
     for layer in select(model, where):
         layer.frozen = layer.frozen or statistics
         if affine:
@@ -93,11 +94,18 @@ def thaw(
         >>> anybatch.thaw(net)[0].frozen
         False
     """
+    _check_flags(statistics, affine)
     for layer in select(model, where):
+        layer.tells_frozen = layer.tells_frozen or layer.frozen or layer.affine_frozen
         layer.frozen = layer.frozen and not statistics
         if affine:
             layer.freeze_affine(False)
     return model
+
+
+def _check_flags(statistics: Any, affine: Any) -> None:
+    check_flag("statistics", statistics)
+    check_flag("affine", affine)
 
 
 @contextmanager
@@ -106,8 +114,9 @@ def no_update() -> Iterator[None]:
 
     Normalization itself is that of training: the batch's statistics count, but
     are not remembered. For a second forward of one step: gradient penalties,
-    adversarial examples, sharpness-aware minimization, extra losses. The
-    setting belongs to the thread that enters.
+    adversarial examples, sharpness-aware minimization, extra losses. Layers of this
+    library obey it; torch's batch norms know nothing of it. The setting belongs to
+    the thread that enters.
 
     Example:
         >>> import torch, anybatch
@@ -295,8 +304,9 @@ def accumulate(
         model: A network with anybatch layers.
         steps: Forwards in training that make one optimizer step; 1 undoes it. None where the
             optimizer alone tells.
-        optimizer: Its ``step()`` ends a step, however many forwards that had: for a shorter last
-            one, and for layers that are called several times in a forward.
+        optimizer: Its ``step()`` alone ends a step, however many forwards that had: for a shorter
+            last one, and for layers that are called several times in a forward. Of an optimizer
+            around another (as for sharpness-aware minimization) the one whose ``step()`` is called.
 
     Returns:
         An `Accumulation`, to end a step by hand (``end_step()``) or to undo all (``remove()``).
@@ -320,8 +330,10 @@ def accumulate(
         check_count("steps", steps)
     elif optimizer is None:
         raise ValueError("steps=None: give the forwards in an optimizer step, or the optimizer")
-    if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
-        raise TypeError(f"optimizer={shown(optimizer)}: give a torch.optim.Optimizer")
+    if optimizer is not None and not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        inside = getattr(optimizer, "optimizer", None)
+        hint = ", such as its .optimizer" if isinstance(inside, Optimizer) else ""
+        raise TypeError(f"optimizer={shown(optimizer)}: give a torch.optim.Optimizer{hint}")
     if steps == 1:
         for layer in select(model, None):
             layer.accumulate(1)
@@ -356,12 +368,13 @@ def join_forwards(
 def check_joinable(model: nn.Module) -> None:
     """Raise ValueError, with a layer's name, if a layer cannot join forwards to one step."""
     for name, layer in model.named_modules():
-        if isinstance(layer, NormLayer) and not layer.pools:
-            raise ValueError(
-                f"{name}: {type(layer).__name__} has statistics that do not pool over "
-                "micro-batches; convert it to another method, or do not accumulate"
-            )
-        if isinstance(layer, NormLayer) and layer.norm_batch_size is not None:
+        if not isinstance(layer, NormLayer):
+            continue
+        try:
+            layer.check_pools()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if layer.norm_batch_size is not None:
             raise ValueError(
                 f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch where accumulate "
                 "joins batches; set it to None"
