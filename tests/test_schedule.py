@@ -2,14 +2,17 @@
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import anybatch
 from anybatch import NormScheduler
+from processes import spawn
 
 
 def network() -> nn.Module:
@@ -118,3 +121,58 @@ def test_epochs_are_whole_numbers(total: Any) -> None:
 def test_a_model_that_is_itself_a_norm_cannot_be_switched() -> None:
     with pytest.raises(ValueError, match=r"put it into a torch.nn.Sequential"):
         NormScheduler(anybatch.BatchNorm1d(3), 4, switch={2: "brn"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"last_epoch": 7}, ValueError, "last_epoch=7: training has total_epochs=3"),
+        ({"switch": {2: "vdn"}}, ValueError, "'vdn' wraps the network"),
+        ({"switch": [2]}, TypeError, "give epochs and methods"),
+    ],
+)
+def test_schedules_that_cannot_be_kept_are_refused_at_once(
+    arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    net = nn.Sequential(anybatch.BatchNorm1d(3))
+    with pytest.raises(error, match=words):
+        NormScheduler(net, 3, **arguments)
+
+
+def test_a_state_is_a_mapping() -> None:
+    scheduler = NormScheduler(nn.Sequential(anybatch.BatchNorm1d(3)), 3)
+    with pytest.raises(TypeError, match="state=5: give a state_dict"):
+        scheduler.load_state_dict(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="last_epoch=4"):
+        scheduler.load_state_dict({"last_epoch": 4, "total_epochs": 3, "switch": {}})
+
+
+def test_a_wrapped_network_is_refused_before_the_epoch_that_switches() -> None:
+    net = nn.Sequential(anybatch.BatchNorm1d(3))
+    wrapped = nn.DataParallel(net)
+    NormScheduler(wrapped, 3)
+    with pytest.raises(ValueError, match="wrapped in DataParallel"):
+        NormScheduler(wrapped, 3, switch={2: "bn"})
+
+
+def _switch_on_replicas(rank: int, averaged: bool) -> None:
+    torch.manual_seed(0)
+    net = anybatch.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "bn")
+    scheduler = NormScheduler(net, 2, switch={2: "mabn"})
+    for _ in range(5):
+        net(torch.randn(2, 3, 6, 6) + rank)
+    if averaged:
+        anybatch.average_running_stats(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler.step()
+    assert any("average_running_stats(model) before" in str(one.message) for one in caught)
+    shift = net[1].bias.detach()
+    shifts = [torch.empty_like(shift) for _ in range(2)]
+    dist.all_gather(shifts, shift)
+    assert torch.equal(*shifts) == averaged
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_replicas_that_switch_are_told_of_their_own_running_means(averaged: bool) -> None:
+    spawn(_switch_on_replicas, averaged)

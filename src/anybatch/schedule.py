@@ -6,14 +6,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from anybatch.conversion.convert import convert
-from anybatch.conversion.norm_types import is_batch_norm
+from anybatch.conversion.norm_types import check_bare, is_batch_norm
 from anybatch.conversion.relu_fusion.fused_block import fusions
-from anybatch.core.arguments import check_count, check_module
+from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import NoEffectWarning
+from anybatch.layers.moving_average_batch_norm import MovingAverageBatchNorm1d
 from anybatch.registry import get_method
 
 
@@ -32,7 +34,10 @@ class NormScheduler:
         model: the network, converted or about to be.
         total_epochs: how many epochs training will have, from 1.
         switch: epoch -> method from that epoch on, as `convert` takes it; `{8: "bn"}` trains
-            epochs 1 to 7 as the model is and the rest with batch norm. Epochs count from 1.
+            epochs 1 to 7 as the model is and the rest with batch norm. Epochs count from 1. With
+            DistributedDataParallel, give the scheduler the bare model; before a switch to "mabn"
+            call `average_running_stats`, as it moves running means into shifts, and for one to
+            "frozen" wrap with ``find_unused_parameters=True``.
         last_epoch: how many epochs are done already (default 0).
 
     Attributes:
@@ -63,9 +68,12 @@ class NormScheduler:
         check_module("model", model)
         check_count("total_epochs", total_epochs)
         check_count("last_epoch", last_epoch, 0)
+        _check_done(last_epoch, total_epochs)
         self.model = model
         self.total_epochs = total_epochs
         self.switch = _checked_switch(switch, total_epochs)
+        if self.switch:
+            check_bare(model)
         norms = [module for module in model.modules() if is_batch_norm(module)]
         # A network converted to group norms ("gn", "ln", "in") needs no schedule.
         grouped = not norms and any(isinstance(m, nn.GroupNorm) for m in model.modules())
@@ -138,12 +146,15 @@ class NormScheduler:
             >>> scheduler.epoch
             4
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state={shown(state)}: give a state_dict()")
         missing = {"last_epoch", "total_epochs", "switch"} - set(state)
         if missing:
             raise ValueError(f"state lacks {', '.join(sorted(missing))}: give a state_dict()")
         last_epoch, total_epochs = state["last_epoch"], state["total_epochs"]
         check_count("total_epochs", total_epochs)
         check_count("last_epoch", last_epoch, 0)
+        _check_done(last_epoch, total_epochs)
         switch = _checked_switch(state["switch"], total_epochs)
         if self._switched > min(last_epoch + 1, total_epochs):
             raise ValueError(
@@ -156,11 +167,25 @@ class NormScheduler:
             warnings.simplefilter("ignore", NoEffectWarning)
             self._apply()
 
+    def _warn_of_replicas(self, epoch: int) -> None:
+        """Warn where each process would move its own running means into the shared shifts."""
+        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        if alone or self.last_epoch == 0 or not _folds_means(self.switch[epoch]):
+            return
+        warnings.warn(
+            f"switch at epoch {epoch}: {self.switch[epoch]!r} has no running mean, moves it into "
+            "the shift, and each of several processes has its own: call "
+            "anybatch.average_running_stats(model) before the step() that switches, or the "
+            "replicas' parameters differ from then on",
+            stacklevel=4,
+        )
+
     def _apply(self) -> None:
         """Make the switches that are due, then tell every layer the epoch."""
         for epoch in sorted(self.switch):
             if self._switched < epoch <= self.epoch:
                 # A resumed model is fresh where the first run's was trained: never centralize.
+                self._warn_of_replicas(epoch)
                 fuse = any(fusions(self.model))
                 convert(self.model, self.switch[epoch], centralize=False, fuse=fuse)
                 self._switched = epoch
@@ -169,9 +194,25 @@ class NormScheduler:
                 module.set_progress(self.epoch, self.total_epochs)
 
 
+def _folds_means(method: str) -> bool:
+    """Whether a method's layers move running means into shifts."""
+    found = get_method(method)
+    return found.class_name == MovingAverageBatchNorm1d.__name__.removesuffix("1d")
+
+
+def _check_done(last_epoch: int, total_epochs: int) -> None:
+    if last_epoch > total_epochs:
+        raise ValueError(
+            f"last_epoch={last_epoch}: training has total_epochs={total_epochs}; give how many of "
+            "them are done"
+        )
+
+
 def _checked_switch(switch: Mapping[int, str] | None, total_epochs: int) -> dict[int, str]:
     """Check epochs and method names; json turns whole numbers into text, so that is taken too."""
     checked = {}
+    if switch is not None and not isinstance(switch, Mapping):
+        raise TypeError(f"switch={shown(switch)}: give epochs and methods, as in {{8: 'bn'}}")
     for epoch, method in (switch or {}).items():
         number = int(epoch) if isinstance(epoch, str) and epoch.isdigit() else epoch
         check_count("switch's epochs", number)
@@ -180,6 +221,10 @@ def _checked_switch(switch: Mapping[int, str] | None, total_epochs: int) -> dict
                 f"switch at epoch {number} never happens: total_epochs={total_epochs}; give "
                 f"epochs from 1 to {total_epochs}"
             )
-        get_method(method)
+        if get_method(method).wraps:
+            raise ValueError(
+                f"switch={switch!r}: {method!r} wraps the network, which cannot be done in place; "
+                "train with it from the start, or not"
+            )
         checked[number] = method
     return checked
