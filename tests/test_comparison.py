@@ -180,3 +180,27 @@ def test_rows_are_named_as_they_are_typed() -> None:
     run = Run()
     names = [row_name(Line(row, run, (1.0,), 1.0, 0.0, None)) for row in ("target", "in", "mabn")]
     assert names == ["batch norm (target)", "in", "mabn"]
+
+
+class InADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.body(x)}
+
+
+def test_outputs_in_a_dict_reach_ones_own_loss_and_score() -> None:
+    data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
+    found = anybatch.compare(
+        InADict,
+        data,
+        data,
+        ["bn"],
+        epochs=1,
+        seeds=1,
+        loss=lambda o, t: nn.functional.cross_entropy(o["logits"], t),
+        score=lambda o, t: (o["logits"].argmax(1) == t).float().mean(),
+    )
+    assert all(0 <= line.mean <= 1 for line in found.lines)

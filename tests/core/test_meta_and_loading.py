@@ -211,3 +211,20 @@ def test_an_untrained_checkpoint_leaves_the_weights_centred() -> None:
     net = anybatch.convert(_network(), "mabn")
     net.load_state_dict(_network().state_dict())
     assert is_centralized(net[0])
+
+
+def test_a_cross_iteration_norm_trains_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    net = anybatch.convert(net, "cbn", batch_size=2)
+    for _ in range(3):
+        net(torch.randn(2, 3, 9, 9, device="meta")).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["recalibrate", "diagnose", "eval_norm", "tune_example_weight"])
+def test_what_reads_values_refuses_a_network_without_any(way: str) -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    more = (2,) if way == "eval_norm" else ()
+    with pytest.raises(ValueError, match="it has tensors on the meta device"):
+        getattr(anybatch, way)(net, [(torch.randn(4, 4), torch.arange(4) % 3)] * 3, *more)

@@ -14,6 +14,7 @@ from anybatch.evaluation.batches import (
     examples_in,
     logits_of,
     reading,
+    recut,
     run,
     target_of,
     to_device,
@@ -209,3 +210,22 @@ def test_a_borrowed_network_comes_back_as_it_was(fails: bool) -> None:
     assert not hasattr(model[2], "extra")
     kept.remove()
     assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("size", [2, 5, 6])
+def test_what_examples_have_beside_tensors_is_cut_and_joined_with_them(size: int) -> None:
+    """Names as the default collation gives them; a height and a width stay as they are."""
+    number, batches = 0, []
+    for count in (4, 4, 4, 3, 2):
+        numbers = list(range(number, number + count))
+        number += count
+        names = [f"{one}.png" for one in numbers]
+        x = torch.tensor(numbers).float().view(-1, 1)
+        batches.append({"x": x, "name": names, "more": (names, x), "size": (3, 4)})
+    found = list(recut(batches, size))
+    assert [len(batch["x"]) for batch in found] == [size] * (17 // size)
+    for batch in found:
+        names = [f"{int(one)}.png" for one in batch["x"]]
+        assert batch["name"] == names
+        assert batch["more"][0] == names
+        assert batch["size"] == (3, 4)

@@ -665,3 +665,33 @@ def test_a_diagnosis_leaves_all_memories_alone(ran: bool) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+class TwoFaced(nn.Module):
+    """Losses in training and predictions in evaluation, as torchvision's detectors give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.body(x)
+        return {"loss": y.square().mean()} if self.training else [y]
+
+
+def test_a_loss_that_training_alone_gives() -> None:
+    model, batches = TwoFaced(), [(torch.randn(2, 3, 8, 8),) for _ in range(3)]
+    model(*batches[0])  # it is not fresh
+    found = diagnose(model, batches, forward=lambda m, b: m(*b), loss=lambda o, b: o["loss"])
+    assert found.train_loss is not None
+    assert found.eval_loss is None
+    assert any("cannot be taken of what the model gives in evaluation" in n for n in found.notes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_are_not_finite_are_named(value: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(6)]
+    batches[3][0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="the input of 1 is not finite on these data"):
+        diagnose(model, batches)

@@ -224,3 +224,16 @@ def test_a_failure_leaves_the_network_as_it_was() -> None:
         tune_example_weight(model, broken())
     assert model[1].example_weight == 0.25
     assert model.training
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_batch_of_one_example_of_one_value(count: int) -> None:
+    """At weight 1 a norm is one of single values, whose output is its shift."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    model(torch.randn(8, 4))
+    data = [(torch.randn(n, 4), torch.arange(n)) for n in (2, count)]
+    result = tune_example_weight(model, data)
+    assert len(result.values) == len(CANDIDATES)
+    model = anybatch.set_example_weight(model, 1.0).eval()
+    shift = model[1].bias.expand(1, 16)
+    torch.testing.assert_close(model[1](torch.randn(1, 16)), shift, rtol=0, atol=1e-3)

@@ -103,10 +103,10 @@ def recut(loader: Iterable[Any], size: int | None) -> Iterator[Any]:
         waiting.append(batch)
         have += _countable(batch)
         while have >= size:
-            whole, short = _join(waiting), False
-            yield _part(whole, 0, size)
+            whole, short = _join(waiting, [_countable(one) for one in waiting]), False
+            yield _part(whole, 0, size, have)
+            waiting = [_part(whole, size, have, have)] if have > size else []
             have -= size
-            waiting = [_part(whole, size, size + have)] if have else []
     if have and short:
         raise ValueError(
             f"batch_size={size}: the loader has {have} examples; give a number up to that, or a "
@@ -247,21 +247,42 @@ def _countable(batch: Any) -> int:
     return found
 
 
-def _join(batches: list[Any]) -> Any:
+def _join(batches: list[Any], counts: list[int]) -> Any:
+    """Batches of so many examples as one."""
     first = batches[0]
     if len(batches) == 1:
         return first
     if isinstance(first, Tensor):
         return torch.cat(batches)
+    if all(_lists_examples(*pair) for pair in zip(batches, counts, strict=True)):
+        return _alike(first, [one for batch in batches for one in batch])
     if isinstance(first, Mapping):
-        return {key: _join([batch[key] for batch in batches]) for key in first}
+        return {key: _join([batch[key] for batch in batches], counts) for key in first}
     if isinstance(first, (tuple, list)):
-        return _alike(first, [_join(list(parts)) for parts in zip(*batches, strict=True)])
+        return _alike(first, [_join(list(parts), counts) for parts in zip(*batches, strict=True)])
     return first
 
 
-def _part(batch: Any, start: int, stop: int) -> Any:
-    return _mapped(batch, lambda value: value[start:stop] if isinstance(value, Tensor) else value)
+def _lists_examples(value: Any, examples: int) -> bool:
+    """Whether a list has something else than tensors of each example, such as its name."""
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
+        return False
+    numbers = any(isinstance(one, (int, float)) for one in value)  # such as a height and a width
+    return len(value) == examples and not numbers and next(tensors_in(value), None) is None
+
+
+def _part(batch: Any, start: int, stop: int, examples: int) -> Any:
+    """Some examples of a batch of so many."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    if _lists_examples(batch, examples):
+        return batch[start:stop]
+    if isinstance(batch, Mapping):
+        made = {name: _part(value, start, stop, examples) for name, value in batch.items()}
+        return made if type(batch) is dict else _like(batch, made)
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
+        return _alike(batch, [_part(value, start, stop, examples) for value in batch])
+    return batch
 
 
 def _mapped(batch: Any, function: Callable[[Any], Any]) -> Any:

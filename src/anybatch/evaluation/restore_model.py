@@ -41,6 +41,10 @@ def borrowed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Modu
         0
     """
     inner, _ = unwrapped(model)
+    if any(tensor.is_meta for tensor in (*inner.parameters(), *inner.buffers())):
+        raise ValueError(
+            "model: it has tensors on the meta device, which have no values; load it first"
+        )
     memory = [
         (tensor, tensor.clone())
         for module in inner.modules()

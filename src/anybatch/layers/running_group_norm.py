@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -80,7 +81,11 @@ class RunningGroupNorm(BatchGroupNorm):
     def _infer(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.example_weight == 1.0 and mask is None:
             weight, bias = self.weight, self.bias
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            if x.numel() == 0:
+                return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            # Not torch.nn.functional's, which refuses an example of one value a group.
+            cudnn = torch.backends.cudnn.enabled
+            return torch.group_norm(x, self.num_groups, weight, bias, self.eps, cudnn)
         return super()._infer(x, mask)
 
     def inference_obstacle(self) -> str | None:

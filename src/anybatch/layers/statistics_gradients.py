@@ -4,6 +4,7 @@ As cross-iteration-bn has them (appendix B): of the mean the average input patch
 twice the covariance of output and patch; in the second order the patches' covariance too.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class StatisticsGradients(NamedTuple):
         """Gradients of a batch's own mean and variance with respect to the weights (appendix B)."""
         geometry, dtype = feed.geometry, mean.dtype
         x, y = feed.x.to(dtype), y.to(dtype)
-        with torch.autocast(y.device.type, enabled=False):
+        plain = nullcontext() if y.is_meta else torch.autocast(y.device.type, enabled=False)
+        with plain:
             sample = self.sample
             few = sample is not None and sample < y.numel() // y.shape[1]
             if not few and self.order == 1:

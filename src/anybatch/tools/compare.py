@@ -119,7 +119,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     """
     groups = comparison.groups()
     accuracies = {
-        row: tuple(_number(results[run.key]["accuracy"]) for run in runs)
+        row: tuple(as_number(results[run.key]["accuracy"]) for run in runs)
         for row, runs in groups.items()
     }
     means = {row: statistics.fmean(values) for row, values in accuracies.items()}
@@ -143,7 +143,7 @@ def table(comparison: Comparison, results: dict[str, Row]) -> list[Line]:
     return lines[:2] + sorted(lines[2:], key=lambda line: -line.mean)
 
 
-def _number(stored: float | None) -> float:
+def as_number(stored: float | None) -> float:
     """A number as results keep it, where nan is None."""
     return math.nan if stored is None else float(stored)
 

@@ -4,7 +4,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from anybatch.evaluation.figures import COLOURS, DASHES, MARKERS, blank
-from anybatch.tools.compare import Comparison, Line
+from anybatch.tools.compare import Comparison, Line, as_number
 from anybatch.tools.timing import StepTime
 from anybatch.tools.training import Row
 
@@ -23,7 +23,7 @@ def curves(
     for index, line in enumerate(lines):
         runs = [results[run.key]["epochs"] for run in groups[line.row]]
         epochs = [row["epoch"] for row in runs[0]]
-        points = [[100 * run[k]["accuracy"] for run in runs] for k in range(len(epochs))]
+        points = [[100 * as_number(run[k]["accuracy"]) for run in runs] for k in range(len(epochs))]
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(
             epochs,

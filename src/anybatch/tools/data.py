@@ -376,9 +376,15 @@ def _arrays(file: Path, names: tuple[str, ...]) -> list[NDArray[np.generic]]:
         raise ValueError(f"root={str(file)!r}: there is no such file; give one with {names}")
     try:
         with np.load(file, allow_pickle=False) as arrays:
+            there = set(arrays.files)
+            if not there >= set(names):
+                raise ValueError(
+                    f"it needs the arrays {', '.join(names)}, and has "
+                    f"{', '.join(sorted(there)) or 'none'}"
+                )
             return [arrays[name] for name in names]
-    except KeyError as error:
-        raise ValueError(f"{file}: it has no array {error}; it needs {', '.join(names)}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     except Exception as error:  # numpy and zipfile raise many kinds for a broken file
         raise ValueError(f"{file}: cannot be read ({error})") from error
 

@@ -47,7 +47,8 @@ def diagnose_run(
         show("training", epoch, epochs)
 
     def through(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return forward(run, model, batch[0])
+        y: Tensor = forward(run, model, batch[0])
+        return y
 
     own = data.loss if isinstance(data, OwnData) else None
     return diagnose(

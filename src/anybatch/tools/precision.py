@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.nested import mapped
 from anybatch.tools.run import Run
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,8 +22,12 @@ def autocast(
     return torch.autocast(kind, _AUTOCAST[precision], cache_enabled=cache_enabled)
 
 
-def forward(run: Run, model: nn.Module, x: Tensor) -> Tensor:
-    """Return the network's output as float32, computed in the run's precision."""
+def forward(run: Run, model: nn.Module, x: Tensor) -> Any:
+    """Return the network's output in float32, computed in the run's precision."""
     with autocast(run.precision, run.device):
-        y: Tensor = model(x)
-    return y.float()
+        y = model(x)
+    return mapped(_single, y)
+
+
+def _single(y: Tensor) -> Tensor:
+    return y.float() if y.is_floating_point() else y

@@ -146,6 +146,11 @@ def diagnose(
     alone = tuple(probe.of_examples() for probe in others)
     if layers and taken.losses == [] and not taken.has_loss:
         notes.append("No targets and no loss: g and Psi are not measured. Give loss=.")
+    if taken.no_eval_loss is not None:
+        notes.append(
+            "loss cannot be taken of what the model gives in evaluation mode "
+            f"({taken.no_eval_loss}): there is no loss in evaluation."
+        )
     size = batch_size or (used[0].examples if used else taken.size)
     if taken.done < _ROUGH_BELOW:
         notes.append(f"Only {taken.done} batches were seen: the noise is known roughly.")
@@ -173,6 +178,7 @@ class _Measurement:
         self.losses: list[tuple[float, float | None]] = []
         self.has_loss = False
         self.goal: Tensor | None = None
+        self.no_eval_loss: str | None = None  # why
 
     def measure(self, batches: Iterable[Any]) -> None:
         for probe in self.probes:  # running statistics stay as they are
@@ -214,7 +220,12 @@ class _Measurement:
         self.goal = None
         with kept_modes(self.model), torch.no_grad():
             self.model.eval()
-            loss = self._loss(run(self.model, batch, self.forward), batch)
+            output = run(self.model, batch, self.forward)
+            try:
+                loss = self._loss(output, batch)
+            except Exception as error:  # a loss of one's own, of what only training gives
+                self.no_eval_loss = f"{type(error).__name__}: {error}".splitlines()[0]
+                return None
         return None if loss is None else float(loss)
 
     def _loss(self, output: Any, batch: Any) -> Tensor | None:

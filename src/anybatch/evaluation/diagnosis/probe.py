@@ -181,6 +181,11 @@ class NormProbe:
         if len(self.batch) < 2:
             raise ValueError(f"{self.name}: {len(self.batch)} batch seen; noise takes two or more")
         means, variances = _table(self.batch)
+        if not bool(means.isfinite().all() and variances.isfinite().all()):
+            raise ValueError(
+                f"model: the input of {self.name or 'it'} is not finite on these data; look for "
+                "infinite inputs or weights before it"
+            )
         mean, each_mean, each_var = means.mean(0), *_table(self.each, cat=True)
         var = variances.mean(0) + means.var(0, correction=0)
         alive = (var > 0) & torch.isfinite(var) & torch.isfinite(mean)
