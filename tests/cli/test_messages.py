@@ -1,5 +1,8 @@
 """The command line's help and errors say what would work, and nothing that does not."""
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -49,3 +52,13 @@ def test_the_command_line_takes_method_names_in_any_case() -> None:
     result = run("compare", "--methods", "MABN", "--option", "mabn.window=0")
     assert result.exit_code == 2
     assert "window=0" in result.output
+
+
+@pytest.mark.exhaustive
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m anybatch methods gn --json | head -c 20"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""

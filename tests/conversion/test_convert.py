@@ -630,3 +630,12 @@ def test_a_converted_network_trains_at_any_batch_size(method: str, batch: int) -
     loss.backward()
     assert math.isfinite(loss.item())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "unused"), [({"g*": "mabn", "*": "bn"}, "g\\*"), ({"*": "bn", "h*": "gn"}, "h\\*")]
+)
+def test_a_pattern_that_chooses_nothing_is_told(patterns: dict[str, str], unused: str) -> None:
+    net = nn.ModuleDict({"head": nn.BatchNorm1d(4), "body": nn.BatchNorm1d(4)})
+    with pytest.warns(NoEffectWarning, match=f"patterns that choose nothing: {unused};"):
+        convert(net, patterns)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch import GammaDecay, MomentumBatchNorm2d, convert, decay_plan, freeze, param_groups
+from anybatch.core.notices import NoEffectWarning
 from conversion.networks import NETWORKS, Inception, convnet, vgg
 
 # --- where decay acts: by hand ---------------------------------------------------
@@ -457,3 +458,10 @@ def plain_groups() -> list[dict[str, Any]]:
 def test_an_optimizer_of_someone_else_needs_a_word() -> None:
     optimizer = Lion(param_groups(vgg(), 0.1, gamma_target=1.0), 0.1)
     assert GammaDecay(optimizer, decoupled=True).decoupled
+
+
+@pytest.mark.parametrize("given", [{"norm_decay": False}, {"weight_decay": 0.0}])
+def test_a_target_of_scales_without_decay_is_told(given: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.warns(NoEffectWarning, match="gamma_target=1.0: no scale of a norm has a weight"):
+        param_groups(net, **{"weight_decay": 0.1, "gamma_target": 1.0, **given})

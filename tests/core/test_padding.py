@@ -426,3 +426,26 @@ def test_what_a_forward_lacks_is_named() -> None:
         pytest.raises(ValueError, match="up to 9: the input has 8"),
     ):
         model(torch.randn(2, 3, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_positions_in_rows_behind_a_stride_take_its_lengths(zero: bool) -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(8, 6, 3, stride=2, padding=1), nn.BatchNorm1d(6)
+            self.linear, self.last = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows: Tensor = self.linear(self.norm(self.conv(x)).transpose(1, 2)).flatten(0, 1)
+            return self.last(rows)
+
+    torch.manual_seed(0)
+    net = anybatch.convert(Strided(), "bn")
+    lengths, seen = torch.tensor([17, 9, 4, 2]), []
+    net.last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with anybatch.masked(net, lengths=lengths, zero=zero):
+        net(torch.randn(4, 8, 17))
+    valid = torch.arange(9) < torch.tensor([9, 5, 2, 1]).unsqueeze(1)
+    rows = seen[0][valid.flatten()]
+    torch.testing.assert_close(net.last.running_mean, 0.1 * rows.mean(0))

@@ -1,5 +1,6 @@
 """Output, errors and interruption of the commands."""
 
+import os
 import shlex
 import signal
 import sys
@@ -62,6 +63,9 @@ def plain_errors(program: str = "anybatch", keeps: bool = False) -> Callable[[_C
                 if isinstance(error, ValueError | TypeError):
                     errors.print(f"[bold red]error[/]  {escape(str(error))}", soft_wrap=True)
                     raise typer.Exit(2) from error
+                if isinstance(error, BrokenPipeError):  # whoever reads has read enough
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    raise typer.Exit(0) from error
                 if isinstance(error, OSError):  # a full disk, or a folder that was removed
                     why = f"[bold red]error[/]  {escape(str(error))}"
                     _say_how_to_go_on(why, program, keeps)

@@ -190,6 +190,13 @@ def _report(decided: Decisions, verbose: bool) -> None:
             NoEffectWarning,
             stacklevel=3,
         )
+    if decided.unused and len(decided.methods) > 1:
+        warnings.warn(
+            f"convert: method has patterns that choose nothing: {', '.join(decided.unused)}; they "
+            "match no norm, or one before them does (the first that matches counts)",
+            NoEffectWarning,
+            stacklevel=3,
+        )
     untraced = [decision.row for decision in decided.rows if decision.untraced]
     if untraced:
         warnings.warn(

@@ -120,6 +120,7 @@ class NormDecider:
         self.by_name = {name: module for module, names in self.places.items() for name in names}
         self.owners = owners_of(self.places)
         self.checked: set[tuple[str, int]] = set()  # methods whose options were tried, with dims
+        self.met: set[str] = set()  # patterns that chose a norm's method
 
     def decide(self, norm: nn.Module, kind: NormKind) -> Decision:
         """Decide what becomes of one norm.
@@ -128,11 +129,11 @@ class NormDecider:
             ValueError: An option has a value that the method refuses for any norm.
         """
         names = self.places[norm]
-        method = next(
-            (m for pattern, m in self.methods.items() if matches(pattern, names, norm)), None
-        )
+        pattern = next((one for one in self.methods if matches(one, names, norm)), None)
         if kind.family == "other":
             return self._keep(norm, "no batch norm")
+        self.met |= set() if pattern is None else {pattern}
+        method = None if pattern is None else self.methods[pattern]
         if not matches(self.where, names, norm):
             return self._keep(norm, "left out by where")
         if method is None:

@@ -96,6 +96,7 @@ class Decisions:
         blocks: The blocks to fuse.
         methods: Name pattern -> method.
         fresh: Whether the network is untrained.
+        unused: Name patterns that choose no norm's method.
     """
 
     plan: Plan
@@ -103,6 +104,7 @@ class Decisions:
     blocks: Mapping[nn.Module, Fusion]
     methods: Mapping[str, Method]
     fresh: bool
+    unused: tuple[str, ...] = ()
 
 
 def decide(
@@ -142,7 +144,8 @@ def decide(
         affine = "one scale and shift" if share_affine else "a scale and shift of its own each"
         notes += (f"Converted norms get {copies} sets of statistics, with {affine}.",)
     made = Plan(asked, tuple(row.row for row in rows), notes)
-    return Decisions(made, tuple(rows), found.blocks, methods, fresh)
+    unused = tuple(pattern for pattern in methods if pattern not in decider.met)
+    return Decisions(made, tuple(rows), found.blocks, methods, fresh, unused)
 
 
 def _can_fuse(decision: Decision) -> bool:

@@ -7,6 +7,7 @@ has an effect only if a path leads from the norm to the output without crossing 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrize
 from anybatch.conversion.module_swap import unwrapped
 from anybatch.conversion.norm_paths import Paths, find_paths, scales
 from anybatch.core.arguments import check_between, check_from, check_module
+from anybatch.core.notices import NoEffectWarning
 from anybatch.core.text_tables import text_table
 
 _SHOWN = 4  # operations of a path, and norms met, that a table names
@@ -222,6 +224,13 @@ def param_groups(
             (kind, amount), {"params": [], "weight_decay": amount, "name": kind}
         )
         group["params"].append(parameter)
+    if gamma_target and not any(kind == "gammas" for kind, _ in groups):
+        warnings.warn(
+            f"gamma_target={gamma_target}: no scale of a norm has a weight decay, so none is drawn "
+            "there; give norm_decay and weight_decay above 0",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     order = ["weights", "biases", "norms", "gammas", "without decay"]
     return sorted(groups.values(), key=lambda group: order.index(group["name"]))
 

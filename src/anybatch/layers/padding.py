@@ -188,7 +188,10 @@ class SequenceLengths:
             return
         size = x.shape[-1]
         if lengths is None and self.known:
-            lengths, size = self.known[self.first], self.first
+            size = self.first
+            if x.dim() == 2:  # positions in rows, of the sequence as long as it is by now
+                size = next((n for n in self.known if n * len(self.known[n]) == len(x)), size)
+            lengths = self.known[size]
         layer.mask = None if lengths is None else mask_of(lengths, size)
 
     def _after_norm(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
