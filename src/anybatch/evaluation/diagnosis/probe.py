@@ -108,9 +108,9 @@ class NormProbe:
     def _forward(self, x: Tensor, valid: Tensor | None, note: bool) -> tuple[Tensor, Tensor] | None:
         """Note the statistics of a batch's groups; those of its first group, for backward."""
         rows = _rows(x)
-        weights = _weights(rows, valid)
-        mean = (rows * weights).sum(2).double()
-        var = ((rows - mean.to(rows.dtype).unsqueeze(2)).square() * weights).sum(2).double()
+        mean = _means(rows, valid).double()
+        apart = rows - mean.to(rows.dtype).unsqueeze(2)
+        var = _means(apart.square(), valid).double()
         if not self.centered:
             mean, var = torch.zeros_like(mean), var + mean.square()
         positions = _positions(rows, valid)
@@ -153,18 +153,14 @@ class NormProbe:
             var + self._eps
         ).to(slope.dtype).view(1, -1, 1)
         product = y * slope
-        weights, positions = _weights(slope, valid), _positions(slope, valid)
+        positions = _positions(slope, valid)
         share = (positions / positions.sum()).unsqueeze(1)
-
-        def over_examples(t: Tensor) -> Tensor:
-            return (t * weights).sum(2).double()
-
-        each = over_examples(slope), over_examples(product)
+        each = _means(slope, valid).double(), _means(product, valid).double()
         self.back.append(((each[0] * share).sum(0).cpu(), (each[1] * share).sum(0).cpu()))
         some = positions > 0
         self.back_each.append(self._part(each[0][some], each[1][some]))
         of_slope, of_product = (
-            (over_examples(t.square()) * share).sum(0).cpu() for t in (slope, product)
+            (_means(t.square(), valid).double() * share).sum(0).cpu() for t in (slope, product)
         )
         self.squares.append((of_slope, of_product))
 
@@ -353,11 +349,11 @@ def _positions(rows: Tensor, valid: Tensor | None) -> Tensor:
     return valid.flatten(1).sum(1).double()
 
 
-def _weights(rows: Tensor, valid: Tensor | None) -> Tensor | float:
-    """What each value of an example weighs in the mean of those that count."""
+def _means(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of each example's values that count; 0 where there is none."""
     if valid is None:
-        return 1 / rows.shape[2]
-    return valid.to(rows.dtype) / valid.sum(2, keepdim=True).clamp(min=1)
+        return rows.mean(2)
+    return rows.masked_fill(~valid, 0).sum(2) / valid.sum(2).clamp(min=1)
 
 
 def _table(rows: Sequence[tuple[Tensor, Tensor]], cat: bool = False) -> tuple[Tensor, Tensor]:
