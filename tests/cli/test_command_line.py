@@ -207,6 +207,9 @@ def test_a_configuration_file_gives_what_was_not_typed(tmp_path: Path) -> None:
     result = run("train", "--config", str(tmp_path / "run.json"))
     assert result.exit_code == 2
     assert "speed=3 is none of" in result.output
+    offered = result.output.split("is none of ")[1].split()
+    assert "json," in offered
+    assert "as_json," not in offered
 
 
 HOLDER = """

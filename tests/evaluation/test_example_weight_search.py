@@ -237,3 +237,9 @@ def test_a_batch_of_one_example_of_one_value(count: int) -> None:
     model = anybatch.set_example_weight(model, 1.0).eval()
     shift = model[1].bias.expand(1, 16)
     torch.testing.assert_close(model[1](torch.randn(1, 16)), shift, rtol=0, atol=1e-3)
+
+
+def test_candidates_are_a_list() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    with pytest.raises(TypeError, match=r"candidates=0.5: give a list of numbers from 0 to 1"):
+        tune_example_weight(model, [], candidates=0.5)  # type: ignore[arg-type]

@@ -24,10 +24,12 @@ def read_settings(context: typer.Context, config: Path | None) -> dict[str, Any]
     if config is None:
         return given
     read = {name.replace("-", "_"): value for name, value in read_config(config).items()}
-    for name, value in read.items():
-        if name not in given:
-            known = ", ".join(sorted(given))
-            raise ValueError(f"config={str(config)!r}: {name}={value!r} is none of {known}")
+    typed = {p.opts[0].lstrip("-").replace("-", "_"): p.name for p in context.command.params}
+    for option, value in read.items():
+        name = typed.get(option)
+        if name is None or name not in given:
+            known = ", ".join(sorted(one for one, name in typed.items() if name in given))
+            raise ValueError(f"config={str(config)!r}: {option}={value!r} is none of {known}")
         source = context.get_parameter_source(name)
         if source is None or source.name == "DEFAULT":
             given[name] = _checked(name, value, given[name])

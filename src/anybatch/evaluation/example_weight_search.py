@@ -323,6 +323,8 @@ def _result(
 def _checked(candidates: Sequence[float] | None) -> tuple[float, ...]:
     if candidates is None:
         return CANDIDATES
+    if isinstance(candidates, (int, float, str)):
+        raise TypeError(f"candidates={candidates!r}: give a list of numbers from 0 to 1")
     for candidate in candidates:
         check_between("candidates", candidate, 0.0, 1.0)
     if not len(candidates):
