@@ -462,3 +462,16 @@ def test_a_wrapped_optimizer_is_refused_and_nothing_changed() -> None:
     with pytest.raises(TypeError, match="give a torch.optim.Optimizer, such as its .optimizer"):
         anybatch.accumulate(net, optimizer=Wrapped(optimizer))
     assert net.step is None
+
+
+def test_a_handle_undoes_its_own_accumulation_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), anybatch.BatchNorm2d(4))
+    first = anybatch.accumulate(net, 4)
+    second = anybatch.accumulate(net, 2)
+    first.remove()
+    for _ in range(4):
+        net(torch.randn(2, 3, 6, 6))
+    assert net[1].num_batches_tracked == 2
+    anybatch.convert(net, "brn")  # which goes on accumulating
+    second.remove()
+    assert net[1].step is None

@@ -81,6 +81,7 @@ class StepMemory:
     """
 
     is_copy = False
+    owner = 0  # the number of the handle that may undo it
     forwards = 0  # since the optimizer ended a step, as far as the host knows
 
     def __init__(self, layer: StatefulLayer, steps: int | None, counts: bool = True) -> None:

@@ -343,6 +343,8 @@ class NormState(_NormBase):
             self.tells_frozen = norm.tells_frozen
             if norm.step is not None:
                 self.accumulate(norm.step.steps, norm.step.counts)
+                assert self.step is not None
+                self.step.owner = norm.step.owner
         for name, value in norm.__dict__.items():
             if name.endswith(_HOOKS) or name == "_is_full_backward_hook":
                 self.__dict__[name] = value  # the same object: handles stay valid

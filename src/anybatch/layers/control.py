@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -239,6 +240,9 @@ def masked(
             layer.mask = old
 
 
+_numbers = count(1)
+
+
 class Accumulation:
     """Handle of `accumulate`: ends an optimizer step early, or the accumulation.
 
@@ -250,24 +254,33 @@ class Accumulation:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        self.model = model
+        self.model, self._number = model, next(_numbers)
         self._hook: Any = None
         if optimizer is not None:
             self._hook = optimizer.register_step_post_hook(self._after_step)
+        for layer in self._layers():
+            assert layer.step is not None
+            layer.step.owner = self._number
+
+    def _layers(self) -> Iterator[NormLayer]:
+        """The layers that accumulate."""
+        for layer in self.model.modules():
+            if isinstance(layer, NormLayer) and layer.step is not None:
+                yield layer
 
     def _after_step(self, *_: Any) -> None:
         self.end_step()
 
     def end_step(self) -> None:
         """The next forward is the first of an optimizer step, however many this one had."""
-        for layer in self.model.modules():
-            if isinstance(layer, NormLayer) and layer.step is not None:
-                layer.step.begin()
+        for layer in self._layers():
+            assert layer.step is not None
+            layer.step.begin()
 
     def remove(self) -> None:
-        """Every forward is a step again."""
-        for layer in self.model.modules():
-            if isinstance(layer, NormLayer):
+        """Every forward is a step again, where no later `accumulate` says otherwise."""
+        for layer in self._layers():
+            if layer.step is not None and layer.step.owner == self._number:
                 layer.accumulate(1)
         if self._hook is not None:
             self._hook.remove()
