@@ -33,7 +33,6 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
-        tells_frozen: Whether a checkpoint says so where they are not: of a layer that was thawed.
         tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
@@ -44,7 +43,6 @@ class NormState(_NormBase):
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
-    tells_frozen: bool = False
     tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
@@ -162,7 +160,7 @@ class NormState(_NormBase):
         if self.step is not None:
             for name, tensor in self.step.tensors.items():
                 destination[f"{prefix}{STEP}{name}"] = tensor if keep_vars else tensor.detach()
-        if self.frozen or self.affine_frozen or self.tells_frozen:
+        if self.frozen or self.affine_frozen:
             flags = torch.tensor([self.frozen, self.affine_frozen], device="cpu")
             destination[prefix + "frozen"] = flags
 
@@ -227,7 +225,6 @@ class NormState(_NormBase):
             self._leave_meta()
         if frozen is not None:
             self.frozen, affine = (bool(flag) for flag in frozen)
-            self.tells_frozen = True
             if affine != self.affine_frozen:
                 self.freeze_affine(affine)
         if own.pop(_OUTLIERS, ...) is None:  # of a layer without a limit: none so far
@@ -340,7 +337,6 @@ class NormState(_NormBase):
         self.reset_memory()
         if isinstance(norm, NormState):
             self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
-            self.tells_frozen = norm.tells_frozen
             if norm.step is not None:
                 self.accumulate(norm.step.steps, norm.step.counts)
                 assert self.step is not None

@@ -44,7 +44,9 @@ def freeze(
     """Freeze normalization layers, through ``.train()`` and in the checkpoint.
 
     A layer with frozen statistics normalizes by its running statistics in
-    training too, and changes neither them nor its memory.
+    training too, and changes neither them nor its memory. A checkpoint of a frozen
+    layer freezes the one that loads it; that of a thawed one is as torch's, and thaws
+    nothing: repeat `freeze` and `thaw` where a resumed run makes them.
 
     Args:
         model: A network with anybatch layers (default: all of them are frozen).
@@ -97,7 +99,6 @@ def thaw(
     """
     _check_flags(statistics, affine)
     for layer in select(model, where):
-        layer.tells_frozen = layer.tells_frozen or layer.frozen or layer.affine_frozen
         layer.frozen = layer.frozen and not statistics
         if affine:
             layer.freeze_affine(False)
