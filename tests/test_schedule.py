@@ -166,7 +166,12 @@ def _switch_on_replicas(rank: int, averaged: bool) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scheduler.step()
-    assert any("average_running_stats(model) before" in str(one.message) for one in caught)
+    assert any("you have just called anybatch.average" in str(one.message) for one in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a resumed run loads its replicas' statistics
+        fresh = anybatch.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "bn")
+        resumed = NormScheduler(fresh, 2, switch={2: "mabn"})
+        resumed.load_state_dict(scheduler.state_dict())
     shift = net[1].bias.detach()
     shifts = [torch.empty_like(shift) for _ in range(2)]
     dist.all_gather(shifts, shift)

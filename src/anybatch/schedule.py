@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from anybatch.conversion.convert import convert
@@ -15,6 +14,7 @@ from anybatch.conversion.relu_fusion.fused_block import fusions
 from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import NoEffectWarning
+from anybatch.core.reduction_scope import WORLD, active_group
 from anybatch.layers.moving_average_batch_norm import MovingAverageBatchNorm1d
 from anybatch.registry import get_method
 
@@ -108,6 +108,7 @@ class NormScheduler:
             2
         """
         self.last_epoch = min(self.last_epoch + 1, self.total_epochs)
+        self._warn_of_replicas()
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,17 +168,20 @@ class NormScheduler:
             warnings.simplefilter("ignore", NoEffectWarning)
             self._apply()
 
-    def _warn_of_replicas(self, epoch: int) -> None:
-        """Warn where each process would move its own running means into the shared shifts."""
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-        if alone or self.last_epoch == 0 or not _folds_means(self.switch[epoch]):
+    def _warn_of_replicas(self) -> None:
+        """Warn where each process is about to move its own running means into shared shifts."""
+        method = self.switch.get(self.epoch)
+        if self._switched >= self.epoch or method is None or not _folds_means(method):
+            return
+        norms = [module for module in self.model.modules() if is_batch_norm(module)]
+        joined = all(isinstance(one, NormLayer) and one.process_group is not None for one in norms)
+        if joined or active_group(WORLD) is None:
             return
         warnings.warn(
-            f"switch at epoch {epoch}: {self.switch[epoch]!r} has no running mean, moves it into "
-            "the shift, and each of several processes has its own: call "
-            "anybatch.average_running_stats(model) before the step() that switches, or the "
-            "replicas' parameters differ from then on",
-            stacklevel=4,
+            f"switch at epoch {self.epoch}: {method!r} has no running mean, moves it into the "
+            "shift, and each of several processes has its own. Unless you have just called "
+            "anybatch.average_running_stats(model), the replicas' parameters differ from now on",
+            stacklevel=3,
         )
 
     def _apply(self) -> None:
@@ -185,7 +189,6 @@ class NormScheduler:
         for epoch in sorted(self.switch):
             if self._switched < epoch <= self.epoch:
                 # A resumed model is fresh where the first run's was trained: never centralize.
-                self._warn_of_replicas(epoch)
                 fuse = any(fusions(self.model))
                 convert(self.model, self.switch[epoch], centralize=False, fuse=fuse)
                 self._switched = epoch

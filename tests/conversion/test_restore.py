@@ -179,3 +179,12 @@ def test_a_network_of_16_bits_is_restored_to_one_that_runs(method: str, dtype: t
     torch.testing.assert_close(plain(x), expected, rtol=0.02, atol=0.02)
     plain.train()(x)  # as any network of torch
     assert {t.dtype for t in plain.state_dict().values() if t.is_floating_point()} == {dtype}
+
+
+def test_statistics_beyond_the_reach_of_float16_are_restored_in_float32() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).half()
+    net = anybatch.convert(net, "bn").eval()
+    net[1].running_var.fill_(1e5)
+    x = torch.randn(2, 3, 9, 9).half() * 100
+    expected = net(x)
+    torch.testing.assert_close(anybatch.to_batchnorm(net)(x), expected, rtol=0.01, atol=0.01)

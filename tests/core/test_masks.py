@@ -1,7 +1,6 @@
 """Masks: statistics of the valid positions are those of the packed tensor."""
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -525,28 +524,6 @@ def test_a_mask_that_is_written_into_is_read_again(name: str) -> None:
         (wanted * dy).sum().backward()
     for x, other in zip(xs, twins, strict=True):
         assert torch.equal(x.grad, other.grad)
-
-
-def test_masks_of_two_threads_are_apart() -> None:
-    """Each of its own network."""
-    layers, x, found = [make("bn") for _ in range(2)], batch(4), {}
-    twins = copy.deepcopy(layers)
-    masks = [torch.arange(4) < 2, torch.arange(4) > 1]
-    barrier = threading.Barrier(2)
-
-    def run(number: int) -> None:
-        with anybatch.masked(layers[number], masks[number]):
-            barrier.wait()
-            found[number] = layers[number](x).detach()
-            barrier.wait()
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(2):
-        assert torch.equal(found[number], twins[number](x, masks[number]))
 
 
 def test_masks_in_one_another_are_each_their_layers() -> None:

@@ -377,3 +377,16 @@ def test_a_compiled_layer_has_the_memories_of_one_that_is_not(name: str) -> None
         dy = torch.randn_like(x)
         torch.testing.assert_close(step(compiled, x, dy), step(layer, x, dy), **CLOSE)
     torch.testing.assert_close(state(other), state(layer), **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["bn", "mabn", "brn"])
+def test_batches_of_several_sizes_go_to_all_memories(name: str, masked: bool) -> None:
+    """A whole batch may be as large as the part of another that one memory takes."""
+    torch.manual_seed(0)
+    layer = make(name, dims=1, norm_batch_size=2, memories=2)
+    for number in (8, 4, 8, 4, 2, 6, 4):
+        twin, x = copy.deepcopy(layer), torch.randn(number, 6)  # which remembers no way
+        mask = torch.ones(number, dtype=torch.bool) if masked else None
+        assert torch.equal(layer(x, mask), twin(x, mask))
+        assert same(state(layer), state(twin))

@@ -190,7 +190,7 @@ def _report(decided: Decisions, verbose: bool) -> None:
             NoEffectWarning,
             stacklevel=3,
         )
-    if decided.unused and len(decided.methods) > 1:
+    if decided.unused:
         warnings.warn(
             f"convert: method has patterns that choose nothing: {', '.join(decided.unused)}; they "
             "match no norm, or one before them does (the first that matches counts)",

@@ -144,7 +144,7 @@ def decide(
         affine = "one scale and shift" if share_affine else "a scale and shift of its own each"
         notes += (f"Converted norms get {copies} sets of statistics, with {affine}.",)
     made = Plan(asked, tuple(row.row for row in rows), notes)
-    unused = tuple(pattern for pattern in methods if pattern not in decider.met)
+    unused = tuple(pattern for pattern in methods if pattern not in {*decider.met, "*"})
     return Decisions(made, tuple(rows), found.blocks, methods, fresh, unused)
 
 

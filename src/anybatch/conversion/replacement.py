@@ -176,6 +176,19 @@ def _twin(norm: nn.Module) -> nn.Module:
     return twin
 
 
+def _in_one_type(norm: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a torch norm to one type: that of its scale, float32 where statistics exceed it."""
+    statistics = {name: norm._buffers[name] for name in ("running_mean", "running_var")}
+    low = {name: None if t is None else t.to(dtype) for name, t in statistics.items()}
+    if all(t is None or bool(t.isfinite().all()) for t in low.values()):
+        norm._buffers.update(low)
+        return
+    for name, parameter in norm._parameters.items():
+        if parameter is not None:
+            trains = parameter.requires_grad
+            norm._parameters[name] = nn.Parameter(parameter.detach().float(), trains)
+
+
 def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     """The plain torch batch norm of an anybatch layer, with its Parameters, buffers and hooks.
 
@@ -198,9 +211,7 @@ def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         norm._buffers[name] = layer._buffers[name]
     if layer.weight is not None and layer.weight.dtype in (torch.float16, torch.bfloat16):
-        for name in ("running_mean", "running_var"):  # torch's layer has one type
-            value = norm._buffers[name]
-            norm._buffers[name] = None if value is None else value.to(layer.weight.dtype)
+        _in_one_type(norm, layer.weight.dtype)
     frozen = isinstance(layer, FrozenBatchNorm) or layer.frozen
     norm.training = layer.training and not frozen
     move_hooks(layer, norm)

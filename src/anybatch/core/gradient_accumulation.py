@@ -126,7 +126,7 @@ class StepMemory:
         """The next forward is the first of an optimizer step."""
         for way in ("", BACKWARD):
             self.tensors[way + "micro_batches"].zero_()
-        self.forwards = 0
+        self.forwards = _ENDLESS  # somebody ends steps
 
     def apply(self, lift: Callable[[Tensor], Tensor]) -> None:
         """Move the tensors with their layer."""

@@ -51,14 +51,18 @@ _shared = _Shared()
 
 @contextmanager
 def shared_mask(mask: Tensor) -> Iterator[None]:
-    """A context in which a mask is fitted once for each shape, whichever layer it is for."""
-    before = _shared.masks
-    if not (is_traced() or mask.is_inference()):
-        _shared.masks = (_SharedMask(mask), *before)
+    """A context in which a mask is fitted once for each shape, whichever layer it is for.
+
+    One on a device is fitted by each layer: a graph that is captured would hold an old copy.
+    """
+    own: tuple[_SharedMask, ...] = ()
+    if mask.is_cpu and not (is_traced() or mask.is_inference()):
+        own = (_SharedMask(mask),)
+    _shared.masks = *own, *_shared.masks
     try:
         yield
     finally:
-        _shared.masks = before
+        _shared.masks = tuple(one for one in _shared.masks if one not in own)
 
 
 def fit_mask(mask: Tensor, x: Tensor, name: str) -> FittedMask:

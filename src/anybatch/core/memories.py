@@ -69,6 +69,13 @@ class MemoriesLayer(DispatchedLayer):
         self.step = None if steps == 1 else StepMemory(self, steps, counts)
         self._last, self._recent = None, RecomputeCache()
 
+    def _run_cached_plan(
+        self, x: Tensor, then: Activation | None, mask: Tensor | None
+    ) -> Tensor | None:
+        if self.memories > 1:  # plans are of the part that one memory takes
+            return None
+        return super()._run_cached_plan(x, then, mask)
+
     def lender(self: Self, x: Tensor) -> Callable[[Self, tuple[slice, ...], Tensor], None]:
         """Return a function that gives a layer the bound layer's call for a part of ``x``."""
         return lambda layer, examples, part: None

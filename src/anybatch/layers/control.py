@@ -158,6 +158,8 @@ def masked(
     which on the valid positions is the layer on the packed tensor: output, gradients and state. At
     inference a mask makes a difference with an `example_weight` only. What is not valid may be
     anything finite; it is normalized too, so that evaluation without a mask sees what training saw.
+    A mask may be written into between forwards, by torch's operators (not through a NumPy array or
+    ``.data``, which nobody notices).
     A batch without valid values is normalized by the running statistics.
 
     Statistics alone do not keep padding out: a convolution mixes it into valid positions. With
