@@ -55,6 +55,7 @@ def plain_errors(program: str = "anybatch", keeps: bool = False) -> Callable[[_C
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 command(*args, **kwargs)
+                sys.stdout.flush()  # here, where a closed pipe is no error
             except KeyboardInterrupt as error:
                 raise _interrupted(program, keeps) from error
             except Exception as error:

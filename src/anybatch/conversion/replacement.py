@@ -15,6 +15,7 @@ from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.module_swap import move_hooks
 from anybatch.conversion.norm_types import dims_of
 from anybatch.core.arguments import check_count
+from anybatch.core.module_state import make_constant
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 from anybatch.layers.group_norm import fitting_groups
@@ -133,13 +134,6 @@ def _place(norm: nn.Module) -> dict[str, Any]:
     return {"device": None, "dtype": None}
 
 
-def constant_(norm: nn.Module) -> None:
-    """Make scale and shift constants: no optimizer moves them by a gradient that they had."""
-    norm.requires_grad_(False)
-    for parameter in norm.parameters(recurse=False):
-        parameter.grad = None
-
-
 def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
     """Let a frozen norm take over a batch norm's statistics, scale and shift as constants."""
     why = norm.inference_obstacle() if isinstance(norm, NormLayer) else None
@@ -149,7 +143,7 @@ def _freeze(new: FrozenBatchNorm, norm: _NormBase) -> None:
     new.affine = norm.affine
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         new._buffers[name] = norm._buffers[name]
-    constant_(new)
+    make_constant(new)
 
 
 def _keep_tags(norm: nn.Module, new: nn.Module) -> None:

@@ -267,10 +267,10 @@ class NormState(_NormBase):
     def freeze_affine(self, frozen: bool) -> None:
         """Freeze or thaw weight and bias."""
         self.affine_frozen = frozen
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(not frozen)
-            if frozen:  # by which an optimizer would move it on
-                parameter.grad = None
+        if frozen:
+            make_constant(self)
+        else:
+            self.requires_grad_(True)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_last": None, "_recent": RecomputeCache(), "_plans": None}
@@ -353,6 +353,13 @@ class NormState(_NormBase):
             self.method_state = {
                 name: tensor.to(device) for name, tensor in self.method_state.items()
             }
+
+
+def make_constant(norm: nn.Module) -> None:
+    """Make scale and shift constants: no optimizer moves them by a gradient that they had."""
+    norm.requires_grad_(False)
+    for parameter in norm.parameters(recurse=False):
+        parameter.grad = None
 
 
 def _lerp(running: Tensor, new: Tensor, update_weight: float | Tensor) -> None:

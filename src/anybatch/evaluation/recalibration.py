@@ -31,7 +31,7 @@ from anybatch.evaluation.population_moments import (
 )
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 from anybatch.evaluation.valid_positions import valid_positions
-from anybatch.layers.control import no_update
+from anybatch.layers.control import end_steps, no_update
 from anybatch.layers.virtual_dataset import VirtualDataset
 
 _REUSED = 20  # passes more, for a layer whose input depends on its own output
@@ -336,8 +336,7 @@ def _stored(module: nn.Module) -> tuple[Tensor, Tensor] | None:
 def _store(module: nn.Module, statistics: tuple[Tensor | None, Tensor]) -> None:
     """Put statistics into a layer, into all its memories."""
     mean, var = statistics
-    if isinstance(module, NormLayer) and module.step is not None:
-        module.step.begin()  # else its next micro-batch goes back to where the step began
+    end_steps(module)  # else its next micro-batch goes back to where the step began
     for other in module.further_memories if isinstance(module, NormLayer) else ():
         _store(other, statistics)
     with torch.no_grad():

@@ -243,6 +243,13 @@ def masked(
             layer.mask = old
 
 
+def end_steps(model: nn.Module) -> None:
+    """The next forward of each layer that accumulates is the first of an optimizer step."""
+    for layer in model.modules():
+        if isinstance(layer, NormLayer) and layer.step is not None:
+            layer.step.begin()
+
+
 _numbers = count(1)
 
 
@@ -276,9 +283,7 @@ class Accumulation:
 
     def end_step(self) -> None:
         """The next forward is the first of an optimizer step, however many this one had."""
-        for layer in self._layers():
-            assert layer.step is not None
-            layer.step.begin()
+        end_steps(self.model)
 
     def remove(self) -> None:
         """Every forward is a step again, where no later `accumulate` says otherwise."""

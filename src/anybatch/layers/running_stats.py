@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch.core.arguments import check_from
-from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import WORLD, active_group, check_group, sum_processes
+from anybatch.layers.control import end_steps
 
 
 @torch.no_grad()
@@ -75,7 +75,5 @@ def average_running_stats(
     for (mean, var), new_mean, new_var in parts:
         mean.copy_(new_mean.view(mean.shape))
         var.copy_(new_var.view(var.shape))
-    for layer in model.modules():
-        if isinstance(layer, NormLayer) and layer.step is not None:
-            layer.step.begin()  # else its next micro-batch goes back to where the step began
+    end_steps(model)  # else the next micro-batch goes back to where its step began
     return model
