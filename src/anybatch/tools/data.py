@@ -374,19 +374,17 @@ def _arrays(file: Path, names: tuple[str, ...]) -> list[NDArray[np.generic]]:
     """Arrays of a ``.npz`` file; one with objects in it is refused, for it would be unpickled."""
     if not file.is_file():
         raise ValueError(f"root={str(file)!r}: there is no such file; give one with {names}")
+    there: list[str] = []
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            there = set(arrays.files)
-            if not there >= set(names):
-                raise ValueError(
-                    f"it needs the arrays {', '.join(names)}, and has "
-                    f"{', '.join(sorted(there)) or 'none'}"
-                )
+            there = arrays.files
             return [arrays[name] for name in names]
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
     except Exception as error:  # numpy and zipfile raise many kinds for a broken file
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+        why = f"cannot be read ({error})"
+        if isinstance(error, KeyError):
+            known = ", ".join(there) or "none"
+            why = f"it needs the arrays {', '.join(names)}, and has {known}"
+        raise ValueError(f"{file}: {why}") from error
 
 
 def data_root(run: Run) -> Path:
