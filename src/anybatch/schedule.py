@@ -15,7 +15,7 @@ from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import NoEffectWarning
 from anybatch.core.reduction_scope import WORLD, active_group
-from anybatch.layers.moving_average_batch_norm import MovingAverageBatchNorm1d
+from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
 from anybatch.registry import get_method
 
 
@@ -198,9 +198,8 @@ class NormScheduler:
 
 
 def _folds_means(method: str) -> bool:
-    """Whether a method's layers move running means into shifts."""
-    found = get_method(method)
-    return found.class_name == MovingAverageBatchNorm1d.__name__.removesuffix("1d")
+    """True if a method's layers fold running means into shifts."""
+    return issubclass(get_method(method).layer(2), UncenteredNormLayer)
 
 
 def _check_done(last_epoch: int, total_epochs: int) -> None:

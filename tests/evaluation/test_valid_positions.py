@@ -1,4 +1,4 @@
-"""What is measured of a padded network is measured at its valid positions."""
+"""Recalibration, diagnosis and EvalNorm of a padded network use its valid positions only."""
 
 import copy
 import math
@@ -148,8 +148,7 @@ def test_example_weights_do_not_depend_on_padding(way: Callable[..., Any]) -> No
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def test_of_examples_of_one_length_example_weights_are_as_without_a_mask() -> None:
-    """Where all positions of some examples are valid, and the others are not there."""
+def test_a_mask_that_is_true_everywhere_changes_no_example_weight() -> None:
     model = trained("bn", by_mask)
     whole = [(x, torch.ones(8, 5, dtype=torch.bool)) for x, _ in batches(1.0, 12)]
     plain = anybatch.eval_norm(model, whole, 4, forward=lambda m, b: m(*b)).alphas

@@ -56,7 +56,7 @@ def running_addresses(
 
 
 class CheckedMemory:
-    """What was made of the addresses of some tensors, as long as their memory is the same.
+    """A value made from the addresses of some tensors, valid while their memory is the same.
 
     A kernel takes as many values from an address as it was told when the tensors were checked. The
     storage is held, so that no other comes to lie where it was; while it has its size, the values
@@ -77,7 +77,7 @@ class CheckedMemory:
         self._known: tuple[list[int], list[Any], list[int], Any] | None = None
 
     def find(self, tensors: Sequence[Tensor]) -> Any:
-        """What was kept of these tensors; None if their memory is another."""
+        """Return the value kept for these tensors; None if their memory is another."""
         known = self._known  # which another thread may replace
         if known is None:
             return None
@@ -87,7 +87,7 @@ class CheckedMemory:
         return value if [one.nbytes() for one in storages] == sizes else None
 
     def keep(self, tensors: Sequence[Tensor], value: Any) -> Any:
-        """Keep what was made of them, and give it back."""
+        """Keep a value for these tensors, and return it."""
         storages = [one.untyped_storage() for one in tensors]
         places, sizes = [one.data_ptr() for one in tensors], [one.nbytes() for one in storages]
         self._known = places, storages, sizes, value

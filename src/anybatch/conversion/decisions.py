@@ -132,8 +132,10 @@ class NormDecider:
         pattern = next((one for one in self.methods if matches(one, names, norm)), None)
         if kind.family == "other":
             return self._keep(norm, "no batch norm")
-        self.met |= set() if pattern is None else {pattern}
-        method = None if pattern is None else self.methods[pattern]
+        method = None
+        if pattern is not None:
+            self.met.add(pattern)
+            method = self.methods[pattern]
         if not matches(self.where, names, norm):
             return self._keep(norm, "left out by where")
         if method is None:

@@ -104,7 +104,7 @@ class Decisions:
     blocks: Mapping[nn.Module, Fusion]
     methods: Mapping[str, Method]
     fresh: bool
-    unused: tuple[str, ...] = ()
+    unused: tuple[str, ...]
 
 
 def decide(

@@ -195,7 +195,7 @@ class DispatchedLayer(InferenceLayer):
         return NormCall(*how, update_weight=self._number(), formula=formula)
 
     def _beyond(self, masked: bool) -> str:
-        """What decides, beyond the batch, which values contribute to statistics; "" for nothing."""
+        """Reason why not simply all values of the batch contribute to statistics; "" if they do."""
         return _MASKED if masked else "" if self.step is None else _ACCUMULATED
 
     def _run_cached_plan(

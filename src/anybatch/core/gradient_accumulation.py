@@ -101,26 +101,24 @@ class StepMemory:
         return {**self.__dict__, "is_copy": not self.counts}
 
     def _expect_optimizer(self) -> None:
-        """Warn where nothing seems to end a step."""
+        """Warn if nothing seems to end a step."""
         self.forwards += 1
-        if self.forwards == _ENDLESS and not self.is_copy:
-            warnings.warn(
-                f"accumulate: {_ENDLESS} forwards, and the optimizer has not made a step, so all "
-                "of them are one. Give accumulate the optimizer whose step() is called (of a "
-                "wrapper the one inside, or the other way round), or the forwards in a step",
-                NoEffectWarning,
-                stacklevel=2,
+        if self.is_copy:
+            self.is_copy = False
+            warning = (
+                "the layers are copies of those of a network whose optimizer tells them of its "
+                "steps, and nothing does here: all batches are one step. Call "
+                "anybatch.accumulate(copy, optimizer=...) with the optimizer of the copy"
             )
-        if not self.is_copy:
+        elif self.forwards == _ENDLESS:
+            warning = (
+                f"{_ENDLESS} forwards, and the optimizer has not made a step, so all of them are "
+                "one. Give accumulate the optimizer whose step() is called (of a wrapper the one "
+                "inside, or the other way round), or the forwards in a step"
+            )
+        else:
             return
-        self.is_copy = False
-        warnings.warn(
-            "accumulate: the layers are copies of those of a network whose optimizer tells them of "
-            "its steps, and nothing does here: all batches are one step. Call "
-            "anybatch.accumulate(copy, optimizer=...) with the optimizer of the copy",
-            NoEffectWarning,
-            stacklevel=2,
-        )
+        warnings.warn(f"accumulate: {warning}", NoEffectWarning, stacklevel=2)
 
     def begin(self) -> None:
         """The next forward is the first of an optimizer step."""

@@ -285,13 +285,14 @@ class NormState(_NormBase):
         """Momentum for the compiled kernels: -1 averages over all batches."""
         return -1.0 if self.momentum is None else float(self.momentum)
 
-    def check_pools(self) -> None:
-        """Raise ValueError if statistics of micro-batches are not those of all."""
-        if not self.pools:
-            raise ValueError(
-                f"{type(self).__name__} has statistics that do not pool over micro-batches; "
-                "convert it to another method, or do not accumulate"
-            )
+    def pooling_obstacle(self) -> str | None:
+        """The reason why statistics of micro-batches are not those of all; None if they are."""
+        if self.pools:
+            return None
+        return (
+            f"{type(self).__name__} has statistics that do not pool over micro-batches; "
+            "convert it to another method, or do not accumulate"
+        )
 
     def accumulate(self, steps: int | None, counts: bool = True) -> None:
         """Count optimizer steps of several forwards; see `anybatch.accumulate`.
@@ -322,8 +323,9 @@ class NormState(_NormBase):
         """
         if not isinstance(norm, _NormBase) or norm.num_features != self.num_features:
             raise ValueError(f"norm={norm!r}: give a batch norm of {self.num_features} channels")
-        if isinstance(norm, NormState) and norm.step is not None:
-            self.check_pools()
+        accumulates = isinstance(norm, NormState) and norm.step is not None
+        if accumulates and (obstacle := self.pooling_obstacle()) is not None:
+            raise ValueError(obstacle)
         self.weight, self.bias, self.affine = norm.weight, norm.bias, norm.affine
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(norm, name)

@@ -52,18 +52,16 @@ class ScopedLayer(NormState):
 
     def _source(self, x: Tensor, mask: Tensor | None, training: bool) -> ReductionScope | None:
         """The elements that contribute to the statistics; None for all of the current batch."""
-        fitted = None if mask is None else self._fit(mask, x)
+        valid, counted = (None, None) if mask is None else self._fit(mask, x)
         joins = training and self.group_size is None
         group = active_group(self.process_group) if joins else None
         if group is not None and not self._compared and not torch.compiler.is_compiling():
             check_same(group, self._described(), self._device())
             self._compared = True
-        if fitted is None and group is None:
+        if valid is None and group is None:
             return None
         name = f"{type(self).__name__}({self.num_features})"
-        if fitted is None:
-            return ReductionScope(None, group, name)
-        return ReductionScope(fitted.valid, group, name, fitted.counted)
+        return ReductionScope(valid, group, name, counted)
 
     def _described(self) -> str:
         """The settings that processes which synchronize must agree on."""

@@ -264,7 +264,7 @@ def _join(batches: list[Any], counts: list[int]) -> Any:
 
 
 def _lists_examples(value: Any, examples: int) -> bool:
-    """Whether a list has something else than tensors of each example, such as its name."""
+    """True if a list holds an entry per example that is no tensor, such as its name."""
     if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
         return False
     numbers = any(isinstance(one, (int, float)) for one in value)  # such as a height and a width
@@ -273,25 +273,27 @@ def _lists_examples(value: Any, examples: int) -> bool:
 
 def _part(batch: Any, start: int, stop: int, examples: int) -> Any:
     """Some examples of a batch of so many."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop]
-    if _lists_examples(batch, examples):
-        return batch[start:stop]
-    if isinstance(batch, Mapping):
-        made = {name: _part(value, start, stop, examples) for name, value in batch.items()}
-        return made if type(batch) is dict else _like(batch, made)
-    if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
-        return _alike(batch, [_part(value, start, stop, examples) for value in batch])
-    return batch
+
+    def per_example(value: Any) -> bool:
+        return isinstance(value, Tensor) or _lists_examples(value, examples)
+
+    def cut(value: Any) -> Any:
+        return value[start:stop] if per_example(value) else value
+
+    return _mapped(batch, cut, per_example)
 
 
-def _mapped(batch: Any, function: Callable[[Any], Any]) -> Any:
+def _mapped(
+    batch: Any, function: Callable[[Any], Any], is_leaf: Callable[[Any], bool] = lambda _: False
+) -> Any:
     """A nest of mappings, tuples and lists with a function applied to all that is in it."""
+    if is_leaf(batch):
+        return function(batch)
     if isinstance(batch, Mapping):
-        made = {name: _mapped(value, function) for name, value in batch.items()}
+        made = {name: _mapped(value, function, is_leaf) for name, value in batch.items()}
         return made if type(batch) is dict else _like(batch, made)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "to"):
-        return _alike(batch, [_mapped(value, function) for value in batch])
+        return _alike(batch, [_mapped(value, function, is_leaf) for value in batch])
     return function(batch)
 
 

@@ -12,7 +12,7 @@ from anybatch.core.norm_layer import NormLayer
 def valid_positions(
     norm: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor
 ) -> Tensor | None:
-    """Where the input of a call is valid, ``(N, 1, ...)``; None for everywhere.
+    """The mask of a call's valid positions, ``(N, 1, ...)``; None if all are valid.
 
     Args:
         norm: A norm, of this library or another.

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from anybatch.core.arguments import check_count, check_flag, check_module, shown
+from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.masks import shared_mask
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
@@ -243,11 +244,17 @@ def masked(
             layer.mask = old
 
 
-def end_steps(model: nn.Module) -> None:
-    """The next forward of each layer that accumulates is the first of an optimizer step."""
+def _accumulating(model: nn.Module) -> Iterator[tuple[NormLayer, StepMemory]]:
+    """The layers that accumulate, with their state within a step."""
     for layer in model.modules():
         if isinstance(layer, NormLayer) and layer.step is not None:
-            layer.step.begin()
+            yield layer, layer.step
+
+
+def end_steps(model: nn.Module) -> None:
+    """Make the next forward of each layer that accumulates the first of an optimizer step."""
+    for _, step in _accumulating(model):
+        step.begin()
 
 
 _numbers = count(1)
@@ -268,15 +275,8 @@ class Accumulation:
         self._hook: Any = None
         if optimizer is not None:
             self._hook = optimizer.register_step_post_hook(self._after_step)
-        for layer in self._layers():
-            assert layer.step is not None
-            layer.step.owner = self._number
-
-    def _layers(self) -> Iterator[NormLayer]:
-        """The layers that accumulate."""
-        for layer in self.model.modules():
-            if isinstance(layer, NormLayer) and layer.step is not None:
-                yield layer
+        for _, step in _accumulating(model):
+            step.owner = self._number
 
     def _after_step(self, *_: Any) -> None:
         self.end_step()
@@ -287,8 +287,8 @@ class Accumulation:
 
     def remove(self) -> None:
         """Every forward is a step again, where no later `accumulate` says otherwise."""
-        for layer in self._layers():
-            if layer.step is not None and layer.step.owner == self._number:
+        for layer, step in _accumulating(self.model):
+            if step.owner == self._number:
                 layer.accumulate(1)
         if self._hook is not None:
             self._hook.remove()
@@ -391,10 +391,8 @@ def check_joinable(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, NormLayer):
             continue
-        try:
-            layer.check_pools()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        if (obstacle := layer.pooling_obstacle()) is not None:
+            raise ValueError(f"{name}: {obstacle}")
         if layer.norm_batch_size is not None:
             raise ValueError(
                 f"{name}: norm_batch_size={layer.norm_batch_size} cuts a batch where accumulate "

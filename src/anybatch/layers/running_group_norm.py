@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anybatch.layers.batch_group_norm import BatchGroupNorm
@@ -81,9 +80,7 @@ class RunningGroupNorm(BatchGroupNorm):
     def _infer(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.example_weight == 1.0 and mask is None:
             weight, bias = self.weight, self.bias
-            if x.numel() == 0:
-                return F.group_norm(x, self.num_groups, weight, bias, self.eps)
-            # Not torch.nn.functional's, which refuses an example of one value a group.
+            # torch.nn.functional.group_norm refuses an example of one value per group.
             cudnn = torch.backends.cudnn.enabled
             return torch.group_norm(x, self.num_groups, weight, bias, self.eps, cudnn)
         return super()._infer(x, mask)

@@ -1,4 +1,4 @@
-"""From which size on outputs are stored past the caches."""
+"""The size of the last cache, by which outputs are stored past the caches."""
 
 import os
 from pathlib import Path

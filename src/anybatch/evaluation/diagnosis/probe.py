@@ -343,7 +343,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _positions(rows: Tensor, valid: Tensor | None) -> Tensor:
-    """How many values of a channel count in each example."""
+    """Number of values per channel that count in each example."""
     if valid is None:
         return torch.full((len(rows),), rows.shape[2], dtype=torch.float64, device=rows.device)
     return valid.flatten(1).sum(1).double()
