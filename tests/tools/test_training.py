@@ -594,6 +594,21 @@ def test_a_step_in_every_precision(precision: str) -> None:
     assert step(run, training, x, y).isfinite()
 
 
+def test_convolutions_put_out_channels_last(tmp_path: Path) -> None:
+    binary_cifar10(tmp_path)
+    run = Run("cifar10", str(tmp_path), "resnet8", "mabn")
+    data = load(run)
+    found = []
+    for channels_last in (False, True):
+        training = prepare(run.but(channels_last=channels_last), data)
+        convs = [m for m in training.model.modules() if isinstance(m, torch.nn.Conv2d)]
+        convs[-1].register_forward_hook(lambda _module, _x, y: found.append(y.detach()))
+        step(run, training, *next(batches(run, data, 1)))
+    by_row, by_pixel = (y.is_contiguous(memory_format=torch.channels_last) for y in found)
+    assert (by_row, by_pixel) == (False, True)
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.exhaustive
 def test_step_times_are_relative_to_torch() -> None:
     data = load(Run(train_size=24))

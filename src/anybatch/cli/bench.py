@@ -53,9 +53,7 @@ def bench(
     ] = None,
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
-    channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="Weights and inputs with channels last.")
-    ] = False,
+    channels_last: options.ChannelsLast = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile each network by torch.compile.")
     ] = False,

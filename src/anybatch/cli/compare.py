@@ -52,6 +52,7 @@ def compare(
     ] = "3",
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
+    channels_last: options.ChannelsLast = False,
     train_size: options.TrainSize = None,
     option: options.Options = None,
     config: options.Config = None,

@@ -109,6 +109,9 @@ Precision = Annotated[
         help="float32, bfloat16 or float16 (autocast).", autocompletion=_complete_precision
     ),
 ]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", help="Weights and outputs with channels last.")
+]
 TrainSize = Annotated[int | None, typer.Option(help="Use only so many training examples.")]
 Options = Annotated[
     list[str] | None,

@@ -61,7 +61,7 @@ def build_run(given: dict[str, Any]) -> "Run":
 
     model = given["model"] or usual_model(given["data"])
     names = ("data", "root", "batch_size", "norm_batch_size", "accumulate", "epochs")
-    more: tuple[str, ...] = ("device", "precision", "train_size")
+    more: tuple[str, ...] = ("device", "precision", "channels_last", "train_size")
     check_device(given["device"])
     if "lr" in given:
         more += ("lr",)

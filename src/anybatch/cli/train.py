@@ -30,6 +30,7 @@ def train(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     precision: options.Precision = "float32",
+    channels_last: options.ChannelsLast = False,
     train_size: options.TrainSize = None,
     option: options.Options = None,
     config: options.Config = None,

@@ -21,12 +21,12 @@ from anybatch.schedule import NormScheduler
 from anybatch.tools.measurements import Measurement, Setting, counted, timed
 from anybatch.tools.memory import kept_bytes, peak_bytes, tensors_of
 from anybatch.tools.network_factory import Factory
+from anybatch.tools.networks import CHANNELS_LAST, set_channels_last
 from anybatch.tools.precision import autocast
 from anybatch.tools.run import BASELINE, PRECISIONS, Option
 from anybatch.tools.timing import Call, graphed, interleaved
 
 MODES = ("eager", "compiled", "graph")
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Show = Callable[[str, int, int], None]
 _T = TypeVar("_T")
 
@@ -222,8 +222,8 @@ class Subject:
 
     def _input(self, shape: tuple[int, ...]) -> Tensor:
         x = torch.randn(self.bench.examples, *shape[1:], device=self.device)
-        last = self.bench.channels_last and x.dim() in _FORMATS
-        return x.contiguous(memory_format=_FORMATS[x.dim()]) if last else x
+        last = self.bench.channels_last and x.dim() in CHANNELS_LAST
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()]) if last else x
 
     def _converted(self, model: nn.Module, variant: Variant) -> nn.Module:
         if variant.method == BASELINE:
@@ -248,10 +248,7 @@ class Subject:
     def _placed(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device)
         if self.bench.channels_last:
-            for parameter in model.parameters():
-                if parameter.dim() in _FORMATS:
-                    form = _FORMATS[parameter.dim()]
-                    parameter.data = parameter.data.contiguous(memory_format=form)
+            set_channels_last(model)
         return model
 
     def train_step(self) -> None:

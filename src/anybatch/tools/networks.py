@@ -15,6 +15,7 @@ from anybatch.tools.residual import Basic, Bottleneck, conv
 
 LIBRARIES = ("torchvision", "timm")  # their networks are named LIBRARY:NAME
 SEGMENTERS_OF_TORCHVISION = ("deeplabv3_", "fcn_", "lraspp_")  # prefixes of their names
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions
 Builder = Callable[[int, tuple[int, ...]], nn.Module]
 
 _BASIC = {"resnet8": 1, "resnet20": 3, "resnet56": 9}  # blocks per stage
@@ -48,6 +49,14 @@ def build(name: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
 def is_large(shape: tuple[int, ...]) -> bool:
     """True if images of a shape ``(channels, height, width)`` meet the stem for ImageNet."""
     return shape[2] > _LARGEST_SMALL_IMAGE
+
+
+def set_channels_last(net: nn.Module) -> None:
+    """Lay the weights of 4 and 5 dimensions out with channels last; outputs follow them."""
+    for parameter in net.parameters():
+        if parameter.dim() in CHANNELS_LAST:
+            form = CHANNELS_LAST[parameter.dim()]
+            parameter.data = parameter.data.contiguous(memory_format=form)
 
 
 def with_he_weights(net: nn.Module) -> nn.Module:

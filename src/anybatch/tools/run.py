@@ -57,6 +57,8 @@ class Run:
         test_size: Number of held-out examples to use; None is all.
         device: Device to train on.
         precision: "float32", or "bfloat16" or "float16" by autocast.
+        channels_last: Whether weights of 4 and 5 dimensions, and so what they put out, have that
+            format.
         options: The method's own options, as pairs, and "centralize".
     """
 
@@ -74,6 +76,7 @@ class Run:
         "gamma_target",
         "validation_size",
         "test_size",
+        "channels_last",
     )
 
     data: str = "digits"
@@ -102,6 +105,7 @@ class Run:
     test_size: int | None = None
     device: str = "cpu"
     precision: str = "float32"
+    channels_last: bool = False
     options: tuple[Option, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from anybatch.tools.data import Dataset, load, steps_per_epoch
 from anybatch.tools.examples import Examples
 from anybatch.tools.images import ImageFiles, read_ahead
 from anybatch.tools.network_factory import build
+from anybatch.tools.networks import set_channels_last
 from anybatch.tools.objective import objective
 from anybatch.tools.run import Run, is_own
 
@@ -125,6 +126,8 @@ def prepare(run: Run, data: Dataset, initial: Mapping[str, Tensor] | None = None
         if any(isinstance(m, NormLayer) for m in model.modules()):
             progress = NormScheduler(model, run.norm_epochs or run.epochs)
     model = model.to(run.device)
+    if run.channels_last:
+        set_channels_last(model)
     optimizer = _optimizer(run, model, data)
     learning_rate = _learning_rate(run, optimizer, steps)
     scaler = torch.amp.GradScaler(run.device, enabled=run.precision == "float16")
