@@ -9,7 +9,7 @@ from typing import Any
 from anybatch.tools.objective import objective
 from papers.reproduction.readings import MeasuredValue, of_costs, of_noise
 from papers.reproduction.runs import CostRun, Job, RecordedRun, job_of, trained
-from papers.reproduction.spec import MEASURED, Cell, Number, Reproduction, Size
+from papers.reproduction.spec import MEASURED, Cell, Number, Reproduction, Size, start_of
 from papers.reproduction.store import Row
 
 NOT_RUN = "not run"
@@ -287,8 +287,12 @@ def as_data(one: Reproduction, name: str, rows: Mapping[str, Row]) -> dict[str, 
 
 
 def backing(one: Reproduction, size: Size, rows: Mapping[str, Row]) -> list[Row]:
-    """The rows behind a table, each once."""
+    """The rows behind a table, each once, and those of the networks that they start from."""
     found = {row["id"]: row for cell in size.cells for row in rows_of(cell, rows)}
+    for row in list(found.values()):
+        start = start_of(job_of(row["settings"]))
+        if start is not None and start.identity in rows:
+            found[start.identity] = rows[start.identity]
     return list(found.values())
 
 
