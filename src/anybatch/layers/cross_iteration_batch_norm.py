@@ -307,9 +307,11 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if at is not None and at.feed is not None:
             if self.order != 1:
                 return f"order={self.order}: the kernels take the first order, or none"
-            fed = at.feed.x
-            if not (is_dense(fed) and fed.dtype == at.feed.rows.dtype == x.dtype):
-                return "the bound layer's input has gaps in memory, or is of another type"
+            fed, rows = at.feed.x, at.feed.rows
+            if not is_dense(fed):
+                return "the bound layer's input has gaps in memory"
+            if len({_single(one.dtype) for one in (fed, rows, x)}) > 1:
+                return f"the bound layer has an input of {fed.dtype} and weights of {rows.dtype}"
         return CrossIterationSpec(
             at is not None,
             method_state,
@@ -419,6 +421,11 @@ class CrossIterationBatchNorm(BoundNormLayer):
         names += ["gradient_sample", "backward_stats", "running_stats"]
         bound = {} if self.geometry is not None or not self.order else {"bound": False}
         return {**{name: getattr(self, name) for name in names}, **bound}
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    """The type that kernels compute in."""
+    return dtype if dtype.itemsize > 2 else torch.float32
 
 
 def recommended_window(batch_size: int) -> int:

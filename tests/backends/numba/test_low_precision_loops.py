@@ -15,6 +15,7 @@ from method_cases import make, state, step
 numba = pytest.importorskip("numba")
 TYPES = [torch.bfloat16, torch.float16]
 RULES = ["bn", "mbn", "mabn", "brn", "ghost", "bgn"]
+OTHERS = ["l1", "range", "bs", "fs", "ns"]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ SHAPES = [(2, 32, 7, 7), (13, 6, 4, 4), (5, 3, 23, 9)]
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", RULES + OTHERS)
 def test_loops_serve_activations_of_16_bits(
     name: str, shape: tuple[int, ...], last: bool, dtype: torch.dtype
 ) -> None:
@@ -101,9 +102,12 @@ def test_loops_serve_activations_of_16_bits(
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("added", [False, True])
-def test_a_relu_in_the_same_pass_in_16_bits(added: bool, last: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["bn", "bs"])
+def test_a_relu_in_the_same_pass_in_16_bits(
+    name: str, added: bool, last: bool, dtype: torch.dtype
+) -> None:
     for shape in SHAPES:
-        layer = make("bn", shape[1], eps=1e-2)
+        layer = make(name, shape[1], eps=1e-2)
         exact, found = copy.deepcopy(layer).double(), []
         x, dy = batches(shape, dtype, last)
         more = batches(shape, dtype, last)[0]
@@ -126,14 +130,13 @@ def test_a_relu_in_the_same_pass_in_16_bits(added: bool, last: bool, dtype: torc
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("last", [False, True])
-def test_outputs_of_16_bits_past_the_caches(
-    last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["bn", "l1", "range", "bs"])
+def test_outputs_of_16_bits_past_the_caches(name: str, last: bool, dtype: torch.dtype) -> None:
     from anybatch.backends.numba.streaming_stores import last_cache
 
     if last_cache() > 2**26:
         pytest.skip("so large a cache takes too large a batch")
-    layer = anybatch.BatchNorm2d(64, eps=1e-2)
+    layer = make(name, 64, eps=1e-2)
     exact = copy.deepcopy(layer).double()
     x, dy = batches((last_cache() // 2 // (64 * 32 * 32 * 2) + 3, 64, 32, 32), dtype, last)
     ours = step(layer, x, dy)
@@ -153,3 +156,61 @@ def test_networks_in_16_bits_and_under_autocast_take_the_loops(dtype: torch.dtyp
     y = net.to(dtype)(x.to(dtype))
     assert y.grad_fn.how[0].name == "numba"
     assert net[1].running_var.dtype == net[1].weight.dtype == torch.float32
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("sample", [None, 16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cross_iteration_in_16_bits(
+    autocast: bool, sample: int | None, last: bool, dtype: torch.dtype
+) -> None:
+    """A network in 16 bits, or under autocast, whose norm takes the loops, beside float64."""
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=sample is None, groups=2)
+    net = nn.Sequential(conv, nn.BatchNorm2d(6))
+    anybatch.convert(net, "cbn", window=3, gradient_sample=sample, norm_batch_size=2, eps=1e-2)
+    net[0].weight.data = net[0].weight.to(dtype).float()
+    exact, form = copy.deepcopy(net).double(), torch.channels_last
+    if not autocast:
+        net[0].to(dtype)
+    for _ in range(5):
+        x = (torch.randn(4, 4, 5, 7) + 0.5).to(dtype)
+        x = x.contiguous(memory_format=form if last else torch.contiguous_format)
+        use_fused("auto")
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = net(x)
+        assert y.grad_fn.how[0].name == "numba"
+        dy = torch.randn(y.shape).to(dtype)
+        y.backward(dy)
+        use_fused("never")
+        wanted = exact(x.double())
+        wanted.backward(dy.double())
+        # The convolution rounds its output; the gradient of the variance is of few products.
+        assert torch.allclose(y.double(), wanted, atol=60 * torch.finfo(dtype).eps)
+    for name, found in net[1].state_dict().items():
+        known = exact[1].state_dict()[name]
+        assert torch.allclose(found.double(), known.double(), atol=0.05, rtol=0.05), name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("last", [False, True])
+def test_cross_iteration_of_16_bits_is_that_of_their_values(last: bool) -> None:
+    """In float32, the same values give the same statistics."""
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    anybatch.convert(net, "cbn", window=3, gradient_sample=16, order=1)
+    twin = copy.deepcopy(net)
+    for _ in range(4):
+        x = torch.randn(2, 3, 6, 6).bfloat16()
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net[0](x)
+        y = net[1](out)
+        twin[0](x.float())
+        feed = twin[1]._flow.feed
+        twin[1]._flow.feed = feed._replace(output=out.float())
+        wanted = twin[1](twin[1]._flow.feed.output)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, wanted.bfloat16())
+    for name, found in net[1].state_dict().items():
+        torch.testing.assert_close(found, twin[1].state_dict()[name], rtol=1e-6, atol=1e-6)

@@ -36,8 +36,6 @@ class NumbaBackend:
         obstacle = memory_obstacle(x, rows)
         if obstacle is None:
             obstacle = layout_obstacle(x, call.spec.family)
-        if obstacle is None and x.dtype in LOW and call.spec.family != "rule":
-            obstacle = f"an input of {x.dtype}, which the loops of rules alone take"
         if obstacle is None and steps_of(call.spec.family) is None:
             obstacle = "numba is not installed"
         if obstacle is None and x.dtype is torch.float16 and not _converts_float16():

@@ -15,6 +15,7 @@ import numpy as np
 
 from anybatch.backends.numba.arrays import array_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import (
     channel_sums,
     plane_moments,
@@ -107,13 +108,13 @@ def _sample(x, last, feed, first, means, patches, slopes, place, paces, start, c
     ahead, between = (1, channels) if fed_last else (positions, 1)
     k0, k1, k2 = t0.shape[1], t1.shape[1], t2.shape[1]
     at, offsets = np.zeros(4, np.int64), np.empty(k0 * k1 * k2, np.int64)
-    apart = np.empty((groups, count, out_group), x.dtype)
-    seen = np.empty((groups, count, patches.shape[2]), x.dtype)
+    apart = np.empty((groups, count, out_group), inputs.dtype)
+    seen = np.empty((groups, count, patches.shape[2]), inputs.dtype)
     for s in range(count):
-        number = (start + s) % _CIRCLE
+        point = (start + s) % _CIRCLE
         for j in range(4):
             size = examples if j == 0 else sizes[j - 1]
-            part = np.float32((paces[j] * number) % _CIRCLE) / np.float32(_CIRCLE)
+            part = np.float32((paces[j] * point) % _CIRCLE) / np.float32(_CIRCLE)
             at[j] = min(int(np.float32(part * np.float32(size))), size - 1)
         inside = True
         for a in range(k0):
@@ -130,7 +131,7 @@ def _sample(x, last, feed, first, means, patches, slopes, place, paces, start, c
         for g in range(groups):
             for i in range(out_group):
                 o = g * out_group + i
-                value = x[at[0], flat, o] if last else x[at[0], o, flat]
+                value = number(x[at[0], flat, o] if last else x[at[0], o, flat], x)
                 apart[g, s, i] = 2 * (value - means[o]) / count
             f = 0
             for c in range(g * per_group, (g + 1) * per_group):
@@ -183,6 +184,7 @@ def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_base
 
 @jit
 def cross_iteration_norm(
+    kept,
     data,
     own,
     applied,
@@ -199,10 +201,11 @@ def cross_iteration_norm(
 ):
     """Cross-iteration batch normalization of one batch; this step's share is returned.
 
-    `own` takes the batch's own statistics, ``(2, 1, C)``, `applied` those of the window and the
-    share. `settings` is (order, whether running statistics follow the window, points of a sample
-    for the gradients of statistics, 0 for all positions, steps before the window is used). Of all
-    positions, the caller writes the gradient of the variance, and records the step.
+    `kept` is an empty array of the type of parameters and state. `own` takes the batch's own
+    statistics, ``(2, 1, C)``, `applied` those of the window and the share. `settings` is (order,
+    whether running statistics follow the window, points of a sample for the gradients of
+    statistics, 0 for all positions, steps before the window is used). Of all positions, the caller
+    writes the gradient of the variance, and records the step.
     """
     order, window_runs, points, burn_in = settings
     like, x, y, shape, last, starts, weight, bias, _, _, _ = data
@@ -212,11 +215,11 @@ def cross_iteration_norm(
     biased, width = feed_bias.shape[0] > 0, ring_mean.shape[1] // groups
     slots, channels = ring_mean.shape
     x, y = array_at(x, shape, like), array_at(y, shape, like)
-    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
-    running_mean, running_var, tracked = running_at(running, channels, like)
+    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
+    running_mean, running_var, tracked = running_at(running, channels, kept)
     values = x.shape[0] * x.shape[1 if last else 2]
     flat, period, total_of = x.reshape(-1), row_layout(x, last, starts)[0], own[:, 0]
-    on = np.empty((3, period // channels, channels), x.dtype)
+    on = np.empty((3, period // channels, channels), weight.dtype)
     if last:
         sums = np.zeros((1, 2, period))
         for repeat in range(on.shape[1]):

@@ -12,7 +12,7 @@ from anybatch.backends.aten.samples import Box
 from anybatch.backends.layout import dense
 from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import sampled
-from anybatch.backends.numba.arrays import LIKE
+from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.norm_batches import SavedBatch
 from anybatch.backends.numba.threads import parts
@@ -81,12 +81,13 @@ def forward(
     if residual is not None:
         residual = dense(residual, call.last)
     added = 0 if residual is None else address_of(residual, x.dtype, x.numel())
-    rows = (address_of(row, x.dtype, x.shape[1]) for row in (weight, bias))
+    dtype = KEPT[x.dtype]
+    rows = (address_of(row, dtype, x.shape[1]) for row in (weight, bias))
     data = LIKE[x.dtype], address_of(x, x.dtype, x.numel()), y.data_ptr(), shape, planes, relu
     table, stats = np.empty((4, x.shape[1])), np.empty((2, x.shape[1]))
-    running = running_addresses(state, x.dtype, x.shape[1])
+    running = running_addresses(state, dtype, x.shape[1])
     how = running, call.update_weight, call.eps, call.update, parts(x.numel())
-    sampled.sampled_forward((*data, added, *rows), sample, *how, table, stats)
+    sampled.sampled_forward(LIKE[dtype], (*data, added, *rows), sample, *how, table, stats)
     return y, (y,) if relu else (), (stats, table)
 
 
@@ -109,9 +110,10 @@ def backward(
         g = empty_like(x) if needs[3] else None
     places = (0 if t is None else address_of(t, x.dtype, x.numel()) for t in (dy, x, dx, y, g))
     dy_, x_, dx_, y_, g_ = places
-    rows = (address_of(weight, x.dtype, x.shape[1]), dw.data_ptr(), db.data_ptr())
+    dtype = KEPT[x.dtype]
+    rows = (address_of(weight, dtype, x.shape[1]), dw.data_ptr(), db.data_ptr())
     data = (LIKE[x.dtype], dy_, x_, dx_, shape, planes, y is not None, y_, g_, *rows)
-    sampled.sampled_backward(data, sample, *context, call.eps, parts(x.numel()))
+    sampled.sampled_backward(LIKE[dtype], data, sample, *context, call.eps, parts(x.numel()))
     dx_or_none = dx if needs[0] else None
     return dx_or_none, dw if needs[1] else None, db if needs[2] else None, g
 

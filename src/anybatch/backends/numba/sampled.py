@@ -94,7 +94,7 @@ def _wider(rows, take):
 
 @inlined
 def _cast(row, take, like):
-    """A number a channel, so many times over, in the type of the data."""
+    """A number a channel, so many times over, in a type."""
     channels = row.shape[0]
     table = np.empty(take * channels, like.dtype)
     for t in range(take):
@@ -110,11 +110,12 @@ def _map_at(address, shape, like):
 
 
 @jit
-def sampled_forward(data, sample, running, update_weight, eps, update, parts, table, stats):
+def sampled_forward(kept, data, sample, running, update_weight, eps, update, parts, table, stats):
     """The whole forward, into ``table`` and ``stats``, which `sampled_backward` needs.
 
     Args:
-        data: An empty array of the type of all tensors; input; output, to be written; shape of both
+        kept: An empty array of the type of parameters and state.
+        data: An empty array of the type of activations; input; output, to be written; shape of both
             and whether they are planes; whether a ReLU follows; what is added before it, or 0;
             scale; shift.
         sample: Tables of runs, their shares, their counts, and L.
@@ -130,34 +131,35 @@ def sampled_forward(data, sample, running, update_weight, eps, update, parts, ta
     runs, shares, counts, length = sample
     channels = stats.shape[1]
     x, y, added = array_at(x, shape, like), array_at(y, shape, like), _map_at(added, shape, like)
-    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
-    running = running_at(running, channels, like)
+    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
+    running = running_at(running, channels, kept)
     if planes:
         fork(planes_statistics, parts, (x, channels, length, runs[0], runs[1], table))
     else:
         for s in range(2):
             if runs[s].shape[0] > 0:
-                rows_moments(parts, x, length, runs[s], table[2 * s], table[2 * s + 1])
+                rows_moments(parts, x, length, runs[s], kept, table[2 * s], table[2 * s + 1])
     scales, shifts, count = np.empty(channels), np.empty(channels), counts[0] + counts[1]
     how, made = (weight, bias, running, update_weight, eps, update), (stats, scales, shifts)
     _decide(table, shares, count, *how, *made)
     if planes:
-        on = _cast(stats[0], 1, x), _cast(scales, 1, x), _cast(shifts, 1, x)
+        on = _cast(stats[0], 1, kept), _cast(scales, 1, kept), _cast(shifts, 1, kept)
         fork(planes_affine, parts, (x, y, relu, added, *on))
     else:
         take = _wide(channels, x.shape[0])
         for c in range(channels):
             shifts[c] -= stats[0, c] * scales[c]
         wide = _wider(x, take), _wider(y, take), relu, _wider(added, take)
-        fork(rows_affine, parts, (*wide, _cast(scales, take, x), _cast(shifts, take, x)))
+        fork(rows_affine, parts, (*wide, _cast(scales, take, kept), _cast(shifts, take, kept)))
 
 
 @jit
-def sampled_backward(data, sample, stats, table, eps, parts):
+def sampled_backward(kept, data, sample, stats, table, eps, parts):
     """The whole backward.
 
     Args:
-        data: An empty array of the type of all tensors; gradient of the output; input; gradient of
+        kept: An empty array of the type of parameters and state.
+        data: An empty array of the type of activations; gradient of the output; input; gradient of
             the input, to be written; shape of the three and whether they are planes; whether a
             ReLU followed; its output, or 0; gradient of what was added before it, to be written, or
             0; scale; gradients of scale and shift, to be written.
@@ -172,12 +174,12 @@ def sampled_backward(data, sample, stats, table, eps, parts):
     channels, work = stats.shape[1], np.zeros((7, stats.shape[1]))
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     y, g = _map_at(y, shape, like), _map_at(g, shape, like)
-    weight = array_at(weight, channels, like)
-    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
+    weight = array_at(weight, channels, kept)
+    dw, db = array_at(dw, channels, kept), array_at(db, channels, kept)
     wanted = np.empty(channels)
     for c in range(channels):
         wanted[c] = weight[c] / math.sqrt(stats[1, c] + eps)
-    mean, scales = _cast(stats[0], 1, x), _cast(wanted, 1, x)
+    mean, scales = _cast(stats[0], 1, kept), _cast(wanted, 1, kept)
     for c in range(channels):  # an array's assignment compiles what it would say of shapes
         work[0, c] = mean[c]
     if planes:
@@ -188,12 +190,12 @@ def sampled_backward(data, sample, stats, table, eps, parts):
         rows = x.shape[0] // take
         sums = np.empty((min(8 * parts, rows) if parts > 1 else 1, 2, take * channels))
         wide = _wider(dy, take), _wider(x, take), _wider(dx, take), relu, _wider(y, take)
-        tiled = _cast(mean, take, x), _cast(scales, take, x)
+        tiled = _cast(mean, take, kept), _cast(scales, take, kept)
         fork(rows_backward, parts, (*wide, _wider(g, take), *tiled, sums))
     _combine(sums, planes, weight, stats, table, shares, counts, eps, dw, db, work)
     for s in range(2):
         if shares[s] > 0:
-            factors = np.empty((4, channels), x.dtype)
+            factors = np.empty((4, channels), kept.dtype)
             for c in range(channels):
                 factors[0, c], factors[1, c] = work[1 + 3 * s, c], scales[c]
                 factors[2, c], factors[3, c] = work[2 + 3 * s, c], work[3 + 3 * s, c]

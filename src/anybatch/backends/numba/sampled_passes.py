@@ -4,6 +4,7 @@
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes_relu import mask_gradient
 from anybatch.backends.numba.streaming_stores import lanes, leaves, put_affine, settle_stores
 from anybatch.backends.numba.threads import fork
@@ -17,7 +18,7 @@ WIDE = 512  # rows of few channels are taken together, up to so many values
 def _plane_moments(x, c, channels, runs):
     """Count, mean and biased variance of a channel's sampled values, in a pass about the first."""
     count, total, squares = 0, 0.0, 0.0
-    away = np.float64(x[runs[0, 0] * channels + c, runs[0, 1]])
+    away = np.float64(number(x[runs[0, 0] * channels + c, runs[0, 1]], x))
     for r in range(runs.shape[0]):
         some = x[runs[r, 0] * channels + c, runs[r, 1] : runs[r, 1] + runs[r, 2]]
         for k in range(some.shape[0]):
@@ -43,7 +44,7 @@ def planes_statistics(part, parts, x, channels, length, first, second, table):
 def _rows_sums(part, parts, x, length, runs, count, shift, sums):
     """Add up x - shift and its square over a part of a sample."""
     begin, end, width = count * part // parts, count * (part + 1) // parts, x.shape[1]
-    one, two = np.zeros(width, x.dtype), np.zeros(width, x.dtype)
+    one, two = np.zeros(width, shift.dtype), np.zeros(width, shift.dtype)
     total, squares = sums[part, 0], sums[part, 1]
     seen = taken = 0
     for r in range(runs.shape[0]):
@@ -68,12 +69,14 @@ def _rows_sums(part, parts, x, length, runs, count, shift, sums):
 
 
 @inlined
-def rows_moments(parts, x, length, runs, row_mean, row_var):
+def rows_moments(parts, x, length, runs, like, row_mean, row_var):
     """Write mean and variance of a sample, from rows, in one pass about its first values."""
     count = 0
     for r in range(runs.shape[0]):
         count += runs[r, 2]
-    shift = x[runs[0, 0] * length + runs[0, 1]].copy()
+    first, shift = x[runs[0, 0] * length + runs[0, 1]], np.empty(x.shape[1], like.dtype)
+    for c in range(x.shape[1]):
+        shift[c] = first[c]
     sums = np.zeros((parts, 2, x.shape[1]))
     fork(_rows_sums, parts, (x, length, runs, count, shift, sums))
     for c in range(x.shape[1]):
@@ -91,7 +94,7 @@ def rows_moments(parts, x, length, runs, row_mean, row_var):
 def planes_affine(part, parts, x, y, relu, added, means, scales, shifts):
     """Write y = (x - mean) * scale + shift, or the `relu` of it, with what is `added`."""
     planes, length = x.shape
-    channels, zero = means.shape[0], x.dtype.type(0)
+    channels, zero = means.shape[0], number(0, x)
     past = not relu and leaves(y, length)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         c = p % channels
@@ -119,7 +122,7 @@ def planes_affine(part, parts, x, y, relu, added, means, scales, shifts):
 def rows_affine(part, parts, x, y, relu, added, scales, shifts):
     """Write y = x * scale + shift: a third row of numbers to load would cost a third more."""
     rows, width = x.shape
-    zero, past = x.dtype.type(0), not relu and leaves(y, width)
+    zero, past = number(0, x), not relu and leaves(y, width)
     for i in range(rows * part // parts, rows * (part + 1) // parts):
         row_x, row_y = x[i], y[i]
         if past:
@@ -144,7 +147,7 @@ def rows_affine(part, parts, x, y, relu, added, scales, shifts):
 @inlined
 def _pass_through(dy, x, dx, mean, scale):
     """Write dx = scale * dy; sum(dy) and sum(dy * (x - mean)) of some values of a channel."""
-    one, two = dy.dtype.type(0), dy.dtype.type(0)
+    one, two = number(0, dy), number(0, dy)
     for k in range(dy.shape[0]):  # from 0 on: no check for negative indices
         d = dy[k]
         one += d
@@ -156,7 +159,7 @@ def _pass_through(dy, x, dx, mean, scale):
 @inlined
 def _sums_only(dy, x, mean):
     """The same two sums."""
-    one, two = dy.dtype.type(0), dy.dtype.type(0)
+    one, two = number(0, dy), number(0, dy)
     for k in range(dy.shape[0]):
         one += dy[k]
         two += dy[k] * (x[k] - mean)
@@ -171,7 +174,7 @@ def planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """
     planes, length = x.shape
     channels = means.shape[0]
-    made, zero = np.empty(min(length, _CHUNK), x.dtype), x.dtype.type(0)
+    made, zero = np.empty(min(length, _CHUNK), means.dtype), number(0, x)
     past = not relu and leaves(dx, length)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         mean, scale = means[p % channels], scales[p % channels]
@@ -225,9 +228,9 @@ def rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     rows, width = x.shape
     blocks = sums.shape[0]
     share = (rows + blocks - 1) // blocks
-    made, zero, past = np.empty(width, x.dtype), x.dtype.type(0), not relu and leaves(dx, width)
+    made, zero, past = np.empty(width, means.dtype), number(0, x), not relu and leaves(dx, width)
     for b in range(blocks * part // parts, blocks * (part + 1) // parts):
-        one, two = np.empty(width, x.dtype), np.empty(width, x.dtype)
+        one, two = np.empty(width, means.dtype), np.empty(width, means.dtype)
         total, moment = np.zeros(width), np.zeros(width)
         end = min(b * share + share, rows)
         for begin in range(b * share, end, _FEW):
@@ -260,14 +263,14 @@ def rows_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
 def planes_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
     """Write dx = scale * dy + on_x * (x - center) + constant in a sample."""
     centers, scales, on_x, constants = rows[0], rows[1], rows[2], rows[3]
-    channels, zero = centers.shape[0], x.dtype.type(0)
+    channels, zero = centers.shape[0], number(0, x)
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         center, scale, factor, constant = centers[c], scales[c], on_x[c], constants[c]
         for r in range(runs.shape[0]):
             p, begin, end = runs[r, 0] * channels + c, runs[r, 1], runs[r, 1] + runs[r, 2]
             some_dy, some_x, some_dx = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
             for k in range(end - begin):
-                d = some_dy[k]
+                d = number(some_dy[k], x)
                 if relu and y[p, begin + k] <= zero:
                     d = zero
                 some_dx[k] = scale * d + factor * (some_x[k] - center) + constant
@@ -277,7 +280,7 @@ def planes_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
 def rows_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
     """Write the gradient of the sample again, in rows."""
     centers, scales, on_x, constants = rows[0], rows[1], rows[2], rows[3]
-    zero, count, seen = x.dtype.type(0), 0, 0
+    zero, count, seen = number(0, x), 0, 0
     for r in range(runs.shape[0]):
         count += runs[r, 2]
     begin, end = count * part // parts, count * (part + 1) // parts
@@ -286,7 +289,7 @@ def rows_correct(part, parts, dy, x, dx, relu, y, length, runs, rows):
         for i in range(start + max(begin, seen), start + min(end, seen + some)):
             above, row, out = dy[i], x[i], dx[i]
             for c in range(centers.shape[0]):
-                d = above[c]
+                d = number(above[c], x)
                 if relu and y[i, c] <= zero:
                     d = zero
                 out[c] = scales[c] * d + on_x[c] * (row[c] - centers[c]) + constants[c]

@@ -14,6 +14,7 @@ import numpy as np
 
 from anybatch.backends.numba.arrays import array_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import (
     channel_sums,
     in_rows,
@@ -73,15 +74,15 @@ def _remember(applied, ends, c, mean, spread, low, high):
 @inlined
 def _forward_planes(part, parts, kind, x, y, weight, bias, applied, ends, eps):
     """Statistics and output of some channels, each while it is in cache."""
-    channels, count, dtype = x.shape[1], x.shape[0] * x.shape[2], x.dtype.type
-    lows, highs = np.empty(_PLACES, x.dtype), np.empty(_PLACES, x.dtype)
+    channels, count, dtype = x.shape[1], x.shape[0] * x.shape[2], ends.dtype.type
+    lows, highs = np.empty(_PLACES, ends.dtype), np.empty(_PLACES, ends.dtype)
     for c in range(channels * part // parts, channels * (part + 1) // parts):
         if kind == L1:
             mean, _ = plane_moments(x, c, 0, x.shape[0], True)
             spread = _L1 * plane_deviation(x, c, mean) / count
             low = high = dtype(mean)
         else:
-            shift = np.float64(x[0, c, 0])
+            shift = np.float64(number(x[0, c, 0], x))
             mean = shift + plane_total(x, c, shift) / count
             low, high = plane_ends(x, c, lows, highs)
             spread = _range(low, high, mean, count, applied)
@@ -94,8 +95,8 @@ def _forward_planes(part, parts, kind, x, y, weight, bias, applied, ends, eps):
 def _forward_rows(parts, kind, x, y, shape, weight, bias, applied, ends, eps):
     """Statistics and output of all channels."""
     repeats, channels, inner = shape
-    count, dtype, period = x.shape[0] // channels, x.dtype.type, repeats * channels * inner
-    table = np.empty((3, repeats, channels, inner), x.dtype)
+    count, dtype, period = x.shape[0] // channels, ends.dtype.type, repeats * channels * inner
+    table = np.empty((3, repeats, channels, inner), ends.dtype)
     for c in range(channels):
         table[0, :, c] = x[c * inner]
     rows, sums = table.reshape(3, -1), np.zeros((parts, 2, period))
@@ -113,7 +114,7 @@ def _forward_rows(parts, kind, x, y, shape, weight, bias, applied, ends, eps):
             mean = applied[0, 0, c]
             _remember(applied, ends, c, mean, _L1 * total[0, c] / count, dtype(mean), dtype(mean))
     else:
-        places = np.empty((parts, 2, period), x.dtype)
+        places = np.empty((parts, 2, period), ends.dtype)
         places[:, 0], places[:, 1] = np.inf, -np.inf
         fork(row_ends, parts, (x, 0, x.shape[0], rows[0], sums, places))
         total, found = channel_sums(sums, shape), places.reshape(parts, 2, repeats, channels, inner)
@@ -137,7 +138,8 @@ def spread_forward(kind, data, applied, ends, running, update_weight, eps, updat
         kind: L1 or RANGE.
         data: The batch, see `ForwardData`.
         applied: Takes mean and squared spread, ``(2, 1, C)``.
-        ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``.
+        ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``; of the
+            type of parameters and state.
         running: Running mean, running variance, batches tracked.
         update_weight: Weight of the new running statistics; below 0 for the mean of all.
         eps: Added to the squared spread.
@@ -146,7 +148,7 @@ def spread_forward(kind, data, applied, ends, running, update_weight, eps, updat
     like, x, y, shape, last, starts, weight, bias, parts, _, _ = data
     channels = shape[2] if last else shape[1]
     x, y = array_at(x, shape, like), array_at(y, shape, like)
-    weight, bias = array_at(weight, channels, like), array_at(bias, channels, like)
+    weight, bias = array_at(weight, channels, ends), array_at(bias, channels, ends)
     rest = (weight, bias, applied, ends, eps)
     if not in_rows(x, last):
         fork(_forward_planes, parts, (kind, x, y, *rest))
@@ -155,7 +157,7 @@ def spread_forward(kind, data, applied, ends, running, update_weight, eps, updat
         places = (period // (channels * inner), channels, inner)
         _forward_rows(parts, kind, x.reshape(-1), y.reshape(-1), places, *rest)
     if update:
-        running_mean, running_var, tracked = running_at(running, channels, like)
+        running_mean, running_var, tracked = running_at(running, channels, ends)
         update_weight = count_batch(tracked, update_weight)
         for c in range(channels):
             track(c, applied[0, 0, c], applied[1, 0, c], update_weight, running_mean, running_var)
@@ -194,7 +196,7 @@ def _backward_planes(part, parts, kind, dy, x, dx, weight, dw, db, wanted, appli
         sums, var = (total, product, below, above), applied[1, 0, c]
         dw[c], on_dy, constant, on_low, on_high = _flow(kind, eps, weight[c], var, count, sums)
         if wanted:
-            plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high)
+            plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high, ends)
 
 
 @inlined
@@ -202,8 +204,8 @@ def _backward_rows(parts, kind, dy, x, dx, shape, weight, dw, db, wanted, applie
     """Sums and gradient of all channels."""
     repeats, channels, inner = shape
     count, period = x.shape[0] // channels, repeats * channels * inner
-    table, sums = np.empty((7, repeats, channels, inner), x.dtype), np.zeros((parts, 2, period))
-    counts = np.zeros((parts, 2, period), x.dtype)
+    table, sums = np.empty((7, repeats, channels, inner), ends.dtype), np.zeros((parts, 2, period))
+    counts = np.zeros((parts, 2, period), ends.dtype)
     for c in range(channels):
         table[0, :, c], table[1, :, c], table[2, :, c] = applied[0, 0, c], ends[0, c], ends[1, c]
     rows = table.reshape(7, -1)
@@ -235,8 +237,8 @@ def spread_backward(kind, data, applied, ends, eps):
     like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, _, _, _ = data
     channels = shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
-    weight = array_at(weight, channels, like)
-    dw, db = array_at(dw, channels, like), array_at(db, channels, like)
+    weight = array_at(weight, channels, ends)
+    dw, db = array_at(dw, channels, ends), array_at(db, channels, ends)
     rest = (weight, dw, db, wanted, applied, ends, eps)
     if not in_rows(x, last):
         fork(_backward_planes, parts, (kind, dy, x, dx, *rest))

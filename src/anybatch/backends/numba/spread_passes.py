@@ -4,6 +4,7 @@
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import block_of, blocks, stretch
 from anybatch.backends.numba.streaming_stores import lanes, leaves, put_gradient, settle_stores
 
@@ -26,7 +27,7 @@ def _more(a, b):
 @inlined
 def plane_deviation(x, c, mean):
     """Sum of abs(x - mean) of a channel."""
-    mean, total = x.dtype.type(mean), 0.0
+    mean, total = number(mean, x), 0.0
     for i in range(x.shape[0]):
         for k in range(x.shape[2]):
             total += abs(x[i, c, k] - mean)
@@ -59,13 +60,15 @@ def plane_ends(x, c, lows, highs):
             three = plane[at + 2 * places : at + 3 * places]
             four = plane[at + 3 * places : at + step]
             for j in range(places):
-                a, b, third, fourth = one[j], two[j], three[j], four[j]
+                a, b = number(one[j], x), number(two[j], x)
+                third, fourth = number(three[j], x), number(four[j], x)
                 lows[j] = _less(lows[j], _less(_less(a, b), _less(third, fourth)))
                 highs[j] = _more(highs[j], _more(_more(a, b), _more(third, fourth)))
         for at in range(length // step * step, length, places):
             one = plane[at : min(at + places, length)]
             for j in range(one.shape[0]):
-                lows[j], highs[j] = _less(lows[j], one[j]), _more(highs[j], one[j])
+                a = number(one[j], x)
+                lows[j], highs[j] = _less(lows[j], a), _more(highs[j], a)
     return lows.min(), highs.max()
 
 
@@ -76,7 +79,7 @@ def plane_sums(dy, x, c, center, low, high):
     below = above = 0
     for i in range(x.shape[0]):
         for k in range(x.shape[2]):
-            value = x[i, c, k]
+            value = number(x[i, c, k], x)
             total += dy[i, c, k]
             product += dy[i, c, k] * (value - center)
             below += value <= low
@@ -85,17 +88,16 @@ def plane_sums(dy, x, c, center, low, high):
 
 
 @inlined
-def plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high):
+def plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high, like):
     """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
-    dtype = x.dtype.type
-    on_dy, constant, zero = dtype(on_dy), dtype(constant), dtype(0)
-    on_low, on_high = dtype(on_low), dtype(on_high)
+    on_dy, constant, zero = number(on_dy, x), number(constant, x), number(0, x)
+    on_low, on_high = number(on_low, x), number(on_high, x)
     if leaves(dx, dx.shape[2]):
-        one, beyond = dtype(1), np.empty(x.shape[2], x.dtype)
+        one, beyond = number(1, x), np.empty(x.shape[2], like.dtype)
         for i in range(x.shape[0]):
             above, row, out = dy[i, c], x[i, c], dx[i, c]
             for k in range(x.shape[2]):
-                value = row[k]
+                value = number(row[k], x)
                 down, up = on_low if value <= low else zero, on_high if value >= high else zero
                 beyond[k] = down + up
             for k in range(0, x.shape[2], lanes(dx)):
@@ -104,7 +106,7 @@ def plane_gradient(dy, x, dx, c, on_dy, constant, low, high, on_low, on_high):
         return
     for i in range(x.shape[0]):
         for k in range(x.shape[2]):
-            value = x[i, c, k]
+            value = number(x[i, c, k], x)
             beyond = (on_low if value <= low else zero) + (on_high if value >= high else zero)
             dx[i, c, k] = on_dy * dy[i, c, k] + constant + beyond
 
@@ -137,7 +139,7 @@ def row_ends(part, parts, x, first, last, shift, sums, ends):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
         for j in range(period):
-            a, b, away = one[j], two[j], shift[j]
+            a, b, away = number(one[j], x), number(two[j], x), shift[j]
             totals[j] += (a - away) + (b - away)
             lows[j] = _less(_less(a, b), lows[j])
             highs[j] = _more(_more(a, b), highs[j])
@@ -145,25 +147,26 @@ def row_ends(part, parts, x, first, last, shift, sums, ends):
         row = x[at : min(at + period, end)]
         for j in range(row.shape[0]):
             totals[j] += row[j] - shift[j]
-            lows[j], highs[j] = _less(row[j], lows[j]), _more(row[j], highs[j])
+            a = number(row[j], x)
+            lows[j], highs[j] = _less(a, lows[j]), _more(a, highs[j])
 
 
 @inlined
 def row_sums(part, parts, dy, x, first, last, table, sums, counts):
     """Sum dy and dy * (x - center) for each place of a row, count values at or beyond the ends.
 
-    Counts have the type of the data, which holds those of a place exactly.
+    Counts have the type of the sums' factors, which holds those of a place exactly.
     """
     center, lows, highs = table[0], table[1], table[2]
     totals, products, below, above = sums[part, 0], sums[part, 1], counts[part, 0], counts[part, 1]
-    period, none, one_more = center.shape[0], x.dtype.type(0), x.dtype.type(1)
+    period, none, one_more = center.shape[0], number(0, x), number(1, x)
     begin, end, length = stretch(part, parts, first, last, period, 2)
     for at in range(begin, begin + length, period):
         far = at + length
         one, two = x[at : at + period], x[far : far + period]
         g, g_two = dy[at : at + period], dy[far : far + period]
         for j in range(period):
-            a, b, low, high = one[j], two[j], lows[j], highs[j]
+            a, b, low, high = number(one[j], x), number(two[j], x), lows[j], highs[j]
             totals[j] += g[j] + g_two[j]
             products[j] += g[j] * (a - center[j]) + g_two[j] * (b - center[j])
             below[j] += (one_more if a <= low else none) + (one_more if b <= low else none)
@@ -172,7 +175,7 @@ def row_sums(part, parts, dy, x, first, last, table, sums, counts):
         stop = min(at + period, end)
         g, row = dy[at:stop], x[at:stop]
         for j in range(row.shape[0]):
-            a = row[j]
+            a = number(row[j], x)
             totals[j] += g[j]
             products[j] += g[j] * (a - center[j])
             below[j] += one_more if a <= lows[j] else none
@@ -183,8 +186,8 @@ def row_sums(part, parts, dy, x, first, last, table, sums, counts):
 def row_gradient(part, parts, dy, x, dx, first, last, table):
     """Write dx = on_dy * dy + constant, and on_low, on_high more for values at or beyond them."""
     lows, highs, on_dy, constant = table[1], table[2], table[3], table[4]
-    on_low, on_high, zero = table[5], table[6], x.dtype.type(0)
-    period, unit, made = lows.shape[0], x.dtype.type(1), np.empty(lows.shape[0], x.dtype)
+    on_low, on_high, zero = table[5], table[6], number(0, x)
+    period, unit, made = lows.shape[0], number(1, x), np.empty(lows.shape[0], lows.dtype)
     begin, end, _ = stretch(part, parts, first, last, period, 1)
     past = leaves(dx, period) and leaves(dx, begin)
     for block in range(blocks(end - begin, period) - 1, -1, -1):
@@ -194,14 +197,14 @@ def row_gradient(part, parts, dy, x, dx, first, last, table):
             g, row, out = dy[at:stop], x[at:stop], dx[at:stop]
             if past and stop - at == period:
                 for j in range(period):
-                    value, down, up = row[j], on_low[j], on_high[j]
+                    value, down, up = number(row[j], x), on_low[j], on_high[j]
                     down, up = down if value <= lows[j] else zero, up if value >= highs[j] else zero
                     made[j] = down + up
                 for j in range(0, period, lanes(dx)):
                     put_gradient(out, g, made, j, zero, on_dy, unit, constant, j)
                 continue
             for j in range(row.shape[0]):
-                value, down, up = row[j], on_low[j], on_high[j]
+                value, down, up = number(row[j], x), on_low[j], on_high[j]
                 beyond = (down if value <= lows[j] else zero) + (up if value >= highs[j] else zero)
                 out[j] = on_dy[j] * g[j] + constant[j] + beyond
     if past:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from anybatch.backends.native_memory import running_addresses
 from anybatch.backends.numba import spread
+from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.norm_batches import (
     BackwardData,
     ForwardData,
@@ -34,7 +35,7 @@ def forward_batch(
     """The forward of one normalization batch, in one compiled call."""
     running = running_addresses(state, state[0].dtype, call.num_statistics)
     applied = np.empty((2, 1, call.num_statistics))
-    ends = spread.ends(data[0], call.num_statistics)
+    ends = spread.ends(LIKE[state[0].dtype], call.num_statistics)
     constants = running, call.update_weight, call.eps, call.update
     spread.spread_forward(spread.KINDS[call.spec.name], data, applied, ends, *constants)
     return SavedBatch(applied, ends=ends)

@@ -9,7 +9,7 @@ from torch import Tensor
 from anybatch.backends.aten import patches
 from anybatch.backends.native_memory import address_of, running_addresses
 from anybatch.backends.numba import cross_iteration, rule_steps
-from anybatch.backends.numba.arrays import read
+from anybatch.backends.numba.arrays import KEPT, LIKE, read
 from anybatch.backends.numba.backend import SERIAL
 from anybatch.backends.numba.norm_batches import (
     Array,
@@ -88,10 +88,12 @@ def _window_batch(
     )
     given = call.update, counters, rings, fed, first, paces
     settings = order, spec.tracks_window, points, spec.burn_in_steps
-    share = cross_iteration.cross_iteration_norm(data, own, applied, *how, *given, settings)
+    kept = LIKE[mean.dtype]
+    share = cross_iteration.cross_iteration_norm(kept, data, own, applied, *how, *given, settings)
     if call.update and order and not points:
         some = slice(first, first + examples)
-        whole = patches.raw_gradient(conv.geometry, conv.x[some], output[some])
+        inputs, outputs = (t[some].to(mean.dtype) for t in (conv.x, output))
+        whole = patches.raw_gradient(conv.geometry, inputs, outputs)
         product = whole.contiguous().numpy()
         step = order, fed, rings, counters, spec.burn_in_steps
         cross_iteration.record(product, own, values, *step)
@@ -117,17 +119,19 @@ def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, .
 
 def _conv_arrays(spec: CrossIterationSpec, conv: patches.ConvCall, y: Tensor) -> tuple[Any, Any]:
     """A convolution's call as arrays of the compiled kernels, and the paces of points."""
+    for one in (conv.x, conv.rows, conv.bias):  # that there is memory to read
+        if one is not None:
+            address_of(one, one.dtype, one.numel())
+    dtype = KEPT[y.dtype]
+    conv = conv._replace(x=conv.x.to(dtype), rows=conv.rows.to(dtype))
     views, key = spec.views, (conv.x.shape, y.shape, conv.x.dtype)
     if views.key != key:
         views.key, views.tables = key, _tables(conv, y)
     taps, meetings, sizes, paces, missing, none = views.tables
-    for one in (conv.x, conv.rows, conv.bias):  # that there is memory to read
-        if one is not None:
-            address_of(one, one.dtype, one.numel())
     x, last = conv.x, not conv.x.is_contiguous()
     flat = (x.movedim(1, -1) if last else x).reshape(-1).numpy()
     shape = x.shape[1], *missing, *x.shape[2:]
-    bias = none if conv.bias is None else read(conv.bias)
+    bias = none if conv.bias is None else read(conv.bias.to(dtype))
     rows = read(conv.rows.contiguous())
     return (flat, shape, last, rows, bias, taps, meetings, sizes, conv.geometry.groups), paces
 
