@@ -168,8 +168,8 @@ def test_cross_iteration_in_16_bits(
 ) -> None:
     """A network in 16 bits, or under autocast, whose norm takes the loops, beside float64."""
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=sample is None, groups=2)
-    net = nn.Sequential(conv, nn.BatchNorm2d(6))
-    anybatch.convert(net, "cbn", window=3, gradient_sample=sample, norm_batch_size=2, eps=1e-2)
+    net = nn.Sequential(conv, nn.BatchNorm2d(6, eps=1e-2))
+    anybatch.convert(net, "cbn", window=3, gradient_sample=sample, norm_batch_size=2)
     net[0].weight.data = net[0].weight.to(dtype).float()
     exact, form = copy.deepcopy(net).double(), torch.channels_last
     if not autocast:
