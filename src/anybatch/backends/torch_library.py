@@ -232,8 +232,9 @@ def _normalize_backward(
         return launched
     from anybatch.backends.numba import rule_steps
 
-    call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
-    batches = rule_steps.from_table(spec, used, call.cut[1])
+    work = rule_steps.prepare(call, x)
+    call = call._replace(work=(rule_steps, work))
+    batches = rule_steps.from_table(spec, used, work.runs)
     needs = (wanted, True, True, False)
     context = (batches, num_batches_tracked)
     dx, dw, db, _ = rule_steps.backward(call, context, dy, x, weight, (), needs)

@@ -57,11 +57,11 @@ def test_a_dense_batch_qualifies(layout: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("layout", DENSE)
 def test_a_dense_batch_of_another_type_qualifies(layout: str) -> None:
-    row = torch.zeros(4)
-    assert obstacle(DENSE[layout].double(), row.double(), row.double()) is None
-    for low in (DENSE[layout].bfloat16(), DENSE[layout].half()):
+    x, row = DENSE[layout], torch.zeros(4)
+    assert obstacle(x.double(), row.double(), row.double()) is None
+    for low in (x.bfloat16(), x.half()):
         assert obstacle(low, row, row) is None
-        assert obstacle(low, row, row, spec=SAMPLE) is None
+        assert obstacle(low, row, row, spec=SAMPLE) == obstacle(x, row, row, spec=SAMPLE)
         assert obstacle(low, row.to(low.dtype), row.to(low.dtype))
 
 

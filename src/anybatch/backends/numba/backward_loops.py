@@ -122,6 +122,28 @@ def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout,
             fork(row_gradient, within, (above, x, dx, first, last, middle, rows))
 
 
+@inlined
+def _gradients(dy, x, dx, y, g_added, last, starts, parts, shared, slopes, update):
+    """Gradients of a normalization batch; its averages move if they are to `update`."""
+    weight, _, applied, _, sums, _, _, method, memory, numbers, _, scope = shared
+    (dw, db), (valid, _, psis, _, _), groups = slopes, scope, applied.shape[1]
+    if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
+        fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
+    else:
+        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
+        across, within = (parts, 1) if groups >= parts else (1, parts)
+        some = (within, *flat, starts, row_layout(x, last, starts), shared)
+        fork(_backward_groups, across, some)
+    for c in range(weight.shape[0]):
+        first = second = 0.0
+        for g in range(groups):
+            first += sums[0, g, c]
+            second += sums[1, g, c]
+        db[c], dw[c] = first, second
+    if update and method[RULE] != 0:
+        move_average(method, memory, weight, numbers, np.empty(RESULTS), psis[0])
+
+
 @jit
 def backward(method, kept, data, applied, memory, settings, update_weight, eps, update, scope):
     """Gradients of `forward`.
@@ -129,8 +151,9 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
         kept: An empty array of the type of parameters and state.
-        data: The batch, see `BackwardData`.
-        applied: Statistics that it was normalized by.
+        data: The first of the normalization batches, see `BackwardData`; gradients of scale and
+            shift are rows, one for each batch.
+        applied: Statistics that they were normalized by, ``(B, rows, G, K)``.
         memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
         update_weight: Weight of the newest in exponential averages.
@@ -139,47 +162,30 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
     like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, relu, y, g_added = data
-    groups, channels = applied.shape[1], shape[2] if last else shape[1]
-    dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
-    y, g_added = activation_at(y, shape, like), activation_at(g_added, shape, like)
-    weight = array_at(weight, channels, kept)
-    dw, db = array_at(dw, channels, kept), array_at(db, channels, kept)
-    method = numbers_at(method, LENGTH)
+    channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
+    groups, num_statistics, row = applied.shape[2], applied.shape[3], channels * kept.itemsize
+    weight, method = array_at(weight, channels, kept), numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
-    numbers = arguments(method, memory, settings, update_weight, eps)
-    centers = applied[max(method[CENTER], 0)]  # of the groups' own variances
     valid, given, psis, before, share = scope
-    valid = valid_at(valid, x, last)
-    counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
-    psis = psis_at(psis, groups, applied.shape[2])
-    earlier = row_or_none(before, applied.shape[2], kept)
-    narrowed = (valid, counts, psis, earlier, share)
-    shared = (
-        weight,
-        relu,
-        applied,
-        centers,
-        sums,
-        on,
-        eps,
-        method,
-        memory,
-        numbers,
-        wanted,
-        narrowed,
-    )
-    if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
-        fork(_backward_planes, parts, (dy, x, dx, y, g_added, starts, shared))
-    else:
-        flat = (dy.reshape(-1), x.reshape(-1), dx.reshape(-1), y.reshape(-1), g_added.reshape(-1))
-        across, within = (parts, 1) if groups >= parts else (1, parts)
-        some = (within, *flat, starts, row_layout(x, last, starts), shared)
-        fork(_backward_groups, across, some)
-    for c in range(channels):
-        first = second = 0.0
-        for g in range(groups):
-            first += sums[0, g, c]
-            second += sums[1, g, c]
-        db[c], dw[c] = first, second
-    if update and method[RULE] != 0:
-        move_average(method, memory, weight, numbers, np.empty(RESULTS), psis[0])
+    earlier = row_or_none(before, num_statistics, kept)
+    for b in range(applied.shape[0]):
+        at = b * size
+        above, inputs = array_at(dy + at, shape, like), array_at(x + at, shape, like)
+        slope = array_at(dx + at, shape, like)
+        after_relu = activation_at(y + at if y != 0 else 0, shape, like)
+        of_added = activation_at(g_added + at if g_added != 0 else 0, shape, like)
+        numbers = arguments(method, memory, settings, update_weight, eps)
+        counts = counts_at(given, starts, shape[1] if last else shape[2])
+        narrowed = (
+            valid_at(valid, inputs, last),
+            counts,
+            psis_at(psis, groups, num_statistics),
+            earlier,
+            share,
+        )
+        centers = applied[b, max(method[CENTER], 0)]  # of the groups' own variances
+        used = (weight, relu, applied[b], centers, sums, on, eps)
+        shared = (*used, method, memory, numbers, wanted, narrowed)
+        slopes = array_at(dw + b * row, channels, kept), array_at(db + b * row, channels, kept)
+        how = (last, starts, parts, shared, slopes, update)
+        _gradients(above, inputs, slope, after_relu, of_added, *how)

@@ -175,48 +175,69 @@ def _product(rows, c, gradients, slot, row):
 
 
 @inlined
-def _moved(rows, c, g, slot, mean_gradients, var_gradients, mean_bases, var_bases):
-    """How far an earlier step's mean and variance move to today's weights (eq. 7, 8)."""
-    shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]
-    change = _product(rows, c, var_gradients, slot, c) - var_bases[slot, c]
-    return shift, change - shift * shift
-
-
-@jit
-def cross_iteration_norm(
-    kept,
-    data,
-    own,
-    applied,
-    running,
-    update_weight,
-    eps,
-    update,
-    counters,
-    rings,
-    feed,
-    first,
-    paces,
-    settings,
-):
-    """Cross-iteration batch normalization of one batch; this step's share is returned.
-
-    `kept` is an empty array of the type of parameters and state. `own` takes the batch's own
-    statistics, ``(2, 1, C)``, `applied` those of the window and the share. `settings` is (order,
-    whether running statistics follow the window, points of a sample for the gradients of
-    statistics, 0 for all positions, steps before the window is used). Of all positions, the caller
-    writes the gradient of the variance, and records the step.
-    """
-    order, window_runs, points, burn_in = settings
-    like, x, y, shape, last, starts, weight, bias, _, _, _ = data
+def _compensate(feed, rings, counters, moved):
+    """Write how far earlier steps' means and variances move to today's weights (eq. 7, 8)."""
+    _, _, _, mean_bases, var_bases, mean_gradients, var_gradients = rings
+    _, _, _, rows, _, _, _, _, groups = feed
     _, position, entries = counters
+    slots, channels = mean_bases.shape
+    for age in range(1, entries[()] + 1):
+        slot = (position[()] - age) % slots
+        for c in range(channels):
+            g = c // (channels // groups)
+            shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]
+            change = _product(rows, c, var_gradients, slot, c) - var_bases[slot, c]
+            moved[0, slot, c], moved[1, slot, c] = shift, change - shift * shift
+
+
+@inlined
+def _record(own, values, order, feed, rings, counters, burn_in, moved):
+    """Write a step's statistics into its slot, and count it if it is finite and counts."""
+    own = own[:, 0]
+    step, position, entries = counters
     ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
-    _, _, _, rows, feed_bias, _, _, _, groups = feed
-    biased, width = feed_bias.shape[0] > 0, ring_mean.shape[1] // groups
     slots, channels = ring_mean.shape
-    x, y = array_at(x, shape, like), array_at(y, shape, like)
-    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
-    running_mean, running_var, tracked = running_at(running, channels, kept)
+    place = position[()]
+    step[()] += 1
+    finite = True
+    for c in range(channels):
+        finite = finite and fits(own[1, c], ring_var)
+    if order > 0:
+        _, _, _, rows, bias, _, _, _, groups = feed
+        for c in range(channels):
+            of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
+            of_var = _product(rows, c, var_gradient, place, c)
+            mean_base[place, c], var_base[place, c] = of_mean, of_var
+            moved[0, place, c] = moved[1, place, c] = 0  # it is of today's weights
+            finite = finite and fits(of_var, var_base) and fits(of_mean, var_base)
+            if bias.shape[0]:
+                own[0, c] -= bias[c]
+        if not finite:
+            mean_base[place] = 0
+            var_base[place] = 0
+            mean_gradient[place] = 0
+            var_gradient[place] = 0
+    if finite:
+        for c in range(channels):  # an array's assignment compiles what it would say of shapes
+            ring_mean[place, c], ring_var[place, c] = own[0, c], own[1, c]
+        ring_values[place] = values
+        if step[()] > burn_in:
+            position[()] = (place + 1) % slots
+            entries[()] = min(entries[()] + 1, slots - 1)
+
+
+@inlined
+def _normalize(x, y, last, starts, own, applied, moved, rows_of, how, given, settings):
+    """Normalize a normalization batch, and record its step; its share is returned."""
+    weight, bias, running_mean, running_var, tracked = rows_of
+    update_weight, eps, update = how
+    counters, rings, feed, first, paces = given
+    order, window_runs, points, burn_in = settings
+    _, position, entries = counters
+    ring_mean, ring_var, ring_values, _, _, mean_gradient, var_gradient = rings
+    feed_bias = feed[4]
+    biased = feed_bias.shape[0] > 0
+    slots, channels = ring_mean.shape
     values = x.shape[0] * x.shape[1 if last else 2]
     flat, period, total_of = x.reshape(-1), row_layout(x, last, starts)[0], own[:, 0]
     on = np.empty((3, period // channels, channels), weight.dtype)
@@ -247,11 +268,8 @@ def cross_iteration_norm(
             slot = (place - age) % slots
             past_mean, past_var = np.float64(ring_mean[slot, c]), np.float64(ring_var[slot, c])
             if order > 0:
-                shift, change = _moved(
-                    rows, c, c // width, slot, mean_gradient, var_gradient, mean_base, var_base
-                )
-                past_mean += shift + (feed_bias[c] if biased else 0.0)
-                past_var = max(past_var + change, 0.0)  # eq. 10
+                past_mean += moved[0, slot, c] + (feed_bias[c] if biased else 0.0)
+                past_var = max(past_var + moved[1, slot, c], 0.0)  # eq. 10
             earlier[0, age], earlier[1, age] = past_mean, past_var
             mean += past_mean * ring_values[slot]
         mean /= total
@@ -281,43 +299,45 @@ def cross_iteration_norm(
         if order > 0:
             where = place, paces, counters[0][()] * points, points
             _sample(x, last, feed, first, own[0, 0], mean_gradient, var_gradient, *where)
-        _record(own, values, order, feed, rings, counters, burn_in)
+        _record(own, values, order, feed, rings, counters, burn_in, moved)
     return values / total if total > 1 else 0.0
 
 
-@inlined
-def _record(own, values, order, feed, rings, counters, burn_in):
-    """Write a step's statistics into its slot, and count it if it is finite and counts."""
-    own = own[:, 0]
-    step, position, entries = counters
-    ring_mean, ring_var, ring_values, mean_base, var_base, mean_gradient, var_gradient = rings
-    slots, channels = ring_mean.shape
-    place = position[()]
-    step[()] += 1
-    finite = True
-    for c in range(channels):
-        finite = finite and fits(own[1, c], ring_var)
-    if order > 0:
-        _, _, _, rows, bias, _, _, _, groups = feed
-        for c in range(channels):
-            of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
-            of_var = _product(rows, c, var_gradient, place, c)
-            mean_base[place, c], var_base[place, c] = of_mean, of_var
-            finite = finite and fits(of_var, var_base) and fits(of_mean, var_base)
-            if bias.shape[0]:
-                own[0, c] -= bias[c]
-        if not finite:
-            mean_base[place] = 0
-            var_base[place] = 0
-            mean_gradient[place] = 0
-            var_gradient[place] = 0
-    if finite:
-        for c in range(channels):  # an array's assignment compiles what it would say of shapes
-            ring_mean[place, c], ring_var[place, c] = own[0, c], own[1, c]
-        ring_values[place] = values
-        if step[()] > burn_in:
-            position[()] = (place + 1) % slots
-            entries[()] = min(entries[()] + 1, slots - 1)
+@jit
+def cross_iteration_norm(kept, data, own, applied, running, how, given, settings, whole_share):
+    """Cross-iteration batch normalization of a run of equal normalization batches, one by one.
+
+    Args:
+        kept: An empty array of the type of parameters and state.
+        data: The first of them, see `ForwardData`.
+        own: Takes their own statistics, ``(B, 2, 1, C)``.
+        applied: Takes those of the window and the batch's share in them, ``(B, 3, 1, C)``.
+        running: Running mean, variance and number of batches.
+        how: Weight of the new running statistics, number added to variances, whether state moves.
+        given: Counters, rings, feed, the first example in it, and paces of points.
+        settings: Order; whether running statistics follow the window; points of a sample for the
+            gradients of statistics, 0 for all positions: then the caller writes the gradient of the
+            variance, and records the step; steps before the window is used.
+        whole_share: Whether the backward statistics are of the window too: the share is 1.
+    """
+    like, x, y, shape, last, starts, weight, bias, _, _, _ = data
+    channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
+    rows_of = (
+        array_at(weight, channels, kept),
+        array_at(bias, channels, kept),
+        *running_at(running, channels, kept),
+    )
+    counters, rings, feed, first, paces = given
+    moved = np.empty((2, *rings[0].shape))
+    if settings[0] > 0:
+        _compensate(feed, rings, counters, moved)
+    for b in range(own.shape[0]):
+        at = b * size
+        inputs, outputs = array_at(x + at, shape, like), array_at(y + at, shape, like)
+        here = counters, rings, feed, first + b * shape[0], paces
+        places = own[b], applied[b], moved
+        share = _normalize(inputs, outputs, last, starts, *places, rows_of, how, here, settings)
+        applied[b, 2] = 1.0 if whole_share and share > 0 else share
 
 
 @jit
@@ -329,4 +349,5 @@ def record(product, own, values, order, feed, rings, counters, burn_in):
         for k in range(slopes.shape[2]):
             away = own[0, 0, c] * patches[place, c // width, k]
             slopes[place, c, k] = 2 * (product[c, k] / values - away)
-    _record(own, values, order, feed, rings, counters, burn_in)
+    moved = np.empty((2, *rings[0].shape))
+    _record(own, values, order, feed, rings, counters, burn_in, moved)

@@ -143,43 +143,13 @@ def arguments(method, memory, settings, update_weight, eps):
     return values
 
 
-@jit
-def forward(
-    method, kept, data, own, applied, tracked, memory, settings, update_weight, eps, update, scope
-):
-    """Normalize a batch, and remember it if it is to `update`.
-
-    Args:
-        method: Where it is described, see `anybatch.backends.numba.bound_rules`.
-        kept: An empty array of the type of parameters and state.
-        data: The batch, see `ForwardData`.
-        own: Takes the groups' own statistics, ``(2, G, C)``; without a rule it may be `applied`.
-        applied: Takes those to normalize by, ``(rows, G, K)``.
-        tracked: Batches that running statistics have seen.
-        memory: The state of the method, see `anybatch.backends.numba.rules`.
-        settings: Its numbers.
-        update_weight: Weight of the new running statistics; below 0 for the mean of all.
-        eps: Added to the variance.
-        update: Whether state may change.
-        scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
-    """
-    like, x, y, shape, last, starts, weight, bias, parts, relu, added = data
-    channels = shape[2] if last else shape[1]
-    x, y = array_at(x, shape, like), array_at(y, shape, like)
-    added = activation_at(added, shape, like)
-    method = numbers_at(method, LENGTH)
-    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
-    numbers = arguments(method, memory, settings, update_weight, eps)
-    groups, tracked = applied.shape[1], counter_at(tracked)
-    valid, given, before, steps, outliers, share, total, limit = scope
-    valid = valid_at(valid, x, last)
-    counts = counts_at(given, starts, x.shape[1] if last else x.shape[2])
-    earlier = (row_or_none(before, channels, kept), row_or_none(steps, channels, kept))
-    limit = limit if tracked[()] >= SETTLED else np.inf
-    seen = numbers_at(outliers, channels if outliers != 0 else 0)
-    guard = (limit, seen, eps)
-    narrowed = (valid, counts, earlier, share, guard)
-    shared = (weight, bias, relu, own, applied, eps, method, memory, numbers, narrowed)
+@inlined
+def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update_weight, scope):
+    """Normalize a normalization batch, and remember it if it is to `update`."""
+    weight, _, _, own, applied, _, method, memory, numbers, narrowed = shared
+    valid, counts, _, _, guard = narrowed
+    channels, groups = weight.shape[0], applied.shape[1]
+    _, _, _, _, outliers, _, total, _ = scope
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_forward_planes, parts, (x, y, added, starts, shared))
     else:
@@ -189,8 +159,8 @@ def forward(
         fork(_forward_groups, across, some)
     if not update:
         return
-    running_mean = array_at(memory[0], channels, kept)
-    running_var = array_at(memory[1], channels, kept)
+    running_mean = array_at(memory[0], channels, weight)
+    running_var = array_at(memory[1], channels, weight)
     if outliers != 0:
         bar_outliers(method, own, running_mean, running_var, guard)
     if total > 0:
@@ -210,3 +180,44 @@ def forward(
                 running_mean[c] += update_weight * (applied[0, 0, c] - running_mean[c])
             running_var[c] += update_weight * (applied[1, 0, c] - running_var[c])
     move_state(method, memory, weight, numbers, own, applied, outliers != 0)
+
+
+@jit
+def forward(
+    method, kept, data, own, applied, tracked, memory, settings, update_weight, eps, update, scope
+):
+    """Normalize a run of equal normalization batches, one after another, each with its state.
+
+    Args:
+        method: Where it is described, see `anybatch.backends.numba.bound_rules`.
+        kept: An empty array of the type of parameters and state.
+        data: The first of them, see `ForwardData`.
+        own: Takes the groups' own statistics, ``(B, 2, G, C)``; without a rule it may be `applied`.
+        applied: Takes those to normalize by, ``(B, rows, G, K)``.
+        tracked: Batches that running statistics have seen.
+        memory: The state of the method, see `anybatch.backends.numba.rules`.
+        settings: Its numbers.
+        update_weight: Weight of the new running statistics; below 0 for the mean of all.
+        eps: Added to the variance.
+        update: Whether state may change.
+        scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
+    """
+    like, x, y, shape, last, starts, weight, bias, parts, relu, added = data
+    channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
+    method, tracked = numbers_at(method, LENGTH), counter_at(tracked)
+    weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
+    valid, given, before, steps, outliers, share, _, limit = scope
+    earlier = (row_or_none(before, channels, kept), row_or_none(steps, channels, kept))
+    seen = numbers_at(outliers, channels if outliers != 0 else 0)
+    for b in range(applied.shape[0]):
+        at = b * size
+        inputs, outputs = array_at(x + at, shape, like), array_at(y + at, shape, like)
+        before_relu = activation_at(added + at if added != 0 else 0, shape, like)
+        numbers = arguments(method, memory, settings, update_weight, eps)
+        counts = counts_at(given, starts, shape[1] if last else shape[2])
+        guard = (limit if tracked[()] >= SETTLED else np.inf, seen, eps)
+        narrowed = (valid_at(valid, inputs, last), counts, earlier, share, guard)
+        used = (own[b], applied[b], eps, method, memory, numbers, narrowed)
+        shared = (weight, bias, relu, *used)
+        how = (shared, update, tracked, update_weight, scope)
+        _normalize(inputs, outputs, before_relu, last, starts, parts, *how)

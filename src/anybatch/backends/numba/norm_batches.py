@@ -1,4 +1,4 @@
-"""A layer's batch in the loops: one call for each of its normalization batches."""
+"""A layer's batch in the loops: a call for each run of equal normalization batches."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,11 +25,12 @@ from anybatch.backends.protocol import (
 
 Array = Any
 
-# One normalization batch as the loops take it, tensors as addresses: an empty array of the type of
-# activations; input; output, to be written; shape of both, (N, C, L) or (N, L, C) where channels
-# are last; whether they are; where groups of examples begin, and the end; scale; shift; threads;
-# whether a ReLU follows; what is added before it, like the input, or 0. A plain tuple, for a named
-# one takes as long to make as the kernels take for a small batch.
+# A normalization batch, or the first of a run of equal ones that lie side by side, as the loops
+# take it, tensors as addresses: an empty array of the type of activations; input; output, to be
+# written; shape of both, (N, C, L) or (N, L, C) where channels are last; whether they are; where
+# groups of examples begin, and the end; scale; shift; threads; whether a ReLU follows; what is
+# added before it, like the input, or 0. A plain tuple, for a named one takes as long to make as the
+# kernels take for a small batch.
 ForwardData = tuple[Array, int, int, tuple[int, int, int], bool, Array, int, int, int, bool, int]
 
 # Of the backward pass: an empty array; gradient of the output; input; gradient of the input, to be
@@ -41,10 +42,10 @@ BackwardData = tuple[Any, ...]
 
 
 class SavedBatch(NamedTuple):
-    """Statistics of one normalization batch as arrays, see `Statistics`.
+    """Statistics of a run of equal normalization batches as arrays, see `Statistics`.
 
     Attributes:
-        applied: Rows of mean and variance, and of what a rule gives, ``(rows, G, K)``.
+        applied: Of each, rows of mean and variance, and of what a rule gives, ``(B, rows, G, K)``.
         spec: The method of a rule; None for another.
         scope: What contributes to them; None for the groups' values.
         ends: Values ``(2, C)`` at or beyond which another spread than the standard deviation moves
@@ -56,33 +57,36 @@ class SavedBatch(NamedTuple):
     ends: Array | None = None
     scope: LoopScope | None = None
 
-    def statistics(self, like: Tensor) -> Statistics:
-        """The same as tensors, one row per group."""
-        table = torch.from_numpy(self.applied).to(KEPT[like.dtype])
-        table = table[:, 0] if table.shape[1] == 1 else table
-        found = (self.spec or MethodSpec()).statistics(table)
+    def statistics(self, like: Tensor) -> list[Statistics]:
+        """The same as tensors, one row per group, for each normalization batch."""
+        tables = torch.from_numpy(self.applied).to(KEPT[like.dtype])
+        tables = tables[:, :, 0] if tables.shape[2] == 1 else tables
+        found = [(self.spec or MethodSpec()).statistics(table) for table in tables]
         if self.scope is None:
             return found
-        counts = torch.from_numpy(self.scope.counts).to(table.dtype)
-        return found.of(counts[0] if len(counts) == 1 else counts.unsqueeze(1))
+        counts = torch.from_numpy(self.scope.counts).to(tables.dtype)
+        counts = counts[0] if len(counts) == 1 else counts.unsqueeze(1)
+        return [one.of(counts) for one in found]
 
 
-Forward = Callable[[NormCall, ForwardData, int, tuple[Any, ...]], SavedBatch]
+Forward = Callable[[NormCall, ForwardData, tuple[int, int], tuple[Any, ...]], SavedBatch]
 Backward = Callable[[NormCall, BackwardData, SavedBatch, Any], None]
-Step = tuple[int, tuple[int, int, int], Array, int, tuple[int, int]]
+Run = tuple[int, tuple[int, int, int], Array, tuple[int, int], tuple[int, int]]
 
 
 class Work(NamedTuple):
     """How batches of one shape and layout go through the loops.
 
     Attributes:
-        forward: Serves a normalization batch.
-        backward: Writes its gradients.
+        forward: Serves a run of normalization batches, told how many they are and how many groups
+            each has.
+        backward: Writes their gradients.
         dtype: Type of the batches.
         like: An empty array of it.
         small: Whether one thread does it, and writes little.
-        steps: Of each normalization batch where it begins, in bytes, its shape as in `ForwardData`,
-            where its groups begin, how many there are, and its first example and group.
+        runs: Of each run where it begins, in bytes, the shape of a normalization batch as in
+            `ForwardData`, where its groups begin, how many batches there are and how many groups in
+            each, and its first example and group.
         rows: Addresses of scale and shift.
     """
 
@@ -91,7 +95,7 @@ class Work(NamedTuple):
     dtype: torch.dtype
     like: Array
     small: bool
-    steps: tuple[Step, ...]
+    runs: tuple[Run, ...]
     rows: CheckedMemory
 
 
@@ -101,21 +105,23 @@ def _starts(sizes: tuple[int, ...]) -> Array:
     return np.cumsum([0, *sizes])
 
 
-def work_for(call: NormCall, x: Tensor, forward: Forward, backward: Backward) -> Work:
-    """How a dense batch goes through the loops."""
+def work_for(
+    call: NormCall, x: Tensor, forward: Forward, backward: Backward, in_runs: bool = False
+) -> Work:
+    """How a dense batch goes through the loops; a run is of one batch unless they take several."""
     channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
-    steps = tuple(
-        (
-            first * example,
-            (examples, length, channels) if call.last else (examples, channels, length),
-            _starts(sizes),
-            len(sizes),
-            (first, group),
-        )
-        for first, group, examples, sizes in iter_norm_batches(call.cut)
-    )
+    runs: list[Run] = []
+    earlier = None
+    for first, group, examples, sizes in iter_norm_batches(call.cut):
+        if in_runs and sizes == earlier:
+            (batches, groups), place = runs[-1][3:]
+            runs[-1] = (*runs[-1][:3], (batches + 1, groups), place)
+            continue
+        shape = (examples, length, channels) if call.last else (examples, channels, length)
+        runs.append((first * example, shape, _starts(sizes), (1, len(sizes)), (first, group)))
+        earlier = sizes
     like, small = LIKE[x.dtype], is_small(x.numel())
-    return Work(forward, backward, x.dtype, like, small, steps, CheckedMemory())
+    return Work(forward, backward, x.dtype, like, small, tuple(runs), CheckedMemory())
 
 
 def forward(
@@ -128,7 +134,7 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
     """See `anybatch.backends.protocol.Backend.forward`."""
-    (one, _, dtype, like, small, steps, rows), last = call.work[1], call.last
+    (run, _, dtype, like, small, runs, rows), last = call.work[1], call.last
     y: Tensor = torch.empty_like(x) if small else empty_like(x)
     size = x.numel()
     threads = 1 if small else parts(size)
@@ -141,14 +147,14 @@ def forward(
         residual = dense(residual, last)
         added = address_of(residual, dtype, size)
     kept = []
-    for first, shape, starts, groups, place in steps:
+    for first, shape, starts, number, place in runs:
         here = added and added + first
         data = (like, x_ + first, y_ + first, shape, last, starts, w, b, threads, relu, here)
         given = state
         if type(state[-1]) is Contribution:
             length = shape[1] if last else shape[2]
-            given = *state[:-1], scope_of(state[-1], place[0], place[1], groups, length)
-        kept.append(one(call, data, groups, given))
+            given = *state[:-1], scope_of(state[-1], place[0], place[1], number[1], length)
+        kept.append(run(call, data, number, given))
     # The mask of a ReLU is the sign of its output.
     return y, (y,) if relu else (), (kept, state[2])
 
@@ -163,7 +169,7 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See `anybatch.backends.protocol.Backend.backward`."""
-    (_, one, dtype, like, small, steps, _), last = call.work[1], call.last
+    (_, run, dtype, like, small, runs, _), last = call.work[1], call.last
     kept, tracked = context
     x = dense(x, last)  # what was saved on another device may come back in another layout
     if dy.dtype is not x.dtype or dy.stride() != x.stride() or dy.is_neg():
@@ -175,22 +181,23 @@ def backward(
         y = dense(saved[0], last)
         g = fresh(x) if needs[3] else None
         y_, g_ = address_of(y, x.dtype, x.numel()), 0 if g is None else g.data_ptr()
-    if len(steps) == 1:
+    batches = len(call.cut[2])
+    if batches == 1:
         dw, db = torch.empty_like(weight), torch.empty_like(weight)
     else:
-        dw, db = weight.new_empty(2, len(steps), *weight.shape)
+        dw, db = weight.new_empty(2, batches, *weight.shape)
     size = x.numel()
     above, x_ = address_of(dy, x.dtype, size), address_of(x, x.dtype, size)
     dx_, w = dx.data_ptr(), address_of(weight, KEPT[dtype], x.shape[1])
     dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
     wanted, relu = needs[0], y_ != 0
-    for (first, shape, starts, *_), batch in zip(steps, kept, strict=True):
+    for (first, shape, starts, number, _), some in zip(runs, kept, strict=True):
         places = (above + first, x_ + first, dx_ + first)
         behind = (relu, y_ and y_ + first, g_ and g_ + first)
         how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)
-        one(call, (like, *places, *how), batch, tracked)
-        dw_, db_ = dw_ + row, db_ + row
-    if len(steps) > 1:
+        run(call, (like, *places, *how), some, tracked)
+        dw_, db_ = dw_ + number[0] * row, db_ + number[0] * row
+    if batches > 1:
         dw, db = dw.sum(0), db.sum(0)
     return dx if wanted else None, dw if needs[1] else None, db if needs[2] else None, g
 
@@ -199,4 +206,4 @@ def statistics(
     call: NormCall, context: tuple[list[SavedBatch], Tensor], like: Tensor
 ) -> list[Statistics]:
     """See `anybatch.backends.protocol.Backend.statistics`."""
-    return [batch.statistics(like) for batch in context[0]]
+    return [one for run in context[0] for one in run.statistics(like)]

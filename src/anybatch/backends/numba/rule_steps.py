@@ -14,6 +14,7 @@ from anybatch.backends.numba.bound_rules import described
 from anybatch.backends.numba.norm_batches import (
     BackwardData,
     ForwardData,
+    Run,
     SavedBatch,
     Work,
     work_for,
@@ -40,7 +41,7 @@ def obstacle(call: NormCall, x: Tensor) -> None:
 def prepare(call: NormCall, x: Tensor) -> Work:
     """How batches of this shape and layout go through the loops."""
     batches = RuleBatches(call.spec)
-    return work_for(call, x, batches.forward, batches.backward)
+    return work_for(call, x, batches.forward, batches.backward, not call.beyond)
 
 
 @lru_cache(maxsize=256)
@@ -52,7 +53,7 @@ def _addresses(method: RuleSet, centered: bool) -> tuple[int, int]:
 
 
 class RuleBatches:
-    """The normalization batches of a method of one layer, each in one compiled call a pass.
+    """The normalization batches of a method of one layer, equal ones in one compiled call a pass.
 
     Args:
         spec: The method.
@@ -67,14 +68,14 @@ class RuleBatches:
         self.memory, self.memory_of_backward = CheckedMemory(), CheckedMemory()
 
     def forward(
-        self, call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
+        self, call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
     ) -> SavedBatch:
-        """The forward of one normalization batch.
+        """The forward of a run of normalization batches.
 
         `state` is the running mean, running variance and number of batches, and a `LoopScope` where
         not simply all values of the batch contribute.
         """
-        spec = self.spec
+        spec, (batches, groups) = self.spec, number
         channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
         mean, var, tracked = state[:3]
         dtype, limits = mean.dtype, spec.outliers is not None
@@ -85,9 +86,9 @@ class RuleBatches:
             places = _memory(rows, address_of(var, dtype, channels), spec.kept, dtype, channels)
             found = self.memory.keep(tensors, (count, places))
         count, places = found
-        applied = own = np.empty((spec.rows, groups, num_statistics))
+        applied = own = np.empty((batches, spec.rows, groups, num_statistics))
         if spec.method.forward.rule is not None or num_statistics != channels or limits:
-            own = np.empty((3 if limits else 2, groups, channels))
+            own = np.empty((batches, 3 if limits else 2, groups, channels))
         moved = count, places, _settings(spec.kept)
         shared = self.ahead, LIKE[dtype], data, own, applied
         given = *shared, *moved, call.update_weight, call.eps, call.update
@@ -95,13 +96,13 @@ class RuleBatches:
         if scope is None and not limits:
             forward_loops.forward(*given, PLAIN)
         else:
-            run_forward(partial(forward_loops.forward, *given), spec, scope, own)
+            run_forward(partial(forward_loops.forward, *given), spec, scope, own[0])
         return SavedBatch(applied, spec, None, scope)
 
     def backward(
         self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
     ) -> None:
-        """The backward of one normalization batch; see `forward`."""
+        """The backward of such a run; see `forward`."""
         spec = self.spec
         if spec.method.backward.rule is None:
             averages = _NO_AVERAGES
@@ -112,7 +113,7 @@ class RuleBatches:
             places = self.memory_of_backward.find(self.averages)
             if places is None:
                 dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
-                places = _memory(0, 0, spec.averages, dtype, kept.applied.shape[2])
+                places = _memory(0, 0, spec.averages, dtype, kept.applied.shape[3])
                 self.memory_of_backward.keep(self.averages, places)
             averages = places, _settings(spec.averages), weight
         like = LIKE[KEPT[call.work[1].dtype]]
@@ -121,7 +122,7 @@ class RuleBatches:
             backward_loops.backward(*given, PLAIN_BACKWARD)
         else:
             run = partial(backward_loops.backward, *given)
-            run_backward(run, spec, kept.scope, kept.applied.shape[2])
+            run_backward(run, spec, kept.scope, kept.applied.shape[3])
 
 
 def _memory(
@@ -151,16 +152,17 @@ def _settings(kept: RuleState) -> tuple[float, ...]:
 
 
 def to_table(kept: list[SavedBatch]) -> Tensor:
-    """Statistics of all normalization batches as one table."""
-    tables = [batch.applied for batch in kept]
+    """Statistics of all normalization batches as one table, ``(rows, groups of all, K)``."""
+    tables = [np.concatenate(list(run.applied), 1) for run in kept]
     return torch.from_numpy(tables[0] if len(tables) == 1 else np.concatenate(tables, 1))
 
 
-def from_table(spec: MethodSpec, table: Tensor, groups: tuple[int, ...]) -> list[SavedBatch]:
-    """The reverse of `to_table`, for normalization batches of so many groups."""
+def from_table(spec: MethodSpec, table: Tensor, runs: tuple[Run, ...]) -> list[SavedBatch]:
+    """The reverse of `to_table`."""
     found, first, rows = [], 0, table.numpy()
-    for count in groups:
-        applied: Any = np.ascontiguousarray(rows[:, first : first + count])
+    for *_, (batches, groups), _ in runs:
+        some = rows[:, first : first + batches * groups].reshape(len(rows), batches, groups, -1)
+        applied: Any = np.ascontiguousarray(some.swapaxes(0, 1))
         found.append(SavedBatch(applied, spec))
-        first += count
+        first += batches * groups
     return found

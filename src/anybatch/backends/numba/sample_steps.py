@@ -120,4 +120,4 @@ def backward(
 
 def statistics(call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
     """See `anybatch.backends.protocol.Backend.statistics`."""
-    return [SavedBatch(context[0][:, None]).statistics(like)]
+    return SavedBatch(context[0][None, :, None]).statistics(like)

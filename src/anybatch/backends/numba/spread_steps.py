@@ -30,18 +30,18 @@ def prepare(call: NormCall, x: Tensor) -> Work:
 
 
 def forward_batch(
-    call: NormCall, data: ForwardData, groups: int, state: tuple[Tensor, ...]
+    call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Tensor, ...]
 ) -> SavedBatch:
     """The forward of one normalization batch, in one compiled call."""
     running = running_addresses(state, state[0].dtype, call.num_statistics)
-    applied = np.empty((2, 1, call.num_statistics))
+    applied = np.empty((1, 2, 1, call.num_statistics))
     ends = spread.ends(LIKE[state[0].dtype], call.num_statistics)
     constants = running, call.update_weight, call.eps, call.update
-    spread.spread_forward(spread.KINDS[call.spec.name], data, applied, ends, *constants)
+    spread.spread_forward(spread.KINDS[call.spec.name], data, applied[0], ends, *constants)
     return SavedBatch(applied, ends=ends)
 
 
 def backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
     """The backward of one normalization batch, in one compiled call."""
     kind = spread.KINDS[call.spec.name]
-    spread.spread_backward(kind, data, kept.applied, kept.ends, call.eps)
+    spread.spread_backward(kind, data, kept.applied[0], kept.ends, call.eps)

@@ -37,8 +37,12 @@ def obstacle(call: NormCall, x: Tensor) -> str | None:
 
 def prepare(call: NormCall, x: Tensor) -> Work:
     """How batches of this shape and layout go through the loops."""
-    windowed = call.spec.windowed
-    return work_for(call, x, _window_batch if windowed else _plain_batch, _backward_batch)
+    spec, values = call.spec, x[:1, :1].numel() * min(call.cut[2])
+    if not spec.windowed:
+        return work_for(call, x, _plain_batch, _backward_batch)
+    # One value may have no statistics, all positions need torch's operators in between.
+    in_runs = values > 1 and (len(spec.rings) == 3 or _points(spec, values) > 0)
+    return work_for(call, x, _window_batches, _backward_batch, in_runs)
 
 
 _BATCH_NORM = rule_steps.RuleBatches(MethodSpec())
@@ -56,18 +60,18 @@ _WINDOWED = _WEIGHTED._replace(backward=_SLIDES)
 
 
 def _plain_batch(
-    call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
+    call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
 ) -> SavedBatch:
     """Batch normalization, which counts the step."""
     if call.update:
         call.spec.memory["step"].add_(1)
-    return _BATCH_NORM.forward(call, data, groups, state[:3])
+    return _BATCH_NORM.forward(call, data, number, state[:3])
 
 
-def _window_batch(
-    call: NormCall, data: ForwardData, groups: int, state: tuple[Any, ...]
+def _window_batches(
+    call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
 ) -> SavedBatch:
-    """One normalization batch, in one compiled call; of all positions' gradients, two."""
+    """A run of normalization batches in one compiled call; of all positions' gradients, two."""
     _, x, _, shape, last, *_ = data
     examples, length, channels = shape if last else (shape[0], shape[2], shape[1])
     mean, var, tracked, conv, output, made = state
@@ -78,31 +82,33 @@ def _window_batch(
         bare = cross_iteration.nothing(mean.numpy().dtype)[0], (0, 0, 0, 0)
         made += bare if conv is None else _conv_arrays(spec, conv, output)
     (rings, counters), (fed, paces) = _arrays(spec), made
-    values, points = examples * length, spec.gradient_sample or 0
-    points = points if points < values else 0
-    own, applied = np.empty((2, 1, channels)), np.empty((3, 1, channels))
-    how = (
-        running_addresses((mean, var, tracked), mean.dtype, channels),
-        call.update_weight,
-        call.eps,
-    )
-    given = call.update, counters, rings, fed, first, paces
+    points = _points(spec, examples * length)
+    own, applied = np.empty((number[0], 2, 1, channels)), np.empty((number[0], 3, 1, channels))
+    running = running_addresses((mean, var, tracked), mean.dtype, channels)
+    how, given = (call.update_weight, call.eps, call.update), (counters, rings, fed, first, paces)
     settings = order, spec.tracks_window, points, spec.burn_in_steps
+    averaged = spec.backward_window is not None
     kept = LIKE[mean.dtype]
-    share = cross_iteration.cross_iteration_norm(kept, data, own, applied, *how, *given, settings)
+    cross_iteration.cross_iteration_norm(
+        kept, data, own, applied, running, how, given, settings, averaged
+    )
     if call.update and order and not points:
         some = slice(first, first + examples)
         inputs, outputs = (t[some].to(mean.dtype) for t in (conv.x, output))
         whole = patches.raw_gradient(conv.geometry, inputs, outputs)
         product = whole.contiguous().numpy()
         step = order, fed, rings, counters, spec.burn_in_steps
-        cross_iteration.record(product, own, values, *step)
-    if spec.backward_window is None or share == 0:
-        applied[2] = share
+        cross_iteration.record(product, own[0], examples * length, *step)
+    if not averaged or applied[0, 2, 0, 0] == 0:
         return SavedBatch(applied, MethodSpec(_WEIGHTED))
-    applied[2] = 1.0
     averages = RuleState(windows=(spec.backward_window,), counters=(spec.memory["backward_step"],))
     return SavedBatch(applied, MethodSpec(_WINDOWED, averages=averages))
+
+
+def _points(spec: CrossIterationSpec, values: int) -> int:
+    """Points that gradients of statistics are taken at; 0 for all positions."""
+    points = spec.gradient_sample or 0
+    return points if points < values else 0
 
 
 def _arrays(spec: CrossIterationSpec) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -155,6 +161,6 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
 
 
 def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Any) -> None:
-    """The backward of one normalization batch, in one compiled call."""
+    """The backward of a run of normalization batches, in one compiled call."""
     assert kept.spec is not None
     rule_steps.RuleBatches(kept.spec).backward(call, data, kept, tracked)
