@@ -144,6 +144,20 @@ def test_outputs_of_16_bits_past_the_caches(name: str, last: bool, dtype: torch.
     close(list(ours), list(step(exact, x.double(), dy.double())), dtype)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sums_of_long_planes_of_16_bits(dtype: torch.dtype) -> None:
+    """They are float32, about the first value, which may lie far out."""
+    layer = anybatch.BatchNorm2d(1, momentum=1.0)
+    x = torch.randn(2, 1, 400, 500).add(30).to(dtype)
+    x[0, 0, 0, 0] = 60
+    layer(x.requires_grad_()).backward(torch.ones_like(x))
+    exact = x.detach().double()
+    torch.testing.assert_close(layer.running_mean[0].double(), exact.mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.running_var[0].double(), exact.var(), rtol=1e-4, atol=0)
+    assert float(layer.bias.grad) == x.numel()
+    assert abs(float(layer.weight.grad)) < 1e-4 * x.numel()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", TYPES)
 def test_networks_in_16_bits_and_under_autocast_take_the_loops(dtype: torch.dtype) -> None:

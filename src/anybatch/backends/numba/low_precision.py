@@ -113,5 +113,17 @@ def _number(typingctx, value, like):
     return kind(value, like), codegen
 
 
+@intrinsic
+def _summand(typingctx, value, like):
+    """A number in the type that sums over a plane of an array have."""
+    kind = types.float32 if isinstance(like.dtype, LowFloat) else types.float64
+
+    def codegen(context, builder, signature, values):
+        return context.cast(builder, values[0], signature.args[0], kind)
+
+    return kind(value, like), codegen
+
+
 as_numbers: Any = _as_numbers  # their signatures are those of compiled code
 number: Any = _number
+summand: Any = _summand

@@ -5,13 +5,14 @@ In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a 
 decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
 channels: sums are kept for each place of a row, a few positions of all channels side by side.
 
-Sums are float64; rows add up a few values in the input's type first, which spares conversions.
+Sums are float64; rows add up a few values in the input's type first, and so do planes of 16 bits,
+in float32: this spares conversions.
 """
 
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.numba.low_precision import number
+from anybatch.backends.numba.low_precision import number, summand
 from anybatch.backends.numba.streaming_stores import (
     lanes,
     leaves,
@@ -41,12 +42,15 @@ def plane_moments(x, c, first, last, centered):
     In one pass: with a value of the channel subtracted, float64 loses nothing by it.
     """
     shift = np.float64(number(x[first, c, 0], x)) if centered else 0.0
-    total = squares = 0.0
+    total, squares, away = 0.0, 0.0, summand(shift, x)
     for i in range(first, last):
+        one = two = summand(0, x)
         for k in range(x.shape[2]):
-            offset = x[i, c, k] - shift
-            total += offset
-            squares += offset * offset
+            offset = x[i, c, k] - away
+            one += offset
+            two += offset * offset
+        total += one
+        squares += two
     return settle(total, squares, (last - first) * x.shape[2], shift, centered)
 
 
@@ -69,11 +73,14 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
 @inlined
 def plane_sums(dy, x, c, first, last, center):
     """Return sum(dy) and sum(dy * (x - center))."""
-    total = product = 0.0
+    total, product, away = 0.0, 0.0, summand(center, x)
     for i in range(first, last):
+        one = two = summand(0, x)
         for k in range(x.shape[2]):
-            total += dy[i, c, k]
-            product += dy[i, c, k] * (x[i, c, k] - center)
+            one += dy[i, c, k]
+            two += dy[i, c, k] * (x[i, c, k] - away)
+        total += one
+        product += two
     return total, product
 
 
