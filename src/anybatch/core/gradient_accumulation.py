@@ -256,11 +256,6 @@ class StepMemory:
         before = self.tensors[way + "count"].to(like.dtype).masked_fill(self._is_first(way), 0)
         return before, count / (before + count).clamp(min=1)
 
-    def earlier(self, way: str) -> tuple[float, Tensor, Tensor]:
-        """Values seen before a micro-batch, and their mean and variance; reading them waits."""
-        count, mean, var = (self.tensors[way + name] for name in ("count", "mean", "var"))
-        return 0.0 if self._begins(way) else float(count), mean, var
-
     def keep(
         self, way: str, before: Tensor, count: int | Tensor, mean: Tensor | None, var: Tensor
     ) -> None:
@@ -271,13 +266,6 @@ class StepMemory:
             if new is not None:
                 kept = self.tensors[way + name]
                 kept.copy_(torch.where(finite, new, kept))
-
-    def keep_numbers(self, way: str, count: float, mean: Tensor | None, var: Tensor | None) -> None:
-        """Keep statistics of so many values, known on the host; None as they are."""
-        self.tensors[way + "count"].fill_(count)
-        for name, new in (("mean", mean), ("var", var)):
-            if new is not None:
-                self.tensors[way + name].copy_(new)
 
 
 class StepBackward(NamedTuple):

@@ -7,9 +7,9 @@ from anybatch.backends.numba.arrays import (
     activation_at,
     array_at,
     counts_at,
+    keep_step,
     numbers_at,
-    psis_at,
-    row_or_none,
+    step_at,
     valid_at,
 )
 from anybatch.backends.numba.bound_rules import CENTER, LENGTH, RESULTS, RULE
@@ -166,8 +166,7 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
     groups, num_statistics, row = applied.shape[2], applied.shape[3], channels * kept.itemsize
     weight, method = array_at(weight, channels, kept), numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
-    valid, given, psis, before, share = scope
-    earlier = row_or_none(before, num_statistics, kept)
+    (valid, given, step), psis = scope, np.empty((groups, num_statistics))
     for b in range(applied.shape[0]):
         at = b * size
         above, inputs = array_at(dy + at, shape, like), array_at(x + at, shape, like)
@@ -176,16 +175,15 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
         of_added = activation_at(g_added + at if g_added != 0 else 0, shape, like)
         numbers = arguments(method, memory, settings, update_weight, eps)
         counts = counts_at(given, starts, shape[1] if last else shape[2])
-        narrowed = (
-            valid_at(valid, inputs, last),
-            counts,
-            psis_at(psis, groups, num_statistics),
-            earlier,
-            share,
-        )
+        before, (_, earlier) = step_at(step, num_statistics, kept)
+        count = counts[0]
+        share = count / (before + count)
+        narrowed = (valid_at(valid, inputs, last), counts, psis, earlier, share)
         centers = applied[b, max(method[CENTER], 0)]  # of the groups' own variances
         used = (weight, relu, applied[b], centers, sums, on, eps)
         shared = (*used, method, memory, numbers, wanted, narrowed)
         slopes = array_at(dw + b * row, channels, kept), array_at(db + b * row, channels, kept)
         how = (last, starts, parts, shared, slopes, update)
         _gradients(above, inputs, slope, after_relu, of_added, *how)
+        if step[0] != 0:
+            keep_step(step, before, count, psis[0, :0], psis[0], kept)

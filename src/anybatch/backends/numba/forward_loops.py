@@ -13,8 +13,9 @@ from anybatch.backends.numba.arrays import (
     array_at,
     counter_at,
     counts_at,
+    keep_step,
     numbers_at,
-    row_or_none,
+    step_at,
     valid_at,
 )
 from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_APPLIED
@@ -144,12 +145,14 @@ def arguments(method, memory, settings, update_weight, eps):
 
 
 @inlined
-def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update_weight, scope):
-    """Normalize a normalization batch, and remember it if it is to `update`."""
+def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update_weight, counts):
+    """Normalize a normalization batch, and remember it if it is to `update`.
+
+    `counts` are the values behind statistics, those of earlier micro-batches included.
+    """
     weight, _, _, own, applied, _, method, memory, numbers, narrowed = shared
-    valid, counts, _, _, guard = narrowed
-    channels, groups = weight.shape[0], applied.shape[1]
-    _, _, _, _, outliers, _, total, _ = scope
+    valid, _, _, _, guard = narrowed
+    channels, groups, limited = weight.shape[0], applied.shape[1], guard[1].shape[0] > 0
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
         fork(_forward_planes, parts, (x, y, added, starts, shared))
     else:
@@ -161,10 +164,8 @@ def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update
         return
     running_mean = array_at(memory[0], channels, weight)
     running_var = array_at(memory[1], channels, weight)
-    if outliers != 0:
+    if limited:
         bar_outliers(method, own, running_mean, running_var, guard)
-    if total > 0:
-        counts[0] = total
     if method[RULE] == 0:
         track_groups(own, counts, update_weight, running_mean, running_var, tracked)
         return
@@ -173,13 +174,13 @@ def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update
         if method[TRACKS_APPLIED] == 0:
             var = unbiased(own[1, 0, c], counts[0])
             track(c, own[0, 0, c], var, update_weight, running_mean, running_var)
-        elif not enters(applied[1, 0, c], own[1, 0, c], running_var, outliers != 0):
+        elif not enters(applied[1, 0, c], own[1, 0, c], running_var, limited):
             continue
         else:
             if method[CENTERED] != 0:  # the uncentred form has no mean
                 running_mean[c] += update_weight * (applied[0, 0, c] - running_mean[c])
             running_var[c] += update_weight * (applied[1, 0, c] - running_var[c])
-    move_state(method, memory, weight, numbers, own, applied, outliers != 0)
+    move_state(method, memory, weight, numbers, own, applied, limited)
 
 
 @jit
@@ -206,8 +207,7 @@ def forward(
     channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
     method, tracked = numbers_at(method, LENGTH), counter_at(tracked)
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
-    valid, given, before, steps, outliers, share, _, limit = scope
-    earlier = (row_or_none(before, channels, kept), row_or_none(steps, channels, kept))
+    valid, given, step, outliers, limit = scope
     seen = numbers_at(outliers, channels if outliers != 0 else 0)
     for b in range(applied.shape[0]):
         at = b * size
@@ -216,8 +216,15 @@ def forward(
         numbers = arguments(method, memory, settings, update_weight, eps)
         counts = counts_at(given, starts, shape[1] if last else shape[2])
         guard = (limit if tracked[()] >= SETTLED else np.inf, seen, eps)
+        before, earlier = step_at(step, channels, kept)
+        count = counts[0]
+        share = count / (before + count)
         narrowed = (valid_at(valid, inputs, last), counts, earlier, share, guard)
         used = (own[b], applied[b], eps, method, memory, numbers, narrowed)
         shared = (weight, bias, relu, *used)
-        how = (shared, update, tracked, update_weight, scope)
+        behind = counts.copy()
+        behind[0] += before
+        how = (shared, update, tracked, update_weight, behind)
         _normalize(inputs, outputs, before_relu, last, starts, parts, *how)
+        if step[0] != 0:
+            keep_step(step, before, count, own[b, 0, 0], own[b, own.shape[1] - 1, 0], kept)

@@ -22,7 +22,7 @@ from anybatch.backends.numba.norm_batches import (
 from anybatch.backends.numba.norm_batches import backward as backward
 from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
-from anybatch.backends.numba.scopes import PLAIN, PLAIN_BACKWARD, run_backward, run_forward
+from anybatch.backends.numba.scopes import PLAIN, PLAIN_BACKWARD, forward_numbers, run_backward
 from anybatch.backends.numba.threads import without_threads as without_threads
 from anybatch.backends.protocol import MethodSpec, NormCall, RuleState
 from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, RuleSet
@@ -66,6 +66,7 @@ class RuleBatches:
         averages = spec.averages
         self.averages = (*averages.rows, *averages.windows, *averages.counters)
         self.memory, self.memory_of_backward = CheckedMemory(), CheckedMemory()
+        self.step, self.step_of_backward = CheckedMemory(), CheckedMemory()
 
     def forward(
         self, call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
@@ -93,10 +94,9 @@ class RuleBatches:
         shared = self.ahead, LIKE[dtype], data, own, applied
         given = *shared, *moved, call.update_weight, call.eps, call.update
         scope = state[3] if len(state) > 3 else None
-        if scope is None and not limits:
-            forward_loops.forward(*given, PLAIN)
-        else:
-            run_forward(partial(forward_loops.forward, *given), spec, scope, own[0])
+        plain = scope is None and not limits
+        some = PLAIN if plain else forward_numbers(spec, scope, self.step, channels)
+        forward_loops.forward(*given, some)
         return SavedBatch(applied, spec, None, scope)
 
     def backward(
@@ -122,7 +122,7 @@ class RuleBatches:
             backward_loops.backward(*given, PLAIN_BACKWARD)
         else:
             run = partial(backward_loops.backward, *given)
-            run_backward(run, spec, kept.scope, kept.applied.shape[3])
+            run_backward(run, spec, kept.scope, self.step_of_backward, kept.applied.shape[3])
 
 
 def _memory(

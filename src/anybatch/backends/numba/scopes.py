@@ -1,9 +1,10 @@
 """The values that contribute to a batch's statistics, as loops take them: one tuple of numbers.
 
-Forward ``(mask, counts, earlier mean, earlier variance, outliers, share, total, limit)``, backward
-``(mask, counts, psis, earlier, share)``. The mask ``(N, L)``, counts ``(G,)`` in
-float64, rows of earlier micro-batches and how often channels were outliers are addresses, 0 for
-none. `share` is this micro-batch's part of the `total` values of its optimizer step so far.
+Forward ``(mask, counts, step, outliers, limit)``, backward ``(mask, counts, step)``. The mask
+``(N, L)``, counts ``(G,)`` in float64 and how often channels were outliers are addresses, 0 for
+none. `step` is the memory of an optimizer step of several micro-batches: the address of their
+number, how many make a step (0 where only the optimizer tells), and addresses of the values seen
+and of their mean and variance.
 """
 
 import math
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from anybatch.backends.native_memory import address_of
+from anybatch.backends.native_memory import CheckedMemory, address_of
 from anybatch.backends.protocol import Contribution, MethodSpec
 
 Array = Any
-PLAIN = (0, 0, 0, 0, 0, 1.0, 0.0, math.inf)
+_NO_STEP = (0, 0, 0, 0, 0)
+PLAIN = (0, 0, _NO_STEP, 0, math.inf)
 _BACKWARD = "backward_"  # before the names of an optimizer step's memory of the backward pass
-PLAIN_BACKWARD = (0, 0, 0, 0, 1.0)
+PLAIN_BACKWARD = (0, 0, _NO_STEP)
 
 
 class LoopScope(NamedTuple):
@@ -49,58 +51,43 @@ def scope_of(given: Contribution, first: int, group: int, groups: int, length: i
     return LoopScope(values, place, layer, step, mask)
 
 
-def run_forward(
-    run: Callable[[tuple[Any, ...]], None], spec: MethodSpec, scope: LoopScope | None, own: Array
-) -> None:
-    """The forward of a normalization batch.
-
-    `run` takes the tuple, and writes the batch's own statistics into `own`.
-    """
-    limit, outliers = spec.limit, 0
-    if spec.outliers is not None:
-        outliers = address_of(spec.outliers, torch.int64, own.shape[2])
+def forward_numbers(
+    spec: MethodSpec, scope: LoopScope | None, known: CheckedMemory, channels: int
+) -> tuple[Any, ...]:
+    """What contributes to a normalization batch; `known` keeps addresses of a step's memory."""
+    outliers = 0 if spec.outliers is None else address_of(spec.outliers, torch.int64, channels)
     if scope is None:
-        run((*PLAIN[:4], outliers, 1.0, 0.0, limit))
-        return
-    earlier: tuple[int, ...] = (0, 0)
-    step, share, total = scope.step, 1.0, 0.0
-    if step is not None:
-        before, *rows = step.earlier("")
-        count = float(scope.counts[0])
-        total = before + count
-        share = count / total
-        if before:
-            earlier = tuple(address_of(row, row.dtype, own.shape[2]) for row in rows)
-    run((scope.mask, scope.counts.ctypes.data, *earlier, outliers, share, total, limit))
-    if step is not None:
-        _keep(step, "", before, count, own[0, 0], own[-1, 0])
+        return (*PLAIN[:3], outliers, spec.limit)
+    step = _NO_STEP if scope.step is None else _step_numbers(scope.step, "", known, channels)
+    return scope.mask, scope.counts.ctypes.data, step, outliers, spec.limit
 
 
 def run_backward(
-    run: Callable[[tuple[Any, ...]], None], spec: MethodSpec, scope: LoopScope, num_statistics: int
+    run: Callable[[tuple[Any, ...]], None],
+    spec: MethodSpec,
+    scope: LoopScope,
+    known: CheckedMemory,
+    num_statistics: int,
 ) -> None:
-    """The backward of a normalization batch; see `run_forward`."""
+    """The backward of a normalization batch; see `forward_numbers`. `run` takes the tuple."""
     counts, mask = scope.counts.ctypes.data, scope.mask
     step = None if spec.method.backward.rule is None else scope.step
     if step is None:
-        run((mask, counts, 0, 0, 1.0))
+        run((mask, counts, _NO_STEP))
         return
-    psis, row, share = np.empty((1, num_statistics)), 0, 1.0
     step.rewind(scope.layer, _BACKWARD, True)
-    before, _, earlier = step.earlier(_BACKWARD)
-    count = float(scope.counts[0])
-    if before:
-        share = count / (before + count)
-        row = address_of(earlier, earlier.dtype, num_statistics)
-    run((mask, counts, psis.ctypes.data, row, share))
-    _keep(step, _BACKWARD, before, count, None, psis[0])
+    run((mask, counts, _step_numbers(step, _BACKWARD, known, num_statistics)))
     step.leave(scope.layer, _BACKWARD, {}, True)
 
 
-def _keep(step: Any, way: str, before: float, count: float, mean: Array | None, var: Array) -> None:
-    """Keep the statistics of a step's micro-batches with one of so many values, if finite."""
-    if not np.isfinite(var).all():
-        step.keep_numbers(way, before, None, None)
-        return
-    first = None if mean is None else torch.from_numpy(mean)
-    step.keep_numbers(way, before + count, first, torch.from_numpy(var))
+def _step_numbers(step: Any, way: str, known: CheckedMemory, width: int) -> tuple[int, ...]:
+    memory = step.tensors
+    tensors = tuple(memory[way + name] for name in ("micro_batches", "count", "mean", "var"))
+    found = known.find(tensors)
+    if found is None:
+        done, *rows = tensors
+        dtype, widths = rows[0].dtype, (1, width, width)
+        places = [address_of(row, dtype, n) for row, n in zip(rows, widths, strict=True)]
+        found = known.keep(tensors, (address_of(done, torch.int64, 1), places))
+    done, places = found
+    return (done, step.steps if step.counts else 0, *places)
