@@ -746,6 +746,28 @@ def test_autocast_and_low_precision(dtype: torch.dtype, sample: int | None) -> N
     assert all(t.dtype != dtype for t in model[1].state_dict().values())
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_first_batch_of_one_value_has_its_place_in_the_backward_window(order: int) -> None:
+    torch.manual_seed(0)
+    options = {"window": 3, "order": order, "burn_in": 0.0, "backward_stats": "window"}
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    nets = [anybatch.convert(net, "cbn", **options)]
+    nets.append(copy.deepcopy(net))
+    found = []
+    for one, choice in zip(nets, ("auto", "never"), strict=True):
+        use_fused(choice)
+        torch.manual_seed(1)
+        results = []
+        for n in (1, 4, 4):
+            x = torch.randn(n, 4, requires_grad=True)
+            one(x).backward(torch.randn(n, 3))
+            results.append(x.grad)
+        found.append([*results, *one[1].state_dict().values()])
+    use_fused("auto")
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 # Copies, conversion, mistakes
 
 

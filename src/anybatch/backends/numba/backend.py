@@ -1,4 +1,4 @@
-"""The backend of compiled loops on a CPU: each layer in one call a normalization batch."""
+"""The backend of compiled loops on a CPU: a call for each run of equal normalization batches."""
 
 from functools import lru_cache
 from importlib import import_module

@@ -191,7 +191,7 @@ def _compensate(feed, rings, counters, moved):
 
 
 @inlined
-def _record(own, values, order, feed, rings, counters, burn_in, moved):
+def _record(own, values, order, feed, rings, counters, burn_in):
     """Write a step's statistics into its slot, and count it if it is finite and counts."""
     own = own[:, 0]
     step, position, entries = counters
@@ -208,7 +208,6 @@ def _record(own, values, order, feed, rings, counters, burn_in, moved):
             of_mean = _product(rows, c, mean_gradient, place, c // (channels // groups))
             of_var = _product(rows, c, var_gradient, place, c)
             mean_base[place, c], var_base[place, c] = of_mean, of_var
-            moved[0, place, c] = moved[1, place, c] = 0  # it is of today's weights
             finite = finite and fits(of_var, var_base) and fits(of_mean, var_base)
             if bias.shape[0]:
                 own[0, c] -= bias[c]
@@ -299,7 +298,9 @@ def _normalize(x, y, last, starts, own, applied, moved, rows_of, how, given, set
         if order > 0:
             where = place, paces, counters[0][()] * points, points
             _sample(x, last, feed, first, own[0, 0], mean_gradient, var_gradient, *where)
-        _record(own, values, order, feed, rings, counters, burn_in, moved)
+        _record(own, values, order, feed, rings, counters, burn_in)
+        for c in range(channels):
+            moved[0, place, c] = moved[1, place, c] = 0  # this step is of today's weights
     return values / total if total > 1 else 0.0
 
 
@@ -349,5 +350,4 @@ def record(product, own, values, order, feed, rings, counters, burn_in):
         for k in range(slopes.shape[2]):
             away = own[0, 0, c] * patches[place, c // width, k]
             slopes[place, c, k] = 2 * (product[c, k] / values - away)
-    moved = np.empty((2, *rings[0].shape))
-    _record(own, values, order, feed, rings, counters, burn_in, moved)
+    _record(own, values, order, feed, rings, counters, burn_in)

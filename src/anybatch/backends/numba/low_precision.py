@@ -114,16 +114,16 @@ def _number(typingctx, value, like):
 
 
 @intrinsic
-def _summand(typingctx, value, like):
-    """A number in the type that sums over a plane of an array have."""
-    kind = types.float32 if isinstance(like.dtype, LowFloat) else types.float64
+def _is_low(typingctx, array):
+    """Whether an array's elements are of 16 bits."""
+    low = isinstance(array.dtype, LowFloat)
 
     def codegen(context, builder, signature, values):
-        return context.cast(builder, values[0], signature.args[0], kind)
+        return context.get_constant(types.boolean, low)
 
-    return kind(value, like), codegen
+    return types.boolean(array), codegen
 
 
 as_numbers: Any = _as_numbers  # their signatures are those of compiled code
 number: Any = _number
-summand: Any = _summand
+is_low: Any = _is_low

@@ -108,7 +108,10 @@ def _starts(sizes: tuple[int, ...]) -> Array:
 def work_for(
     call: NormCall, x: Tensor, forward: Forward, backward: Backward, in_runs: bool = False
 ) -> Work:
-    """How a dense batch goes through the loops; a run is of one batch unless they take several."""
+    """How a dense batch goes through the loops.
+
+    A run is of one normalization batch, unless the method takes several `in_runs`.
+    """
     channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
     runs: list[Run] = []
     earlier = None
@@ -151,7 +154,7 @@ def forward(
         here = added and added + first
         data = (like, x_ + first, y_ + first, shape, last, starts, w, b, threads, relu, here)
         given = state
-        if type(state[-1]) is Contribution:
+        if type(state[-1]) is Contribution:  # `call.beyond` tells why: runs are of one batch then
             length = shape[1] if last else shape[2]
             given = *state[:-1], scope_of(state[-1], place[0], place[1], number[1], length)
         kept.append(run(call, data, number, given))

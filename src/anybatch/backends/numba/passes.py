@@ -5,14 +5,14 @@ In *planes*, arrays are ``(N, C, L)`` and a pass is over one channel, so that a 
 decided on and written while it is in cache. In *rows*, arrays are flat and a pass is over all
 channels: sums are kept for each place of a row, a few positions of all channels side by side.
 
-Sums are float64; rows add up a few values in the input's type first, and so do planes of 16 bits,
-in float32: this spares conversions.
+Sums are float64. Rows add up a few values in the input's type first, parts of planes of 16 bits in
+float32: this spares conversions.
 """
 
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.numba.low_precision import number, summand
+from anybatch.backends.numba.low_precision import is_low, number
 from anybatch.backends.numba.streaming_stores import (
     lanes,
     leaves,
@@ -32,7 +32,43 @@ def settle(total, squares, count, shift, centered):
     return shift + offset, 0.0 if var < 0 else var
 
 
+_CHUNK = 2048  # values of a plane of 16 bits that are added up in float32
+
+
 # --- planes -----------------------------------------------------------------
+
+
+@inlined
+def _low_sums(x, i, c, away):
+    """Sums of x - away and its square over a plane of 16 bits."""
+    total, squares, length = 0.0, 0.0, x.shape[2]
+    for begin in range(0, length, _CHUNK):
+        one = two = np.float32(0)
+        for k in range(min(_CHUNK, length - begin)):
+            offset = x[i, c, np.uintp(begin + k)] - away  # unsigned: no check for negative indices
+            one += offset
+            two += offset * offset
+        total += one
+        squares += two
+    return total, squares
+
+
+@inlined
+def _low_moments(x, c, first, last, centered):
+    """`plane_moments` of 16 bits.
+
+    Float32 loses digits where the value that is subtracted is far from the others, as a first value
+    may be; the mean of the first plane is not.
+    """
+    total, squares, away = 0.0, 0.0, np.float32(0)
+    if centered:
+        away = number(x[first, c, 0], x)
+        away = np.float32(away + _low_sums(x, first, c, away)[0] / x.shape[2])
+    for i in range(first, last):
+        one, two = _low_sums(x, i, c, away)
+        total += one
+        squares += two
+    return settle(total, squares, (last - first) * x.shape[2], np.float64(away), centered)
 
 
 @inlined
@@ -41,16 +77,15 @@ def plane_moments(x, c, first, last, centered):
 
     In one pass: with a value of the channel subtracted, float64 loses nothing by it.
     """
+    if is_low(x):
+        return _low_moments(x, c, first, last, centered)
     shift = np.float64(number(x[first, c, 0], x)) if centered else 0.0
-    total, squares, away = 0.0, 0.0, summand(shift, x)
+    total = squares = 0.0
     for i in range(first, last):
-        one = two = summand(0, x)
         for k in range(x.shape[2]):
-            offset = x[i, c, k] - away
-            one += offset
-            two += offset * offset
-        total += one
-        squares += two
+            offset = x[i, c, k] - shift
+            total += offset
+            squares += offset * offset
     return settle(total, squares, (last - first) * x.shape[2], shift, centered)
 
 
@@ -71,16 +106,31 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
 
 
 @inlined
+def _low_products(dy, x, c, first, last, center):
+    """`plane_sums` of 16 bits."""
+    total, product, away, length = 0.0, 0.0, np.float32(center), x.shape[2]
+    for i in range(first, last):
+        for begin in range(0, length, _CHUNK):
+            one = two = np.float32(0)
+            for k in range(min(_CHUNK, length - begin)):
+                at = np.uintp(begin + k)
+                one += dy[i, c, at]
+                two += dy[i, c, at] * (x[i, c, at] - away)
+            total += one
+            product += two
+    return total, product + (np.float64(away) - center) * total
+
+
+@inlined
 def plane_sums(dy, x, c, first, last, center):
     """Return sum(dy) and sum(dy * (x - center))."""
-    total, product, away = 0.0, 0.0, summand(center, x)
+    if is_low(x):
+        return _low_products(dy, x, c, first, last, center)
+    total = product = 0.0
     for i in range(first, last):
-        one = two = summand(0, x)
         for k in range(x.shape[2]):
-            one += dy[i, c, k]
-            two += dy[i, c, k] * (x[i, c, k] - away)
-        total += one
-        product += two
+            total += dy[i, c, k]
+            product += dy[i, c, k] * (x[i, c, k] - center)
     return total, product
 
 

@@ -8,7 +8,7 @@ between is read first: vector registers hold no branches.
 """
 
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.numba.low_precision import number, summand
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import block_of, blocks, stretch
 
 # --- planes -----------------------------------------------------------------
@@ -37,40 +37,34 @@ def plane_masked_sums(dy, y, x, g, c, first, last, center):
     Two planes at a time, from three tensors each: more streams for the processor to fetch ahead of.
     """
     zero, writes, half = number(0.0, x), g.shape[0] > 0, (last - first) // 2
-    total, product, away = 0.0, 0.0, summand(center, x)
+    total = product = 0.0
     for i in range(first, first + half):
         far = i + half
-        one = two = summand(0, x)
         if writes:
             for k in range(x.shape[2]):
                 a, b = dy[i, c, k], dy[far, c, k]
                 a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
                 g[i, c, k], g[far, c, k] = a, b
-                one += a
-                one += b
-                two += a * (x[i, c, k] - away)
-                two += b * (x[far, c, k] - away)
+                total += a
+                total += b
+                product += a * (x[i, c, k] - center)
+                product += b * (x[far, c, k] - center)
         else:
             for k in range(x.shape[2]):
                 a, b = dy[i, c, k], dy[far, c, k]
                 a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
-                one += a
-                one += b
-                two += a * (x[i, c, k] - away)
-                two += b * (x[far, c, k] - away)
-        total += one
-        product += two
+                total += a
+                total += b
+                product += a * (x[i, c, k] - center)
+                product += b * (x[far, c, k] - center)
     for i in range(first + 2 * half, last):
-        one = two = summand(0, x)
         for k in range(x.shape[2]):
             a = dy[i, c, k]
             a = zero if y[i, c, k] <= zero else a
             if writes:
                 g[i, c, k] = a
-            one += a
-            two += a * (x[i, c, k] - away)
-        total += one
-        product += two
+            total += a
+            product += a * (x[i, c, k] - center)
     return total, product
 
 

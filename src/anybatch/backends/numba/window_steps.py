@@ -4,6 +4,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from anybatch.backends.aten import patches
@@ -40,8 +41,8 @@ def prepare(call: NormCall, x: Tensor) -> Work:
     spec, values = call.spec, x[:1, :1].numel() * min(call.cut[2])
     if not spec.windowed:
         return work_for(call, x, _plain_batch, _backward_batch)
-    # One value may have no statistics, all positions need torch's operators in between.
-    in_runs = values > 1 and (len(spec.rings) == 3 or _points(spec, values) > 0)
+    # All positions need torch's operators in between.
+    in_runs = len(spec.rings) == 3 or _points(spec, values) > 0
     return work_for(call, x, _window_batches, _backward_batch, in_runs)
 
 
@@ -95,11 +96,12 @@ def _window_batches(
     if call.update and order and not points:
         some = slice(first, first + examples)
         inputs, outputs = (t[some].to(mean.dtype) for t in (conv.x, output))
-        whole = patches.raw_gradient(conv.geometry, inputs, outputs)
+        with torch.autocast("cpu", enabled=False):
+            whole = patches.raw_gradient(conv.geometry, inputs, outputs)
         product = whole.contiguous().numpy()
         step = order, fed, rings, counters, spec.burn_in_steps
         cross_iteration.record(product, own[0], examples * length, *step)
-    if not averaged or applied[0, 2, 0, 0] == 0:
+    if not averaged:
         return SavedBatch(applied, MethodSpec(_WEIGHTED))
     averages = RuleState(windows=(spec.backward_window,), counters=(spec.memory["backward_step"],))
     return SavedBatch(applied, MethodSpec(_WINDOWED, averages=averages))
