@@ -15,6 +15,7 @@ from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.notices import NoEffectWarning
 from anybatch.core.reduction_scope import WORLD, active_group
+from anybatch.layers.control import is_independent
 from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
 from anybatch.registry import get_method
 
@@ -75,10 +76,8 @@ class NormScheduler:
         if self.switch:
             check_bare(model)
         norms = [module for module in model.modules() if is_batch_norm(module)]
-        # A network converted to group norms ("gn", "ln", "in") needs no schedule.
-        grouped = not norms and any(isinstance(m, nn.GroupNorm) for m in model.modules())
         ours = any(isinstance(norm, NormLayer) for norm in norms)
-        if not (ours or grouped or (self.switch and norms)):
+        if not (ours or is_independent(model) or (self.switch and norms)):
             raise ValueError(
                 f"model: {type(model).__name__} has no anybatch layer, so nothing would be "
                 'scheduled: convert it first, for example with anybatch.convert(model, "mbn")'

@@ -2,6 +2,7 @@
 
 import copy
 import pkgutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -273,3 +274,31 @@ def test_a_checkpoint_of_a_frozen_network_loads_into_its_library() -> None:
     theirs = network()
     theirs.load_state_dict(state)
     torch.testing.assert_close(theirs.eval()(X), model.eval()(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["frozen", "gn", "ln", "in"])
+def test_a_network_whose_norms_depend_on_no_batch_takes_every_setting(method: str) -> None:
+    """A training script with the method in its configuration runs with these, too."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    net(torch.randn(4, 3, 6, 6))
+    anybatch.convert(net, method)
+    x = torch.randn(2, 3, 6, 6)
+    wanted = net(x)
+    anybatch.NormScheduler(net, 2).step()
+    with anybatch.accumulate(net, 4) as steps:
+        assert torch.equal(net(x), wanted)
+        steps.end_step()
+    anybatch.freeze(net)
+    with anybatch.masked(net, torch.ones(2, 1, 6, 6, dtype=torch.bool)):
+        assert torch.equal(net(x), wanted)
+    with pytest.raises(ValueError, match="depend on no batch, there is nothing to thaw"):
+        anybatch.thaw(net)
+    with pytest.raises(ValueError, match="depend on no batch"):
+        anybatch.explain(net, x)
+
+
+def test_a_network_with_plain_batch_norms_beside_frozen_ones_is_refused() -> None:
+    net = nn.Sequential(anybatch.FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
+    for call in (anybatch.freeze, partial(anybatch.accumulate, steps=2)):
+        with pytest.raises(ValueError, match="has no anybatch layer"):
+            call(net)

@@ -159,6 +159,15 @@ def test_the_layers_know_the_epoch_and_are_left_plain(tmp_path: Path) -> None:
     assert module.model[1].step is None
 
 
+@pytest.mark.parametrize("method", ["frozen", "gn"])
+def test_accumulation_joins_nothing_where_no_norm_depends_on_batches(
+    method: str, tmp_path: Path
+) -> None:
+    module = Classifier(network())
+    trainer(tmp_path, NormCallback(method), 1, accumulate_grad_batches=4).fit(module, batches())
+    assert module.losses
+
+
 def test_a_training_by_steps_alone_has_to_be_told_its_epochs(tmp_path: Path) -> None:
     module = Classifier(network())
     with pytest.raises(ValueError, match="total_epochs=None"):

@@ -83,6 +83,11 @@ def explain(model: nn.Module, *inputs: Any, **named: Any) -> Explanation:
     found: dict[str, LayerBackend] = {}
     with borrowed(model) as inner, torch.enable_grad():
         chosen = set(select(inner, None))
+        if not chosen:
+            raise ValueError(
+                f"model: the norms of {type(inner).__name__} depend on no batch; torch's operators "
+                "serve them"
+            )
         layers = {name: module for name, module in inner.named_modules() if module in chosen}
         with choices_made() as choices:
             for name, layer in layers.items():

@@ -16,17 +16,18 @@ from anybatch.core.masks import shared_mask
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 from anybatch.layers.padding import SequenceLengths, lengths_of
 
 
 def select(model: nn.Module, where: Where | None, optional: bool = False) -> list[NormLayer]:
     """The anybatch layers of ``model`` that ``where`` (a name pattern or predicate) picks.
 
-    If ``optional``, a network without any batch norm may have none.
+    A network whose norms depend on no batch may have none, and if ``optional``, one without norms.
     """
     check_module("model", model)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, NormLayer)]
-    if not layers and optional and not any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if not layers and (is_independent(model) or (optional and not _has_batch_norms(model))):
         return []
     if not layers:
         raise ValueError(
@@ -37,6 +38,17 @@ def select(model: nn.Module, where: Where | None, optional: bool = False) -> lis
     if not chosen:
         raise ValueError(f"where={where!r} picks none of {', '.join(n for n, _ in layers)}")
     return chosen
+
+
+def is_independent(model: nn.Module) -> bool:
+    """Whether a network has norms, and they depend on no batch: of `frozen`, `gn`, `ln`, `in`."""
+    return not _has_batch_norms(model) and any(
+        isinstance(m, (FrozenBatchNorm, nn.GroupNorm)) for m in model.modules()
+    )
+
+
+def _has_batch_norms(model: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
 
 
 def freeze(
@@ -99,7 +111,13 @@ def thaw(
         False
     """
     _check_flags(statistics, affine)
-    for layer in select(model, where):
+    layers = select(model, where)
+    if not layers:
+        raise ValueError(
+            f"model: the norms of {type(model).__name__} depend on no batch, there is nothing to "
+            'thaw; convert it to a method, for example with anybatch.convert(model, "mabn")'
+        )
+    for layer in layers:
         layer.frozen = layer.frozen and not statistics
         if affine:
             layer.freeze_affine(False)

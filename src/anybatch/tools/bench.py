@@ -331,6 +331,7 @@ def _strict_conversion() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", NoEffectWarning)
+        warnings.filterwarnings("ignore", ".*became constants", NoEffectWarning)  # as costly as any
         yield
 
 

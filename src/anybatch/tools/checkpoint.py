@@ -24,6 +24,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor
     Raises:
         ValueError: If it cannot be read or holds no weights.
     """
+    if path.suffix == ".json":
+        raise ValueError(f"checkpoint={str(path)!r}: the weights are in the .pt file beside it")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -54,5 +56,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], run: Run) -> None:
         lines = [line.strip() for line in str(error).splitlines()[:3]]
         raise ValueError(
             f"checkpoint: its weights are not those of model={run.model!r} with "
-            f"method={run.method!r} on {run.data_name} ({' '.join(lines)[:300]})"
+            f"method={run.method!r} on {run.data_name} ({' '.join(lines)[:300]}); give --model and "
+            "--method as in the training"
         ) from error

@@ -120,6 +120,7 @@ def diagnose(
         raise ValueError(
             f"model: {type(model).__name__} has no batch norm to measure, and no group or instance "
             "norm; layer norms depend neither on the batch nor on the image"
+            + "".join(f"; {note}" for note in notes)
         )
     probes = [NormProbe(name, norm, max_batches) for name, norm in norms.items()]
     fresh = is_fresh(model)
