@@ -24,6 +24,7 @@ from anybatch.layers.l1_range_batch_norm import (
     RangeBatchNorm2d,
     RangeBatchNorm3d,
 )
+from anybatch.layers.loss_scale import update_scaler
 from anybatch.layers.momentum_batch_norm import (
     MomentumBatchNorm1d,
     MomentumBatchNorm2d,
@@ -90,6 +91,7 @@ __all__ = [
     "masked",
     "no_update",
     "thaw",
+    "update_scaler",
     "update_target",
     "use_copy",
     "weight_centralization",
