@@ -181,10 +181,10 @@ def _compensate(feed, rings, counters, moved):
     _, _, _, rows, _, _, _, _, groups = feed
     _, position, entries = counters
     slots, channels = mean_bases.shape
-    for age in range(1, entries[()] + 1):
-        slot = (position[()] - age) % slots
-        for c in range(channels):
-            g = c // (channels // groups)
+    for c in range(channels):
+        g = c // (channels // groups)
+        for age in range(1, entries[()] + 1):
+            slot = (position[()] - age) % slots
             shift = _product(rows, c, mean_gradients, slot, g) - mean_bases[slot, c]
             change = _product(rows, c, var_gradients, slot, c) - var_bases[slot, c]
             moved[0, slot, c], moved[1, slot, c] = shift, change - shift * shift

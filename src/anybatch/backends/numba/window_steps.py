@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-call"
 """Batches of cross-iteration batch normalization, whose loops serve small ones."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,11 @@ def obstacle(call: NormCall, x: Tensor) -> str | None:
 
 def prepare(call: NormCall, x: Tensor) -> Work:
     """How batches of this shape and layout go through the loops."""
-    spec, values = call.spec, x[:1, :1].numel() * min(call.cut[2])
+    spec = call.spec
     if not spec.windowed:
         return work_for(call, x, _plain_batch, _backward_batch)
     # All positions need torch's operators in between.
+    values = math.prod(x.shape[2:]) * min(call.cut[2])
     in_runs = len(spec.rings) == 3 or _points(spec, values) > 0
     return work_for(call, x, _window_batches, _backward_batch, in_runs)
 
@@ -131,7 +133,8 @@ def _conv_arrays(spec: CrossIterationSpec, conv: patches.ConvCall, y: Tensor) ->
         if one is not None:
             address_of(one, one.dtype, one.numel())
     dtype = KEPT[y.dtype]
-    conv = conv._replace(x=conv.x.to(dtype), rows=conv.rows.to(dtype))
+    if conv.x.dtype is not dtype or conv.rows.dtype is not dtype:
+        conv = conv._replace(x=conv.x.to(dtype), rows=conv.rows.to(dtype))
     views, key = spec.views, (conv.x.shape, y.shape, conv.x.dtype)
     if views.key != key:
         views.key, views.tables = key, _tables(conv, y)
