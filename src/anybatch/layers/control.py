@@ -41,7 +41,7 @@ def select(model: nn.Module, where: Where | None, optional: bool = False) -> lis
 
 
 def is_independent(model: nn.Module) -> bool:
-    """Whether a network has norms, and they depend on no batch: of `frozen`, `gn`, `ln`, `in`."""
+    """Return True if no norm of the network depends on the batch (`frozen`, `gn`, `ln`, `in`)."""
     return not _has_batch_norms(model) and any(
         isinstance(m, (FrozenBatchNorm, nn.GroupNorm)) for m in model.modules()
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from anybatch.backends import is_finite
+from anybatch.backends import is_finite, statistics_dtype
 from anybatch.backends.aten.patches import ConvCall
 from anybatch.backends.layout import is_dense
 from anybatch.backends.protocol import BackwardMemory, CrossIterationSpec, Spec, Statistics
@@ -310,7 +310,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
             fed, rows = at.feed.x, at.feed.rows
             if not is_dense(fed):
                 return "the bound layer's input has gaps in memory"
-            if len({_single(one.dtype) for one in (fed, rows, x)}) > 1:
+            if len({statistics_dtype(one) for one in (fed, rows, x)}) > 1:
                 return f"the bound layer has an input of {fed.dtype} and weights of {rows.dtype}"
         return CrossIterationSpec(
             at is not None,
@@ -421,11 +421,6 @@ class CrossIterationBatchNorm(BoundNormLayer):
         names += ["gradient_sample", "backward_stats", "running_stats"]
         bound = {} if self.geometry is not None or not self.order else {"bound": False}
         return {**{name: getattr(self, name) for name in names}, **bound}
-
-
-def _single(dtype: torch.dtype) -> torch.dtype:
-    """The type that kernels compute in."""
-    return dtype if dtype.itemsize > 2 else torch.float32
 
 
 def recommended_window(batch_size: int) -> int:

@@ -11,12 +11,13 @@ from anybatch.layers.control import end_steps
 
 
 def update_scaler(scaler: Any, model: nn.Module, new_scale: float | Tensor | None = None) -> None:
-    """Update a ``torch.amp.GradScaler`` and the layers that average gradients, in place of its own.
+    """Update a ``torch.amp.GradScaler``, and rescale what layers have averaged of gradients.
 
     `MovingAverageBatchNorm` and `CrossIterationBatchNorm` average ``mean(g * z)`` of recent steps,
     which has the unit of the loss: scaled by s it is s times as large. Here it is multiplied by
-    what s is multiplied by, so that gradients do not change with s. A step that the scaler skipped
-    ends as well, of which the optimizer tells layers that `accumulate` nothing.
+    what s is multiplied by, so that gradients do not depend on s. Call it in place of
+    ``scaler.update()``. It also ends the step of layers that `accumulate`: when the scaler skips a
+    step, the optimizer's hooks are not called.
 
     Args:
         scaler: The scaler, after ``scaler.step(optimizer)``.

@@ -95,43 +95,6 @@ def counts_at(address, starts, values):
 
 
 @inlined
-def step_at(step, width, like):
-    """Values that an optimizer step has seen, and where there are any, their mean and variance."""
-    done, steps, seen, mean, var = step
-    before = 0.0
-    if done != 0:
-        number = counter_at(done)[()]
-        begins = number % steps == 0 if steps > 0 else number == 0
-        before = 0.0 if begins else np.float64(array_at(seen, 1, like)[0])
-    some = before > 0
-    rows = (
-        row_or_none(mean if some else 0, width, like),
-        row_or_none(var if some else 0, width, like),
-    )
-    return before, rows
-
-
-@inlined
-def keep_step(step, before, count, means, variances, like):
-    """Keep the statistics of a step with a micro-batch of so many values, if they are finite."""
-    _, _, seen, mean, var = step
-    width, finite = variances.shape[0], True
-    seen, mean, var = (
-        array_at(seen, 1, like),
-        row_or_none(mean, width, like),
-        row_or_none(var, width, like),
-    )
-    for c in range(width):
-        finite = finite and abs(var.dtype.type(variances[c])) < np.inf
-    seen[0] = before + count if finite else before
-    if finite:
-        for c in range(width):
-            var[c] = variances[c]
-        for c in range(means.shape[0]):
-            mean[c] = means[c]
-
-
-@inlined
 def running_at(addresses, channels, like):
     """Running mean, running variance and batches tracked."""
     mean, var, tracked = addresses

@@ -3,15 +3,7 @@
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import (
-    activation_at,
-    array_at,
-    counts_at,
-    keep_step,
-    numbers_at,
-    step_at,
-    valid_at,
-)
+from anybatch.backends.numba.arrays import activation_at, array_at, counts_at, numbers_at, valid_at
 from anybatch.backends.numba.bound_rules import CENTER, LENGTH, RESULTS, RULE
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.forward_loops import arguments
@@ -32,7 +24,7 @@ from anybatch.backends.numba.passes_relu import (
     row_masked_sums,
 )
 from anybatch.backends.numba.passes_valid import plane_valid_gradient, row_valid_gradient
-from anybatch.backends.numba.rules import flow, move_average
+from anybatch.backends.numba.rules import flow, keep_step, move_average, step_at
 from anybatch.backends.numba.threads import fork
 
 
@@ -124,7 +116,7 @@ def _backward_groups(part, parts, within, dy, x, dx, y, g_added, starts, layout,
 
 @inlined
 def _gradients(dy, x, dx, y, g_added, last, starts, parts, shared, slopes, update):
-    """Gradients of a normalization batch; its averages move if they are to `update`."""
+    """Write the gradients of one normalization batch, and update averages if `update`."""
     weight, _, applied, _, sums, _, _, method, memory, numbers, _, scope = shared
     (dw, db), (valid, _, psis, _, _), groups = slopes, scope, applied.shape[1]
     if not in_rows(x, last) or (valid.shape[0] > 0 and not last):
@@ -167,6 +159,7 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
     weight, method = array_at(weight, channels, kept), numbers_at(method, LENGTH)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     (valid, given, step), psis = scope, np.empty((groups, num_statistics))
+    counts = counts_at(given, starts, shape[1] if last else shape[2])
     for b in range(applied.shape[0]):
         at = b * size
         above, inputs = array_at(dy + at, shape, like), array_at(x + at, shape, like)
@@ -174,7 +167,6 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
         after_relu = activation_at(y + at if y != 0 else 0, shape, like)
         of_added = activation_at(g_added + at if g_added != 0 else 0, shape, like)
         numbers = arguments(method, memory, settings, update_weight, eps)
-        counts = counts_at(given, starts, shape[1] if last else shape[2])
         before, (_, earlier) = step_at(step, num_statistics, kept)
         count = counts[0]
         share = count / (before + count)

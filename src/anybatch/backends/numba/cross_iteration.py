@@ -176,7 +176,7 @@ def _product(rows, c, gradients, slot, row):
 
 @inlined
 def _compensate(feed, rings, counters, moved):
-    """Write how far earlier steps' means and variances move to today's weights (eq. 7, 8)."""
+    """Compute the compensation of earlier steps for the change of weights (eq. 7, 8)."""
     _, _, _, mean_bases, var_bases, mean_gradients, var_gradients = rings
     _, _, _, rows, _, _, _, _, groups = feed
     _, position, entries = counters
@@ -227,7 +227,7 @@ def _record(own, values, order, feed, rings, counters, burn_in):
 
 @inlined
 def _normalize(x, y, last, starts, own, applied, moved, rows_of, how, given, settings):
-    """Normalize a normalization batch, and record its step; its share is returned."""
+    """Normalize one normalization batch and record its step; return its share of the window."""
     weight, bias, running_mean, running_var, tracked = rows_of
     update_weight, eps, update = how
     counters, rings, feed, first, paces = given
@@ -306,7 +306,7 @@ def _normalize(x, y, last, starts, own, applied, moved, rows_of, how, given, set
 
 @jit
 def cross_iteration_norm(kept, data, own, applied, running, how, given, settings, whole_share):
-    """Cross-iteration batch normalization of a run of equal normalization batches, one by one.
+    """Normalize equal normalization batches in turn by cross-iteration batch normalization.
 
     Args:
         kept: An empty array of the type of parameters and state.

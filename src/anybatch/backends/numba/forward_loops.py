@@ -13,9 +13,7 @@ from anybatch.backends.numba.arrays import (
     array_at,
     counter_at,
     counts_at,
-    keep_step,
     numbers_at,
-    step_at,
     valid_at,
 )
 from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_APPLIED
@@ -40,7 +38,9 @@ from anybatch.backends.numba.rules import (
     enters,
     factors,
     join,
+    keep_step,
     move_state,
+    step_at,
     track,
     track_groups,
     unbiased,
@@ -146,7 +146,7 @@ def arguments(method, memory, settings, update_weight, eps):
 
 @inlined
 def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update_weight, counts):
-    """Normalize a normalization batch, and remember it if it is to `update`.
+    """Normalize one normalization batch, and update the state if `update`.
 
     `counts` are the values behind statistics, those of earlier micro-batches included.
     """
@@ -187,7 +187,7 @@ def _normalize(x, y, added, last, starts, parts, shared, update, tracked, update
 def forward(
     method, kept, data, own, applied, tracked, memory, settings, update_weight, eps, update, scope
 ):
-    """Normalize a run of equal normalization batches, one after another, each with its state.
+    """Normalize equal normalization batches in turn; state is updated after each.
 
     Args:
         method: Where it is described, see `anybatch.backends.numba.bound_rules`.
@@ -209,12 +209,12 @@ def forward(
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     valid, given, step, outliers, limit = scope
     seen = numbers_at(outliers, channels if outliers != 0 else 0)
+    counts = counts_at(given, starts, shape[1] if last else shape[2])
     for b in range(applied.shape[0]):
         at = b * size
         inputs, outputs = array_at(x + at, shape, like), array_at(y + at, shape, like)
         before_relu = activation_at(added + at if added != 0 else 0, shape, like)
         numbers = arguments(method, memory, settings, update_weight, eps)
-        counts = counts_at(given, starts, shape[1] if last else shape[2])
         guard = (limit if tracked[()] >= SETTLED else np.inf, seen, eps)
         before, earlier = step_at(step, channels, kept)
         count = counts[0]

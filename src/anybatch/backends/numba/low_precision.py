@@ -115,7 +115,7 @@ def _number(typingctx, value, like):
 
 @intrinsic
 def _is_low(typingctx, array):
-    """Whether an array's elements are of 16 bits."""
+    """Return whether an array holds 16-bit activations."""
     low = isinstance(array.dtype, LowFloat)
 
     def codegen(context, builder, signature, values):

@@ -108,9 +108,10 @@ def _starts(sizes: tuple[int, ...]) -> Array:
 def work_for(
     call: NormCall, x: Tensor, forward: Forward, backward: Backward, in_runs: bool = False
 ) -> Work:
-    """How a dense batch goes through the loops.
+    """Plan the compiled calls for dense batches of this shape and layout.
 
-    A run is of one normalization batch, unless the method takes several `in_runs`.
+    With `in_runs`, one call serves consecutive normalization batches of equal sizes; without, each
+    has its own.
     """
     channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
     runs: list[Run] = []

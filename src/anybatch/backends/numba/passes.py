@@ -32,19 +32,18 @@ def settle(total, squares, count, shift, centered):
     return shift + offset, 0.0 if var < 0 else var
 
 
-_CHUNK = 2048  # values of a plane of 16 bits that are added up in float32
-
-
 # --- planes -----------------------------------------------------------------
+
+CHUNK = 2048  # values of a plane per partial sum, where partial sums are not float64
 
 
 @inlined
 def _low_sums(x, i, c, away):
     """Sums of x - away and its square over a plane of 16 bits."""
     total, squares, length = 0.0, 0.0, x.shape[2]
-    for begin in range(0, length, _CHUNK):
+    for begin in range(0, length, CHUNK):
         one = two = np.float32(0)
-        for k in range(min(_CHUNK, length - begin)):
+        for k in range(min(CHUNK, length - begin)):
             offset = x[i, c, np.uintp(begin + k)] - away  # unsigned: no check for negative indices
             one += offset
             two += offset * offset
@@ -110,9 +109,9 @@ def _low_products(dy, x, c, first, last, center):
     """`plane_sums` of 16 bits."""
     total, product, away, length = 0.0, 0.0, np.float32(center), x.shape[2]
     for i in range(first, last):
-        for begin in range(0, length, _CHUNK):
+        for begin in range(0, length, CHUNK):
             one = two = np.float32(0)
-            for k in range(min(_CHUNK, length - begin)):
+            for k in range(min(CHUNK, length - begin)):
                 at = np.uintp(begin + k)
                 one += dy[i, c, at]
                 two += dy[i, c, at] * (x[i, c, at] - away)

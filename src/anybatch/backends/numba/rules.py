@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import array_at, counter_at
+from anybatch.backends.numba.arrays import array_at, counter_at, row_or_none
 from anybatch.backends.numba.bound_rules import (
     BATCH_WEIGHT,
     CENTER,
@@ -80,6 +80,43 @@ def count_steps(method, memory, values):
     """Write the number of this step beside a rule's arguments, as each counter has it."""
     for i in range(method[HAS_COUNTERS]):
         values[COUNTER + i] = counter_at(memory[IN_COUNTERS + i])[()] + 1
+
+
+@inlined
+def step_at(step, width, like):
+    """Values seen so far in an optimizer step, and their mean and variance if there are any."""
+    done, steps, seen, mean, var = step
+    before = 0.0
+    if done != 0:
+        number = counter_at(done)[()]
+        begins = number % steps == 0 if steps > 0 else number == 0
+        before = 0.0 if begins else np.float64(array_at(seen, 1, like)[0])
+    some = before > 0
+    rows = (
+        row_or_none(mean if some else 0, width, like),
+        row_or_none(var if some else 0, width, like),
+    )
+    return before, rows
+
+
+@inlined
+def keep_step(step, before, count, means, variances, like):
+    """Store the pooled statistics of an optimizer step after a micro-batch, if they are finite."""
+    _, _, seen, mean, var = step
+    width, finite = variances.shape[0], True
+    seen, mean, var = (
+        array_at(seen, 1, like),
+        row_or_none(mean, width, like),
+        row_or_none(var, width, like),
+    )
+    for c in range(width):
+        finite = finite and fits(variances[c], var)
+    seen[0] = before + count if finite else before
+    if finite:
+        for c in range(width):
+            var[c] = variances[c]
+        for c in range(means.shape[0]):
+            mean[c] = means[c]
 
 
 @inlined

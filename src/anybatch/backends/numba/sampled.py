@@ -94,7 +94,7 @@ def _wider(rows, take):
 
 @inlined
 def _cast(row, take, like):
-    """A number a channel, so many times over, in a type."""
+    """Repeat a per-channel row `take` times, in the type of `like`."""
     channels = row.shape[0]
     table = np.empty(take * channels, like.dtype)
     for t in range(take):

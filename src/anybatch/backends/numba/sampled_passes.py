@@ -5,11 +5,11 @@ import numpy as np
 
 from anybatch.backends.numba.compile import inlined
 from anybatch.backends.numba.low_precision import number
+from anybatch.backends.numba.passes import CHUNK
 from anybatch.backends.numba.passes_relu import mask_gradient
 from anybatch.backends.numba.streaming_stores import lanes, leaves, put_affine, settle_stores
 from anybatch.backends.numba.threads import fork
 
-_CHUNK = 2048  # values of a plane that are summed in the type of the data
 _FEW = 64  # rows that are summed in the type of the data
 WIDE = 512  # rows of few channels are taken together, up to so many values
 
@@ -174,13 +174,13 @@ def planes_backward(part, parts, dy, x, dx, relu, y, g, means, scales, sums):
     """
     planes, length = x.shape
     channels = means.shape[0]
-    made, zero = np.empty(min(length, _CHUNK), means.dtype), number(0, x)
+    made, zero = np.empty(min(length, CHUNK), means.dtype), number(0, x)
     past = not relu and leaves(dx, length)
     for p in range(planes * part // parts, planes * (part + 1) // parts):
         mean, scale = means[p % channels], scales[p % channels]
         total, moment = 0.0, 0.0
-        for begin in range(0, length, _CHUNK):
-            end = min(begin + _CHUNK, length)
+        for begin in range(0, length, CHUNK):
+            end = min(begin + CHUNK, length)
             above, row, out = dy[p, begin:end], x[p, begin:end], dx[p, begin:end]
             # A call for each array: of one that may be either, the compiler makes slow loops.
             if past:

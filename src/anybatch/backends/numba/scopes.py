@@ -54,7 +54,7 @@ def scope_of(given: Contribution, first: int, group: int, groups: int, length: i
 def forward_numbers(
     spec: MethodSpec, scope: LoopScope | None, known: CheckedMemory, channels: int
 ) -> tuple[Any, ...]:
-    """What contributes to a normalization batch; `known` keeps addresses of a step's memory."""
+    """Return the `scope` argument of the forward loops; `known` caches the step's addresses."""
     outliers = 0 if spec.outliers is None else address_of(spec.outliers, torch.int64, channels)
     if scope is None:
         return (*PLAIN[:3], outliers, spec.limit)
