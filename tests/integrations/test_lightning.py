@@ -1,5 +1,6 @@
 """Lightning's Trainer with the callback gives the losses of a plain loop, to rounding."""
 
+import contextlib
 import logging
 import warnings
 from pathlib import Path
@@ -122,6 +123,43 @@ def test_losses_and_state_are_a_plain_loops(
     assert memory(module).keys() == memory(model).keys()
     for name, tensor in memory(module).items():
         torch.testing.assert_close(tensor, memory(model)[name])
+
+
+class Scaled(framework.plugins.MixedPrecision):
+    """Scales the loss, twice as much after each step, and computes in float32."""
+
+    def __init__(self, scale: float = 1024.0) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self) -> contextlib.nullcontext:
+        return contextlib.nullcontext()
+
+
+def scaled_training(
+    folder: Path, method: str, epochs: int, checkpoint: Path | None = None, **options
+) -> tuple[Classifier, framework.Trainer]:
+    module = Classifier(network())
+    run = trainer(folder, NormCallback(method, total_epochs=2, **options), epochs, plugins=Scaled())
+    run.fit(module, batches(), ckpt_path=checkpoint)
+    return module, run
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("mabn", {"warmup_steps": 4, "renorm_warmup_steps": 8}), ("cbn", {"burn_in": 0.0})],
+)
+def test_lightning_s_scale_of_the_loss_changes_no_loss(
+    tmp_path: Path, method: str, options: dict
+) -> None:
+    module, run = scaled_training(tmp_path, method, 2, **options)
+    assert run.scaler.get_scale() == 1024 * 2**24
+    expected, _ = plain(method, 2, 1, **options)
+    assert module.losses == pytest.approx(expected, rel=1e-6)
+    _, stopped = scaled_training(tmp_path, method, 1, **options)
+    stopped.save_checkpoint(tmp_path / "half.ckpt")
+    rest, _ = scaled_training(tmp_path, method, 2, tmp_path / "half.ckpt", **options)
+    assert module.losses[12:] == pytest.approx(rest.losses, rel=1e-6)
 
 
 @pytest.mark.few(1)

@@ -102,6 +102,24 @@ def test_losses_are_a_plain_loops(tmp_path: Path, method: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("mabn", {"warmup_steps": 4, "renorm_warmup_steps": 8}), ("cbn", {"burn_in": 0.0})],
+)
+def test_the_trainers_scale_of_the_loss_changes_no_loss(
+    tmp_path: Path, method: str, options: dict
+) -> None:
+    model = anybatch.convert(network(), method, **options)
+    run = trainer(model, tmp_path, NormCallback())
+    # As in float16 on a GPU, and twice as much after each step.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    run.accelerator.scaler = scaler
+    run.train()
+    assert scaler.get_scale() == 1024 * 2**33
+    expected = plain(anybatch.convert(network(), method, **options), 3)
+    assert run.losses == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.exhaustive
 def test_a_callback_that_is_added_to_a_running_training_joins_it(tmp_path: Path) -> None:
     class Adds(transformers.TrainerCallback):

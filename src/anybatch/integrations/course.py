@@ -12,6 +12,7 @@ from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.control import Accumulation, check_joinable, join_forwards, select
+from anybatch.layers.loss_scale import rescale
 from anybatch.registry import METHODS, get_method
 from anybatch.schedule import NormScheduler
 
@@ -68,6 +69,7 @@ class Course:
         self._accumulates = all(layer.step is None for layer in layers)  # else its owner does
         self._is_running = is_running
         self._batches = 1
+        self._scale: float | None = None
         self._hooks: list[Any] = []
 
     def begin_batch(self, batches: int) -> None:
@@ -108,6 +110,19 @@ class Course:
         """An optimizer step is done."""
         if self.accumulation is not None:
             self.accumulation.end_step()
+
+    def follow(self, scaler: Any) -> None:
+        """Rescale what layers have averaged of gradients to the scale of a framework's scaler.
+
+        Args:
+            scaler: A ``torch.amp.GradScaler`` that the framework updates; None where it has none.
+        """
+        if scaler is None:
+            return
+        scale = scaler.get_scale()
+        if self._scale:
+            rescale(self.model, scale / self._scale)
+        self._scale = scale
 
     def end(self) -> None:
         """Training is over: every forward is a step again."""

@@ -38,6 +38,8 @@ class NormCallback(framework.Callback):
       an optimizer step are joined (`anybatch.accumulate`). A step ends with the optimizer's, after
       any number of forwards; a fit that fails or is interrupted leaves nothing joined. With
       manual optimization, call `anybatch.accumulate` with the optimizer.
+    - In float16, what methods average of gradients follows the scale of the loss
+      (`anybatch.update_scaler`).
     - After ``StochasticWeightAveraging``, ``WeightAveraging`` or ``EMAWeightAveraging``, whose
       averaged weights do not match the running statistics, these are recalibrated
       (`anybatch.recalibrate`) at the end of the fit. Checkpoints and validation within the fit see
@@ -111,6 +113,7 @@ class NormCallback(framework.Callback):
         epochs = self.total_epochs or most
         self._course = course = Course(pl_module, epochs, trainer.current_epoch)
         schedules = [c for c in trainer.callbacks if isinstance(c, _ACCUMULATES)]
+        course.follow(trainer.scaler)
         if self.accumulate and any(c.going_to_accumulate_grad_batches() for c in schedules):
             course.check_joinable()
         self._steps = trainer.global_step
@@ -132,6 +135,11 @@ class NormCallback(framework.Callback):
         course.begin_batch(trainer.accumulate_grad_batches if self.accumulate else 1)
         for layer in _backbone_layers(trainer, pl_module, frozen=True):
             layer.requires_grad_(False)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Follow the scale of the loss, before a checkpoint is written."""
+        if self._course is not None:
+            self._course.follow(trainer.scaler)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Recalibrate after other callbacks have put averaged weights into the module."""

@@ -35,7 +35,8 @@ class NormCallback(TrainerCallback):
     With a method, the Trainer's model is converted when the Trainer is made (`anybatch.convert`);
     without one, convert it before. Each epoch, the layers are told where training is
     (`anybatch.NormScheduler`). With ``gradient_accumulation_steps``, the forwards of an optimizer
-    step are joined (`anybatch.accumulate`), however many they are. After a training that an
+    step are joined (`anybatch.accumulate`), however many they are. In float16, what methods average
+    of gradients follows the scale of the loss (`anybatch.update_scaler`). After a training that an
     exception or Ctrl-C cut off, the model's next forward or ``state_dict()`` ends what was joined.
     The layers' state is in the model's ``state_dict``, and so in the Trainer's checkpoints.
 
@@ -76,10 +77,16 @@ class NormCallback(TrainerCallback):
             convert(model, self.method, **self.options)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         """Begin, or go on, where the Trainer is."""
-        self._begin(args, state, control, model)
+        self._begin(args, state, control, model).follow(_scaler(optimizer))
 
     def _begin(self, args: Any, state: Any, control: Any, model: Any) -> Course:
         if not any(isinstance(module, NormLayer) for module in model.modules()):
@@ -102,15 +109,29 @@ class NormCallback(TrainerCallback):
         course = self._course or self._begin(args, state, control, model)
         course.go_to(int(state.epoch or 0))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         """An optimizer step is done, however few batches it had."""
         course = self._course or self._begin(args, state, control, model)
         course.end_step()
+        course.follow(_scaler(optimizer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the layers as a plain loop would have them."""
         if self._course is not None:
             self._course.end()
+
+
+def _scaler(optimizer: Any) -> Any:
+    """The scaler of the loss that Accelerate updates with the optimizer, if there is one."""
+    return getattr(optimizer, "scaler", None)
 
 
 def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **options: Any) -> Any:

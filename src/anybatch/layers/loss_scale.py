@@ -42,7 +42,25 @@ def update_scaler(scaler: Any, model: nn.Module, new_scale: float | Tensor | Non
     before = scaler.get_scale()
     scaler.update(new_scale)
     end_steps(model)
-    factor = scaler.get_scale() / before
+    rescale(model, scaler.get_scale() / before)
+
+
+def rescale(model: nn.Module, factor: float) -> None:
+    """Multiply what a network's layers have averaged of gradients by a factor.
+
+    Args:
+        model: The network.
+        factor: New scale of the loss by the one before.
+
+    Example:
+        >>> from anybatch import MovingAverageBatchNorm1d
+        >>> net = nn.Sequential(MovingAverageBatchNorm1d(3))
+        >>> net[0].ema_gz.fill_(1.0).sum()
+        tensor(3.)
+        >>> rescale(net, 0.5)
+        >>> net[0].ema_gz
+        tensor([0.5000, 0.5000, 0.5000])
+    """
     if factor == 1:
         return
     for layer in model.modules():
