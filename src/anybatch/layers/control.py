@@ -17,6 +17,7 @@ from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_batch import updates
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
+from anybatch.layers.masked_group_norm import MaskedGroupNorm
 from anybatch.layers.padding import SequenceLengths, lengths_of
 
 
@@ -165,7 +166,7 @@ def masked(
     zero: bool = False,
     dim: int | None = None,
 ) -> Iterator[None]:
-    """A context in which layers take statistics from valid positions only, for padded input.
+    """A context in which norms take statistics from valid positions only, for padded input.
 
     Each layer gets the mask in its own shape: along dimensions in which its input is smaller or
     larger than the mask, the nearest position counts; where its input has no such dimension, an
@@ -183,15 +184,14 @@ def masked(
 
     Statistics alone do not keep padding out: a convolution mixes it into valid positions. With
     ``zero=True``, padding at the end of sequences is set to 0 before convolutions and poolings of
-    one or two dimensions and after norms, the lengths follow their strides and kernels, and torch's
-    group norms normalize by valid positions. An example's output there is then that without
-    padding.
+    one or two dimensions and after norms, and the lengths follow their strides and kernels. An
+    example's output there is then that without padding.
 
     Args:
-        model: A network with anybatch layers; with `zero`, also one with group norms alone.
+        model: A network with anybatch layers, torch's group norms, or both.
         mask: True, or not 0, where input is valid: ``(N,)``, ``(N, ...)`` or ``(N, 1, ...)``, with
             the spatial dimensions of the network's input.
-        where: Name pattern or predicate ``(name, module)`` of the layers that get it (default
+        where: Name pattern or predicate ``(name, module)`` of the norms that get it (default
             None: all).
         lengths: In place of a mask: valid positions of each example, ``(N,)``, along the last
             dimension of convolutions; they follow strides and kernels exactly.
@@ -200,8 +200,9 @@ def masked(
         dim: Dimension of two-dimensional inputs along which lengths run, 2 or 3 (default None: the
             one of their size).
 
-    A network under ``torch.compile`` runs uncompiled within `lengths` or `zero`, as compiled code
-    runs no hooks. The mask is part of the network: masks in several threads need several networks.
+    A network under ``torch.compile`` runs uncompiled within `lengths` or `zero`, and with group
+    norms, as compiled code runs no hooks. The mask is part of the network: masks in several threads
+    need several networks.
 
     Raises:
         ValueError: If there is no layer; for both a mask and lengths, or neither without `zero`;
@@ -239,13 +240,22 @@ def masked(
     if dim is not None and (dim not in (2, 3) or not (zero or lengths is not None)):
         raise ValueError(f"dim={dim!r}: give 2 or 3, with lengths or zero=True")
     layers = select(model, where, optional=zero)
+    groups = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.GroupNorm) and matches(where, name, module)
+    ]
+    # Compiled code runs no hooks.
+    hooked = zero or lengths is not None or groups
+    compiling = torch.compiler.is_compiling()
+    eager = torch.compiler.set_stance("force_eager") if hooked and not compiling else nullcontext()
     if zero or lengths is not None:
         size = None if mask is None else mask.shape[-1]
         lengths = lengths_of(mask) if mask is not None else lengths
-        following = SequenceLengths(model, layers, lengths, size, zero, dim)
-        compiling = torch.compiler.is_compiling()
+        followed: list[Any] = [*layers, *(module for _, module in groups)]
+        following = SequenceLengths(model, followed, lengths, size, zero, dim)
         try:
-            with nullcontext() if compiling else torch.compiler.set_stance("force_eager"):
+            with eager:
                 yield
         finally:
             following.remove()
@@ -254,10 +264,13 @@ def masked(
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask
+    handles = [module.register_forward_hook(MaskedGroupNorm(mask, name)) for name, module in groups]
     try:
-        with nullcontext() if torch.compiler.is_compiling() else shared_mask(mask):
+        with eager, nullcontext() if compiling else shared_mask(mask):
             yield
     finally:
+        for handle in handles:
+            handle.remove()
         for layer, old in zip(layers, before, strict=True):
             layer.mask = old
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anybatch.core.norm_layer import NormLayer
+from anybatch.layers.masked_group_norm import normalize_groups
 from anybatch.layers.virtual_dataset import VirtualDataset
 
 _FOLLOWED = (
@@ -32,7 +33,7 @@ class SequenceLengths:
 
     Args:
         model: The network.
-        layers: Its layers that get masks.
+        layers: Its layers that get masks, and its group norms.
         lengths: Valid positions of each example; None to read them from ``attention_mask``.
         size: Positions of the network's input (default None: those of the first layer's input).
         zero: Whether padding is set to zero before convolutions and after norms.
@@ -45,7 +46,7 @@ class SequenceLengths:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[NormLayer],
+        layers: Sequence[NormLayer | nn.GroupNorm],
         lengths: Tensor | None,
         size: int | None,
         zero: bool,
@@ -58,7 +59,7 @@ class SequenceLengths:
             _check_padding_modes(model)
         self.known: dict[int, Tensor] = {}
         self.first = 0  # positions of the network's input
-        self.before = [(layer, layer.mask) for layer in layers]
+        self.before = [(layer, layer.mask) for layer in layers if isinstance(layer, NormLayer)]
         self.handles: list[Any] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
         ]
@@ -66,9 +67,10 @@ class SequenceLengths:
             if isinstance(module, _FOLLOWED):
                 self.handles.append(module.register_forward_pre_hook(self._before_convolution))
                 self.handles.append(module.register_forward_hook(self._after_convolution))
-            elif isinstance(module, nn.GroupNorm):
-                self.handles.append(module.register_forward_hook(self._after_group_norm))
         for layer in layers:
+            if isinstance(layer, nn.GroupNorm):
+                self.handles.append(layer.register_forward_hook(self._after_group_norm))
+                continue
             self.handles.append(layer.register_forward_pre_hook(self._before_norm))
             self.handles.append(layer.register_forward_hook(self._after_norm))
         if lengths is not None and size is not None:
@@ -203,19 +205,14 @@ class SequenceLengths:
         return output
 
     def _after_group_norm(self, module: nn.GroupNorm, args: Any, output: Tensor) -> Tensor | None:
-        """Normalize again, each example by its valid positions."""
-        x, lengths = args[0], self._of(args[0]) if self.zero else None
-        if lengths is None or x.dim() != 3:
+        x, lengths = args[0], self._of(args[0])
+        if lengths is None:
             return None
-        groups = _filled(x, lengths, 0.0).unflatten(1, (module.num_groups, -1))
-        values = groups.shape[2] * lengths.clamp(min=1).view(-1, 1, 1, 1)
-        centered = groups - groups.sum((2, 3), keepdim=True) / values
-        valid = mask_of(lengths, x.shape[2])[:, None, None]
-        var = (centered * valid).square().sum((2, 3), keepdim=True) / values
-        output = (centered * torch.rsqrt(var + module.eps)).flatten(1, 2)
-        if module.affine:
-            output = output * module.weight.unsqueeze(1) + module.bias.unsqueeze(1)
-        output = _filled(output, lengths, 0.0)
+        axis = self._axis(x)
+        valid = _along(mask_of(lengths, x.shape[axis]), x.dim(), axis)
+        output = normalize_groups(module, x, valid, output.dtype)
+        if self.zero:
+            output = output.masked_fill(~valid, 0.0)
         output.valid_lengths = lengths  # type: ignore[attr-defined]
         return output
 
@@ -243,10 +240,15 @@ def mask_of(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
 
 
+def _along(mask: Tensor, dims: int, axis: int) -> Tensor:
+    """A mask ``(N, L)`` along one of `dims` dimensions."""
+    shape = [len(mask), *(1,) * (dims - 1)]
+    shape[axis] = mask.shape[1]
+    return mask.view(shape)
+
+
 def _filled(x: Tensor, lengths: Tensor, value: float, axis: int = 2) -> Tensor:
-    shape = [len(lengths), *(1,) * (x.dim() - 1)]
-    shape[axis] = x.shape[axis]
-    return x.masked_fill(~mask_of(lengths, x.shape[axis]).view(shape), value)
+    return x.masked_fill(~_along(mask_of(lengths, x.shape[axis]), x.dim(), axis), value)
 
 
 def _number(module: nn.Module, name: str, dim: int, default: int = 0) -> int:
