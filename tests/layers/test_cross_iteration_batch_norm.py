@@ -214,6 +214,43 @@ def test_gradients_of_the_statistics_are_autograds(feeder: str) -> None:
     assert torch.allclose(of_nu, by_autograd(nu), atol=1e-12)
 
 
+def dilated(when: str, padding: object = (2, 2)) -> nn.Sequential:
+    """A pair that is dilated when it is made, afterwards as segmenters do, or once it is bound."""
+    torch.manual_seed(0)
+    made = {"padding": padding, "dilation": 2} if when == "made" else {"padding": 1}
+    conv = nn.Conv2d(4, 4, 3, bias=False, **made)
+    network = nn.Sequential(conv, nn.BatchNorm2d(4))
+    if when == "bound":
+        anybatch.convert(network, "cbn", batch_size=2, burn_in=0.0)
+        network(torch.randn(2, 4, 12, 12))
+        network.load_state_dict(dilated("made").state_dict())
+    conv.dilation, conv.padding = (2, 2), padding
+    return (
+        network if when == "bound" else anybatch.convert(network, "cbn", batch_size=2, burn_in=0.0)
+    )
+
+
+@pytest.mark.parametrize("when", ["afterwards", "bound"])
+@pytest.mark.parametrize("padding", [(2, 2), 2, "same", "valid"])
+def test_settings_of_a_convolution_count_as_its_forward_reads_them(
+    when: str, padding: object
+) -> None:
+    outputs = []
+    for one in ("made", when):
+        network = dilated(one, padding)
+        optimizer = torch.optim.SGD(network.parameters(), 0.3)
+        outputs.append([])
+        for number in range(5):
+            x = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(number)) + number
+            y = network(x)
+            (y - y.mean() ** 2).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            outputs[-1].append(y.detach())
+    for found, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("feeder", list(FEEDERS))
 def test_patches_of_all_positions_give_the_output(feeder: str) -> None:
     module, _, shape = pair(feeder)

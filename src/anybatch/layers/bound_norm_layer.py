@@ -66,6 +66,7 @@ class BoundNormLayer(NormLayer):
     """
 
     geometry: Geometry | None = None
+    _settings: tuple[Any, ...] = ()
     _flow: BoundState
 
     def follows(self) -> bool:
@@ -111,7 +112,7 @@ class BoundNormLayer(NormLayer):
                 f"module={module}: its number of inputs is not known yet; run one batch through "
                 "the network first"
             )
-        self.geometry = geometry
+        self._follow_settings(module)
         module.register_forward_hook(self._note, with_kwargs=True)
         if parametrize.is_parametrized(module, "weight"):  # reading the weight may change it
             module.parametrizations["weight"].register_forward_hook(self._note_weight)  # type: ignore[index,union-attr]
@@ -137,12 +138,20 @@ class BoundNormLayer(NormLayer):
         if in_backward():  # a recomputed forward finds its statistics
             return
         assert self.geometry is not None
+        if self.geometry.kernel and self._settings != patches.settings_of(module):
+            self._follow_settings(module)
         x = as_plain(args[0] if args else kwargs["input"])
         weight = as_plain(_weight_of(module) if weight is None else weight)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())
         bias = None if bias is None else as_plain(bias).detach()
         self._flow.feed = ConvCall(self.geometry, x.detach(), rows, bias, as_plain(output).detach())
+
+    def _follow_settings(self, module: nn.Module) -> None:
+        """Read how the bound layer moves over its input, as often as a network changes it."""
+        self.geometry = patches.geometry_of(module)
+        self._settings = patches.settings_of(module) if self.geometry.kernel else ()
+        self._flow.key = None
 
     def _note_weight(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """After a parametrization's forward: the weight it made."""

@@ -92,6 +92,11 @@ class ConvCall(NamedTuple):
         return self._replace(x=rows(self.x, examples), output=rows(self.output, examples))
 
 
+def settings_of(module: nn.Module) -> tuple[Any, ...]:
+    """The settings of a convolution that networks change after they have made it."""
+    return module.stride, module.padding, module.dilation
+
+
 def geometry_of(module: nn.Module) -> Geometry:
     """Read the geometry off a convolution or linear layer.
 
@@ -104,19 +109,38 @@ def geometry_of(module: nn.Module) -> Geometry:
         return Geometry(none, none, none, none, none, "zeros", 1, False, inputs, outputs)
     assert isinstance(module, _ConvNd)
     transposed = isinstance(module, _ConvTransposeNd)
-    ends = module._reversed_padding_repeated_twice  # last dimension first: before, after
+    dims = len(module.kernel_size)
+    dilation = _each(module.dilation, dims)
+    before, after = _padding(module, dilation)
     return Geometry(
         tuple(module.kernel_size),
-        tuple(module.stride),
-        tuple(module.dilation),
-        tuple(ends[::2][::-1]),
-        tuple(ends[1::2][::-1]),
+        _each(module.stride, dims),
+        dilation,
+        before,
+        after,
         module.padding_mode,
         module.groups,
         transposed,
         module.in_channels,
         module.out_channels,
     )
+
+
+def _padding(module: _ConvNd, dilation: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each dimension, read where torch's forward reads it."""
+    if module.padding_mode != "zeros":
+        ends = module._reversed_padding_repeated_twice  # last dimension first: before, after
+        return tuple(ends[::2][::-1]), tuple(ends[1::2][::-1])
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, module.kernel_size, strict=True)]
+        return tuple(n // 2 for n in total), tuple(n - n // 2 for n in total)
+    padding = _each(0 if module.padding == "valid" else module.padding, len(dilation))
+    return padding, padding
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """A setting along each dimension; somebody may have set one number for all."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _taps(layer: Geometry, dim: int, outputs: int, inputs: int) -> Tensor:
