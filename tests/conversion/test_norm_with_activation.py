@@ -1,12 +1,15 @@
 """Batch norms that end in an activation, as timm has them: a stand-in of the same kind."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import anybatch
 from anybatch.conversion import convert, fold, plan, to_batchnorm
 from anybatch.conversion.norm_with_activation import apply_activation
 from anybatch.registry import METHODS
@@ -29,7 +32,39 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
-BatchNormAct2d.__module__ = "timm.layers.norm_act"
+class FrozenBatchNormAct2d(nn.Module):
+    """Constants in place of parameters and statistics, dropout, activation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((channels,), float(value)))
+        self.drop, self.act = nn.Dropout(0.5), AddOne()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return self.act(self.drop(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)))
+
+
+class GroupNormAct(nn.GroupNorm):
+    """Group norm, dropout, activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self._fast_norm
+        return self.act(self.drop(super().forward(x)))
+
+
+TIMM = types.ModuleType("timm.layers.norm_act")
+for _kind in (BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct):
+    _kind.__module__ = TIMM.__name__
+    setattr(TIMM, _kind.__name__, _kind)
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-ins in the place of timm's module."""
+    monkeypatch.setitem(sys.modules, TIMM.__name__, TIMM)
 
 
 class AddOne(nn.Module):
@@ -89,6 +124,79 @@ def test_a_norm_with_activation_goes_back_to_what_it_was(method: str) -> None:
     assert list(model.state_dict()) == keys
     assert not model[1]._forward_hooks
     model.train()(picture(4))  # its own training still works
+
+
+def frozen_network() -> nn.Sequential:
+    model = network()
+    for number, channels in ((1, 6), (3, 4)):
+        model[number] = FrozenBatchNormAct2d(channels)
+        for tensor in model[number].buffers():
+            nn.init.uniform_(tensor, 0.5, 2.0)
+    return model.eval()
+
+
+@pytest.mark.every_case
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("frozen_by", ["anybatch", "timm"])
+@pytest.mark.parametrize("then", ["mabn", "cbn", "gn", "frozen", "to_batchnorm", "fold"])
+def test_a_frozen_norm_with_activation_goes_on(frozen_by: str, then: str) -> None:
+    x = picture()
+    if frozen_by == "timm":
+        model = frozen_network()
+    else:
+        model = convert(randomize(network()).eval(), "frozen")
+    before, act = model(x), model[1].act
+    if then == "fold":
+        model = fold(model, x)
+        assert model[1][1] is act
+    elif then == "to_batchnorm":
+        to_batchnorm(model)
+        assert not model[1]._forward_hooks
+    else:
+        convert(model, then, example_inputs=x)
+        assert model[1].act is act
+        frozen = then == "frozen"
+        assert all(p.requires_grad is not frozen for p in (model[1].weight, model[1].bias))
+    if then != "gn":
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    if then in ("mabn", "cbn"):
+        model.train()(picture(4)).sum().backward()
+        after = model.eval()(x)
+        to_batchnorm(model)
+        assert type(model[1]) is BatchNormAct2d
+        torch.testing.assert_close(model(x), after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("timm")
+def test_a_refused_conversion_leaves_a_frozen_norm_with_activation_alone() -> None:
+    model, x = frozen_network(), picture()
+    before = model(x)
+    plan(model, "mabn")
+    with pytest.raises(ValueError, match="nothing was converted"):
+        convert(model.append(nn.LazyBatchNorm1d()), "mabn")
+    assert type(model[1]) is FrozenBatchNormAct2d
+    assert not model[1]._forward_hooks
+    torch.testing.assert_close(model[:-1](x), before)
+
+
+@pytest.mark.usefixtures("timm")
+@pytest.mark.parametrize("first", [None, "mabn"])
+@pytest.mark.parametrize("method", ["gn", "ln", "in"])
+def test_group_norms_with_activation_are_timms_own(method: str, first: str | None) -> None:
+    model, x = randomize(network()).eval(), picture()
+    keys = [key for key in model.state_dict() if "running" not in key and "tracked" not in key]
+    if first is not None:
+        convert(model, first)
+    act = model[1].act
+    convert(model, method)
+    assert type(model[1]) is GroupNormAct
+    assert not model[1]._forward_hooks
+    assert list(to_batchnorm(model).state_dict()) == keys
+    plain = F.group_norm(h := model[0](x), model[1].num_groups, model[1].weight, model[1].bias)
+    torch.testing.assert_close(model[1](h), act(plain))
+    with anybatch.masked(model[1], torch.ones(2, dtype=torch.bool)):
+        torch.testing.assert_close(model[1](h), act(plain))
+    assert "anybatch" not in str([vars(module) for module in model.modules()])
 
 
 def test_the_activation_is_applied_once_after_two_conversions() -> None:

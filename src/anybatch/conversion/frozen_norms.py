@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from anybatch.conversion.module_swap import move_hooks
+from anybatch.conversion.norm_with_activation import ends_in_activation, thaw_activation
 from anybatch.layers.frozen_batch_norm import FrozenBatchNorm
 
 _AFFINE = ("weight", "bias")
@@ -57,9 +58,11 @@ def thawed(norm: nn.Module) -> _BatchNorm:
         BatchNorm2d(3, eps=0.001, momentum=0.1, affine=True, ...track_running_stats=True)
     """
     known = isinstance(norm, FrozenBatchNorm) or _has_constants(norm)
-    if not known or any(True for _ in norm.children()):
+    if not known or (norm._modules and not ends_in_activation(norm)):
         path = f"{type(norm).__module__}.{type(norm).__qualname__}"
-        raise ValueError(f"{path} has not the four buffers of a frozen batch norm alone")
+        raise ValueError(
+            f"{path} holds something else than the four buffers of a frozen batch norm"
+        )
     eps = norm.eps if isinstance(norm, FrozenBatchNorm) else _measured_eps(norm)
     mean = norm._buffers["running_mean"]
     assert isinstance(mean, Tensor)
@@ -74,6 +77,8 @@ def thawed(norm: nn.Module) -> _BatchNorm:
         new._buffers[name] = norm._buffers[name]
     new.training = norm.training
     move_hooks(norm, new)
+    if ends_in_activation(norm):
+        thaw_activation(norm, new)
     return new
 
 
@@ -119,5 +124,6 @@ def _run(norm: nn.Module, constants: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """A norm's forward with other constants, past its hooks."""
     twin = copy.copy(norm)
     twin.__dict__ = {**norm.__dict__, "_buffers": {**norm._buffers, **constants}}
+    twin.__dict__["_modules"] = {name: nn.Identity() for name in norm._modules}  # its activation
     y: Tensor = twin.forward(x)
     return y

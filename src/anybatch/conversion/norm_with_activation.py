@@ -1,18 +1,22 @@
 """Batch norms that end in an activation, as `BatchNormAct2d` of timm does.
 
-Such a norm is torch's batch norm, then a dropout, then an activation, which it holds under the
-names ``drop`` and ``act``. What replaces it holds the two under the same names, so that the keys of
-a ``state_dict`` stay, and applies them in a forward hook.
+Such a norm is torch's batch norm, or a frozen one, then a dropout, then an activation, which it
+holds under the names ``drop`` and ``act``. What replaces it holds the two under the same names, so
+that the keys of a ``state_dict`` stay. A group norm becomes timm's own with an activation; other
+norms apply the two in a forward hook.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
-_CLASS = "BatchNormAct2d"  # by name, so that timm is not imported
+# By name, so that timm is not imported.
+_BATCH, _FROZEN, _GROUP = "BatchNormAct2d", "FrozenBatchNormAct2d", "GroupNormAct"
 _PARTS = {"drop", "act"}
+_CAME_FROM = "_activated_class"  # attribute of a replacement
 
 
 def ends_in_activation(norm: nn.Module) -> bool:
@@ -23,8 +27,8 @@ def ends_in_activation(norm: nn.Module) -> bool:
         False
     """
     cls = type(norm)
-    theirs = cls.__name__ == _CLASS and cls.__module__.partition(".")[0] == "timm"
-    return _is_hooked(norm) or (theirs and set(norm._modules) == _PARTS)
+    theirs = cls.__name__ in (_BATCH, _FROZEN) and cls.__module__.partition(".")[0] == "timm"
+    return _CAME_FROM in norm.__dict__ or (theirs and set(norm._modules) == _PARTS)
 
 
 def apply_activation(norm: nn.Module, args: Any, output: Tensor) -> Any:
@@ -43,9 +47,39 @@ def keep_activation(old: nn.Module, new: nn.Module) -> None:
         (True, True)
     """
     new.drop, new.act = old.drop, old.act
-    new._activated_class = old.__dict__.get("_activated_class", type(old))
-    if not _is_hooked(new):
+    cls = old.__dict__.get(_CAME_FROM, type(old))
+    if cls.__name__ == _FROZEN:
+        cls = _sibling(cls, _BATCH)
+    group = _sibling(cls, _GROUP) if isinstance(new, nn.GroupNorm) else None
+    if group is not None:
+        _take_out(new)
+        new.__class__, new._fast_norm = group, False
+        return
+    new._activated_class = cls
+    if apply_activation not in new._forward_hooks.values():
         new.register_forward_hook(apply_activation)
+
+
+def thaw_activation(frozen: nn.Module, norm: nn.Module) -> None:
+    """Let a torch batch norm end in the activation of a frozen one, whose hooks it shares.
+
+    Example:
+        >>> frozen, norm = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        >>> frozen.drop, frozen.act, frozen._activated_class = nn.Identity(), nn.ReLU(), None
+        >>> thaw_activation(frozen, norm)
+        >>> norm.act is frozen.act
+        True
+    """
+    norm.drop, norm.act = frozen.drop, frozen.act
+    if _CAME_FROM in frozen.__dict__:
+        norm._activated_class = frozen._activated_class
+    else:
+        norm.__class__ = _sibling(type(frozen), _BATCH)
+
+
+def _sibling(cls: type[nn.Module], name: str) -> Any:
+    """Another class of a norm's library, None if there is none."""
+    return getattr(sys.modules.get(cls.__module__), name, None)
 
 
 def give_back_activation(layer: nn.Module, norm: nn.Module) -> None:
@@ -61,11 +95,11 @@ def give_back_activation(layer: nn.Module, norm: nn.Module) -> None:
         >>> back.act is old.act
         True
     """
-    for key in [k for k, hook in norm._forward_hooks.items() if hook is apply_activation]:
-        del norm._forward_hooks[key]
+    _take_out(norm)
     norm.__class__ = layer._activated_class  # type: ignore[assignment]
     norm.drop, norm.act = layer.drop, layer.act
 
 
-def _is_hooked(norm: nn.Module) -> bool:
-    return any(hook is apply_activation for hook in norm._forward_hooks.values())
+def _take_out(norm: nn.Module) -> None:
+    for key in [k for k, hook in norm._forward_hooks.items() if hook is apply_activation]:
+        del norm._forward_hooks[key]

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from anybatch.core.masks import fit_mask
 
+_AFTER = ("drop", "act")  # of timm's group norms, which end in an activation
+
 
 class MaskedGroupNorm:
     """Forward hook of a group norm that normalizes by the valid positions of a mask.
@@ -49,4 +51,8 @@ def normalize_groups(module: nn.GroupNorm, x: Tensor, valid: Tensor, dtype: torc
     if module.affine:
         shape = (-1, *(1,) * (x.dim() - 2))
         output = output * module.weight.view(shape) + module.bias.view(shape)
-    return output.to(dtype)
+    output = output.to(dtype)
+    for name in _AFTER:
+        part = module._modules.get(name)
+        output = output if part is None else part(output)
+    return output
