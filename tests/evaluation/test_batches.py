@@ -2,13 +2,16 @@
 
 import random
 from collections import UserDict, namedtuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from anybatch import diagnose
 from anybatch.evaluation.batches import (
     check_repeatable,
     examples_in,
@@ -19,6 +22,7 @@ from anybatch.evaluation.batches import (
     target_of,
     to_device,
 )
+from anybatch.evaluation.recalibration import recalibrate
 from anybatch.evaluation.restore_model import borrowed
 from anybatch.layers import MomentumBatchNorm1d, MovingAverageBatchNorm1d
 
@@ -229,3 +233,63 @@ def test_what_examples_have_beside_tensors_is_cut_and_joined_with_them(size: int
         assert batch["name"] == names
         assert batch["more"][0] == names
         assert batch["size"] == (3, 4)
+
+
+class Detector(nn.Module):
+    """Takes what torchvision's detectors take, and gives what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        assert isinstance(images, list)
+        size = [max(image.shape[dim] for image in images) for dim in (1, 2)]
+        padded = [
+            F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1]))
+            for image in images
+        ]
+        found = self.body(torch.stack(padded)).mean((1, 2, 3))
+        if not self.training:
+            return [{"scores": one} for one in found]
+        assert targets is not None
+        boxes = torch.stack([target["boxes"].sum() for target in targets])
+        return {"loss_boxes": (found - boxes).square().mean(), "loss_scores": found.mean()}
+
+
+def detections(count: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(3, 16 + number, 20, generator=generator),
+            {"boxes": torch.full((number + 1, 4), 0.01), "name": f"{number}"},
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_lists_of_images_are_cut_and_joined_by_image(size: int, kind: type) -> None:
+    every = detections(6)
+    loader = [kind(map(kind, zip(*every[at : at + 2], strict=True))) for at in (0, 2, 4)]
+    assert [examples_in(batch) for batch in loader] == [2, 2, 2]
+    cut = list(recut(loader, size))
+    assert [len(entry) for batch in cut for entry in batch] == [size] * (2 * 6 // size)
+    assert all(type(batch) is kind for batch in cut)
+    images = [image for batch in cut for image in batch[0]]
+    names = [target["name"] for batch in cut for target in batch[1]]
+    assert names == [target["name"] for _, target in every]
+    assert all(one is other for one, (other, _) in zip(images, every, strict=True))
+
+
+def test_a_detector_is_diagnosed_and_recalibrated_with_its_own_loader() -> None:
+    torch.manual_seed(0)
+    model, data = Detector(), detections(8)
+    loader = DataLoader(data, 4, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    found = diagnose(model, loader, batch_size=1)
+    assert (found.batch_size, found.batches) == (1, 8)
+    losses = [sum(model([image], [target]).values()).item() for image, target in data]
+    assert found.train_loss == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert not found.notes[:-1]  # the loss is known
+    assert recalibrate(model, loader).examples == 8

@@ -120,6 +120,8 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     A tensor is the argument. Of a tuple or list the first entry is the input and
     the rest are targets; a tuple in its place holds positional arguments. A mapping
     holds keyword arguments, of which those that the network's forward knows are given.
+    Where both are lists, of tensors and of as many mappings, as torchvision's detectors
+    take them, the network gets the first, and in training mode the second, too.
 
     Args:
         model: The network.
@@ -139,6 +141,8 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     """
     if forward is not None:
         return forward(model, batch)
+    if _listed(batch):
+        return model(list(batch[0]), *([list(batch[1])] if model.training else []))
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if isinstance(inputs, Tensor):
         return model(inputs)
@@ -208,10 +212,17 @@ def logits_of(output: Any) -> Tensor:
 def examples_in(batch: Any) -> int:
     """The number of examples in a batch: the length of its first tensor, or 0 without tensors.
 
+    Where a batch lists images and what is in them, as torchvision's detectors take it, it is the
+    length of the lists.
+
     Example:
         >>> examples_in({"mask": None, "x": torch.zeros(5, 2)})
         5
+        >>> examples_in(([torch.zeros(3, 8, 9)], [{"boxes": torch.zeros(4, 4)}]))
+        1
     """
+    if _listed(batch):
+        return len(batch[0])
     found = next(tensors_in(batch), None)
     return 0 if found is None else len(found) if found.dim() else 1
 
@@ -247,6 +258,20 @@ def _countable(batch: Any) -> int:
     return found
 
 
+def _listed(batch: Any) -> bool:
+    """True for a list of tensors and one of as many mappings, an entry of each per example."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        return False
+    inputs, targets = batch[:2]
+    lists = all(isinstance(one, (tuple, list)) and len(one) for one in (inputs, targets))
+    return (
+        lists
+        and len(inputs) == len(targets)
+        and all(isinstance(one, Tensor) for one in inputs)
+        and all(isinstance(one, Mapping) for one in targets)
+    )
+
+
 def _join(batches: list[Any], counts: list[int]) -> Any:
     """Batches of so many examples as one."""
     first = batches[0]
@@ -254,6 +279,9 @@ def _join(batches: list[Any], counts: list[int]) -> Any:
         return first
     if isinstance(first, Tensor):
         return torch.cat(batches)
+    if all(map(_listed, batches)):
+        joined = [[one for part in parts for one in part] for parts in zip(*batches, strict=True)]
+        return _alike(first, [_alike(*pair) for pair in zip(first, joined, strict=True)])
     if all(_lists_examples(*pair) for pair in zip(batches, counts, strict=True)):
         return _alike(first, [one for batch in batches for one in batch])
     if isinstance(first, Mapping):
@@ -273,6 +301,8 @@ def _lists_examples(value: Any, examples: int) -> bool:
 
 def _part(batch: Any, start: int, stop: int, examples: int) -> Any:
     """Some examples of a batch of so many."""
+    if _listed(batch):
+        return _alike(batch, [_alike(entry, list(entry[start:stop])) for entry in batch])
 
     def per_example(value: Any) -> bool:
         return isinstance(value, Tensor) or _lists_examples(value, examples)

@@ -82,9 +82,9 @@ def diagnose(
             come).
         forward: `forward(model, batch)` gives the output (default: the model is called with the
             first of a tuple or list, with a mapping as keyword arguments, or with the tensor).
-        loss: `loss(output, batch)` gives a scalar (default: the output's own "loss"; else cross
-            entropy, where the second of the batch holds whole numbers, one an example; else there
-            is no backward pass).
+        loss: `loss(output, batch)` gives a scalar (default: the output's own "loss", or the sum of
+            a mapping of losses; else cross entropy, where the second of the batch holds whole
+            numbers, one an example; else there is no backward pass).
         max_batches: how many batches to measure (default 100); the noise is then known to 7 % for
             one channel, to 1 % for fifty.
         progress: show a bar (default None: where standard error is a terminal), or a function
@@ -146,7 +146,9 @@ def diagnose(
     layers = tuple(probe.summary(fresh) for probe in used if len(probe.batch) > 1)
     alone = tuple(probe.of_examples() for probe in others)
     if layers and taken.losses == [] and not taken.has_loss:
-        notes.append("No targets and no loss: g and Psi are not measured. Give loss=.")
+        notes.append(
+            "No loss is known for the model's output: g and Psi are not measured. Give loss=."
+        )
     if taken.no_eval_loss is not None:
         notes.append(
             "loss cannot be taken of what the model gives in evaluation mode "
@@ -238,6 +240,9 @@ class _Measurement:
         own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if isinstance(own, Tensor) and own.numel() == 1:
             return own.reshape(())
+        parts = list(output.values()) if isinstance(output, Mapping) else []
+        if parts and all(isinstance(p, Tensor) and p.dim() == 0 and p.requires_grad for p in parts):
+            return torch.stack(parts).sum()  # those of a detector
         if not (isinstance(output, Tensor) and isinstance(batch, (tuple, list)) and len(batch) > 1):
             return None
         target = batch[1]
