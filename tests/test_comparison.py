@@ -72,6 +72,7 @@ def test_methods_are_compared_on_a_users_network_and_data(tmp_path: Path) -> Non
         ({"model": anybatch.convert(network(), "mabn")}, "is a layer of anybatch already"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 4096}, "batch_size=4096"),
+        ({"methods": ["mabn", "Frozen"]}, "methods: frozen keeps the statistics of a trained"),
         ({"model": nn.Linear(8, 3)}, "model: Linear has no batch norm"),
         ({"model": nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))}, r"not fit .* shape \(6,\)"),
     ],
@@ -109,6 +110,14 @@ def test_what_only_the_last_method_refuses_is_said_before_a_training(
         torch.get_rng_state().tolist(),
         repr(numpy.random.get_state()),
     )
+
+
+def test_frozen_norms_of_a_trained_network_are_compared() -> None:
+    trained = network()
+    trained(torch.randn(8, 6))
+    how = {"epochs": 1, "seeds": 1, "timing": False}
+    found = anybatch.compare(trained, examples(64, 0), examples(8, 1), ["frozen"], **how)
+    assert [line.row for line in found.lines] == ["target", "baseline", "frozen"]
 
 
 def test_methods_may_be_typed_in_capitals() -> None:

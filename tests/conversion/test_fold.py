@@ -94,7 +94,11 @@ def hooked() -> nn.Module:
     [
         (Padded(4, 4, 3), nn.BatchNorm2d(4), "in its own way"),
         (hooked(), nn.BatchNorm2d(4), "hooks on it or on '0'"),
-        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4), "own way"),
+        (
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+            nn.BatchNorm2d(4),
+            "'0': its weight is parametrized: call torch.*remove_parametrizations",
+        ),
         (nn.Linear(4, 4), nn.BatchNorm2d(4), "its channels are not those of '0'"),
         (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), "track_running_stats"),
         (nn.Conv2d(4, 4, 3), anybatch.BatchNorm2d(4, example_weight=0.2), "example_weight=0.2"),

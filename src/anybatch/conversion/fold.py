@@ -132,7 +132,9 @@ def _obstacle(
     layer = by_name[feeder.name]
     if has_hooks(norm) or has_hooks(layer):
         return f"hooks on it or on {feeder.name!r} would see other values: remove them first"
-    if recomputed_parameter(layer) or not (is_centralized(layer) or has_plain_forward(layer)):
+    if (why := recomputed_parameter(layer)) is not None:
+        return f"{feeder.name!r}: {why}"
+    if not (is_centralized(layer) or has_plain_forward(layer)):
         return f"{feeder.name!r} computes its weight or output in its own way"
     if not _same_channels(norm, layer):
         return f"its channels are not those of {feeder.name!r}"

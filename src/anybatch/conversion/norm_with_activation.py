@@ -53,7 +53,8 @@ def keep_activation(old: nn.Module, new: nn.Module) -> None:
     group = _sibling(cls, _GROUP) if isinstance(new, nn.GroupNorm) else None
     if group is not None:
         _take_out(new)
-        new.__class__, new._fast_norm = group, False
+        new.__class__ = group
+        new.__dict__["_fast_norm"] = False
         return
     new._activated_class = cls
     if apply_activation not in new._forward_hooks.values():

@@ -5,11 +5,12 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from anybatch.conversion.decisions import is_fresh
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.conversion.observe import random_states_restored
 from anybatch.core.arguments import check_count
 from anybatch.core.norm_layer import NormLayer
-from anybatch.registry import get_method
+from anybatch.registry import FROZEN, get_method
 from anybatch.tools.data import Dataset, steps_per_epoch
 from anybatch.tools.network_factory import build
 from anybatch.tools.processes import OnProgress, in_processes
@@ -153,7 +154,8 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
 
     Raises:
         ValueError: For a batch larger than the training set, a network without batch norms or with
-            layers of this library, and one that does not fit the data or a method.
+            layers of this library, one that does not fit the data or a method, and for `frozen`
+            with a fresh network.
     """
     examples, wanted = len(data.train_y), comparison.target_batch_size
     if comparison.base.batch_size <= examples < wanted:
@@ -175,6 +177,12 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
         raise ValueError(
             f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "
             "give a network with torch's"
+        )
+    if is_fresh(model) and any(get_method(name) is FROZEN for name in comparison.methods):
+        raise ValueError(
+            "methods: frozen keeps the statistics of a trained network, and those of this one are "
+            "still the initial ones, so that its norms would change nothing; leave frozen out, or "
+            "give a trained network"
         )
     with random_states_restored():
         for first, *_ in comparison.groups().values():  # the last fails as early as the first
