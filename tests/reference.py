@@ -30,6 +30,7 @@ class Layer:
     bias: Tensor
     eps: float = 1e-5
     momentum: float | None = 0.1
+    momentum_warmup: int = 0
     norm_batch_size: int | None = None
     example_weight: float = 0.0
     running_mean: Tensor = field(init=False)
@@ -72,7 +73,16 @@ class Layer:
     def update_weight(self) -> float:
         """Count a batch; the weight of it in the running statistics."""
         self.num_batches_tracked += 1
-        return 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        return self.newest_weight()
+
+    def newest_weight(self) -> float:
+        """The weight of the newest batch: the mean of all, momentum, or what it starts with."""
+        if self.momentum is None:
+            return 1 / self.num_batches_tracked
+        if self.momentum_warmup:
+            k = self.momentum_warmup
+            return max(self.momentum, k / (self.num_batches_tracked - 1 + k))
+        return self.momentum
 
     def by_running(self, x: Tensor) -> tuple[Tensor, Backward]:
         """A batch without statistics of its own: the running ones, constants in backward."""
@@ -347,9 +357,7 @@ class MovingAverageBatchNorm(Layer):
         good = bool(torch.isfinite(new).all())
         if self.backward_stats == "ema":
             old = self.average_backward[c]
-            update_weight = (
-                self.momentum if self.momentum is not None else 1 / self.num_batches_tracked
-            )
+            update_weight = self.newest_weight()
             mixed = new if old is None else (1 - update_weight) * old + update_weight * new
             if good:
                 self.average_backward[c] = mixed

@@ -76,6 +76,9 @@ for _centered, _forward, _backward in product((False, True), *(("ema", "sma", "b
         reference.MovingAverageBatchNorm,
         {**MABN, "centered": _centered, "forward_stats": _forward, "backward_stats": _backward},
     )
+for _name, (_method, _kind, _options) in list(CASES.items()):
+    if _name in ("bn", "mbn", "brn norm 2", "mabn", "mabn ema ema", "ghost 2", "l1", "bgn 3"):
+        CASES[f"{_name} momentum warm-up"] = (_method, _kind, {**_options, "momentum_warmup": 2})
 CHANNELS = 6
 SHAPES = {"(N, C)": (), "(N, C, L)": (5,), "(N, C, H, W)": (3, 2), "(N, C, D, H, W)": (2, 1, 3)}
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -45,6 +45,7 @@ class Method:
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
             paper's and others have done better.
+        when_fresh: Options that `anybatch.convert` sets besides, on a fresh network.
         when_trained: Options that `anybatch.convert` sets besides, on a trained network.
         fixed: Arguments of the class that the name stands for; they are no options.
         wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
@@ -62,6 +63,7 @@ class Method:
     scheduled: bool = False
     binds: bool = False
     suggested: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    when_fresh: Mapping[str, Any] = field(default_factory=dict, hash=False)
     when_trained: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     wraps: bool = False
@@ -176,6 +178,8 @@ def check_options(methods: Iterable[Method], options: Mapping[str, Any]) -> None
         raise TypeError(f"{name}={shown(value)}: {titles} has no such option; {hint}{takes}")
 
 
+# Of running statistics with a small momentum, which lag for hundreds of steps.
+_STARTS_FAST = {"momentum_warmup": 10}
 _UNMIXED = {"num_virtual": None, "mix": 0.5}
 _UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5, "ranks": None}
 
@@ -205,6 +209,7 @@ _TABLE = (
         "Moving averages of mean and variance, whose weight grows over the epochs.",
         "Segmentation at 2 to 4 images, with a scheduler stepped once an epoch.",
         scheduled=True,
+        when_fresh=_STARTS_FAST,
     ),
     Method(
         "mabn",
@@ -213,6 +218,7 @@ _TABLE = (
         MOVING_AVERAGE,
         "Averages over recent steps: of the second moment forward, of its gradient backward.",
         "Classification at batches of 1 to 4, from scratch or fine-tuned; detection from scratch.",
+        when_fresh=_STARTS_FAST,
     ),
     Method(
         "cbn",
@@ -232,6 +238,7 @@ _TABLE = (
         IOFFE_2017,
         "Batch statistics corrected towards the running ones, within limits.",
         "Reinforcement learning, and batches that are not identically distributed.",
+        when_fresh=_STARTS_FAST,
         when_trained={"warmup_steps": 0},
     ),
     Method(

@@ -272,6 +272,18 @@ class Spec(Protocol):
         """The kernels that it is for."""
 
 
+def start_of(update_weight: float) -> tuple[int, float]:
+    """Read a weight of the newest batch: the ``k`` of its start, 0 for none, and the least weight.
+
+    >>> start_of(-10.25), start_of(-1.0), start_of(0.1)
+    ((10, 0.25), (1, 0.0), (0, 0.1))
+    """
+    if update_weight >= 0:
+        return 0, update_weight
+    start = int(-update_weight)
+    return start, -update_weight - start
+
+
 class NormCall(NamedTuple):
     """How a layer goes through a batch, forward and backward.
 
@@ -282,7 +294,8 @@ class NormCall(NamedTuple):
         update: Whether state may change.
         spec: The method as kernels take it; None where torch's operators run its rule.
         last: Whether channels are last in memory.
-        update_weight: Of the newest batch in running statistics; below 0 for the mean of all.
+        update_weight: Of the newest batch in running statistics. ``-(k + w)`` with a whole ``k``
+            is ``k / (n - 1 + k)`` for the n-th batch, and at least ``w``; -1 is the mean of all.
         work: What a backend prepared for batches of this shape.
         formula: The method's own gradient; None for that of `anybatch.backends.aten.normalize`.
         statistics: What the rule decided, where torch's operators ran it.

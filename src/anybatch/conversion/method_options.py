@@ -82,7 +82,7 @@ def kept_options(norm: nn.Module, method: Method, options: Mapping[str, Any]) ->
     for name, parameter in method.options.items():
         usual = options.get(name, method.suggested.get(name, parameter.default))
         value = getattr(norm, name, usual)
-        if name not in ("seed", "generator") and value != usual:
+        if name not in ("seed", "generator", *method.when_fresh) and value != usual:
             of_its_own = name == "process_group" and value != WORLD
             different.append(f"{name}={'of its own' if of_its_own else value}")
     return ", ".join(different)

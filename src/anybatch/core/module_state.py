@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch import backends
+from anybatch.backends.protocol import start_of
 from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.gradient_accumulation import StepMemory
 from anybatch.core.tensor_subclasses import as_plain
@@ -33,6 +34,7 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
+        momentum_warmup: The ``k`` of running statistics' start, see `NormCall.update_weight`.
         tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
@@ -43,6 +45,7 @@ class NormState(_NormBase):
     step: StepMemory | None = None
     frozen: bool
     affine_frozen: bool
+    momentum_warmup: int = 0
     tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
@@ -97,11 +100,13 @@ class NormState(_NormBase):
 
     def _update_weight(self) -> float | Tensor:
         """Weight of the newest batch in the running statistics."""
-        if self.momentum is not None:
-            return self.momentum
+        start, least = start_of(self._number())
+        if not start:
+            return least
         if self.num_batches_tracked is None or self.running_mean is None:
-            return 0.0  # as torch's batch norm
-        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+            return least  # 0 for the mean of all, as torch's batch norm
+        batches = self.num_batches_tracked.to(self.running_mean.dtype)
+        return (start / (batches - 1 + start)).clamp(least, 1)
 
     def new_state(self, *shape: int) -> Tensor:
         """Zeros of the type and place of the layer's statistics."""
@@ -282,8 +287,11 @@ class NormState(_NormBase):
         return of.get("weight"), of.get("bias"), kept["running_mean"], kept["running_var"]
 
     def _number(self) -> float:
-        """Momentum for the compiled kernels: -1 averages over all batches."""
-        return -1.0 if self.momentum is None else float(self.momentum)
+        """Momentum and its warm-up in one number, see `NormCall.update_weight`."""
+        if self.momentum is None:
+            return -1.0
+        constant = not self.momentum_warmup or self.momentum >= 1
+        return float(self.momentum) if constant else -self.momentum_warmup - self.momentum
 
     def pooling_obstacle(self) -> str | None:
         """The reason why statistics of micro-batches are not those of all; None if they are."""

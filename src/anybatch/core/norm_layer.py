@@ -70,8 +70,10 @@ class NormLayer(MemoriesLayer):
             a process group, or "world" for all (default None: this process alone).
         outlier_limit: A batch in which a channel's variance about its running mean is more than so
             many times the running variance is normalized by its own statistics in that channel, and
-            enters no memory there; after ten such batches in a row it does (default None: every
-            batch that is finite enters).
+            enters no memory there; after ten such batches in a row it does (default None: any).
+        momentum_warmup: With k, the n-th batch weighs ``k / (n - 1 + k)`` in running statistics
+            until `momentum` is more: these forget their initial values, and then what is older than
+            the last ``1 / k`` of the batches (default 0: `momentum` from the first batch on).
     """
 
     dims: ClassVar[int] = 0
@@ -92,8 +94,10 @@ class NormLayer(MemoriesLayer):
         example_weight: float = 0.0,
         process_group: Any = None,
         outlier_limit: float | None = None,
+        momentum_warmup: int = 0,
     ) -> None:
         check_count("num_features", num_features)
+        check_count("momentum_warmup", momentum_warmup, 0)
         check_between("example_weight", example_weight, 0.0, 1.0)
         if process_group is not None and norm_batch_size is not None:
             raise ValueError(
@@ -128,6 +132,7 @@ class NormLayer(MemoriesLayer):
         self.example_weight = float(example_weight)
         self.process_group = process_group
         self.mask: Tensor | None = None
+        self.momentum_warmup = momentum_warmup
         self._compared = False
         self.outlier_limit = outlier_limit
         if outlier_limit is not None:
@@ -247,8 +252,8 @@ class NormLayer(MemoriesLayer):
         if self.example_weight:
             parts.append(f"example_weight={self.example_weight}")
         parts += [f"{name}={value}" for name, value in self.own_arguments().items()]
-        if self.outlier_limit is not None:
-            parts.append(f"outlier_limit={self.outlier_limit}")
+        rare = {name: getattr(self, name) for name in ("outlier_limit", "momentum_warmup")}
+        parts += [f"{name}={value}" for name, value in rare.items() if value]
         if self.process_group is not None:
             named = self.process_group == WORLD
             parts.append(f"process_group={'world' if named else 'of its own'}")

@@ -51,6 +51,8 @@ class BatchRenorm(NormLayer):
             (default None: this process alone).
         outlier_limit: Times its running variance that a channel of a batch may have and enter
             memory (default None: any).
+        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
+            batches until `momentum` is more (default 0: none).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,

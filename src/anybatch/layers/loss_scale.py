@@ -55,10 +55,9 @@ def rescale(model: nn.Module, factor: float) -> None:
     Example:
         >>> from anybatch import MovingAverageBatchNorm1d
         >>> net = nn.Sequential(MovingAverageBatchNorm1d(3))
-        >>> net[0].ema_gz.fill_(1.0).sum()
-        tensor(3.)
+        >>> of_steps = net[0].method_state["backward_average"].fill_(1.0)
         >>> rescale(net, 0.5)
-        >>> net[0].ema_gz
+        >>> of_steps[0]
         tensor([0.5000, 0.5000, 0.5000])
     """
     if factor == 1:

@@ -198,7 +198,7 @@ def forward(
         tracked: Batches that running statistics have seen.
         memory: The state of the method, see `anybatch.backends.numba.rules`.
         settings: Its numbers.
-        update_weight: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Of the newest batch in running statistics, see `NormCall`.
         eps: Added to the variance.
         update: Whether state may change.
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.

@@ -24,7 +24,7 @@ from anybatch.backends.numba.norm_batches import forward as forward
 from anybatch.backends.numba.norm_batches import statistics as statistics
 from anybatch.backends.numba.scopes import PLAIN, PLAIN_BACKWARD, forward_numbers, run_backward
 from anybatch.backends.numba.threads import without_threads as without_threads
-from anybatch.backends.protocol import MethodSpec, NormCall, RuleState
+from anybatch.backends.protocol import MethodSpec, NormCall, RuleState, start_of
 from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, RuleSet
 
 _ZERO = np.zeros((), np.int64)
@@ -109,7 +109,8 @@ class RuleBatches:
         else:
             weight = call.update_weight
             if weight < 0:
-                weight = 1 / max(int(tracked), 1)
+                start, least = start_of(weight)
+                weight = max(least, start / (max(int(tracked), 1) - 1 + start))
             places = self.memory_of_backward.find(self.averages)
             if places is None:
                 dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))

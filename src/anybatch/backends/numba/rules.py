@@ -344,9 +344,18 @@ def unbiased(var, count):
 
 @inlined
 def count_batch(tracked, update_weight):
-    """Count a batch; its weight in the running statistics (a negative one: the mean of all)."""
+    """Count a batch; its weight in the running statistics, see `NormCall`."""
     tracked[()] += 1
-    return update_weight if update_weight >= 0 else 1.0 / tracked[()]
+    return newest_weight(update_weight, tracked[()])
+
+
+@inlined
+def newest_weight(update_weight, batches):
+    """The weight of the newest of so many batches."""
+    if update_weight >= 0:
+        return update_weight
+    start = np.floor(-update_weight)
+    return max(-update_weight - start, start / (batches - 1 + start))
 
 
 @inlined

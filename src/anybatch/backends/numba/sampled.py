@@ -120,7 +120,7 @@ def sampled_forward(kept, data, sample, running, update_weight, eps, update, par
             scale; shift.
         sample: Tables of runs, their shares, their counts, and L.
         running: Running mean, variance and number of batches.
-        update_weight: Momentum, -1 for the mean of all batches.
+        update_weight: Of the newest batch in running statistics, see `NormCall`.
         eps: Added to the variance.
         update: Whether state may change.
         parts: Threads.

@@ -141,7 +141,7 @@ def spread_forward(kind, data, applied, ends, running, update_weight, eps, updat
         ends: Takes the ends at or beyond which the spread moves with a value, ``(2, C)``; of the
             type of parameters and state.
         running: Running mean, running variance, batches tracked.
-        update_weight: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Of the newest batch in running statistics, see `NormCall`.
         eps: Added to the squared spread.
         update: Whether state may change.
     """

@@ -73,7 +73,7 @@ def backward_columns(
     USES: tl.constexpr,
     AVERAGED: tl.constexpr,
     MOVES: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
+    BEGIN: tl.constexpr,
     UPDATE: tl.constexpr,
     WANTED: tl.constexpr,
     LAST: tl.constexpr,
@@ -132,8 +132,9 @@ def backward_columns(
     )
     now0 = read_counter(counter0, COUNTERS > 0)
     newest = number(update_weight, update_weight_rest, ACC)
-    if CUMULATIVE:
-        newest = 1 / (newest * 0 + tl.maximum(tl.load(tracked), 1))
+    if BEGIN:
+        batches = newest * 0 + tl.maximum(tl.load(tracked), 1)
+        newest = tl.maximum(newest, BEGIN / (batches - 1 + BEGIN))
 
     if SOURCE == _TILE:
         valid = (row < rows) & inside[None, :]

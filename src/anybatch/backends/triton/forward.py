@@ -101,7 +101,7 @@ def forward_columns(
     CENTERED: tl.constexpr,
     USES: tl.constexpr,
     MOVES: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
+    BEGIN: tl.constexpr,
     UPDATE: tl.constexpr,
     LAST: tl.constexpr,
     LONG: tl.constexpr,
@@ -255,8 +255,8 @@ def forward_columns(
         tl.debug_barrier()  # all threads have read what changes now
         batches = tl.load(tracked) + 1
         newest = number(update_weight, update_weight_rest, ACC)
-        if CUMULATIVE:
-            newest = 1 / (newest * 0 + batches)
+        if BEGIN:
+            newest = tl.maximum(newest, BEGIN / (newest * 0 + (batches - 1 + BEGIN)))
         if (MOVES >> 29) & 1:
             track(c, inside, applied_mean, applied_var, newest, running_mean, running_var, CENTERED)
         else:
@@ -285,7 +285,7 @@ def forward_columns(
         if WINDOWS > 1:
             new, gate = taken(mean, var, applied_mean, applied_var, (MOVES >> 20) & 7)
             push(window1, table1, new, c, inside & finite(gate), channels, length1, BLOCK_W)
-        if COUNTERS > 0 or CUMULATIVE:
+        if COUNTERS > 0 or BEGIN:
             last, bad = arrive(block_counter, tl.sum((inside & (whole == 0)).to(tl.int32), 0))
             missed = (bad > 0).to(tl.int64)
             if COUNTERS > 0:
@@ -386,7 +386,7 @@ def forward_track(
     total,
     update_weight,
     update_weight_rest,
-    CUMULATIVE: tl.constexpr,
+    BEGIN: tl.constexpr,
     LAST: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -411,12 +411,13 @@ def forward_track(
         var += share * bessel * tl.load(at + all_groups * channels, mask=there, other=0.0)
     update_weight_ = number(update_weight, update_weight_rest, ACC)
     batches = tl.load(tracked) + 1
-    if CUMULATIVE:
-        update_weight_ = 1 / (update_weight_ * 0 + batches)
+    if BEGIN:
+        first = BEGIN / (update_weight_ * 0 + (batches - 1 + BEGIN))
+        update_weight_ = tl.maximum(update_weight_, first)
     track(
         c, inside, tl.sum(mean, 0), tl.sum(var, 0), update_weight_, running_mean, running_var, True
     )
-    if CUMULATIVE:
+    if BEGIN:
         last, _ = arrive(block_counter, tl.program_id(0) * 0)
     else:
         last = tl.program_id(0) == 0

@@ -32,7 +32,8 @@ def kernels_of(call: NormCall, x: Tensor) -> Kernels:
         *(["without a mean"] if not spec.centered else []),
         *(["groups of channels"] if layouts[0].width > 1 else []),
         *(["groups of examples"] if len(call.cut[0]) > 1 else []),
-        *(["mean of all batches"] if call.update_weight < 0 else []),
+        *(["mean of all batches"] if call.update_weight == -1 else []),
+        *(["momentum warms up"] if call.update_weight < -1 else []),
     ]
     return Kernels(", ".join(words), identity(x.device))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends.protocol import MethodSpec
+from anybatch.backends.protocol import MethodSpec, start_of
 from anybatch.backends.rule import BACKWARD_OPTIONS, COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS
 from anybatch.backends.triton.backward import backward_parts, backward_write
 from anybatch.backends.triton.constants import PARTS, TILE, TILES
@@ -112,7 +112,7 @@ def forward(
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
-        update_weight: Weight of the new running statistics; below 0 for the mean of all.
+        update_weight: Of the newest batch in running statistics, see `NormCall`.
         eps: Added to the variance.
         update: Whether state may change.
     """
@@ -134,6 +134,7 @@ def forward(
     ruled = spec.method.forward.rule is not None
     alone = groups == 1 and (ruled or layout.sizes[0] * layout.length > 1)
     lengths = [len(window) for window in kept.windows]
+    begin, least = start_of(update_weight)
     method.forward[(plan.programs * groups,)](
         source,
         target,
@@ -156,12 +157,12 @@ def forward(
         plan.tiles * plan.part_block[0],
         plan.parts,
         *padded(tuple(lengths), WINDOWS, 1),
-        *halves((eps, update_weight, *padded(kept.options, OPTIONS, 0.0))),
+        *halves((eps, least, *padded(kept.options, OPTIONS, 0.0))),
         RULED=ruled,
         CENTERED=spec.centered,
         USES=method.uses,
         MOVES=method.moves,
-        CUMULATIVE=update_weight < 0,
+        BEGIN=begin,
         UPDATE=update and alone,
         BLOCK_W=power(max(lengths)) if lengths else 0,
         **_shape(plan, layout),
@@ -186,6 +187,7 @@ def _track(
     if not sizes:
         return
     rows, wide = min(power(len(sizes)), 64), 16
+    begin, least = start_of(update_weight)
     forward_track[(-(-layout.channels // wide),)](
         own,
         *running,
@@ -196,8 +198,8 @@ def _track(
         own.shape[1],
         len(sizes),
         sum(sizes),
-        *halves((update_weight,)),
-        CUMULATIVE=update_weight < 0,
+        *halves((least,)),
+        BEGIN=begin,
         LAST=layout.last,
         ALIGN=plan.align,
         BLOCK_M=rows,
@@ -239,7 +241,7 @@ def backward(
         layout: Of this normalization batch.
         start: Its first example.
         group: Its first group in the tables.
-        update_weight: Weight of the newest in an exponential average; below 0 for the mean of all.
+        update_weight: Of the newest in an exponential average, see `NormCall`.
         eps: Added to the variance.
         update: Whether averages may change.
         wanted: Whether to write `dx`.
@@ -261,6 +263,7 @@ def backward(
         )
     method, kept = kernels_for(spec), spec.averages
     length = len(kept.windows[0]) if kept.windows else 1
+    begin, least = start_of(update_weight)
     method.backward[(plan.programs * groups,)](
         above,
         source,
@@ -281,12 +284,12 @@ def backward(
         applied.shape[1],
         plan.parts,
         length,
-        *halves((eps, update_weight, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),
+        *halves((eps, least, *padded(kept.options, BACKWARD_OPTIONS, 0.0))),
         CENTERED=spec.centered,
         USES=method.uses,
         AVERAGED=spec.method.backward.rule is not None,
         MOVES=method.averages,
-        CUMULATIVE=update_weight < 0 and spec.method.backward.rule is not None,
+        BEGIN=begin if spec.method.backward.rule is not None else 0,
         UPDATE=update,
         WANTED=wanted,
         BLOCK_W=power(length),
