@@ -36,6 +36,7 @@ def _other(layer: NormLayer) -> None:
 CHANGES: dict[str, Callable[[NormLayer], Any]] = {
     "momentum": _set("momentum", 0.7),
     "mean of all": _set("momentum", None),
+    "momentum warms up": _set("momentum_warmup", 3),
     "eps": _set("eps", 0.5),
     "small batches": _set("norm_batch_size", 2),
     "mask": _set("mask", torch.tensor([True, True, False, True])),

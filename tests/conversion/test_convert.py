@@ -256,6 +256,22 @@ def test_batch_size_goes_to_the_methods_that_use_it() -> None:
     assert not hasattr(convert(convnet(), "bn", batch_size=4)[1], "batch_size")
 
 
+@pytest.mark.parametrize("method", OURS)
+def test_running_statistics_start_fast_in_fresh_networks(method: str) -> None:
+    k = 10 if method in ("mabn", "mbn", "brn") else 0
+    fresh = convert(convnet(), method, example_inputs=torch.randn(2, 3, 12, 12))
+    trained = convnet()
+    trained(torch.randn(8, 3, 12, 12))
+    convert(trained, method)
+    asked = convert(convnet(), method, momentum_warmup=3)
+    for model, expected in ((fresh, k), (trained, 0), (asked, 3)):
+        layers = [m for m in model.modules() if isinstance(m, NormLayer)]
+        assert layers
+        assert {layer.momentum_warmup for layer in layers} == {expected}
+    if not METHODS[method].binds:
+        assert anybatch.norm_layer(method)(4).momentum_warmup == k
+
+
 def test_momentum_stays_where_it_means_the_same() -> None:
     def with_momentum(momentum: float | None) -> nn.Module:
         return nn.Sequential(nn.BatchNorm1d(4, momentum=momentum))

@@ -164,6 +164,40 @@ def test_momentum_none_averages_over_all_batches(name: str) -> None:
     assert layer.num_batches_tracked == 7
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_up_of_the_momentum_is_a_momentum_for_each_batch(name: str) -> None:
+    layer, twin = make(name, momentum=0.2, momentum_warmup=3), make(name, momentum=0.2)
+    twin.load_state_dict(layer.state_dict())
+    for number in range(1, 18):  # from the 13th batch on it is 0.2
+        twin.momentum = max(0.2, 3 / (number + 2))
+        x = batch(4) * (1 + number)
+        for one in (layer, twin):
+            one(x).square().mean().backward()
+        for key, value in twin.state_dict().items():
+            torch.testing.assert_close(layer.state_dict()[key], value)
+        if number == 1 and name not in ("mabn", *SAMPLED):  # initial values are gone
+            torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize(("momentum", "weight"), [(None, 1 / 4), (1.0, 1.0), (0.0, 3 / 6)])
+def test_a_warm_up_meets_every_momentum(momentum: float | None, weight: float) -> None:
+    layer = make("bn", momentum=momentum, momentum_warmup=3)
+    for _ in range(3):
+        layer(batch(4))
+    before, x = layer.running_mean.clone(), batch(4)
+    layer(x)
+    torch.testing.assert_close(
+        layer.running_mean, before + weight * (x.mean((0, 2, 3)) - before), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (2.5, TypeError)])
+def test_a_wrong_warm_up_of_the_momentum_is_named(value: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"momentum_warmup={value}"):
+        make("bn", momentum_warmup=value)
+
+
 def test_torch_raises_where_these_layers_do_not() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         nn.BatchNorm1d(3)(torch.randn(1, 3))

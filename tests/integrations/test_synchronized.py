@@ -27,6 +27,7 @@ SHORT = {"window": 2, "warmup_steps": 2, "renorm_warmup_steps": 3}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "bn": ("bn", {}),
     "bn, all batches": ("bn", {"momentum": None}),
+    "bn, momentum warms up": ("bn", {"momentum_warmup": 3}),
     "mbn": ("mbn", {"batch_size": 8}),
     "mabn": ("mabn", SHORT),
     "mabn, centred": ("mabn", {**SHORT, "centered": True}),

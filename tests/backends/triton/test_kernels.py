@@ -172,7 +172,9 @@ def both(
     space=st.lists(st.sampled_from([1, 2, 5, 7, 8, 13]), max_size=2),
     last=st.booleans(),
     kind=st.sampled_from(SOURCES),
-    options=st.sampled_from([{}, {"norm_batch_size": 3}, {"momentum": None}]),
+    options=st.sampled_from(
+        [{}, {"norm_batch_size": 3}, {"momentum": None}, {"momentum_warmup": 3}]
+    ),
 )
 def test_triton_serves_any_shape(
     name: str, n: int, c: int, space: list[int], last: bool, kind: str, options: dict[str, Any]
