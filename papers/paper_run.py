@@ -75,6 +75,11 @@ class PaperRun(Run):
         return super().from_dict({**data, "start": start})
 
     @property
+    def at_papers_settings(self) -> bool:
+        """Whether methods have their papers' settings where `anybatch.convert` chooses others."""
+        return True
+
+    @property
     def task(self) -> str:
         """Key of the run's objective."""
         if self.data == "coco":

@@ -47,6 +47,8 @@ class Method:
             paper's and others have done better.
         when_fresh: Options that `anybatch.convert` sets besides, on a fresh network.
         when_trained: Options that `anybatch.convert` sets besides, on a trained network.
+        when_cut: Options that `anybatch.convert` sets besides, where ``norm_batch_size`` cuts a
+            batch into several with one memory.
         fixed: Arguments of the class that the name stands for; they are no options.
         wraps: The network must be wrapped in `anybatch.VirtualDataset` for training.
         builder: Function that makes the layer, for torch's own; None for a class of anybatch.
@@ -65,9 +67,19 @@ class Method:
     suggested: Mapping[str, Any] = field(default_factory=dict, hash=False)
     when_fresh: Mapping[str, Any] = field(default_factory=dict, hash=False)
     when_trained: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    when_cut: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     wraps: bool = False
     builder: Callable[..., nn.Module] | None = field(default=None, repr=False)
+
+    def of_cuts(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`when_cut`, where options cut a batch, else nothing.
+
+        >>> get_method("mabn").of_cuts({"norm_batch_size": 2})["window"]
+        64
+        """
+        cut = options.get("norm_batch_size") is not None and options.get("memories", 1) == 1
+        return self.when_cut if cut else {}
 
     def layer(self, dims: int) -> type[nn.Module]:
         """The class for 1, 2 or 3 dimensions.
@@ -219,6 +231,7 @@ _TABLE = (
         "Averages over recent steps: of the second moment forward, of its gradient backward.",
         "Classification at batches of 1 to 4, from scratch or fine-tuned; detection from scratch.",
         when_fresh=_STARTS_FAST,
+        when_cut={"window": 64, "momentum": 0.005},
     ),
     Method(
         "cbn",

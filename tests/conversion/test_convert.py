@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import anybatch
-from anybatch.conversion import NoEffectWarning, convert, to_batchnorm
+from anybatch.conversion import NoEffectWarning, convert, plan, to_batchnorm
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.weight_centralization import is_centralized
 from anybatch.registry import METHODS
@@ -270,6 +270,29 @@ def test_running_statistics_start_fast_in_fresh_networks(method: str) -> None:
         assert {layer.momentum_warmup for layer in layers} == {expected}
     if not METHODS[method].binds:
         assert anybatch.norm_layer(method)(4).momentum_warmup == k
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (16, 0.02)),
+        ({"norm_batch_size": 2}, (64, 0.005)),
+        ({"norm_batch_size": 2, "window": 8}, (8, 0.005)),
+        ({"norm_batch_size": 2, "momentum": 0.1}, (64, 0.1)),
+        ({"norm_batch_size": 2, "memories": 4}, (16, 0.02)),  # each moves once a step
+    ],
+)
+def test_a_window_covers_steps_where_batches_are_cut(options: dict, expected: tuple) -> None:
+    model = convert(convnet(), "mabn", **options)
+    layers = [m for m in model.modules() if isinstance(m, NormLayer)]
+    assert {(layer.window, layer.momentum) for layer in layers} == {expected}
+    made = anybatch.norm_layer("mabn", **options)(4)
+    assert (made.window, made.momentum) == expected
+    again = plan(model, "mabn", **options).rows
+    assert {row.reason for row in again if row.decision == "keep"} == {"already mabn"}
+    cut = convert(convnet(), "bn", norm_batch_size=2)
+    convert(cut, "mabn")  # it keeps cutting
+    assert {m.window for m in cut.modules() if isinstance(m, NormLayer)} == {64}
 
 
 def test_momentum_stays_where_it_means_the_same() -> None:

@@ -225,11 +225,16 @@ class NormDecider:
             self.checked.add((method.name, dims))
 
     def _opens(self, method: Method, options: Mapping[str, Any]) -> str | None:
-        """A note on the options that were chosen because the network is trained."""
-        taken = [f"{n}={v}" for n, v in method.when_trained.items() if n not in self.options]
-        if self.fresh or not taken:
-            return None
-        return f"{', '.join(taken)}, as the network is trained"
+        """A note on the options that were chosen because the network is trained, or batches cut."""
+
+        def taken(chosen: Mapping[str, Any]) -> str:
+            return ", ".join(f"{n}={v}" for n, v in chosen.items() if n not in self.options)
+
+        cut = taken(method.of_cuts(options))
+        trained = "" if self.fresh else taken(method.when_trained)
+        notes = [f"{cut}, as norm_batch_size cuts a batch"] if cut else []
+        notes += [f"{trained}, as the network is trained"] if trained else []
+        return "; ".join(notes) or None
 
     def _centralization(
         self, method: Method, options: Mapping[str, Any], feeder: Feeder

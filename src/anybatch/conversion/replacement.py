@@ -103,7 +103,7 @@ def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> d
                 arguments.setdefault(name, getattr(norm, name))
         if "process_group" not in options and arguments.get("norm_batch_size") is not None:
             arguments.pop("process_group", None)  # of batches that are cut now
-    return arguments
+    return {**method.of_cuts(arguments), **arguments}
 
 
 def _keeps_momentum(norm: _NormBase, method: Method) -> bool:

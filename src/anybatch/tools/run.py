@@ -248,6 +248,11 @@ class Run:
         return self.model.rpartition(":")[2] if is_own(self.model) else self.model
 
     @property
+    def at_papers_settings(self) -> bool:
+        """Whether methods have their papers' settings where `anybatch.convert` chooses others."""
+        return False
+
+    @property
     def statistics_size(self) -> int:
         """Number of examples that share statistics."""
         return self.norm_batch_size or self.micro_batch_size

@@ -4,6 +4,7 @@ A plain loop: at batch 2 on digits a step takes half a millisecond, which a
 trainer's bookkeeping would double.
 """
 
+import inspect
 import json
 import math
 import time
@@ -82,6 +83,9 @@ def method_options(run: Run, steps: int) -> dict[str, Any]:
         usual["num_virtual"] = virtual
     if run.method not in ("gn", "ln", "in") and run.norm_batch_size is not None:
         usual["norm_batch_size"] = run.norm_batch_size + virtual
+        if run.at_papers_settings:
+            layer = inspect.signature(get_method(run.method).layer(2)).parameters
+            usual |= {name: layer[name].default for name in get_method(run.method).when_cut}
     if run.centralize:
         usual["centralize"] = True
     if run.converted and "seed" in get_method(run.method).options:
