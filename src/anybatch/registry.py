@@ -45,7 +45,7 @@ class Method:
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
             paper's and others have done better.
-        when_fresh: Options that `anybatch.convert` sets besides, on a fresh network.
+        when_fresh: Options that `anybatch.convert` sets besides, for a fresh norm.
         when_trained: Options that `anybatch.convert` sets besides, on a trained network.
         when_cut: Options that `anybatch.convert` sets besides, where ``norm_batch_size`` cuts a
             batch into several with one memory.

@@ -3,7 +3,7 @@
 import copy
 import math
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -270,6 +270,47 @@ def test_running_statistics_start_fast_in_fresh_networks(method: str) -> None:
         assert {layer.momentum_warmup for layer in layers} == {expected}
     if not METHODS[method].binds:
         assert anybatch.norm_layer(method)(4).momentum_warmup == k
+
+
+def test_only_fresh_norms_of_a_network_start_fast() -> None:
+    """A trained backbone, and a head that was added to it."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    )
+    model[:2](torch.randn(4, 3, 8, 8))
+    convert(model, "mabn")
+    assert [model[1].momentum_warmup, model[4].momentum_warmup] == [0, 10]
+
+
+@pytest.mark.every_case
+@pytest.mark.filterwarnings("ignore:.*that are not centred")
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_loaded_network_starts_fast_where_its_batches_were_counted(
+    trained: bool, counted: bool
+) -> None:
+    """Old checkpoints have no count: their statistics are not of the first batch."""
+    source, model = convnet(), convert(convnet(), "mabn")
+    if trained:
+        for _ in range(3):
+            source(torch.randn(8, 3, 12, 12))
+    state = source.state_dict()
+    if not counted:
+        state = OldCheckpoint((k, v) for k, v in state.items() if "num_batches" not in k)
+    model.load_state_dict(state)
+    layers = [m for m in model.modules() if isinstance(m, NormLayer)]
+    k = 0 if trained and not counted else 10
+    assert {layer.momentum_warmup for layer in layers} == {k}
+    before = layers[0].running_var.clone()
+    if k == 0:
+        model.train()(torch.randn(2, 3, 12, 12) * 9)
+        torch.testing.assert_close(layers[0].running_var, before, rtol=1.0, atol=0.0)
+
+
+class OldCheckpoint(dict):
+    """A state of before torch counted batches."""
+
+    _metadata: ClassVar[dict] = {}
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,10 @@ class NormDecider:
                     module = self.by_name[target]
                     return Decision(row, norm, centralize=module, follow=module)
             return self._keep(norm, note)
-        options = {**(method.when_fresh if self.fresh else method.when_trained), **options}
+        if has_initial_statistics(norm):
+            options = {**method.when_fresh, **options}
+        if not self.fresh:
+            options = {**method.when_trained, **options}
         if "seed" in method.options and options.get("generator") is None:
             options["seed"] = layer_seed(self.options.get("seed") or 0, names[0])
         return self._convert(norm, kind.dims or 0, method, options)

@@ -34,7 +34,8 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
-        momentum_warmup: The ``k`` of running statistics' start, see `NormCall.update_weight`.
+        momentum_warmup: The ``k`` of running statistics' start, see `NormCall.update_weight`; it
+            ends where statistics of uncounted batches are loaded.
         tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
@@ -248,6 +249,15 @@ class NormState(_NormBase):
         if self.step is not None:
             self.step.load(state_dict, step, self._device() if assign else None)
         self._last, self._recent = None, RecomputeCache()
+        if self.momentum_warmup and self._has_uncounted_statistics():
+            self.momentum_warmup = 0
+
+    def _has_uncounted_statistics(self) -> bool:
+        """True for statistics of batches that nobody counted, as in old checkpoints of torch."""
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or count is None or count.is_meta or int(count):
+            return False
+        return bool(mean.any()) or bool((var != 1).any())
 
     def _leave_meta(self) -> None:
         """Give memory that is still on the meta device real tensors, beside the parameters."""
