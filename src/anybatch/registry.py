@@ -190,7 +190,7 @@ def check_options(methods: Iterable[Method], options: Mapping[str, Any]) -> None
         raise TypeError(f"{name}={shown(value)}: {titles} has no such option; {hint}{takes}")
 
 
-# Of running statistics with a small momentum, which lag for hundreds of steps.
+# Running statistics with a small momentum lag for hundreds of steps, those of cbn for dozens.
 _STARTS_FAST = {"momentum_warmup": 10}
 _UNMIXED = {"num_virtual": None, "mix": 0.5}
 _UNSAMPLED = {"ratio": 1 / 32, "size": None, "mix": 0.5, "ranks": None}
@@ -243,6 +243,7 @@ _TABLE = (
         scheduled=True,
         binds=True,
         suggested={"backward_stats": "window", "running_stats": "window"},
+        when_fresh=_STARTS_FAST,
     ),
     Method(
         "brn",

@@ -258,7 +258,7 @@ def test_batch_size_goes_to_the_methods_that_use_it() -> None:
 
 @pytest.mark.parametrize("method", OURS)
 def test_running_statistics_start_fast_in_fresh_networks(method: str) -> None:
-    k = 10 if method in ("mabn", "mbn", "brn") else 0
+    k = 10 if method in ("mabn", "mbn", "brn", "cbn") else 0
     fresh = convert(convnet(), method, example_inputs=torch.randn(2, 3, 12, 12))
     trained = convnet()
     trained(torch.randn(8, 3, 12, 12))
