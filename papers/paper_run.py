@@ -76,7 +76,7 @@ class PaperRun(Run):
 
     @property
     def at_papers_settings(self) -> bool:
-        """Whether methods have their papers' settings where `anybatch.convert` chooses others."""
+        """True if methods keep their papers' settings where `anybatch.convert` chooses others."""
         return True
 
     @property

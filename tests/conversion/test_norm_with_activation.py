@@ -86,13 +86,13 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def picture(n: int = 2) -> Tensor:
+def images(n: int = 2) -> Tensor:
     return torch.randn(n, 3, 8, 8)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_activation_of_a_converted_norm_stays(method: str) -> None:
-    model, x = randomize(network()).eval(), picture()
+    model, x = randomize(network()).eval(), images()
     before, keys, act = model(x), list(model.state_dict()), model[1].act
     convert(model, method, example_inputs=x)
     assert type(model[1]) is METHODS[method].layer(2)
@@ -112,10 +112,10 @@ def test_the_activation_of_a_converted_norm_stays(method: str) -> None:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["bn", "mabn", "brn", "cbn"])
 def test_a_norm_with_activation_goes_back_to_what_it_was(method: str) -> None:
-    model, x = randomize(network()).eval(), picture()
+    model, x = randomize(network()).eval(), images()
     keys = list(model.state_dict())
     convert(model, method, example_inputs=x)
-    model.train()(picture(4)).sum().backward()
+    model.train()(images(4)).sum().backward()
     model.eval()
     after = model(x)
     to_batchnorm(model)
@@ -123,7 +123,7 @@ def test_a_norm_with_activation_goes_back_to_what_it_was(method: str) -> None:
     assert type(model[1]) is BatchNormAct2d
     assert list(model.state_dict()) == keys
     assert not model[1]._forward_hooks
-    model.train()(picture(4))  # its own training still works
+    model.train()(images(4))  # its own training still works
 
 
 def frozen_network() -> nn.Sequential:
@@ -140,7 +140,7 @@ def frozen_network() -> nn.Sequential:
 @pytest.mark.parametrize("frozen_by", ["anybatch", "timm"])
 @pytest.mark.parametrize("then", ["mabn", "cbn", "gn", "frozen", "to_batchnorm", "fold"])
 def test_a_frozen_norm_with_activation_goes_on(frozen_by: str, then: str) -> None:
-    x = picture()
+    x = images()
     if frozen_by == "timm":
         model = frozen_network()
     else:
@@ -160,7 +160,7 @@ def test_a_frozen_norm_with_activation_goes_on(frozen_by: str, then: str) -> Non
     if then != "gn":
         torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
     if then in ("mabn", "cbn"):
-        model.train()(picture(4)).sum().backward()
+        model.train()(images(4)).sum().backward()
         after = model.eval()(x)
         to_batchnorm(model)
         assert type(model[1]) is BatchNormAct2d
@@ -169,7 +169,7 @@ def test_a_frozen_norm_with_activation_goes_on(frozen_by: str, then: str) -> Non
 
 @pytest.mark.usefixtures("timm")
 def test_a_refused_conversion_leaves_a_frozen_norm_with_activation_alone() -> None:
-    model, x = frozen_network(), picture()
+    model, x = frozen_network(), images()
     before = model(x)
     plan(model, "mabn")
     with pytest.raises(ValueError, match="nothing was converted"):
@@ -183,7 +183,7 @@ def test_a_refused_conversion_leaves_a_frozen_norm_with_activation_alone() -> No
 @pytest.mark.parametrize("first", [None, "mabn"])
 @pytest.mark.parametrize("method", ["gn", "ln", "in"])
 def test_group_norms_with_activation_are_timms_own(method: str, first: str | None) -> None:
-    model, x = randomize(network()).eval(), picture()
+    model, x = randomize(network()).eval(), images()
     keys = [key for key in model.state_dict() if "running" not in key and "tracked" not in key]
     if first is not None:
         convert(model, first)
@@ -200,7 +200,7 @@ def test_group_norms_with_activation_are_timms_own(method: str, first: str | Non
 
 
 def test_the_activation_is_applied_once_after_two_conversions() -> None:
-    model, x = randomize(network()).eval(), picture()
+    model, x = randomize(network()).eval(), images()
     before = model(x)
     for method in ("mabn", "brn", "cbn", "bn"):
         convert(model, method, example_inputs=x)
@@ -211,7 +211,7 @@ def test_the_activation_is_applied_once_after_two_conversions() -> None:
 
 @pytest.mark.parametrize("method", [None, "mbn"])
 def test_folding_leaves_the_activation(method: str | None) -> None:
-    model, x = randomize(network()).eval(), picture()
+    model, x = randomize(network()).eval(), images()
     if method is not None:
         convert(model, method)
     before, act = model(x), model[1].act
@@ -229,14 +229,14 @@ def test_the_plan_names_the_activation() -> None:
 def test_dropout_acts_in_training_only() -> None:
     model = convert(network(), "bn")
     model[1].act = nn.Identity()
-    y = model.train()[1](model[0](picture()))
+    y = model.train()[1](model[0](images()))
     assert 0.3 < float((y == 0).float().mean()) < 0.7
-    assert not (model.eval()[1](model[0](picture())) == 0).any()
+    assert not (model.eval()[1](model[0](images())) == 0).any()
 
 
 @pytest.mark.exhaustive
 def test_a_norm_with_activation_compiles_without_a_break() -> None:
-    model, x = convert(randomize(network()).eval(), "brn"), picture()
+    model, x = convert(randomize(network()).eval(), "brn"), images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
 

@@ -283,6 +283,28 @@ def test_lists_of_images_are_cut_and_joined_by_image(size: int, kind: type) -> N
     assert all(one is other for one, (other, _) in zip(images, every, strict=True))
 
 
+def test_what_stands_behind_lists_of_images_is_cut_as_in_other_batches() -> None:
+    images, targets = zip(*detections(4), strict=True)
+    loader = [
+        (
+            images[at : at + 2],
+            targets[at : at + 2],
+            torch.arange(at, at + 2),
+            ["a", "b"],
+            {"size": 3},
+        )
+        for at in (0, 2)
+    ]
+    for size in (1, 3, 4):
+        cut = list(recut(loader, size))
+        assert all(isinstance(batch[2], Tensor) and batch[4] == {"size": 3} for batch in cut)
+        numbers = torch.cat([batch[2] for batch in cut])
+        assert torch.equal(numbers, torch.arange(size * (4 // size)))
+        names = [name for batch in cut for name in batch[3]]
+        assert names == ["a", "b", "a", "b"][: len(numbers)]
+        assert [len(batch[0]) for batch in cut] == [len(batch[1]) for batch in cut]
+
+
 def test_a_detector_is_diagnosed_and_recalibrated_with_its_own_loader() -> None:
     torch.manual_seed(0)
     model, data = Detector(), detections(8)

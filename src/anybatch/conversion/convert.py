@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from anybatch.conversion.decisions import has_initial_statistics
 from anybatch.conversion.module_swap import let_go, swap
 from anybatch.conversion.norm_copies import copied
 from anybatch.conversion.norm_types import listed
@@ -21,6 +20,7 @@ from anybatch.conversion.replacement import replacement
 from anybatch.conversion.saving import save_for_plain_code
 from anybatch.conversion.summary import summary
 from anybatch.core.arguments import counted
+from anybatch.core.module_state import has_initial_statistics
 from anybatch.core.name_patterns import Where
 from anybatch.core.notices import LOGGER, NoEffectWarning
 from anybatch.layers.momentum_batch_norm import share_notice

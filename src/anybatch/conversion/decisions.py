@@ -19,6 +19,7 @@ from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.conversion.plan_table import PlanRow
 from anybatch.conversion.producers import Feeder
 from anybatch.conversion.replacement import replacement, trial
+from anybatch.core.module_state import has_initial_statistics
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.group_norm import fitting_groups
@@ -76,18 +77,6 @@ def is_fresh(model: nn.Module) -> bool:
     norms = [module for module in model.modules() if is_batch_norm(module)]
     tracked = [n for n in norms if isinstance(n._buffers.get("running_var"), Tensor)]
     return bool(tracked) and all(has_initial_statistics(norm) for norm in tracked)
-
-
-def has_initial_statistics(norm: nn.Module) -> bool:
-    """True if a batch norm has counted no batch, and its running statistics say so."""
-    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
-    count = norm._buffers.get("num_batches_tracked")
-    if var is None or mean is None or isinstance(mean, nn.UninitializedBuffer):
-        return False
-    if var.is_meta:  # which holds no numbers: the recipe of the network is that of a new one
-        return True
-    counted = count is not None and bool(count > 0)
-    return not counted and bool((mean == 0).all()) and bool((var == 1).all())
 
 
 @dataclass

@@ -254,10 +254,9 @@ class NormState(_NormBase):
 
     def _has_uncounted_statistics(self) -> bool:
         """True for statistics of batches that nobody counted, as in old checkpoints of torch."""
-        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is None or var is None or count is None or count.is_meta or int(count):
-            return False
-        return bool(mean.any()) or bool((var != 1).any())
+        count = self.num_batches_tracked
+        counted = count is None or count.is_meta or int(count) > 0
+        return not counted and self.running_var is not None and not has_initial_statistics(self)
 
     def _leave_meta(self) -> None:
         """Give memory that is still on the meta device real tensors, beside the parameters."""
@@ -373,6 +372,18 @@ class NormState(_NormBase):
             self.method_state = {
                 name: tensor.to(device) for name, tensor in self.method_state.items()
             }
+
+
+def has_initial_statistics(norm: nn.Module) -> bool:
+    """True if a batch norm has counted no batch, and its running statistics say so."""
+    mean, var = norm._buffers["running_mean"], norm._buffers["running_var"]
+    count = norm._buffers.get("num_batches_tracked")
+    if var is None or mean is None or isinstance(mean, nn.UninitializedBuffer):
+        return False
+    if var.is_meta:  # which holds no numbers: the recipe of the network is that of a new one
+        return True
+    counted = count is not None and bool(count > 0)
+    return not counted and bool((mean == 0).all()) and bool((var == 1).all())
 
 
 def make_constant(norm: nn.Module) -> None:

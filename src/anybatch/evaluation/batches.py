@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from typing import Any
@@ -279,16 +279,20 @@ def _join(batches: list[Any], counts: list[int]) -> Any:
         return first
     if isinstance(first, Tensor):
         return torch.cat(batches)
-    if all(map(_listed, batches)):
-        joined = [[one for part in parts for one in part] for parts in zip(*batches, strict=True)]
-        return _alike(first, [_alike(*pair) for pair in zip(first, joined, strict=True)])
     if all(_lists_examples(*pair) for pair in zip(batches, counts, strict=True)):
-        return _alike(first, [one for batch in batches for one in batch])
+        return _chained(batches)
     if isinstance(first, Mapping):
         return {key: _join([batch[key] for batch in batches], counts) for key in first}
     if isinstance(first, (tuple, list)):
-        return _alike(first, [_join(list(parts), counts) for parts in zip(*batches, strict=True)])
+        entries = list(zip(*batches, strict=True))
+        lists = 2 if all(map(_listed, batches)) else 0
+        joined = [_join(list(parts), counts) for parts in entries[lists:]]
+        return _alike(first, [*map(_chained, entries[:lists]), *joined])
     return first
+
+
+def _chained(lists: Sequence[Any]) -> Any:
+    return _alike(lists[0], [one for entries in lists for one in entries])
 
 
 def _lists_examples(value: Any, examples: int) -> bool:
@@ -301,11 +305,11 @@ def _lists_examples(value: Any, examples: int) -> bool:
 
 def _part(batch: Any, start: int, stop: int, examples: int) -> Any:
     """Some examples of a batch of so many."""
-    if _listed(batch):
-        return _alike(batch, [_alike(entry, list(entry[start:stop])) for entry in batch])
+    lists = [id(entry) for entry in batch[:2]] if _listed(batch) else []
 
     def per_example(value: Any) -> bool:
-        return isinstance(value, Tensor) or _lists_examples(value, examples)
+        known = isinstance(value, Tensor) or id(value) in lists
+        return known or _lists_examples(value, examples)
 
     def cut(value: Any) -> Any:
         return value[start:stop] if per_example(value) else value

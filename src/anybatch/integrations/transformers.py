@@ -77,16 +77,10 @@ class NormCallback(TrainerCallback):
             convert(model, self.method, **self.options)
 
     def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
     ) -> None:
         """Begin, or go on, where the Trainer is."""
-        self._begin(args, state, control, model).follow(_scaler(optimizer))
+        self._begin(args, state, control, model).follow(_scaler(more))
 
     def _begin(self, args: Any, state: Any, control: Any, model: Any) -> Course:
         if not any(isinstance(module, NormLayer) for module in model.modules()):
@@ -110,18 +104,12 @@ class NormCallback(TrainerCallback):
         course.go_to(int(state.epoch or 0))
 
     def on_step_end(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **_: Any,
+        self, args: Any, state: Any, control: Any, model: Any = None, **more: Any
     ) -> None:
         """An optimizer step is done, however few batches it had."""
         course = self._course or self._begin(args, state, control, model)
         course.end_step()
-        course.follow(_scaler(optimizer))
+        course.follow(_scaler(more))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the layers as a plain loop would have them."""
@@ -129,9 +117,9 @@ class NormCallback(TrainerCallback):
             self._course.end()
 
 
-def _scaler(optimizer: Any) -> Any:
+def _scaler(given: Mapping[str, Any]) -> Any:
     """The scaler of the loss that Accelerate updates with the optimizer, if there is one."""
-    return getattr(optimizer, "scaler", None)
+    return getattr(given.get("optimizer"), "scaler", None)
 
 
 def from_pretrained(kind: Any, folder: Any, *, example_inputs: Any = None, **options: Any) -> Any:

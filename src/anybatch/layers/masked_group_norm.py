@@ -39,7 +39,7 @@ def normalize_groups(module: nn.GroupNorm, x: Tensor, valid: Tensor, dtype: torc
     Returns:
         The output at all positions; an example without valid ones has mean and variance 0.
     """
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     valid = valid.expand(-1, 1, *x.shape[2:])
     number = valid.flatten(1).sum(1).clamp(min=1) * (x.shape[1] // module.num_groups)
     number = number.view(-1, *(1,) * x.dim())

@@ -249,7 +249,7 @@ class Run:
 
     @property
     def at_papers_settings(self) -> bool:
-        """Whether methods have their papers' settings where `anybatch.convert` chooses others."""
+        """True if methods keep their papers' settings where `anybatch.convert` chooses others."""
         return False
 
     @property

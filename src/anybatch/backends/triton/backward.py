@@ -14,6 +14,7 @@ from anybatch.backends.triton.rules import (
     arrive,
     average,
     finite,
+    newest_weight,
     number,
     on_input,
     products,
@@ -133,8 +134,7 @@ def backward_columns(
     now0 = read_counter(counter0, COUNTERS > 0)
     newest = number(update_weight, update_weight_rest, ACC)
     if BEGIN:
-        batches = newest * 0 + tl.maximum(tl.load(tracked), 1)
-        newest = tl.maximum(newest, BEGIN / (batches - 1 + BEGIN))
+        newest = newest_weight(newest, tl.maximum(tl.load(tracked), 1), BEGIN)
 
     if SOURCE == _TILE:
         valid = (row < rows) & inside[None, :]

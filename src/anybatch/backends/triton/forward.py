@@ -20,6 +20,7 @@ from anybatch.backends.triton.rules import (
     factors,
     finite,
     move_row,
+    newest_weight,
     number,
     push,
     read_counter,
@@ -254,9 +255,7 @@ def forward_columns(
     if UPDATE:
         tl.debug_barrier()  # all threads have read what changes now
         batches = tl.load(tracked) + 1
-        newest = number(update_weight, update_weight_rest, ACC)
-        if BEGIN:
-            newest = tl.maximum(newest, BEGIN / (newest * 0 + (batches - 1 + BEGIN)))
+        newest = newest_weight(number(update_weight, update_weight_rest, ACC), batches, BEGIN)
         if (MOVES >> 29) & 1:
             track(c, inside, applied_mean, applied_var, newest, running_mean, running_var, CENTERED)
         else:
@@ -409,14 +408,9 @@ def forward_track(
         at = own + (group + g) * channels + c[None, :]
         mean += share * tl.load(at, mask=there, other=0.0)
         var += share * bessel * tl.load(at + all_groups * channels, mask=there, other=0.0)
-    update_weight_ = number(update_weight, update_weight_rest, ACC)
     batches = tl.load(tracked) + 1
-    if BEGIN:
-        first = BEGIN / (update_weight_ * 0 + (batches - 1 + BEGIN))
-        update_weight_ = tl.maximum(update_weight_, first)
-    track(
-        c, inside, tl.sum(mean, 0), tl.sum(var, 0), update_weight_, running_mean, running_var, True
-    )
+    newest = newest_weight(number(update_weight, update_weight_rest, ACC), batches, BEGIN)
+    track(c, inside, tl.sum(mean, 0), tl.sum(var, 0), newest, running_mean, running_var, True)
     if BEGIN:
         last, _ = arrive(block_counter, tl.program_id(0) * 0)
     else:

@@ -187,6 +187,15 @@ def factors(mean, var, r, d, weight, bias, eps, USES: tl.constexpr):
 
 
 @triton.jit
+def newest_weight(update_weight, batches, BEGIN: tl.constexpr):
+    """The weight of the newest of so many batches, see `NormCall`."""
+    if BEGIN:
+        first = BEGIN / (update_weight * 0 + (batches - 1 + BEGIN))
+        update_weight = tl.maximum(update_weight, first)
+    return update_weight
+
+
+@triton.jit
 def track(c, inside, mean, var, update_weight, running_mean, running_var, MEAN: tl.constexpr):
     """Move running statistics towards finite ones."""
     kept = inside & finite(var)
