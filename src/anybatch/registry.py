@@ -45,7 +45,7 @@ class Method:
         binds: It must be bound to the convolution or linear layer that feeds it.
         suggested: Options that `anybatch.convert` sets, where the layer's own defaults are the
             paper's and others have done better.
-        when_fresh: Options that `anybatch.convert` sets besides, for a fresh norm.
+        at_start: Options that `anybatch.convert` sets besides, but not in layers that are there.
         when_trained: Options that `anybatch.convert` sets besides, on a trained network.
         when_cut: Options that `anybatch.convert` sets besides, where ``norm_batch_size`` cuts a
             batch into several with one memory.
@@ -65,7 +65,7 @@ class Method:
     scheduled: bool = False
     binds: bool = False
     suggested: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    when_fresh: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    at_start: Mapping[str, Any] = field(default_factory=dict, hash=False)
     when_trained: Mapping[str, Any] = field(default_factory=dict, hash=False)
     when_cut: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -221,7 +221,7 @@ _TABLE = (
         "Moving averages of mean and variance, whose weight grows over the epochs.",
         "Segmentation at 2 to 4 images, with a scheduler stepped once an epoch.",
         scheduled=True,
-        when_fresh=_STARTS_FAST,
+        at_start=_STARTS_FAST,
     ),
     Method(
         "mabn",
@@ -230,7 +230,7 @@ _TABLE = (
         MOVING_AVERAGE,
         "Averages over recent steps: of the second moment forward, of its gradient backward.",
         "Classification at batches of 1 to 4, from scratch or fine-tuned; detection from scratch.",
-        when_fresh=_STARTS_FAST,
+        at_start=_STARTS_FAST,
         when_cut={"window": 64, "momentum": 0.005},
     ),
     Method(
@@ -243,7 +243,7 @@ _TABLE = (
         scheduled=True,
         binds=True,
         suggested={"backward_stats": "window", "running_stats": "window"},
-        when_fresh=_STARTS_FAST,
+        at_start=_STARTS_FAST,
     ),
     Method(
         "brn",
@@ -252,7 +252,7 @@ _TABLE = (
         IOFFE_2017,
         "Batch statistics corrected towards the running ones, within limits.",
         "Reinforcement learning, and batches that are not identically distributed.",
-        when_fresh=_STARTS_FAST,
+        at_start=_STARTS_FAST,
         when_trained={"warmup_steps": 0},
     ),
     Method(

@@ -118,8 +118,7 @@ def fine_tuned(**options: object) -> nn.Module:
 
 def from_scratch(**options: object) -> nn.Module:
     torch.manual_seed(2)
-    # No setting is in a checkpoint: both networks have the same.
-    return step(anybatch.convert(network(), "mabn", momentum_warmup=0, **options))
+    return step(anybatch.convert(network(), "mabn", **options))
 
 
 def step(model: nn.Module) -> nn.Module:

@@ -180,7 +180,9 @@ def test_a_warm_up_of_the_momentum_is_a_momentum_for_each_batch(name: str) -> No
             torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize(("momentum", "weight"), [(None, 1 / 4), (1.0, 1.0), (0.0, 3 / 6)])
+@pytest.mark.parametrize(
+    ("momentum", "weight"), [(None, 1 / 4), (1.0, 1.0), (0.0, 0.0), (0.2, 3 / 6)]
+)
 def test_a_warm_up_meets_every_momentum(momentum: float | None, weight: float) -> None:
     layer = make("bn", momentum=momentum, momentum_warmup=3)
     for _ in range(3):

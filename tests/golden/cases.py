@@ -321,7 +321,7 @@ def converted(method: str, fuse: bool = False, **options: Any) -> nn.Module:
             if p.dim() > 1:
                 p.copy_(numbers(*p.shape, seed=90 + number) * (2 / p[0].numel()) ** 0.5)
     # The record is older than a faster start of running statistics.
-    options = {**dict.fromkeys(METHODS[method].when_fresh, 0), **options}
+    options = {**dict.fromkeys(METHODS[method].at_start, 0), **options}
     # `example_inputs` trains nothing; without virtual examples the batch is the network's own.
     network = anybatch.convert(
         network, method, batch_size=4, example_inputs=torch.zeros(4, 3, 6, 6), fuse=fuse, **options

@@ -55,8 +55,7 @@ def _print_card(method: Method) -> None:
         if method.folds
         else "costs more than batch norm",
         "options": _settings({name: p.default for name, p in method.options.items()}),
-        "convert sets": _settings(method.suggested),
-        "for fresh norms": _settings(method.when_fresh),
+        "convert sets": _settings({**method.suggested, **method.at_start}),
         "on a trained one": _settings(method.when_trained),
         "with norm_batch_size": _settings(method.when_cut),
         "layers": "torch.nn.GroupNorm" if method.builder else f"{layer}1d, {layer}2d, {layer}3d",

@@ -18,7 +18,7 @@ from anybatch.conversion.norm_types import NormKind, channels_of, has_plain_forw
 from anybatch.conversion.norm_with_activation import ends_in_activation
 from anybatch.conversion.plan_table import PlanRow
 from anybatch.conversion.producers import Feeder
-from anybatch.conversion.replacement import replacement, trial
+from anybatch.conversion.replacement import arguments, replacement, trial
 from anybatch.core.module_state import has_initial_statistics
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
@@ -151,8 +151,6 @@ class NormDecider:
                     module = self.by_name[target]
                     return Decision(row, norm, centralize=module, follow=module)
             return self._keep(norm, note)
-        if has_initial_statistics(norm):
-            options = {**method.when_fresh, **options}
         if not self.fresh:
             options = {**method.when_trained, **options}
         if "seed" in method.options and options.get("generator") is None:
@@ -185,7 +183,7 @@ class NormDecider:
             _effect(method, norm) if target is None else f"eval output changes: {why}",
             "frozen until now: its scale and shift train from now on" if is_frozen else None,
             "keeps its activation" if ends_in_activation(norm) else None,
-            self._opens(method, options),
+            self._opens(method, arguments(thawed(norm) if is_frozen else norm, method, options)),
             _cut_groups(norm, method, options),
             why if target is None else None,
             "centred weights written" if written is not None else None,

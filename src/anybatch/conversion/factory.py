@@ -66,7 +66,7 @@ class _Constructor:
 
     def __call__(self, num_features: int, *args: Any, **kwargs: Any) -> nn.Module:
         found = get_method(self.method)
-        given = {**found.fixed, **found.suggested, **found.when_fresh, **self.options, **kwargs}
+        given = {**found.fixed, **found.suggested, **found.at_start, **self.options, **kwargs}
         given = {**found.of_cuts(given), **given}
         if "num_groups" in found.options:
             most = given.get("num_groups", found.options["num_groups"].default)

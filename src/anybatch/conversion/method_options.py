@@ -79,11 +79,11 @@ def is_already(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> b
 def kept_options(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> str:
     """The options of an existing layer that a new one would not have, as in ``window=8``."""
     different = []
-    chosen = {**method.suggested, **method.of_cuts(options)}
+    chosen = {**method.suggested, **method.at_start, **method.of_cuts(options)}
     for name, parameter in method.options.items():
         usual = options.get(name, chosen.get(name, parameter.default))
         value = getattr(norm, name, usual)
-        if name not in ("seed", "generator", *method.when_fresh) and value != usual:
+        if name not in ("seed", "generator") and value != usual:
             of_its_own = name == "process_group" and value != WORLD
             different.append(f"{name}={'of its own' if of_its_own else value}")
     return ", ".join(different)

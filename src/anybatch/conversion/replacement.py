@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.module_swap import move_hooks
-from anybatch.conversion.norm_types import dims_of
+from anybatch.conversion.norm_types import channels_of, dims_of
 from anybatch.core.arguments import check_count
 from anybatch.core.module_state import make_constant
 from anybatch.core.norm_layer import NormLayer
@@ -53,7 +53,7 @@ def replacement(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> 
         affine=norm.affine,
         track_running_stats=norm.track_running_stats or norm.running_var is not None,
         **_place(norm),
-        **_arguments(norm, method, options),
+        **arguments(norm, method, options),
     )
     if isinstance(built, NormLayer):
         built.adopt_(norm)
@@ -87,26 +87,32 @@ def trial(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> bool:
     return any(o is not None and not o.is_meta and not torch.equal(o, n) for o, n in pairs)
 
 
-def _arguments(norm: _NormBase, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's keyword arguments for one norm."""
-    arguments = dict(options)
+def arguments(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a method's layer for one norm: given, kept, and chosen by `convert`.
+
+    Example:
+        >>> from anybatch.registry import get_method
+        >>> arguments(nn.BatchNorm2d(4, momentum=0.3), get_method("brn"), {"max_r": 2.0})
+        {'momentum_warmup': 10, 'max_r': 2.0, 'momentum': 0.3}
+    """
+    chosen = dict(options)
     if "num_groups" in method.options:
-        at_most = arguments.get("num_groups", method.options["num_groups"].default)
+        at_most = chosen.get("num_groups", method.options["num_groups"].default)
         check_count("num_groups", at_most)
-        arguments["num_groups"] = fitting_groups(norm.num_features, at_most)
-    if "momentum" not in arguments and _keeps_momentum(norm, method):
-        arguments["momentum"] = norm.momentum
+        chosen["num_groups"] = fitting_groups(channels_of(norm), at_most)
+    if "momentum" not in chosen and _keeps_momentum(norm, method):
+        chosen["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
         kept = _KEPT if norm.num_statistics == norm.num_features else ()
-        for name in kept:
+        for name in (*kept, *(("momentum_warmup",) if norm.momentum_warmup else ())):
             if name in method.options:
-                arguments.setdefault(name, getattr(norm, name))
-        if "process_group" not in options and arguments.get("norm_batch_size") is not None:
-            arguments.pop("process_group", None)  # of batches that are cut now
-    return {**method.of_cuts(arguments), **arguments}
+                chosen.setdefault(name, getattr(norm, name))
+        if "process_group" not in options and chosen.get("norm_batch_size") is not None:
+            chosen.pop("process_group", None)  # of batches that are cut now
+    return {**method.at_start, **method.of_cuts(chosen), **chosen}
 
 
-def _keeps_momentum(norm: _NormBase, method: Method) -> bool:
+def _keeps_momentum(norm: nn.Module, method: Method) -> bool:
     """True if a norm's momentum means the same to the method.
 
     It does where both keep torch's running average. The values 0, statistics that stay, and None,

@@ -34,8 +34,9 @@ class NormState(_NormBase):
         step: Memory within an optimizer step of several forwards; None where one makes it.
         frozen: Whether running statistics and memory are frozen.
         affine_frozen: Whether weight and bias are frozen.
-        momentum_warmup: The ``k`` of running statistics' start, see `NormCall.update_weight`; it
-            ends where statistics of uncounted batches are loaded.
+        momentum_warmup: The ``k`` of running statistics' start, see `NormCall.update_weight`.
+        loss_scale: The scale of the loss in what it has averaged of gradients; in checkpoints it
+            is 1.
         tags: Names of attributes that others hung on the norm that it was converted from.
     """
 
@@ -249,14 +250,26 @@ class NormState(_NormBase):
         if self.step is not None:
             self.step.load(state_dict, step, self._device() if assign else None)
         self._last, self._recent = None, RecomputeCache()
-        if self.momentum_warmup and self._has_uncounted_statistics():
-            self.momentum_warmup = 0
+        counted = (
+            prefix + "num_batches_tracked" in state_dict or prefix + "running_var" not in state_dict
+        )
+        self._meet_statistics(counted)
 
-    def _has_uncounted_statistics(self) -> bool:
-        """True for statistics of batches that nobody counted, as in old checkpoints of torch."""
+    def end_momentum_warmup(self) -> None:
+        """Count as many batches as end `momentum_warmup`: the next one weighs `momentum`."""
+        k, count = self.momentum_warmup, self.num_batches_tracked
+        if not (k and self.momentum) or count is None or count.is_meta:
+            return
+        if k / (int(count) + k) > self.momentum:
+            count.fill_(1000 * k)  # enough for what momentum becomes
+
+    def _meet_statistics(self, counted: bool = True) -> None:
+        """End the warm-up if nobody counted the batches of statistics, as in old checkpoints."""
         count = self.num_batches_tracked
-        counted = count is None or count.is_meta or int(count) > 0
-        return not counted and self.running_var is not None and not has_initial_statistics(self)
+        if not self.momentum_warmup or count is None or count.is_meta or self.running_var is None:
+            return
+        if not (counted and int(count)) and not has_initial_statistics(self):
+            self.end_momentum_warmup()
 
     def _leave_meta(self) -> None:
         """Give memory that is still on the meta device real tensors, beside the parameters."""
@@ -299,7 +312,7 @@ class NormState(_NormBase):
         """Momentum and its warm-up in one number, see `NormCall.update_weight`."""
         if self.momentum is None:
             return -1.0
-        constant = not self.momentum_warmup or self.momentum >= 1
+        constant = not self.momentum_warmup or not 0 < self.momentum < 1
         return float(self.momentum) if constant else -self.momentum_warmup - self.momentum
 
     def pooling_obstacle(self) -> str | None:
@@ -368,6 +381,7 @@ class NormState(_NormBase):
     def _apply_to_device(self, norm: nn.Module) -> None:
         tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
         if tensors:
+        self._meet_statistics()
             device = tensors[0].device
             self.method_state = {
                 name: tensor.to(device) for name, tensor in self.method_state.items()

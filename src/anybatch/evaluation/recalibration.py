@@ -351,6 +351,8 @@ def _store(module: nn.Module, statistics: tuple[Tensor | None, Tensor]) -> None:
                 module.register_buffer(name, buffer, persistent=False)
             else:
                 buffer.copy_(value)
+    if isinstance(module, NormLayer):
+        module.end_momentum_warmup()
 
 
 def _change(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor | None, Tensor]) -> float:

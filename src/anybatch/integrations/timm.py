@@ -50,7 +50,7 @@ def norm_act_layer(
 
         kwargs.setdefault("act_layer", act_layer)
         norm = BatchNormAct2d(num_features, *args, **kwargs)
-        new = replacement(norm, found, {**found.suggested, **found.when_fresh, **options})
+        new = replacement(norm, found, {**found.suggested, **options})
         keep_activation(norm, new)
         return new
 
