@@ -449,3 +449,40 @@ def test_positions_in_rows_behind_a_stride_take_its_lengths(zero: bool) -> None:
     valid = torch.arange(9) < torch.tensor([9, 5, 2, 1]).unsqueeze(1)
     rows = seen[0][valid.flatten()]
     torch.testing.assert_close(net.last.running_mean, 0.1 * rows.mean(0))
+
+
+@pytest.mark.parametrize("between", [nn.Identity, nn.ReLU, nn.Hardswish])
+@pytest.mark.parametrize("lengths", [[14, 11, 9], [14, 10, 7], [13, 5, 1]])
+@pytest.mark.parametrize("method", ["bn", "gn"])
+def test_a_sequence_that_returns_to_a_size_has_its_new_lengths(
+    method: str, lengths: list[int], between: type[nn.Module]
+) -> None:
+    """An odd length loses a position where a stride of 2 is undone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv1d(4, 4, 2, 2), nn.ConvTranspose1d(4, 8, 2, 2), between()),
+        *(nn.Conv1d(8, 8, 3, padding=1), between(), nn.BatchNorm1d(8), nn.Conv1d(8, 2, 3)),
+    )
+    model = anybatch.convert(model, method).double().eval()
+    x = torch.randn(3, 4, 14, dtype=torch.float64)
+    with anybatch.masked(model, lengths=torch.tensor(lengths), zero=True):
+        y = model(x)
+        if method == "bn":
+            model.train()(x)
+    for row, n in enumerate(lengths):
+        if n < 4:  # too short for a kernel of 3
+            continue
+        alone = model.eval()(x[row : row + 1, :, :n]) if method == "gn" else None
+        if alone is not None:
+            torch.testing.assert_close(y[row : row + 1, :, : alone.shape[2]], alone)
+    if method == "bn":
+        rows = [model[:5](x[row : row + 1, :, :n]) for row, n in enumerate(lengths) if n > 1]
+        values = torch.cat([part[0].T for part in rows])
+        torch.testing.assert_close(model[5].running_mean, 0.1 * values.mean(0), rtol=1e-6, atol=0)
+
+
+def test_pools_of_a_padded_example_are_exact_in_float64() -> None:
+    pool, x = nn.Sequential(nn.AvgPool1d(3, 2, 1)), torch.randn(2, 4, 9, dtype=torch.float64)
+    with anybatch.masked(pool, lengths=torch.tensor([9, 4]), zero=True):
+        y = pool(x)
+    torch.testing.assert_close(y[1:, :, :2], pool(x[1:, :, :4]), rtol=1e-14, atol=1e-14)

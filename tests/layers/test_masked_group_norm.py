@@ -140,3 +140,52 @@ def test_a_mask_that_does_not_fit_names_the_norm() -> None:
     ):
         network(x)
     network(x)
+
+
+class WithActivation(nn.GroupNorm):
+    """As in transformers' BiT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class OfItsOwn(nn.GroupNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return input - input.mean((1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["mask", "lengths", "zero"])
+@pytest.mark.parametrize("kind", ["relu", "hook", "keyword"])
+def test_what_a_group_norm_does_besides_stays(kind: str, how: str) -> None:
+    """A subclass's activation, somebody's hook, a call by keyword."""
+
+    class Calls(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=x)
+
+    torch.manual_seed(0)
+    norm = (WithActivation if kind == "relu" else nn.GroupNorm)(2, 4).double()
+    network = Calls(norm) if kind == "keyword" else nn.Sequential(norm)
+    if kind == "hook":
+        norm.register_forward_hook(lambda module, args, output: output * 2)
+    x, lengths = torch.randn(3, 4, 9, dtype=torch.float64), torch.tensor([9, 4, 2])
+    given = {"mask": torch.arange(9) < lengths.unsqueeze(1)} if how == "mask" else {}
+    given = given or {"lengths": lengths, "zero": how == "zero"}
+    with anybatch.masked(network, **given):
+        y = network(x)
+    for row, length in zip(x.split(1), lengths.tolist(), strict=True):
+        torch.testing.assert_close(y[:1, :, :length], network(row[:, :, :length]))
+        y = y[1:]
+
+
+def test_a_group_norm_that_computes_in_its_own_way_is_told() -> None:
+    norm, x = OfItsOwn(2, 4), torch.randn(2, 4, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    with pytest.warns(anybatch.NoEffectWarning, match=r"OfItsOwn.*no effect"):  # noqa: SIM117
+        with anybatch.masked(norm, mask):
+            y = norm(x)
+    torch.testing.assert_close(y, norm(x))

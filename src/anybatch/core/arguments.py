@@ -1,7 +1,7 @@
 """Checks of arguments: each error names the argument, its value and what would work."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,6 +26,11 @@ def shown(value: object) -> str:
         return f"the class {value.__name__}"
     text = repr(value)
     return text if len(text) <= _LONGEST and "\n" not in text else f"a {type(value).__name__}"
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a forward, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from anybatch.conversion.norm_types import norm_kind
-from anybatch.core.arguments import check_choice, check_from, check_module
+from anybatch.core.arguments import check_choice, check_from, check_module, first_input
 from anybatch.core.name_patterns import Where, matches
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.text_tables import text_table
@@ -270,7 +270,7 @@ class _Meter:
 
     def _listener(self, name: str) -> Callable[..., None]:
         def listen(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = first_input(args, kwargs)
             self.pools[name].add(x, valid_positions(module, args, kwargs, x))
 
         return listen

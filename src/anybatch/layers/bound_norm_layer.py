@@ -11,6 +11,7 @@ from anybatch.backends import is_traced
 from anybatch.backends.aten import patches
 from anybatch.backends.aten.patches import ConvCall, Geometry
 from anybatch.core.activation_checkpointing import in_backward
+from anybatch.core.arguments import first_input
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.reduction_scope import ReductionScope
 from anybatch.core.tensor_subclasses import as_plain
@@ -140,7 +141,7 @@ class BoundNormLayer(NormLayer):
         assert self.geometry is not None
         if self.geometry.kernel and self._settings != patches.settings_of(module):
             self._follow_settings(module)
-        x = as_plain(args[0] if args else kwargs["input"])
+        x = as_plain(first_input(args, kwargs))
         weight = as_plain(_weight_of(module) if weight is None else weight)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         rows = self.geometry.rows(weight.detach())

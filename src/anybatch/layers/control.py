@@ -264,7 +264,10 @@ def masked(
     before = [layer.mask for layer in layers]
     for layer in layers:
         layer.mask = mask
-    handles = [module.register_forward_hook(MaskedGroupNorm(mask, name)) for name, module in groups]
+    handles = [
+        module.register_forward_hook(MaskedGroupNorm(mask, name), prepend=True, with_kwargs=True)
+        for name, module in groups
+    ]
     try:
         with eager, nullcontext() if compiling else shared_mask(mask):
             yield

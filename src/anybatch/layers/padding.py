@@ -7,8 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from anybatch.core.arguments import first_input
 from anybatch.core.norm_layer import NormLayer
-from anybatch.layers.masked_group_norm import normalize_groups
+from anybatch.layers.masked_group_norm import forward_by_valid
 from anybatch.layers.virtual_dataset import VirtualDataset
 
 _FOLLOWED = (
@@ -26,7 +27,8 @@ class SequenceLengths:
     """Hooks that give each norm the valid lengths of its input, and set padding to zero.
 
     A convolution or pooling gives an example of length ``n`` the length that it has alone. Lengths
-    are known by the size of the dimension, and of a convolution's output itself; in two dimensions
+    are known by the size of the dimension, and of what convolutions, norms and modules without
+    children behind them give itself; in two dimensions
     the first input whose size is known says which one the sequence is, for all of a forward, and
     for later inputs in which both are so large, or neither is. What a `VirtualDataset` puts in
     front of the batch is as long as the input.
@@ -65,16 +67,22 @@ class SequenceLengths:
         ]
         for module in model.modules():
             if isinstance(module, _FOLLOWED):
-                self.handles.append(module.register_forward_pre_hook(self._before_convolution))
-                self.handles.append(module.register_forward_hook(self._after_convolution))
+                self._hook(module, self._before_convolution, self._after_convolution)
+            elif module not in layers and not module._modules:
+                self._hook(module, None, _after_other)
         for layer in layers:
             if isinstance(layer, nn.GroupNorm):
-                self.handles.append(layer.register_forward_hook(self._after_group_norm))
-                continue
-            self.handles.append(layer.register_forward_pre_hook(self._before_norm))
-            self.handles.append(layer.register_forward_hook(self._after_norm))
+                self._hook(layer, None, self._after_group_norm)
+            else:
+                self._hook(layer, self._before_norm, self._after_norm)
         if lengths is not None and size is not None:
             self._start(lengths, size)
+
+    def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
+        if before is not None:
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        first = isinstance(module, nn.GroupNorm)  # others' hooks see what it replaces
+        self.handles.append(module.register_forward_hook(after, prepend=first, with_kwargs=True))
 
     def remove(self) -> None:
         """Leave the network as it was."""
@@ -157,22 +165,27 @@ class SequenceLengths:
             self.axis = fits[0] if fits else None
         return self.axis or 2
 
-    def _before_convolution(self, module: nn.Module, args: Any) -> Any:
-        lengths = self._of(args[0])
+    def _before_convolution(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = first_input(args, kwargs)
+        lengths = self._of(x)
         if lengths is None or not self.zero:
             return None
         pools = isinstance(module, (nn.MaxPool1d, nn.MaxPool2d))
-        lowest = torch.finfo(args[0].dtype).min if pools else 0.0
-        return (_filled(args[0], lengths, lowest, self._axis(args[0])), *args[1:])
+        lowest = torch.finfo(x.dtype).min if pools else 0.0
+        filled = _filled(x, lengths, lowest, self._axis(x))
+        filled.valid_lengths = lengths  # type: ignore[attr-defined]
+        others = {name: v for name, v in kwargs.items() if v is not x}
+        return (filled, *args[1:]), others
 
-    def _after_convolution(self, module: nn.Module, args: Any, output: Any) -> Any:
-        lengths = self._of(args[0]) if isinstance(output, Tensor) else None
+    def _after_convolution(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        x = first_input(args, kwargs)
+        lengths = self._of(x) if isinstance(output, Tensor) else None
         if lengths is None:
             return None
-        axis = self._axis(args[0])
+        axis = self._axis(x)
         size = output.shape[axis]
         if self.zero and isinstance(module, _AVERAGES):
-            output = _averaged_alone(module, lengths, args[0].shape[axis], output, axis)
+            output = _averaged_alone(module, lengths, x.shape[axis], output, axis)
         lengths = _length_after(module, lengths, axis - 2).clamp(0, size)
         other = self.known.get(size, lengths)
         self.known[size] = lengths if len(other) != len(lengths) else other.maximum(lengths)
@@ -181,8 +194,9 @@ class SequenceLengths:
         output.valid_lengths = lengths
         return output
 
-    def _before_norm(self, layer: NormLayer, args: Any) -> None:
-        x, lengths = args[0], self._of(args[0])
+    def _before_norm(self, layer: NormLayer, args: Any, kwargs: Any) -> None:
+        x = first_input(args, kwargs)
+        lengths = self._of(x)
         if lengths is not None and x.dim() == 4:
             axis = self._axis(x)
             valid = mask_of(lengths, x.shape[axis]).unsqueeze(4 - axis)
@@ -196,25 +210,39 @@ class SequenceLengths:
             lengths = self.known[size]
         layer.mask = None if lengths is None else mask_of(lengths, size)
 
-    def _after_norm(self, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        lengths = self._of(args[0]) if self.zero else None
+    def _after_norm(
+        self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
+        lengths = self._of(first_input(args, kwargs)) if self.zero else None
         if lengths is None:
             return None
         output = _filled(output, lengths, 0.0, self._axis(output))
         output.valid_lengths = lengths  # type: ignore[attr-defined]
         return output
 
-    def _after_group_norm(self, module: nn.GroupNorm, args: Any, output: Tensor) -> Tensor | None:
-        x, lengths = args[0], self._of(args[0])
+    def _after_group_norm(
+        self, module: nn.GroupNorm, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
+        x = first_input(args, kwargs)
+        lengths = self._of(x)
         if lengths is None:
             return None
         axis = self._axis(x)
         valid = _along(mask_of(lengths, x.shape[axis]), x.dim(), axis)
-        output = normalize_groups(module, x, valid, output.dtype)
+        output = forward_by_valid(module, args, kwargs, valid)
         if self.zero:
             output = output.masked_fill(~valid, 0.0)
         output.valid_lengths = lengths  # type: ignore[attr-defined]
         return output
+
+
+def _after_other(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    """What an activation or dropout gives is as long as what it got."""
+    x = first_input(args, kwargs) if args or kwargs else None
+    lengths = getattr(x, "valid_lengths", None)
+    same = isinstance(x, Tensor) and isinstance(output, Tensor) and output.shape == x.shape
+    if same and lengths is not None:
+        output.valid_lengths = lengths
 
 
 def lengths_of(mask: Tensor) -> Tensor:
@@ -296,7 +324,9 @@ def _averaged_alone(
     alone = values(lengths.unsqueeze(1)).clamp(min=1)
     shape = [len(lengths), *(1,) * (output.dim() - 1)]
     shape[axis] = output.shape[axis]
-    return output * (values(lengths.new_tensor(size)) / alone).to(output.dtype).view(shape)
+    together = values(lengths.new_tensor(size))
+    ratio = together.to(torch.promote_types(output.dtype, torch.float32)) / alone
+    return output * ratio.to(output.dtype).view(shape)
 
 
 def _check_padding_modes(model: nn.Module) -> None:

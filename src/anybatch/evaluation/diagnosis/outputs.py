@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from anybatch.core.arguments import first_input
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain
 from anybatch.evaluation.restore_model import kept_modes
@@ -46,7 +47,7 @@ class OutputProbe:
 
     def note(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """The forward hook: note an output of training, or compare one of evaluation."""
-        x, y = as_plain(args[0] if args else kwargs["input"]), as_plain(output)
+        x, y = as_plain(first_input(args, kwargs)), as_plain(output)
         # An odd stride meets all channels.
         sample = y.detach().flatten()[:: y.numel() // _KEPT_VALUES | 1]
         if module.training and self.trained is not None:

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anybatch import theory
 from anybatch.core.activation_checkpointing import in_backward
+from anybatch.core.arguments import first_input
 from anybatch.core.grouping import partition
 from anybatch.core.norm_layer import NormLayer
 from anybatch.core.tensor_subclasses import as_plain, on_plain
@@ -83,7 +84,7 @@ class NormProbe:
         """
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            given = as_plain(args[0] if args else kwargs["input"])
+            given = as_plain(first_input(args, kwargs))
             if self.paused or not self.active or not given.numel():
                 return None
             recomputed = in_backward()  # by activation checkpointing: seen before
