@@ -154,12 +154,15 @@ def test_lightning_s_scale_of_the_loss_changes_no_loss(
 ) -> None:
     module, run = scaled_training(tmp_path, method, 2, **options)
     assert run.scaler.get_scale() == 1024 * 2**24
-    expected, _ = plain(method, 2, 1, **options)
+    expected, model = plain(method, 2, 1, **options)
     assert module.losses == pytest.approx(expected, rel=1e-6)
     _, stopped = scaled_training(tmp_path, method, 1, **options)
     stopped.save_checkpoint(tmp_path / "half.ckpt")
     rest, _ = scaled_training(tmp_path, method, 2, tmp_path / "half.ckpt", **options)
     assert module.losses[12:] == pytest.approx(rest.losses, rel=1e-6)
+    assert all(m.loss_scale == 1 for m in module.modules() if isinstance(m, NormLayer))
+    for name, tensor in memory(model).items():  # the next training may have no scale
+        torch.testing.assert_close(memory(module)[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.few(1)

@@ -99,3 +99,74 @@ def test_wrong_arguments_are_named() -> None:
         anybatch.update_scaler(nn.Linear(1, 1), nn.Linear(1, 1))
     with pytest.raises(TypeError, match="model"):
         anybatch.update_scaler(torch.amp.GradScaler("cpu"), 3)
+
+
+def train(net: nn.Module, steps: range, scaler: torch.amp.GradScaler | None = None) -> list[Tensor]:
+    """The unscaled gradients of the first weights in each step."""
+    optimizer, found = torch.optim.SGD(net.parameters(), lr=0.01), []
+    for step in steps:
+        torch.manual_seed(step)
+        loss = F.cross_entropy(net(torch.randn(4, 3, 8, 8)), torch.randint(3, (4,)))
+        optimizer.zero_grad()
+        if scaler is None:
+            loss.backward()
+            found.append(next(net.parameters()).grad.clone())
+            optimizer.step()
+            continue
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        found.append(next(net.parameters()).grad.clone())
+        scaler.step(optimizer)
+        anybatch.update_scaler(scaler, net)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mabn", "mabn, ema", "cbn"])
+@pytest.mark.parametrize("then", [None, 256.0])
+@pytest.mark.parametrize("first", [None, 65536.0])
+def test_training_goes_on_at_another_scale(
+    name: str, first: float | None, then: float | None
+) -> None:
+    """From a checkpoint, and in the same network."""
+    wanted, (start, end) = train(network(name), range(10)), (range(6), range(6, 10))
+    net, after = network(name), network(name)
+    train(net, start, first and torch.amp.GradScaler("cpu", init_scale=first))
+    after.load_state_dict(net.state_dict())
+    for one in (net, after):
+        scaler = then and torch.amp.GradScaler("cpu", init_scale=then)
+        if one is net or then is not None:  # a checkpoint is of a loss without a scale
+            anybatch.set_loss_scale(one, then or 1.0)
+        for ours, theirs in zip(train(one, end, scaler), wanted[6:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_checkpoint_is_read_at_the_scale_of_its_network(accumulates: bool) -> None:
+    net, other = network("mabn"), network("mabn")
+    for one in (net, other):
+        if accumulates:
+            anybatch.accumulate(one, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    train(net, range(3), None if accumulates else scaler)
+    if accumulates:  # in the middle of a step
+        anybatch.set_loss_scale(net, 64.0)
+        (net(torch.randn(4, 3, 8, 8)).square().mean() * 64).backward()
+    anybatch.set_loss_scale(other, 16.0)
+    other.load_state_dict(net.state_dict())
+    for layer, read in ((net[1], other[1]), (net[4], other[4])):
+        torch.testing.assert_close(
+            read.method_state["backward_average"] * 4, layer.method_state["backward_average"]
+        )
+        if accumulates:
+            steps, theirs = layer.step.tensors, read.step.tensors
+            for key in ("backward_var", "start_backward_average"):
+                torch.testing.assert_close(theirs[key] * 4, steps[key])
+            torch.testing.assert_close(theirs["backward_count"], steps["backward_count"])
+    for key, value in other.state_dict().items():
+        torch.testing.assert_close(value, net.state_dict()[key])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), None, True, "64"])
+def test_a_wrong_scale_is_named(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"scale=.*get_scale"):
+        anybatch.set_loss_scale(network("mabn"), scale)

@@ -26,6 +26,7 @@ from anybatch.core.notices import NoEffectWarning
 _ENDLESS = 1000  # forwards without a step of the optimizer, more than anybody accumulates
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
+_START = "start_"  # of a step's memory: before the names of the layer's
 
 
 class StatefulLayer(Protocol):
@@ -94,7 +95,7 @@ class StepMemory:
             self.tensors[way + "count"] = row()
             self.tensors[way + "mean"], self.tensors[way + "var"] = row(width), row(width)
             for name, tensor in _state(layer, way):
-                self.tensors[f"start_{name}"] = tensor.clone()
+                self.tensors[_START + name] = tensor.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is none that the optimizer tells of its steps."""
@@ -179,12 +180,12 @@ class StepMemory:
             state = dict(_state(layer, way))
             if not state:
                 return aside
-            both = [self.tensors[f"start_{name}"] for name in state], list(state.values())
+            both = [self.tensors[_START + name] for name in state], list(state.values())
             torch._foreach_copy_(*(both if self._begins(way) else both[::-1]))
             return aside
         first = self._is_first(way)
         for name, tensor in _state(layer, way):
-            start = self.tensors[f"start_{name}"]
+            start = self.tensors[_START + name]
             rewound = torch.where(first, tensor, start)
             if update:
                 start.copy_(rewound)
@@ -309,3 +310,9 @@ def _state(layer: StatefulLayer, way: str) -> Iterator[tuple[str, Tensor]]:
 def _put(layer: StatefulLayer, name: str, tensor: Tensor) -> None:
     place = layer._buffers if name in _RUNNING else layer.method_state
     place[name] = tensor
+
+
+def in_loss_units(name: str, tensor: Tensor) -> bool:
+    """True for memory that grows with the loss: averages of gradients."""
+    counts = name.endswith("count") or not tensor.is_floating_point()
+    return name.removeprefix(_START).startswith(BACKWARD) and not counts

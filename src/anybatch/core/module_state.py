@@ -1,7 +1,7 @@
 """State of a layer: torch's own, the memory that a method adds, and what keeps both safe."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from anybatch import backends
 from anybatch.backends.protocol import start_of
 from anybatch.core.activation_checkpointing import RecomputeCache
-from anybatch.core.gradient_accumulation import StepMemory
+from anybatch.core.gradient_accumulation import StepMemory, in_loss_units
 from anybatch.core.tensor_subclasses import as_plain
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -48,6 +48,7 @@ class NormState(_NormBase):
     frozen: bool
     affine_frozen: bool
     momentum_warmup: int = 0
+    loss_scale: float = 1.0
     tags: tuple[str, ...] = ()
     _last: Any
     _recent: RecomputeCache
@@ -162,14 +163,26 @@ class NormState(_NormBase):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.method_state.items():
-            destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        if self.step is not None:
-            for name, tensor in self.step.tensors.items():
-                destination[f"{prefix}{STEP}{name}"] = tensor if keep_vars else tensor.detach()
+        for key, name, tensor in self._memory():
+            scaled = self.loss_scale != 1 and in_loss_units(name, tensor)
+            value = tensor / self.loss_scale if scaled else tensor
+            destination[prefix + key] = value if keep_vars else value.detach()
         if self.frozen or self.affine_frozen:
             flags = torch.tensor([self.frozen, self.affine_frozen], device="cpu")
             destination[prefix + "frozen"] = flags
+
+    def _memory(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Memory of the method and of an optimizer step: key in checkpoints, name, tensor."""
+        yield from ((name, name, tensor) for name, tensor in self.method_state.items())
+        if self.step is not None:
+            yield from ((STEP + name, name, t) for name, t in self.step.tensors.items())
+
+    def rescale(self, factor: float) -> None:
+        """Multiply what it has averaged of gradients."""
+        if factor != 1:
+            for _, name, tensor in self._memory():
+                if in_loss_units(name, tensor):
+                    tensor.mul_(factor)
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """Attribute in which `torch.distributed.checkpoint` looks up each entry of a checkpoint."""
@@ -249,6 +262,7 @@ class NormState(_NormBase):
             self._start_from_batchnorm(error_msgs, prefix)
         if self.step is not None:
             self.step.load(state_dict, step, self._device() if assign else None)
+        self.rescale(self.loss_scale)
         self._last, self._recent = None, RecomputeCache()
         counted = (
             prefix + "num_batches_tracked" in state_dict or prefix + "running_var" not in state_dict
@@ -367,6 +381,7 @@ class NormState(_NormBase):
         self._apply_to_device(norm)
         self.training = norm.training
         self.reset_memory()
+        self._meet_statistics()
         if isinstance(norm, NormState):
             self.frozen, self.affine_frozen = norm.frozen, norm.affine_frozen
             if norm.step is not None:
@@ -381,7 +396,6 @@ class NormState(_NormBase):
     def _apply_to_device(self, norm: nn.Module) -> None:
         tensors = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
         if tensors:
-        self._meet_statistics()
             device = tensors[0].device
             self.method_state = {
                 name: tensor.to(device) for name, tensor in self.method_state.items()

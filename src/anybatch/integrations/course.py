@@ -12,7 +12,7 @@ from torch import nn
 
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.control import Accumulation, check_joinable, join_forwards, select
-from anybatch.layers.loss_scale import rescale
+from anybatch.layers.loss_scale import set_loss_scale
 from anybatch.registry import METHODS, get_method
 from anybatch.schedule import NormScheduler
 
@@ -69,7 +69,6 @@ class Course:
         self._accumulates = all(layer.step is None for layer in layers)  # else its owner does
         self._is_running = is_running
         self._batches = 1
-        self._scale: float | None = None
         self._hooks: list[Any] = []
 
     def begin_batch(self, batches: int) -> None:
@@ -117,18 +116,14 @@ class Course:
         Args:
             scaler: A ``torch.amp.GradScaler`` that the framework updates; None where it has none.
         """
-        if scaler is None:
-            return
-        scale = scaler.get_scale()
-        if self._scale:
-            rescale(self.model, scale / self._scale)
-        self._scale = scale
+        set_loss_scale(self.model, 1.0 if scaler is None else scaler.get_scale())
 
     def end(self) -> None:
         """Training is over: every forward is a step again."""
         if self.accumulation is not None:
             self._separate()
         self._remove_hooks()
+        set_loss_scale(self.model, 1.0)
 
     def end_if_aborted(self, remove: bool) -> None:
         """End a course whose training no longer runs; torch forbids some hooks to `remove` any."""

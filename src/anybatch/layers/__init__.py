@@ -24,7 +24,7 @@ from anybatch.layers.l1_range_batch_norm import (
     RangeBatchNorm2d,
     RangeBatchNorm3d,
 )
-from anybatch.layers.loss_scale import update_scaler
+from anybatch.layers.loss_scale import set_loss_scale, update_scaler
 from anybatch.layers.momentum_batch_norm import (
     MomentumBatchNorm1d,
     MomentumBatchNorm2d,
@@ -90,6 +90,7 @@ __all__ = [
     "joint_forward",
     "masked",
     "no_update",
+    "set_loss_scale",
     "thaw",
     "update_scaler",
     "update_target",

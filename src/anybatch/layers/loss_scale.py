@@ -1,11 +1,11 @@
 """Training with a scaled loss (``torch.amp.GradScaler``)."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from anybatch.core.arguments import check_module, shown
-from anybatch.core.gradient_accumulation import BACKWARD
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.control import end_steps
 
@@ -17,7 +17,8 @@ def update_scaler(scaler: Any, model: nn.Module, new_scale: float | Tensor | Non
     which has the unit of the loss: scaled by s it is s times as large. Here it is multiplied by
     what s is multiplied by, so that gradients do not depend on s. Call it in place of
     ``scaler.update()``. It also ends the step of layers that `accumulate`: when the scaler skips a
-    step, the optimizer's hooks are not called.
+    step, the optimizer's hooks are not called. Where a trained network gets a scaler, call
+    `set_loss_scale` first.
 
     Args:
         scaler: The scaler, after ``scaler.step(optimizer)``.
@@ -39,32 +40,45 @@ def update_scaler(scaler: Any, model: nn.Module, new_scale: float | Tensor | Non
     if not (hasattr(scaler, "update") and hasattr(scaler, "get_scale")):
         raise TypeError(f"scaler={shown(scaler)}: give a torch.amp.GradScaler")
     check_module("model", model)
-    before = scaler.get_scale()
+    for layer in _layers(model):  # as the step's gradients have it
+        if layer.loss_scale != scaler.get_scale():
+            layer.loss_scale = scaler.get_scale()
     scaler.update(new_scale)
     end_steps(model)
-    rescale(model, scaler.get_scale() / before)
+    set_loss_scale(model, scaler.get_scale())
 
 
-def rescale(model: nn.Module, factor: float) -> None:
-    """Multiply what a network's layers have averaged of gradients by a factor.
+def set_loss_scale(model: nn.Module, scale: float) -> None:
+    """Bring what layers have averaged of gradients to a scale of the loss, before training goes on.
+
+    Checkpoints hold these averages as of a loss that is not scaled. After loading one, or where a
+    trained network gets a scaler or goes on without, call this before the first step;
+    `update_scaler` follows the scale from there. A fresh network needs no call.
 
     Args:
-        model: The network.
-        factor: New scale of the loss by the one before.
+        model: The network; it may have no layer of this library.
+        scale: ``scaler.get_scale()``; 1.0 for a loss that is not scaled.
+
+    Raises:
+        ValueError: If ``scale`` is no finite number above 0.
+        TypeError: If ``model`` is no network.
 
     Example:
-        >>> from anybatch import MovingAverageBatchNorm1d
-        >>> net = nn.Sequential(MovingAverageBatchNorm1d(3))
-        >>> of_steps = net[0].method_state["backward_average"].fill_(1.0)
-        >>> rescale(net, 0.5)
-        >>> of_steps[0]
-        tensor([0.5000, 0.5000, 0.5000])
+        >>> import torch, anybatch
+        >>> net = torch.nn.Sequential(anybatch.MovingAverageBatchNorm1d(3))
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        >>> set_loss_scale(net, scaler.get_scale())
     """
-    if factor == 1:
-        return
-    for layer in model.modules():
-        if isinstance(layer, NormLayer):
-            for one in (layer, *layer.further_memories):
-                for name, tensor in one.method_state.items():
-                    if name.startswith(BACKWARD) and tensor.is_floating_point():
-                        tensor.mul_(factor)
+    check_module("model", model)
+    known = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not (known and 0 < scale < math.inf):
+        raise ValueError(f"scale={shown(scale)}: give scaler.get_scale(), or 1.0 without a scaler")
+    for layer in _layers(model):
+        if layer.loss_scale != scale:
+            layer.rescale(scale / layer.loss_scale)
+            layer.loss_scale = float(scale)
+
+
+def _layers(model: nn.Module) -> list[NormLayer]:
+    found = [module for module in model.modules() if isinstance(module, NormLayer)]
+    return [one for layer in found for one in (layer, *layer.further_memories)]
