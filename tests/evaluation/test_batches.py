@@ -305,6 +305,57 @@ def test_what_stands_behind_lists_of_images_is_cut_as_in_other_batches() -> None
         assert [len(batch[0]) for batch in cut] == [len(batch[1]) for batch in cut]
 
 
+def annotated(count: int) -> list[dict[str, Tensor]]:
+    """Images with their boxes, of which each has another number."""
+    return [
+        {"image": torch.randn(3, 8, 9), "boxes": torch.rand(i % 3 + 1, 4)} for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("per_batch", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", ["listed", "images beside targets"])
+def test_an_entry_of_an_example_stays_whole(kind: str, size: int, per_batch: int) -> None:
+    """Lists of mappings as detectron2 and MONAI have them, and as DETR's targets."""
+    every = annotated(8)
+    parts = [every[at : at + per_batch] for at in range(0, 8, per_batch)]
+
+    def loaded(part: list[dict[str, Tensor]]) -> object:
+        if kind == "listed":
+            return part
+        images = torch.stack([one["image"] for one in part])
+        return images, [{"boxes": one["boxes"]} for one in part]
+
+    loader = [loaded(part) for part in parts]
+    assert [examples_in(batch) for batch in loader] == [per_batch] * len(parts)
+    cut = list(recut(loader, size))
+    assert [examples_in(batch) for batch in cut] == [size] * (8 // size)
+    number = 0
+    for batch in cut:
+        if kind == "listed":
+            found = [(one["image"], one["boxes"]) for one in batch]
+        else:
+            found = [(x, one["boxes"]) for x, one in zip(*batch, strict=True)]
+        for image, boxes in found:
+            assert torch.equal(image, every[number]["image"])
+            assert torch.equal(boxes, every[number]["boxes"])
+            number += 1
+
+
+def test_a_list_of_examples_is_the_argument_of_a_network() -> None:
+    class Detectron(nn.Module):
+        def forward(self, inputs: list[dict[str, Tensor]]) -> Tensor:
+            return torch.stack([one["image"] for one in inputs])
+
+    assert run(Detectron(), annotated(2)).shape == (2, 3, 8, 9)
+    with pytest.raises(ValueError, match="no target"):
+        target_of(annotated(2))
+    pair = [{"x": torch.zeros(5, 2)}, {"labels": torch.zeros(5)}]  # inputs and targets
+    assert examples_in(pair) == 5
+    assert target_of(pair) is pair[1]
+    assert examples_in(({"x": torch.zeros(5, 2)}, {"x": torch.zeros(5)})) == 5
+
+
 def test_a_detector_is_diagnosed_and_recalibrated_with_its_own_loader() -> None:
     torch.manual_seed(0)
     model, data = Detector(), detections(8)

@@ -121,7 +121,8 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     the rest are targets; a tuple in its place holds positional arguments. A mapping
     holds keyword arguments, of which those that the network's forward knows are given.
     Where both are lists, of tensors and of as many mappings, as torchvision's detectors
-    take them, the network gets the first, and in training mode the second, too.
+    take them, the network gets the first, and in training mode the second, too. A list
+    of mappings with the same entries, one an example as detectron2 has them, is the argument.
 
     Args:
         model: The network.
@@ -143,6 +144,8 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
         return forward(model, batch)
     if _listed(batch):
         return model(list(batch[0]), *([list(batch[1])] if model.training else []))
+    if _are_examples(batch):
+        return model(batch)
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if isinstance(inputs, Tensor):
         return model(inputs)
@@ -172,7 +175,8 @@ def target_of(batch: Any) -> Any:
         >>> target_of({"pixel_values": None, "labels": 3})
         3
     """
-    if isinstance(batch, (tuple, list)) and len(batch) > 1 and batch[1] is not None:
+    pairs = isinstance(batch, (tuple, list)) and len(batch) > 1 and not _are_examples(batch)
+    if pairs and batch[1] is not None:
         return batch[1]
     if isinstance(batch, Mapping):
         for name in _TARGETS:
@@ -212,15 +216,19 @@ def logits_of(output: Any) -> Tensor:
 def examples_in(batch: Any) -> int:
     """The number of examples in a batch: the length of its first tensor, or 0 without tensors.
 
-    Where a batch lists images and what is in them, as torchvision's detectors take it, it is the
-    length of the lists.
+    Where a batch lists images and what is in them, as torchvision's detectors take it, or an
+    example an entry, it is the length of the lists.
 
     Example:
         >>> examples_in({"mask": None, "x": torch.zeros(5, 2)})
         5
         >>> examples_in(([torch.zeros(3, 8, 9)], [{"boxes": torch.zeros(4, 4)}]))
         1
+        >>> examples_in([{"image": torch.zeros(3, 8, 9), "name": "a"}] * 4)
+        4
     """
+    if _are_examples(batch):
+        return len(batch)
     if _listed(batch):
         return len(batch[0])
     found = next(tensors_in(batch), None)
@@ -256,6 +264,15 @@ def _countable(batch: Any) -> int:
     if not found:
         raise ValueError(f"loader gave {_describe(batch)}, which holds no examples to count")
     return found
+
+
+def _are_examples(batch: Any) -> bool:
+    """True for a list, but no tuple, of mappings with the same entries: one an example."""
+    return isinstance(batch, list) and bool(batch) and _share_entries(batch)
+
+
+def _share_entries(values: Sequence[Any]) -> bool:
+    return all(isinstance(one, Mapping) and one.keys() == values[0].keys() for one in values)
 
 
 def _listed(batch: Any) -> bool:
@@ -296,11 +313,12 @@ def _chained(lists: Sequence[Any]) -> Any:
 
 
 def _lists_examples(value: Any, examples: int) -> bool:
-    """True if a list holds an entry per example that is no tensor, such as its name."""
-    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields"):
+    """True if a list holds an entry per example that is no tensor: its name, or a mapping."""
+    if not isinstance(value, (tuple, list)) or hasattr(value, "_fields") or not value:
         return False
     numbers = any(isinstance(one, (int, float)) for one in value)  # such as a height and a width
-    return len(value) == examples and not numbers and next(tensors_in(value), None) is None
+    whole = _share_entries(value) or next(tensors_in(value), None) is None
+    return len(value) == examples and not numbers and whole
 
 
 def _part(batch: Any, start: int, stop: int, examples: int) -> Any:
