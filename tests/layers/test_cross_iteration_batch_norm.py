@@ -251,6 +251,29 @@ def test_settings_of_a_convolution_count_as_its_forward_reads_them(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_mode_of_padding_that_is_set_later_counts(mode: str) -> None:
+    """As people make images seamless; the ends that its forward pads are set beside it."""
+    outputs = []
+    for later in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 6, 3, padding=2, bias=False).double()
+        norm = anybatch.CrossIterationBatchNorm2d(6, window=4, burn_in=0.0).double()
+        for step in (norm.bind, lambda one: None) if later else (lambda one: None, norm.bind):
+            step(conv)
+            conv.padding_mode, conv._reversed_padding_repeated_twice = mode, [2, 1, 0, 2]
+        outputs.append([])
+        for number in range(4):
+            g = torch.Generator().manual_seed(number)
+            x = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=g) + 1
+            outputs[-1].append(norm(conv(x)))
+            outputs[-1][-1].square().mean().backward()
+            with torch.no_grad():
+                conv.weight.add_(torch.randn(conv.weight.shape, generator=g).double() * 0.2)
+    for found, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("feeder", list(FEEDERS))
 def test_patches_of_all_positions_give_the_output(feeder: str) -> None:
     module, _, shape = pair(feeder)

@@ -94,7 +94,9 @@ class ConvCall(NamedTuple):
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
     """The settings of a convolution that networks change after they have made it."""
-    return module.stride, module.padding, module.dilation
+    mode = module.padding_mode
+    ends: Any = () if mode == "zeros" else module._reversed_padding_repeated_twice
+    return module.stride, module.padding, module.dilation, mode, tuple(ends)
 
 
 def geometry_of(module: nn.Module) -> Geometry:
