@@ -1,6 +1,7 @@
 """The command line and the report, as a person meets them."""
 
 import html.parser
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from anybatch import METHODS
@@ -527,10 +529,16 @@ def test_a_diagnosis_shows_its_reading_in_any_terminal(
     monkeypatch.setenv("COLUMNS", str(width))
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     found = anybatch.diagnose(model, [torch.randn(4, 4) for _ in range(8)], progress=False)
-    columns = [str(column.header) for column in diagnosis_table(found, "title").columns]
+    table = diagnosis_table(found, "title")
+    columns = [str(column.header) for column in table.columns]
     assert columns[0] == "norm"
     assert columns[-1] == "reading"
-    assert len(columns) == {40: 5, 60: 6, 80: 6, 200: 6}[width]
+    assert len(columns) == {40: 3, 60: 6, 80: 6, 200: 6}[width]
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    shown = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in shown)
+    assert any(found.table()[1][0][-1] in line for line in shown), "its reading is whole"
 
 
 @pytest.mark.parametrize("command", ["train", "diagnose"])

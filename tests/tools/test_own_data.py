@@ -30,9 +30,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import anybatch
+
 
 def network():
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def without():
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def frozen():
+    trained = network()
+    trained(torch.randn(32, 6))
+    return anybatch.convert(trained, "frozen")
 
 
 def data():
@@ -210,6 +222,9 @@ def test_own_data_need_a_network_of_ones_own(mine: str) -> None:
         own_data([])
     with pytest.raises(TypeError, match=r"collate_fn that makes \(inputs, targets\)"):
         own_data([{"image": torch.zeros(1)}]).train_x[:1].batch()
+    images = DataLoader([(torch.zeros(3, 4), 0)] * 4, collate_fn=lambda b: tuple(zip(*b)))  # noqa: B905
+    with pytest.raises(TypeError, match=r"is tuple of tuple, tuple; give .*anybatch.diagnose"):
+        own_data(images).train_x[:1].batch()
     loader = DataLoader(
         TensorDataset(torch.zeros(4, 1)), collate_fn=lambda items: (torch.zeros(len(items), 2), 7)
     )
@@ -221,6 +236,28 @@ def test_results_of_a_changed_file_are_not_used_again(mine: str, tmp_path: Path)
     (tmp_path / mine).write_text(MINE + "\n# changed\n")
     assert own_run().key != before
     assert Run().key == Run(data="digits").key
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "words"),
+    [
+        ("diagnose", "without", "has no batch norm to measure"),
+        ("diagnose", "frozen", "has no batch norm to measure"),
+        ("compare", "without", "has no batch norm"),
+        ("compare", "frozen", "norms of Sequential are frozen"),
+    ],
+)
+def test_a_network_without_batch_norm_is_told_before_anything_is_trained(
+    command: str, kind: str, words: str, mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_nothing(*_: object) -> None:
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr("anybatch.tools.diagnose_run.train_epoch", train_nothing)
+    given = ["--model", f"mine.py:{kind}", "--data", "mine.py:data", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [command, *given])
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())
 
 
 @pytest.mark.exhaustive

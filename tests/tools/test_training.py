@@ -102,6 +102,8 @@ def test_configuration_files_are_read(tmp_path: Path) -> None:
     if sys.version_info >= (3, 11):
         (tmp_path / "a.toml").write_text('epochs = 3\nmethods = "mabn"\n')
         assert read_config(tmp_path / "a.toml") == {"epochs": 3, "methods": "mabn"}
+    (tmp_path / "marked.json").write_text('{"epochs": 3}', encoding="utf-8-sig")  # as by Notepad
+    assert read_config(tmp_path / "marked.json") == {"epochs": 3}
     for name, text in (("b.json", "{"), ("b.toml", "a = = b"), ("c.json", "[1]"), ("d.txt", "")):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=name):

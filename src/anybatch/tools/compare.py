@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anybatch.conversion.decisions import is_fresh
+from anybatch.conversion.frozen_norms import is_frozen_norm
 from anybatch.conversion.norm_types import is_batch_norm
 from anybatch.conversion.observe import random_states_restored
 from anybatch.core.arguments import check_count
@@ -173,7 +174,13 @@ def check_data(comparison: Comparison, data: Dataset) -> None:
             f"model: its {converted[0]!r} is a layer of anybatch already, and the comparison is "
             "with torch's batch norm; give the network before convert"
         )
-    if not any(map(is_batch_norm, model.modules())):
+    norms = [module for module in model.modules() if is_batch_norm(module)]
+    if norms and all(map(is_frozen_norm, norms)):
+        raise ValueError(
+            f"model: the norms of {type(model).__name__} are frozen, and a comparison trains batch "
+            "norm beside the methods; give the network with torch's batch norm"
+        )
+    if not norms:
         raise ValueError(
             f"model: {type(model).__name__} has no batch norm, and a comparison replaces those; "
             "give a network with torch's"

@@ -16,7 +16,7 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: If it is neither, is not there or cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config={str(path)!r}: cannot be read ({error})") from error
     if path.suffix not in (".json", ".toml"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from anybatch.core.files import write_json
-from anybatch.evaluation.diagnosis.diagnose import diagnose
+from anybatch.evaluation.diagnosis.diagnose import check_measurable, diagnose
 from anybatch.evaluation.diagnosis.result import Diagnosis
 from anybatch.tools.bench import Show
 from anybatch.tools.checkpoint import load_weights, read_checkpoint
@@ -40,6 +40,7 @@ def diagnose_run(
         run = run.but(method="bn")  # torch's layer refuses a single value
     data = load(run)
     training = prepare(run, data)
+    check_measurable(training.model)
     if checkpoint is not None:
         load_weights(training.model, read_checkpoint(checkpoint)[1], run)
     for epoch in range(1, epochs + 1):
@@ -63,28 +64,28 @@ def diagnose_run(
 
 def diagnosis_table(found: Diagnosis, title: str) -> Table:
     """Build the table for the terminal, without columns of which nothing was measured."""
+    from rich.console import Console
+
     styles = {"noisy": "red", "borderline": "yellow"}
-    head, rows = _fitting(*found.table(), get_terminal_size().columns)
-    return terminal_table(
-        head,
-        rows,
-        title=title,
-        caption="noise from batch to batch; a single value's is 1",
-        styles=[styles.get(word) for word, _ in found.rows()],
-        left=head[-1:],
-        wrapped=(head[0], head[-1]),
-    )
+    width = get_terminal_size().columns
+    head, rows = found.table()
+    kept = list(range(len(head)))
 
+    def table() -> Table:
+        return terminal_table(
+            [head[k] for k in kept],
+            [[row[k] for k in kept] for row in rows],
+            title=title,
+            caption="noise from batch to batch; a single value's is 1",
+            styles=[styles.get(word) for word, _ in found.rows()],
+            left=head[-1:],
+            wrapped=(head[0], head[-1]),
+        )
 
-def _fitting(
-    head: tuple[str, ...], rows: list[tuple[str, ...]], width: int
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The columns that a terminal has room for: name, values and reading in any case."""
-    kept, lines = list(range(len(head))), (head, *rows)
-    while len(kept) > 3 and sum(2 + max(len(line[k]) for line in lines) for k in kept) > width:
+    # As many columns as a terminal has room for: name, values and reading in any case.
+    while len(kept) > 3 and Console(width=10000).measure(table()).maximum > width:
         del kept[-2]
-    head, *rows = (tuple(line[k] for k in kept) for line in lines)
-    return head, rows
+    return table()
 
 
 def write(found: Diagnosis, folder: Path) -> Path:

@@ -72,10 +72,13 @@ class Examples(Unread):
         """
         made = self.collate([self.source[number] for number in self.items])
         if not (isinstance(made, (tuple, list)) and len(made) == 2 and torch.is_tensor(made[0])):
+            parts = made if isinstance(made, (tuple, list)) else ()
+            kinds = f" of {', '.join(type(part).__name__ for part in parts)}" if parts else ""
             raise TypeError(
-                f"data: a batch of {type(self.source).__name__} is {type(made).__name__}; give "
-                "items of an input and a target, or a DataLoader with a collate_fn that makes "
-                "(inputs, targets) of a list of items"
+                f"data: a batch of {type(self.source).__name__} is {type(made).__name__}{kinds}; "
+                "give items of an input and a target, or a DataLoader with a collate_fn that makes "
+                "(inputs, targets) of a list of items, the inputs one tensor; for others, such as "
+                "lists of images, write the loop in Python: anybatch.diagnose and convert take them"
             )
         return made[0], made[1]
 

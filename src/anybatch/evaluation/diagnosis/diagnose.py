@@ -114,14 +114,8 @@ def diagnose(
         check_count("batch_size", batch_size)
     check_count("max_batches", max_batches)
     model, _ = unwrapped(model)
-    norms, notes = measurable_norms(model)
+    norms, notes = check_measurable(model)
     others = [OutputProbe(name, norm) for name, norm in example_norms(model).items()]
-    if not norms and not others:
-        raise ValueError(
-            f"model: {type(model).__name__} has no batch norm to measure, and no group or instance "
-            "norm; layer norms depend neither on the batch nor on the image"
-            + "".join(f"; {note}" for note in notes)
-        )
     probes = [NormProbe(name, norm, max_batches) for name, norm in norms.items()]
     fresh = is_fresh(model)
     taken = _Measurement(model, probes, others, forward, loss, fresh)
@@ -160,6 +154,22 @@ def diagnose(
     train_loss, eval_loss = taken.mean_losses()
     said = read(layers, size, trained=not fresh, others=alone)
     return Diagnosis(layers, size, taken.done, train_loss, eval_loss, said, tuple(notes), alone)
+
+
+def check_measurable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """Find a network's batch norms, with a note on each that is not measured.
+
+    Raises:
+        ValueError: If there is none, and no norm of examples either.
+    """
+    norms, notes = measurable_norms(model)
+    if not norms and not example_norms(model):
+        raise ValueError(
+            f"model: {type(model).__name__} has no batch norm to measure, and no group or instance "
+            "norm; layer norms depend neither on the batch nor on the image"
+            + "".join(f"; {note}" for note in notes)
+        )
+    return norms, notes
 
 
 class _Measurement:
