@@ -58,6 +58,8 @@ def example_pages() -> list:
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    if "onnx" in page.read_text() and torch.__version__ < "2.7":
+        pytest.skip("its exporter does not know the newer onnxscript")
     names = {"__name__": "__main__"}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)

@@ -303,6 +303,7 @@ def test_a_target_network_takes_over_whether_weights_are_centred() -> None:
 
 
 @pytest.mark.few(8)
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="it looks entries up as attributes alone")
 @pytest.mark.parametrize("way", ["plain", "accumulated", "memories", "outliers", "frozen"])
 @pytest.mark.parametrize("method", [*KEEPING, "bgn"])
 def test_torch_s_own_state_dict_of_a_distributed_checkpoint_is_the_network_s(

@@ -178,6 +178,7 @@ def test_evalnorm_takes_a_subclass() -> None:
     assert found == eval_norm(net, data, batch_size=2)
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # of torch 2.6, on a CPU
 @pytest.mark.parametrize("name", NAMES)
 def test_dtensors_are_normalized_where_torchs_layer_takes_them(name: str, gloo_alone: None) -> None:
     from torch.distributed.device_mesh import init_device_mesh

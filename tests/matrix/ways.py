@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def compiled(layer: nn.Module, x: Tensor, dy: Tensor) -> Results:
 
 
 def exported(layer: nn.Module, x: Tensor, dy: Tensor) -> Results:
-    program = torch.export.export(layer, (x,))
+    program = torch.export.export(layer, (x,), strict=False)
     return {"output": program.module()(x).detach()}
 
 
@@ -226,6 +227,8 @@ def distributed(layer: nn.Module, x: Tensor, dy: Tensor) -> Results:
 
 
 def sharded(layer: nn.Module, x: Tensor, dy: Tensor) -> Results:
+    if torch.__version__ < "2.7":
+        pytest.skip("it does not shard on a CPU")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
 
     # Compilers of torch 2.6 cannot look into `_replace`.
 
-    def of(self, counts: Tensor) -> "Statistics":
+    def of(self, counts: Tensor | None) -> "Statistics":
         """The same, of so many values."""
         mean, var, r, d, center, batch_weight, use_batch_stats, _ = self
         return Statistics(mean, var, r, d, center, batch_weight, use_batch_stats, counts)

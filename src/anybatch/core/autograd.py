@@ -171,7 +171,7 @@ def normalize_by(
     batch_weight = statistics.batch_weight
     if torch.compiler.is_compiling() and not isinstance(batch_weight, Tensor) and batch_weight == 1:
         # To a compiler of dynamic shapes a tuple's default is a variable, which backward lacks.
-        statistics = statistics._replace(batch_weight=1.0)
+        statistics = statistics.weighted(1.0)
     call = NormCall(
         (sizes, (len(sizes),), (sum(sizes),)),
         statistics.var.shape[-1],

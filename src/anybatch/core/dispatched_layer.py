@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anybatch.backends import BACKENDS, is_traced
+from anybatch.backends import BACKENDS, choice, is_traced
 from anybatch.backends.aten import recorded
 from anybatch.backends.protocol import Backend, Contribution, NormCall, Spec
 from anybatch.core.activation_checkpointing import in_backward, may_run_again, runs_once
@@ -127,6 +127,8 @@ class DispatchedLayer(InferenceLayer):
         """The forward in compiled kernels, where some can serve a batch."""
         if update:
             self.meet(cut.batches[0])
+        if torch.compiler.is_compiling() and choice.selected != "always":
+            return None  # compilers see torch's operators
         plan = self._plan_for(x, cut, source)
         if plan is None:
             return None

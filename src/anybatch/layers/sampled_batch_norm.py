@@ -374,7 +374,7 @@ class SampledBatchNorm(NormLayer):
             counts = backends.as_counts(numbers, rows[0][0])
         small = Partition(numbers, cut.steps, numbers)
         chosen = self._decide(Moments(*table_of(rows), counts), small, 1, update)
-        return Statistics(*chosen[:-1])  # parts come with their own counts
+        return chosen.of(None)  # parts come with their own counts
 
     def _run_shared(
         self, x: Tensor, cut: Partition, values: int, update: bool, source: ReductionScope

@@ -69,7 +69,7 @@ def test_compiled_kernels_step_aside_to_be_counted() -> None:
     plain, ours = nn.BatchNorm2d(4), anybatch.BatchNorm2d(4)
     ours(x)
     there = count_flops(lambda: ours(x))
-    assert abs(there - count_flops(lambda: plain(x))) < 0.1 * 6 * x.numel()
+    assert abs(there - count_flops(lambda: plain(x))) < 0.2 * 6 * x.numel()
 
 
 # --- costs ------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ class ConvCall(NamedTuple):
 
     def at(self, *examples: slice) -> "ConvCall":
         """The call for some examples of the batch."""
-        return self._replace(x=rows(self.x, examples), output=rows(self.output, examples))
+        geometry, x, weights, bias, output = self  # `_replace` is beyond torch 2.6's compilers
+        return ConvCall(geometry, rows(x, examples), weights, bias, rows(output, examples))
 
 
 def settings_of(module: nn.Module) -> tuple[Any, ...]:
