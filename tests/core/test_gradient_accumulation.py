@@ -237,6 +237,8 @@ def test_a_recomputed_forward_counts_once_within_a_step(name: str, use_reentrant
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_accumulating_layer_compiles_whole(name: str) -> None:
+    if name == "mabn" and torch.__version__ < "2.7":
+        pytest.skip("its compiler takes no layer into a backward pass")
     torch._dynamo.reset()
     torch.manual_seed(0)
     layer = make(name)

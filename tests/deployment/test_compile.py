@@ -123,6 +123,8 @@ def _backends_as_before() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["bn", "mabn"])
 @pytest.mark.usefixtures("_backends_as_before")
 def test_a_compiled_layer_sees_a_change_between_two_batches(name: str, change: str) -> None:
+    if (name, change) == ("mabn", "accumulated") and torch.__version__ < "2.7":
+        pytest.skip("its compiler takes no layer into a backward pass")
     torch._dynamo.reset()
     plain, x = make(name), batch(4)
     compiled = copy.deepcopy(plain)

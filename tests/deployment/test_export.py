@@ -61,6 +61,7 @@ def through_onnx(model: nn.Module, path: Path) -> tuple[torch.Tensor, list[str]]
 @pytest.mark.few(3)
 @pytest.mark.parametrize("method", AFFINE)
 def test_an_exported_program_gives_the_same(method: str) -> None:
+    torch._dynamo.reset()
     model = trained(method)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (X,), dynamic_shapes=({0: batch},))
@@ -72,6 +73,7 @@ def test_an_exported_program_gives_the_same(method: str) -> None:
 
 @pytest.mark.families
 @pytest.mark.exhaustive
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="it does not know the newer onnxscript")
 @pytest.mark.parametrize("method", AFFINE)
 def test_onnx_runs_it_as_batch_normalization(method: str, tmp_path: Path) -> None:
     model = trained(method)

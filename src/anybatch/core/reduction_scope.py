@@ -34,7 +34,7 @@ class ReductionScope(NamedTuple):
         """The scope of some examples of the batch."""
         if self.mask is None:
             return self
-        return self._replace(mask=backends.rows(self.mask, examples), counted=None)
+        return ReductionScope(backends.rows(self.mask, examples), self.group, self.name)
 
     def counts(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Values per channel of each group, of which a device waits.
