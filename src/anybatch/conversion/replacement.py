@@ -92,8 +92,8 @@ def arguments(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> di
 
     Example:
         >>> from anybatch.registry import get_method
-        >>> arguments(nn.BatchNorm2d(4, momentum=0.3), get_method("brn"), {"max_r": 2.0})
-        {'momentum_warmup': 10, 'max_r': 2.0, 'momentum': 0.3}
+        >>> arguments(nn.BatchNorm2d(4), get_method("brn"), {"max_r": 2.0})
+        {'momentum_warmup': 10, 'max_r': 2.0}
     """
     chosen = dict(options)
     if "num_groups" in method.options:
