@@ -233,3 +233,42 @@ def test_a_norm_that_misses_a_statistic_is_not_folded(missing: str, method: str 
         folded = anybatch.fold(net.eval())
     assert folded[1] is kept
     assert torch.equal(folded[0].weight, weight)
+
+
+class OfTraining(nn.Module):
+    """A norm that only training calls, on what evaluation returns as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 6)
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        return self.head(h) if self.training else h
+
+
+class OfEachMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv1d(12, 6, 1), nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x.unsqueeze(2))
+        return self.one(h) if self.training else self.two(h)
+
+
+@pytest.mark.filterwarnings("ignore::anybatch.NoEffectWarning")
+@pytest.mark.parametrize("method", [None, "bn", "mabn"])
+@pytest.mark.parametrize("kind", [OfTraining, OfEachMode])
+def test_what_another_mode_uses_otherwise_is_not_merged(
+    kind: type[nn.Module], method: str | None
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(8, 12)
+    if method is not None:
+        anybatch.convert(model, method)
+    for _ in range(5):
+        model(x * 2 + 1)
+    before = model.eval()(x)
+    torch.testing.assert_close(anybatch.fold(model)(x), before)

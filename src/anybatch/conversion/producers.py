@@ -156,11 +156,16 @@ def _resolve_all(
     """Find the feeder of each norm from all graphs of its network."""
     found = {norm: Feeder(None, _NOT_CALLED) for norm in norms}
     called: set[nn.Module] = set()
+    fed: list[tuple[_Calls, set[str]]] = []
     for graph in graphs:
         calls = _read(graph, modules, names)
         called |= calls.norms.keys()
+        fed.append((calls, {names[feeder] for feeder in calls.feeders}))
         for norm, known in found.items():
             found[norm] = _in_both(known, _resolve(norm, calls, names))
+    for norm, one in found.items():  # a mode in which something else uses the feeder's output
+        if any(norm not in calls.norms and one.name in feeders for calls, feeders in fed):
+            found[norm] = replace(one, other_consumers=one.other_consumers + 1)
     reached = {names[norm] for norm in called}
     return {
         norm: replace(
