@@ -138,6 +138,24 @@ class Named(ModelOutput):
     logits: Tensor | None = None
 
 
+@pytest.mark.parametrize(
+    ("output", "given", "error", "words"),
+    [
+        (lambda x: x.mean(), torch.ones(4, 3), ValueError, r"shape \(\): .* 8 examples"),
+        (lambda x: x[None].expand(8, -1, -1).mean(2), torch.ones(3, 3), ValueError, "6 examples"),
+        (lambda x: x, [torch.ones(4, 3)], TypeError, "a list of 1 entry"),
+        (lambda x: x, {"x": torch.ones(4, 3)}, TypeError, "a dict of 1 entry"),
+    ],
+)
+def test_a_joint_forward_names_what_it_does_not_split(output, given, error, words) -> None:
+    class Critic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return output(x)
+
+    with pytest.raises(error, match=words):
+        anybatch.joint_forward(Critic(), given, given)
+
+
 @pytest.mark.parametrize("kind", [Values, Named])
 def test_a_joint_output_keeps_its_class(kind: type) -> None:
     class Net(nn.Module):

@@ -136,7 +136,12 @@ def eval_norm(
             if not isinstance(module, NormLayer) or _applies(module)
         }
         if not layers:
-            raise ValueError(f"model: {type(model).__name__} has no batch norm to do this for")
+            uncentred = any(isinstance(m, NormLayer) and not m.centered for m in inner.modules())
+            why = "; a layer that does not subtract the mean (mabn) has no such output" * uncentred
+            raise ValueError(
+                f"model: {type(model).__name__} has no batch norm to do this for{why}; "
+                "anybatch.tune_example_weight takes every layer"
+            )
         fits = {name: _Fit(module, batch_size) for name, module in layers.items()}
         for name, module in layers.items():
             module.__dict__["forward"] = fits[name].forward

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anybatch.core.arguments import check_between, check_module
+from anybatch.core.arguments import check_between, check_module, shown
 from anybatch.core.nested import mapped
 from anybatch.core.norm_layer import NormLayer
 from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
@@ -28,7 +28,9 @@ def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
         well.
 
     Raises:
-        ValueError: If there is no batch, or the batches have different numbers of tensors.
+        ValueError: If there is no batch, the batches have different numbers of tensors, or an
+            output's first dimension does not count examples.
+        TypeError: For other inputs.
 
     Example:
         >>> import anybatch
@@ -43,6 +45,9 @@ def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
         raise ValueError(
             f"batches of {counts} tensors: give one batch or more, each with the same number"
         )
+    if not all(isinstance(part, Tensor) for batch in given for part in batch):
+        kinds = ", ".join(shown(batch) for batch in batches)
+        raise TypeError(f"batches of {kinds}: give a tensor or a tuple of tensors each")
     sizes = [len(batch[0]) for batch in given]
     output = module(*(torch.cat(parts) for parts in zip(*given, strict=True)))
     return tuple(mapped(partial(_part, sizes, number), output) for number in range(len(sizes)))
@@ -50,6 +55,11 @@ def joint_forward(module: nn.Module, *batches: Any) -> tuple[Any, ...]:
 
 def _part(sizes: list[int], number: int, joint: Tensor) -> Any:
     """One batch's part of a joint output."""
+    if not joint.dim() or len(joint) != sum(sizes):
+        raise ValueError(
+            f"an output of shape {tuple(joint.shape)}: the first dimension has to count the "
+            f"{sum(sizes)} examples of all batches"
+        )
     return joint.split(sizes)[number]
 
 
