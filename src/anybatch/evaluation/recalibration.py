@@ -32,6 +32,7 @@ from anybatch.evaluation.population_moments import (
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 from anybatch.evaluation.valid_positions import valid_positions
 from anybatch.layers.control import end_steps, no_update
+from anybatch.layers.l1_range_batch_norm import SpreadNorm
 from anybatch.layers.virtual_dataset import VirtualDataset
 
 _REUSED = 20  # passes more, for a layer whose input depends on its own output
@@ -131,7 +132,9 @@ def recalibrate(
 
     Frozen layers, layers without running statistics and those that no batch reaches
     are left alone. Where anything fails, model and random numbers are as they were;
-    ``num_batches_tracked``, and the method's own state are always left alone.
+    the method's own state is always left alone. Where running statistics start fast
+    (``momentum_warmup``), ``num_batches_tracked`` is set, so that the next batch does
+    not replace them; a step that accumulates begins anew.
 
     Args:
         model: The network; only running statistics are changed.
@@ -292,6 +295,8 @@ def _obstacle(name: str, module: nn.Module, where: Where | None) -> str | None:
         return "left alone: not in where"
     if not isinstance(module, nn.GroupNorm) and getattr(module, "running_var", None) is None:
         return "left alone: no running statistics"
+    if isinstance(module, SpreadNorm):
+        return f"left alone: running_var of {type(module).__name__} is no variance"
     return None
 
 

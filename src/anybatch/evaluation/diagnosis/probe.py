@@ -30,6 +30,7 @@ from anybatch.core.tensor_subclasses import as_plain, on_plain
 from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread, histogram
 from anybatch.evaluation.diagnosis.outputs import OutputProbe
 from anybatch.evaluation.valid_positions import valid_positions
+from anybatch.layers.l1_range_batch_norm import SpreadNorm
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 
@@ -202,7 +203,7 @@ class NormProbe:
             plain = second_moment_noise(values)
         g, psi = self._backward_spreads(plain.mean_std)
         gap, stale = None, None
-        if not fresh:
+        if not fresh and not isinstance(self.norm, SpreadNorm):  # whose running_var is no variance
             gap, stale = self._against_running(means, variances, mean, var, alive)
         shift = _distance(means, variances, mean, var, self._eps)
         output = _root(shift[:, alive].square().mean())
