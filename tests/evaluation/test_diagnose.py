@@ -695,3 +695,15 @@ def test_data_that_are_not_finite_are_named(value: float) -> None:
     batches[3][0, 0, 0, 0] = value
     with pytest.raises(ValueError, match="the input of 1 is not finite on these data"):
         diagnose(model, batches)
+
+
+@pytest.mark.parametrize("method", ["ns", "bs", "fs", "points"])
+def test_statistics_of_a_sample_are_not_measured_as_those_of_the_batch(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+    anybatch.convert(model, method, where="1")
+    data = [torch.randn(8, 3, 6, 6) for _ in range(8)]
+    found = diagnose(model, data)
+    assert [layer.name for layer in found.layers] == ["2"]
+    assert any("1: its statistics are those of a sample" in note for note in found.notes)
+    with pytest.raises(ValueError, match="those of a sample"):
+        diagnose(anybatch.convert(nn.Sequential(nn.BatchNorm2d(3)), method), data)

@@ -161,7 +161,8 @@ class VirtualDataset(nn.Module):
         if not found:
             raise ValueError(
                 f"model: {type(self.model).__name__} has no layer that looks at virtual examples: "
-                'convert it first, for example with anybatch.convert(model, "vdn")'
+                'convert it first, for example with anybatch.convert(model, "vdn"); after a '
+                "conversion to another method, train its .model"
             )
         for name, layer in found.items():
             if layer.num_virtual not in (None, self.num_virtual):

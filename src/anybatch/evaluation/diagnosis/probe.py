@@ -31,6 +31,7 @@ from anybatch.evaluation.diagnosis.layer_noise import LayerNoise, Spread, histog
 from anybatch.evaluation.diagnosis.outputs import OutputProbe
 from anybatch.evaluation.valid_positions import valid_positions
 from anybatch.layers.l1_range_batch_norm import SpreadNorm
+from anybatch.layers.sampled_batch_norm import SampledBatchNorm
 
 KEPT_EXAMPLES = 512  # a layer, for what the examples alone let expect
 
@@ -333,6 +334,8 @@ def measurable_norms(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]
             )
         if isinstance(module, NormLayer) and module.num_statistics != module.num_features:
             left.append(f"{name}: its channels share statistics; it is not measured.")
+        elif isinstance(module, SampledBatchNorm):
+            left.append(f"{name}: its statistics are those of a sample; it is not measured.")
         elif isinstance(module, (NormLayer, _BatchNorm)):
             found[name] = module
     return found, left
