@@ -707,3 +707,15 @@ def test_statistics_of_a_sample_are_not_measured_as_those_of_the_batch(method: s
     assert any("1: its statistics are those of a sample" in note for note in found.notes)
     with pytest.raises(ValueError, match="those of a sample"):
         diagnose(anybatch.convert(nn.Sequential(nn.BatchNorm2d(3)), method), data)
+
+
+@pytest.mark.parametrize("method", ["l1", "range"])
+def test_running_statistics_that_are_no_variances_have_no_gap(method: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8, momentum=0.5))
+    anybatch.convert(model, method)
+    data = [torch.randn(32, 8, 6, 6) for _ in range(20)]
+    for x in data:
+        model(x)
+    found = diagnose(model, data)
+    assert found.layers[0].gap is None
+    assert "stale" not in str(found)

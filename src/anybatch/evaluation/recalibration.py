@@ -32,7 +32,6 @@ from anybatch.evaluation.population_moments import (
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 from anybatch.evaluation.valid_positions import valid_positions
 from anybatch.layers.control import end_steps, no_update
-from anybatch.layers.l1_range_batch_norm import SpreadNorm
 from anybatch.layers.virtual_dataset import VirtualDataset
 
 _REUSED = 20  # passes more, for a layer whose input depends on its own output
@@ -295,8 +294,6 @@ def _obstacle(name: str, module: nn.Module, where: Where | None) -> str | None:
         return "left alone: not in where"
     if not isinstance(module, nn.GroupNorm) and getattr(module, "running_var", None) is None:
         return "left alone: no running statistics"
-    if isinstance(module, SpreadNorm):
-        return f"left alone: running_var of {type(module).__name__} is no variance"
     return None
 
 
