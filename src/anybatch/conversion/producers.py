@@ -155,18 +155,15 @@ def _resolve_all(
 ) -> dict[nn.Module, Feeder]:
     """Find the feeder of each norm from all graphs of its network."""
     found = {norm: Feeder(None, _NOT_CALLED) for norm in norms}
-    called: set[nn.Module] = set()
-    fed: list[tuple[_Calls, set[str]]] = []
-    for graph in graphs:
-        calls = _read(graph, modules, names)
-        called |= calls.norms.keys()
-        fed.append((calls, {names[feeder] for feeder in calls.feeders}))
+    modes = [_read(graph, modules, names) for graph in graphs]
+    for calls in modes:
         for norm, known in found.items():
             found[norm] = _in_both(known, _resolve(norm, calls, names))
     for norm, one in found.items():  # a mode in which something else uses the feeder's output
-        if any(norm not in calls.norms and one.name in feeders for calls, feeders in fed):
+        others = [calls.feeders for calls in modes if norm not in calls.norms]
+        if any(names[feeder] == one.name for feeders in others for feeder in feeders):
             found[norm] = replace(one, other_consumers=one.other_consumers + 1)
-    reached = {names[norm] for norm in called}
+    reached = {names[norm] for calls in modes for norm in calls.norms}
     return {
         norm: replace(
             one, may_feed=tuple(dict.fromkeys(n for n in one.may_feed if n not in reached))

@@ -103,8 +103,10 @@ def arguments(norm: nn.Module, method: Method, options: Mapping[str, Any]) -> di
     if "momentum" not in chosen and _keeps_momentum(norm, method):
         chosen["momentum"] = norm.momentum
     if isinstance(norm, NormLayer):
-        kept = _KEPT if norm.num_statistics == norm.num_features else ()
-        for name in (*kept, *(("momentum_warmup",) if norm.momentum_warmup else ())):
+        kept: tuple[str, ...] = _KEPT if norm.num_statistics == norm.num_features else ()
+        if norm.momentum_warmup:
+            kept += ("momentum_warmup",)
+        for name in kept:
             if name in method.options:
                 chosen.setdefault(name, getattr(norm, name))
         if "process_group" not in options and chosen.get("norm_batch_size") is not None:

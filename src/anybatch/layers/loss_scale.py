@@ -40,9 +40,10 @@ def update_scaler(scaler: Any, model: nn.Module, new_scale: float | Tensor | Non
     if not (hasattr(scaler, "update") and hasattr(scaler, "get_scale")):
         raise TypeError(f"scaler={shown(scaler)}: give a torch.amp.GradScaler")
     check_module("model", model)
-    for layer in _layers(model):  # as the step's gradients have it
-        if layer.loss_scale != scaler.get_scale():
-            layer.loss_scale = scaler.get_scale()
+    before = scaler.get_scale()  # on a GPU it waits for the device
+    for layer in _layers(model):
+        if layer.loss_scale != before:
+            layer.loss_scale = before
     scaler.update(new_scale)
     end_steps(model)
     set_loss_scale(model, scaler.get_scale())

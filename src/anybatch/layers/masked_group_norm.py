@@ -76,15 +76,16 @@ class _ByValid(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.group_norm:
-            x = first_input(args, kwargs or {})
-            try:
-                valid = self.valid.expand(x.shape[0], 1, *x.shape[2:])
-            except RuntimeError:  # another tensor than its input
-                return func(*args, **(kwargs or {}))
-            self.met = True
-            return _group_norm(valid, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.group_norm:
+            return func(*args, **kwargs)
+        x = first_input(args, kwargs)
+        try:
+            valid = self.valid.expand(x.shape[0], 1, *x.shape[2:])
+        except RuntimeError:  # another tensor than its input
+            return func(*args, **kwargs)
+        self.met = True
+        return _group_norm(valid, *args, **kwargs)
 
 
 def _group_norm(

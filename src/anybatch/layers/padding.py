@@ -237,12 +237,11 @@ class SequenceLengths:
 
 
 def _after_other(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    """What an activation or dropout gives is as long as what it got."""
+    """Give the output of an activation or dropout the lengths of its input."""
     x = first_input(args, kwargs) if args or kwargs else None
     lengths = getattr(x, "valid_lengths", None)
-    same = isinstance(x, Tensor) and isinstance(output, Tensor) and output.shape == x.shape
-    if same and lengths is not None:
-        output.valid_lengths = lengths
+    if lengths is not None and isinstance(output, Tensor) and output.shape == x.shape:  # type: ignore[union-attr]
+        output.valid_lengths = lengths  # type: ignore[attr-defined]
 
 
 def lengths_of(mask: Tensor) -> Tensor:
