@@ -147,6 +147,20 @@ def test_a_state_is_a_mapping() -> None:
         scheduler.load_state_dict({"last_epoch": 4, "total_epochs": 3, "switch": {}})
 
 
+def test_a_switch_that_convert_would_refuse_is_refused_when_the_scheduler_is_made() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), anybatch.MomentumBatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="(?s)switch to 'in' at epoch 2: .*after a linear layer"):
+        NormScheduler(net, 3, switch={2: "in"})
+    unbound = nn.Sequential(nn.ReLU(), anybatch.MomentumBatchNorm1d(4))
+    with pytest.raises(ValueError, match="(?s)switch to 'cbn' at epoch 3: .*none can be bound"):
+        NormScheduler(unbound, 3, switch={3: "cbn"})
+    assert isinstance(net[1], anybatch.MomentumBatchNorm1d)
+    virtual = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    wrapped = anybatch.VirtualDataset(anybatch.convert(virtual, "vdn"), mean=0.5, std=0.2)
+    with pytest.raises(ValueError, match="a VirtualDataset trains no other method"):
+        NormScheduler(wrapped, 3, switch={2: "bn"})
+
+
 def test_a_wrapped_network_is_refused_before_the_epoch_that_switches() -> None:
     net = nn.Sequential(anybatch.BatchNorm1d(3))
     wrapped = nn.DataParallel(net)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from anybatch.conversion.convert import convert
+from anybatch.conversion.convert import convert, refuse_impossible
 from anybatch.conversion.norm_types import check_bare, is_batch_norm
+from anybatch.conversion.plan import decide
 from anybatch.conversion.relu_fusion.fused_block import fusions
 from anybatch.core.arguments import check_count, check_module, shown
 from anybatch.core.norm_layer import NormLayer
@@ -17,6 +18,7 @@ from anybatch.core.notices import NoEffectWarning
 from anybatch.core.reduction_scope import WORLD, active_group
 from anybatch.layers.control import is_independent
 from anybatch.layers.uncentered_norm_layer import UncenteredNormLayer
+from anybatch.layers.virtual_dataset import VirtualDataset
 from anybatch.registry import get_method
 
 
@@ -46,8 +48,9 @@ class NormScheduler:
 
     Raises:
         ValueError: numbers out of range, an unknown method, a model without layers to schedule or
-            norms to switch, or a switch of a model that is itself a norm (it could not be exchanged
-            in place).
+            norms to switch, a first switch that `convert` would refuse, or a switch of a model that
+            is itself a norm (it could not be exchanged in place) or a `VirtualDataset` (which
+            trains no other method).
 
     Example:
         >>> import anybatch
@@ -87,6 +90,7 @@ class NormScheduler:
                 f"switch={switch!r}: the model is itself a norm, which cannot be exchanged in "
                 "place: put it into a torch.nn.Sequential"
             )
+        self._check_first_switch()
         self.last_epoch = last_epoch
         self._switched = 0  # the epoch of the last switch that was made
         self._apply()
@@ -166,6 +170,20 @@ class NormScheduler:
         with warnings.catch_warnings():  # of norms whose statistics are loaded afterwards
             warnings.simplefilter("ignore", NoEffectWarning)
             self._apply()
+
+    def _check_first_switch(self) -> None:
+        """Raise now if the first switch would be refused in its epoch."""
+        for epoch in sorted(self.switch)[:1]:
+            if any(isinstance(module, VirtualDataset) for module in self.model.modules()):
+                raise ValueError(
+                    f"switch={self.switch!r}: a VirtualDataset trains no other method than those "
+                    "with virtual examples; convert its .model after the training with them"
+                )
+            method = self.switch[epoch]
+            try:
+                refuse_impossible(decide(self.model, method, centralize=False))
+            except ValueError as error:
+                raise ValueError(f"switch to {method!r} at epoch {epoch}: {error}") from error
 
     def _warn_of_replicas(self) -> None:
         """Warn where each process is about to move its own running means into shared shifts."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import anybatch
 import reference
 from anybatch.evaluation.example_weight_search import CANDIDATES, tune_example_weight
+from processes import spawn
 
 ALPHAS = (0.0, 0.1, 0.4, 1.0)
 METHODS = ["torch", "bn", "ghost", "bgn", "gn"]
@@ -243,3 +244,30 @@ def test_candidates_are_a_list() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4))
     with pytest.raises(TypeError, match=r"candidates=0.5: give a list of numbers from 0 to 1"):
         tune_example_weight(model, [], candidates=0.5)  # type: ignore[arg-type]
+
+
+def _tune_in_processes(rank: int) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = network("bn"), data()
+    alone = tune_example_weight(model, [(x, y)], candidates=ALPHAS, process_group=_this_one())
+    mine = [(x[:9], y[:9]), (x[9:20], y[9:20])] if rank == 0 else [(x[20:], y[20:])]
+    for in_one_pass in (True, False):
+        pooled = tune_example_weight(model, mine, candidates=ALPHAS, in_one_pass=in_one_pass)
+        assert (pooled.best, pooled.examples) == (alone.best, 23)
+        for name, values in alone.curves.items():
+            assert pooled.curves[name] == pytest.approx(values, rel=1e-6)  # float32 scores
+    own = tune_example_weight(model, mine, lambda output, target: output[:, 0], candidates=ALPHAS)
+    assert own.examples == 23
+    broken = [*mine, (x, torch.full((23,), 9 if rank else 0))]  # class 9 of 7
+    with pytest.raises(IndexError if rank else RuntimeError):
+        tune_example_weight(model, broken, candidates=ALPHAS)
+    assert model[1].example_weight == 0
+
+
+def _this_one() -> torch.distributed.ProcessGroup:
+    groups = [torch.distributed.new_group([rank]) for rank in range(2)]
+    return groups[torch.distributed.get_rank()]
+
+
+def test_processes_pool_their_data_and_choose_the_same_weight() -> None:
+    spawn(_tune_in_processes)

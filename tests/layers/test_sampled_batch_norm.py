@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -629,6 +630,17 @@ def test_what_a_virtual_dataset_refuses() -> None:
     net.model.norm.num_virtual = 5
     with pytest.raises(ValueError, match="norm: num_virtual=5"):
         net(x)
+
+
+def test_one_virtual_value_per_channel_is_warned_of() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    net = anybatch.VirtualDataset(anybatch.convert(net, "vdn"), 0.5, 0.2)
+    with pytest.warns(anybatch.NoEffectWarning, match="its virtual example gives one value"):
+        net(torch.rand(5, 3))
+    net.num_virtual = 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(torch.rand(5, 3))
 
 
 def test_a_plan_says_that_the_network_must_be_wrapped() -> None:

@@ -14,6 +14,7 @@ from anybatch.backends.aten.masked import (
     masked_second_moment,
 )
 from anybatch.backends.aten.passes import (
+    LOW_PRECISION,
     affine,
     exact_gradient,
     gradient,
@@ -34,6 +35,7 @@ from anybatch.backends.tracing import is_traced
 __all__ = [
     "ATEN",
     "BACKENDS",
+    "LOW_PRECISION",
     "affine",
     "all_counts",
     "as_counts",

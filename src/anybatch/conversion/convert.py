@@ -123,7 +123,7 @@ def convert(
         share_affine=share_affine,
         **options,
     )
-    _refuse(decided)
+    refuse_impossible(decided)
     chosen = [decision for decision in decided.rows if decision.method is not None]
     centred = [decision.decentralize for decision in chosen if decision.decentralize is not None]
     with undone_on_failure(model, [*(decision.norm for decision in chosen), *centred]):
@@ -158,7 +158,7 @@ def convert(
     return converted
 
 
-def _refuse(decided: Decisions) -> None:
+def refuse_impossible(decided: Decisions) -> None:
     """Raise if a norm cannot be converted, or if no norm can be bound for a method that binds."""
     refused = decided.plan.having("refuse")
     if refused:

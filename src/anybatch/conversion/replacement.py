@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from anybatch.backends import LOW_PRECISION
 from anybatch.conversion.frozen_norms import TORCH_NORMS, is_frozen_norm, thawed
 from anybatch.conversion.module_swap import move_hooks
 from anybatch.conversion.norm_types import channels_of, dims_of
@@ -212,7 +213,7 @@ def torch_norm(layer: NormLayer | FrozenBatchNorm) -> nn.Module:
     norm._parameters["weight"], norm._parameters["bias"] = layer.weight, layer.bias
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         norm._buffers[name] = layer._buffers[name]
-    if layer.weight is not None and layer.weight.dtype in (torch.float16, torch.bfloat16):
+    if layer.weight is not None and layer.weight.dtype in LOW_PRECISION:
         _in_one_type(norm, layer.weight.dtype)
     frozen = isinstance(layer, FrozenBatchNorm) or layer.frozen
     norm.training = layer.training and not frozen

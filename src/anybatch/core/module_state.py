@@ -15,7 +15,6 @@ from anybatch.core.activation_checkpointing import RecomputeCache
 from anybatch.core.gradient_accumulation import StepMemory, in_loss_units
 from anybatch.core.tensor_subclasses import as_plain
 
-_LOW = (torch.float16, torch.bfloat16)
 STEP = "step."  # before the names of memory within an optimizer step
 _OUTLIERS = "outliers"  # batches in a row that were out of proportion, a channel
 _HOOKS = ("hooks", "hooks_with_kwargs", "hooks_always_called")
@@ -149,7 +148,7 @@ class NormState(_NormBase):
             if t.dtype not in (torch.float32, torch.float64):
                 return fn(t)
             target = fn(t.new_empty(0))
-            return t.to(target.device) if target.dtype in _LOW else fn(t)
+            return t.to(target.device) if target.dtype in backends.LOW_PRECISION else fn(t)
 
         was_meta = any(t.is_meta for t in self.method_state.values())
         super()._apply(lift, recurse)  # type: ignore[no-untyped-call]
@@ -374,7 +373,7 @@ class NormState(_NormBase):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value = getattr(norm, name)
             if value is not None and name in self._buffers:
-                low = value.dtype in _LOW
+                low = value.dtype in backends.LOW_PRECISION
                 self._buffers[name] = value.float() if low else value
         if norm.running_var is not None:
             self.track_running_stats = norm.track_running_stats

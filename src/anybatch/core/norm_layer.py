@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, TypedDict
 import torch
 from torch import Tensor
 
+from anybatch.backends import LOW_PRECISION
 from anybatch.backends.protocol import Statistics
 from anybatch.core.activation_checkpointing import RecomputeCache, computed_again, is_selective
 from anybatch.core.arguments import check_between, check_count
@@ -21,8 +22,6 @@ from anybatch.core.graphs import as_leaf, refuse_script
 from anybatch.core.memories import MemoriesLayer
 from anybatch.core.reduction_scope import WORLD
 from anybatch.core.tensor_subclasses import is_distributed, is_overridden, on_local, on_plain
-
-_LOW = (torch.float16, torch.bfloat16)
 
 
 class NormOptions(TypedDict, total=False):
@@ -122,7 +121,7 @@ class NormLayer(MemoriesLayer):
                 "statistics in training; leave it True"
             )
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        dtype = torch.float32 if dtype in _LOW else dtype
+        dtype = torch.float32 if dtype in LOW_PRECISION else dtype
         self.method_state: dict[str, Tensor] = {}
         self.frozen = self.affine_frozen = False
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from anybatch.evaluation.batches import (
 )
 from anybatch.evaluation.example_weighing import Weighing, set_example_weight
 from anybatch.evaluation.figures import BLUE, GREY, RED, blank, save
+from anybatch.evaluation.population_moments import group_of_processes, raise_together
 from anybatch.evaluation.restore_model import borrowed, random_numbers
 
 Metric = Callable[[Any, Any], Any]
@@ -151,6 +153,7 @@ def tune_example_weight(
     where: Where | None = None,
     in_one_pass: bool = True,
     progress: Shown = None,
+    process_group: Any = None,
 ) -> ExampleWeightTuning:
     """Find the example weight with which a trained network does best on validation data.
 
@@ -175,6 +178,8 @@ def tune_example_weight(
             which costs no memory; False reads them once per candidate.
         progress: Show a bar (default None: where standard error is a terminal), or a
             function that is called with the batches done and their number.
+        process_group: Processes whose data are pooled, so that all choose the same weight (default
+            None: all, where ``torch.distributed`` is initialized).
 
     Returns:
         The curve and the best weight.
@@ -200,6 +205,7 @@ def tune_example_weight(
     if not in_one_pass and len(alphas) > 1:
         check_repeatable(loader, f"in_one_pass=False takes {len(alphas)} passes")
     weighing = Weighing(unwrapped(model)[0], where)
+    group = group_of_processes(process_group)
     totals = [_Totals() for _ in alphas]
     with borrowed(model, training=False) as inner, torch.no_grad():
         rewind, device = random_numbers(inner), device_of(inner)
@@ -207,6 +213,7 @@ def tune_example_weight(
         rounds = (
             [range(len(alphas))] if in_one_pass else [range(k, k + 1) for k in range(len(alphas))]
         )
+        error: BaseException | None = None
         try:
             for number, indices in enumerate(rounds, 1):
                 rewind()
@@ -216,8 +223,16 @@ def tune_example_weight(
                         for index in indices:
                             weighing.set(alphas[index])
                             score(run(inner, batch, forward), batch, totals[index])
+        except BaseException as caught:
+            error = caught
         finally:
             weighing.undo()
+        try:
+            raise_together(error, group, device)
+        finally:
+            del error
+        if group is not None:
+            _pool_across(totals, (name,) if callable(metric) else METRICS, group, device)
     return _result(name, alphas, totals, weighing.plain, maximize, where)
 
 
@@ -233,6 +248,23 @@ class _Totals:
 
     def mean(self, name: str) -> float:
         return float(self.sums[name]) / self.count
+
+
+def _pool_across(
+    totals: list[_Totals], names: Sequence[str], group: Any, device: torch.device | None
+) -> None:
+    """Replace sums over this process's data by those over the data of all."""
+    rows = [
+        [one.count, one.examples]
+        + [number for n in names for number in (n in one.sums, float(one.sums.get(n, 0.0)))]
+        for one in totals
+    ]
+    table = torch.tensor(rows, dtype=torch.float64, device=device)
+    dist.all_reduce(table, group=group)
+    for one, (count, examples, *sums) in zip(totals, table.tolist(), strict=True):
+        one.count, one.examples = round(count), round(examples)
+        known = zip(names, sums[::2], sums[1::2], strict=True)
+        one.sums = {name: value for name, met, value in known if met}
 
 
 _Score = Callable[[Any, Any, _Totals], None]

@@ -1,5 +1,6 @@
 """Batch normalization sampling (Chen et al. 2018, bn-sampling): statistics from a few values."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from anybatch.core.grouping import Partition
 from anybatch.core.masks import FittedMask
 from anybatch.core.norm_batch import Batch, Moments
 from anybatch.core.norm_layer import NormLayer, NormOptions
+from anybatch.core.notices import NoEffectWarning
 from anybatch.core.reduction_scope import ReductionScope, first_of, rank_in, size_of
 from anybatch.layers.sample_gradients import (
     SampleFormula,
@@ -372,6 +374,14 @@ class SampledBatchNorm(NormLayer):
         counts = None
         if min(numbers) < 2:
             counts = backends.as_counts(numbers, rows[0][0])
+            if self.sample == "virtual" and update and not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"{type(self).__name__}({self.num_features}): its virtual example gives one "
+                    "value per channel, which has no variance: running statistics normalize, and "
+                    "they never move; give num_virtual=2 or more",
+                    NoEffectWarning,
+                    stacklevel=2,
+                )
         small = Partition(numbers, cut.steps, numbers)
         chosen = self._decide(Moments(*table_of(rows), counts), small, 1, update)
         return chosen.of(None)  # parts come with their own counts

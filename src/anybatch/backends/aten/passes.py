@@ -15,7 +15,7 @@ from torch import Tensor
 from anybatch.backends.aten.pooling import expand_rows, pool_rows, row_counts
 from anybatch.backends.aten.scalars import scalar
 
-_LOW = (torch.float16, torch.bfloat16)
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -205,7 +205,9 @@ def _sum_rows(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = var = None
-    if x.dtype in _LOW:  # float32 buffers are what asks the operator for float32 statistics
+    if (
+        x.dtype in LOW_PRECISION
+    ):  # float32 buffers are what asks the operator for float32 statistics
         mean, var = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
     return torch.batch_norm_update_stats(x, mean, var, 0.0)
 
