@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from anybatch.backends.rule import RuleSet
 
 # How a batch is cut: examples of each group, groups and examples of each normalization batch.
 Cut = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+BACKWARD = "backward_"  # state that moves in the backward pass has a name that begins so
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of input, weight and bias
 
@@ -60,6 +63,31 @@ class Statistics(NamedTuple):
         """The same, of so many values."""
         mean, var, r, d, center, batch_weight, use_batch_stats, _ = self
         return Statistics(mean, var, r, d, center, batch_weight, use_batch_stats, counts)
+
+    def where(
+        self, fits: Tensor, mean: Tensor | None, var: Tensor, batch_weight: float
+    ) -> "Statistics":
+        """These where they fit, elsewhere a plain mean and variance, of which the batch's weigh so.
+
+        Args:
+            fits: Where these count.
+            mean: The mean elsewhere.
+            var: The variance elsewhere.
+            batch_weight: The weight of the batch's own statistics there.
+        """
+        own_mean, own_var, r, d, center, own_weight, use_batch_stats, counts = self
+        if isinstance(own_weight, Tensor) or own_weight != batch_weight:
+            own_weight = torch.where(fits, own_weight, batch_weight)
+        return Statistics(
+            None if own_mean is None or mean is None else torch.where(fits, own_mean, mean),
+            torch.where(fits, own_var, var),
+            None if r is None else torch.where(fits, r, 1.0),
+            None if d is None else torch.where(fits, d, 0.0),
+            None if center is None or mean is None else torch.where(fits, center, mean),
+            own_weight,
+            use_batch_stats,
+            counts,
+        )
 
     def weighted(self, batch_weight: float) -> "Statistics":
         """The same with another weight of the batch's own."""

@@ -116,31 +116,6 @@ class Normalize(torch.autograd.Function):
 apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, Normalize).apply
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    how: Pass,
-    residual: Tensor | None = None,
-    traced: tuple[Tensor | None, ...] = (),
-) -> Tensor:
-    """Normalize ``x``, with the gradient that belongs to it.
-
-    Args:
-        x: ``(N, C, ...)``.
-        weight: Scale, ``(C,)`` or None.
-        bias: Shift, ``(C,)`` or None.
-        how: Backend, method and state.
-        residual: What is added before a ReLU.
-        traced: The state where a compiler has to see it.
-
-    Returns:
-        A tensor of the shape, type and memory format of ``x``.
-    """
-    y: Tensor = Normalize.apply(x, weight, bias, residual, how, *traced)  # type: ignore[no-untyped-call]
-    return y
-
-
 def normalize_by(
     x: Tensor,
     weight: Tensor | None,
@@ -187,7 +162,8 @@ def normalize_by(
         if reason is not None:
             refuse_derivative("torch.func or forward-mode differentiation", reason)
         return recorded.normalize(x, weight, bias, call)
-    return normalize(x, weight, bias, Pass(ATEN, call))
+    y: Tensor = Normalize.apply(x, weight, bias, None, Pass(ATEN, call))  # type: ignore[no-untyped-call]
+    return y
 
 
 def statistics_of(backend: Backend, call: NormCall, context: Any, like: Tensor) -> Statistics:

@@ -11,7 +11,7 @@ from torch import Tensor
 from anybatch.backends import BACKENDS, choice
 from anybatch.backends.protocol import Backend, Contribution, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
-from anybatch.core.autograd import Normalize, Pass, WithBackwardMemory, apply_plain, normalize
+from anybatch.core.autograd import Normalize, Pass, WithBackwardMemory, apply_plain
 from anybatch.core.fused_activation import Activation
 from anybatch.core.kernel_guard import fault_of, refuse
 from anybatch.core.transforms import is_wrapped
@@ -164,7 +164,7 @@ def run_plan(
         call, state = call._replace(scope=given.scope), (*state, given)
     if torch.compiler.is_compiling():
         how, traced = Pass(plan.backend, call), (*state, *state_of(call.spec))
-        y = normalize(x, rows[0], rows[1], how, residual, traced)
+        y = Normalize.apply(x, *rows[:2], residual, how, *traced)  # type: ignore[no-untyped-call]
     else:
         how = Pass(plan.backend, call, layer, state, inside, contexts)
         try:

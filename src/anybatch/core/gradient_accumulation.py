@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import is_finite, is_traced
-from anybatch.backends.protocol import BackwardMemory
+from anybatch.backends.protocol import BACKWARD, BackwardMemory
 from anybatch.core.notices import NoEffectWarning
 
 _ENDLESS = 1000  # forwards without a step of the optimizer, more than anybody accumulates
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
 _START = "start_"  # of a step's memory: before the names of the layer's
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from anybatch.backends.protocol import MethodSpec, RuleState
+from anybatch.backends.protocol import BACKWARD, MethodSpec, RuleState
 from anybatch.backends.rule import (
     APPLIED_MEAN,
     APPLIED_VAR,
@@ -35,7 +35,6 @@ from anybatch.backends.rule import (
 )
 from anybatch.core.bound_rule import in_torch
 
-BACKWARD = "backward_"  # what moves in the backward pass has a name that begins so
 _TAKES = {
     "mean": BATCH_MEAN,
     "var": BATCH_VAR,

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anybatch.backends.protocol import Statistics
 from anybatch.backends.rule import PATIENCE, SETTLED
 
 
@@ -47,21 +46,3 @@ class OutlierGuard(NamedTuple):
             far = far if far.dim() == 1 else far.all(0)
             self.seen.copy_(torch.where(far, self.seen + 1, 0))
         return fits
-
-    def without(
-        self, fits: Tensor, chosen: Statistics, mean: Tensor | None, var: Tensor
-    ) -> Statistics:
-        """The choice of a rule where a batch fits, elsewhere the batch's own statistics."""
-        applied_mean, applied_var, r, d, center, batch_weight, use_batch_stats, counts = chosen
-        return Statistics(
-            None if applied_mean is None or mean is None else torch.where(fits, applied_mean, mean),
-            torch.where(fits, applied_var, var),
-            None if r is None else torch.where(fits, r, 1.0),
-            None if d is None else torch.where(fits, d, 0.0),
-            None if center is None or mean is None else torch.where(fits, center, mean),
-            batch_weight
-            if isinstance(batch_weight, float) and batch_weight == 1
-            else torch.where(fits, batch_weight, 1.0),
-            use_batch_stats,
-            counts,
-        )

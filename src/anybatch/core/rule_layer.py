@@ -181,7 +181,7 @@ class RuleLayer(ScopedLayer):
             fits = fits.unflatten(-1, (self.num_statistics, -1)).all(-1)
             assert mean is not None
             mean, var = backends.pool_channels(mean, var, self.num_statistics)
-        return guard.without(fits, chosen, mean, var)
+        return chosen.where(fits, mean, var, batch_weight=1.0)
 
     def _enough(self, counts: Tensor) -> Tensor:
         """Mark where there are values enough for statistics."""
@@ -207,7 +207,7 @@ class RuleLayer(ScopedLayer):
         var = torch.where(enough, var, torch.nan)  # which no state takes
         remembered = self._fallback(var.dtype)
         chosen = self._guarded(mean, var, batch, update)
-        return self._with_fallback(enough, chosen, remembered)
+        return chosen.where(enough, *remembered, batch_weight=0.0)
 
     def _fallback(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Copies of the remembered mean and variance, a number a channel group."""
@@ -215,23 +215,6 @@ class RuleLayer(ScopedLayer):
         if self.num_statistics != self.num_features:
             return backends.pool_channels(mean, var, self.num_statistics)
         return mean, var
-
-    def _with_fallback(
-        self, enough: Tensor, chosen: Statistics, remembered: tuple[Tensor, Tensor]
-    ) -> Statistics:
-        """Statistics where there are enough values for them, else remembered ones."""
-        old_mean, old_var = remembered
-        mean, var, r, d, center, batch_weight, use_batch_stats, counts = chosen
-        return Statistics(
-            None if mean is None else torch.where(enough, mean, old_mean),
-            torch.where(enough, var, old_var),
-            None if r is None else torch.where(enough, r, 1.0),
-            None if d is None else torch.where(enough, d, 0.0),
-            None if center is None else torch.where(enough, center, old_mean),
-            enough * batch_weight,
-            use_batch_stats,
-            counts,
-        )
 
     def memory_of_backward(
         self, chosen: Statistics, count: int, update: bool

@@ -297,7 +297,8 @@ class CrossIterationBatchNorm(BoundNormLayer):
         if self.backward_stats == "window":
             chosen = chosen.weighted(1.0)
         if batch.counts is not None or batch.is_one_value():
-            chosen = self._with_fallback(total > 1, chosen, self._fallback(chosen.var.dtype))
+            fallback = self._fallback(chosen.var.dtype)
+            chosen = chosen.where(total > 1, *fallback, batch_weight=0.0)
         return chosen, total
 
     steady = False  # it is the bound layer's forward that tells

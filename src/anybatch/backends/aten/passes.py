@@ -205,9 +205,8 @@ def _sum_rows(table: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = var = None
-    if (
-        x.dtype in LOW_PRECISION
-    ):  # float32 buffers are what asks the operator for float32 statistics
+    if x.dtype in LOW_PRECISION:
+        # Float32 buffers are what asks the operator for float32 statistics.
         mean, var = (torch.zeros(x.shape[1], device=x.device) for _ in range(2))
     return torch.batch_norm_update_stats(x, mean, var, 0.0)
 

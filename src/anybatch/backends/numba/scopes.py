@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from anybatch.backends.native_memory import CheckedMemory, address_of
-from anybatch.backends.protocol import Contribution, MethodSpec
+from anybatch.backends.protocol import BACKWARD, Contribution, MethodSpec
 
 Array = Any
 _NO_STEP = (0, 0, 0, 0, 0)
 PLAIN = (0, 0, _NO_STEP, 0, math.inf)
-_BACKWARD = "backward_"  # before the names of an optimizer step's memory of the backward pass
 PLAIN_BACKWARD = (0, 0, _NO_STEP)
 
 
@@ -75,9 +74,9 @@ def run_backward(
     if step is None:
         run((mask, counts, _NO_STEP))
         return
-    step.rewind(scope.layer, _BACKWARD, True)
-    run((mask, counts, _step_numbers(step, _BACKWARD, known, num_statistics)))
-    step.leave(scope.layer, _BACKWARD, {}, True)
+    step.rewind(scope.layer, BACKWARD, True)
+    run((mask, counts, _step_numbers(step, BACKWARD, known, num_statistics)))
+    step.leave(scope.layer, BACKWARD, {}, True)
 
 
 def _step_numbers(step: Any, way: str, known: CheckedMemory, width: int) -> tuple[int, ...]:
