@@ -24,6 +24,7 @@ from anybatch.backends.numba.passes import (
     row_moments,
     row_write,
     settle,
+    write_shifts,
 )
 from anybatch.backends.numba.rules import count_batch, fits, track, unbiased
 
@@ -242,11 +243,10 @@ def _normalize(x, y, last, starts, own, applied, moved, rows_of, how, given, set
     on = np.empty((3, period // channels, channels), weight.dtype)
     if last:
         sums = np.zeros((1, 2, period))
-        for repeat in range(on.shape[1]):
-            for c in range(channels):
-                on[0, repeat, c] = flat[c]
+        shift = on[0].reshape(-1, channels, 1)
+        write_shifts(flat, np.empty(0, np.bool_), 0, x.size, shift)
         row_moments(0, 1, flat, 0, x.size, on[0].reshape(-1), sums)
-        total_of = channel_sums(sums, (on.shape[1], channels, 1))
+        total_of = channel_sums(sums, shift.shape)
     for c in range(channels):
         if last:
             away = np.float64(on[0, 0, c])

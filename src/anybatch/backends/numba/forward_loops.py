@@ -27,6 +27,7 @@ from anybatch.backends.numba.passes import (
     row_moments,
     row_write,
     settle,
+    write_shifts,
 )
 from anybatch.backends.numba.passes_relu import plane_activate, row_activate
 from anybatch.backends.numba.passes_valid import first_valid, plane_valid_moments, row_valid_moments
@@ -90,14 +91,14 @@ def row_own(g, parts, x, starts, layout, valid, counts, centered, like, own):
     period, inner, example = layout
     first, last, channels = starts[g] * example, starts[g + 1] * example, own.shape[2]
     shift, start = np.zeros((period // (channels * inner), channels, inner), like.dtype), first
+    of_positions = valid.reshape(-1)
     if valid.shape[0] > 0:
         start = first_valid(valid, starts[g], starts[g + 1]) * channels
     if centered:
-        for c in range(channels):
-            shift[:, c] = x[start + c * inner]
+        write_shifts(x, of_positions, start, last, shift)
     sums, flat = np.zeros((parts, 2, period)), shift.reshape(-1)
     if valid.shape[0] > 0:
-        some = (x, valid.reshape(-1), first, last, flat[:channels], sums)
+        some = (x, of_positions, first, last, flat[:channels], sums)
         fork(row_valid_moments, parts, some)
     else:
         fork(row_moments, parts, (x, first, last, flat, sums))

@@ -113,17 +113,5 @@ def _number(typingctx, value, like):
     return kind(value, like), codegen
 
 
-@intrinsic
-def _is_low(typingctx, array):
-    """Return whether an array holds 16-bit activations."""
-    low = isinstance(array.dtype, LowFloat)
-
-    def codegen(context, builder, signature, values):
-        return context.get_constant(types.boolean, low)
-
-    return types.boolean(array), codegen
-
-
 as_numbers: Any = _as_numbers  # their signatures are those of compiled code
 number: Any = _number
-is_low: Any = _is_low

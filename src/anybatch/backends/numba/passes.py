@@ -12,7 +12,7 @@ float32: this spares conversions.
 import numpy as np
 
 from anybatch.backends.numba.compile import inlined
-from anybatch.backends.numba.low_precision import is_low, number
+from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.streaming_stores import (
     lanes,
     leaves,
@@ -34,58 +34,53 @@ def settle(total, squares, count, shift, centered):
 
 # --- planes -----------------------------------------------------------------
 
-CHUNK = 2048  # values of a plane per partial sum, where partial sums are not float64
+CHUNK = 512  # values of a plane per partial sum, which is in the type of arithmetic
 
 
 @inlined
-def _low_sums(x, i, c, away):
-    """Sums of x - away and its square over a plane of 16 bits."""
-    total, squares, length = 0.0, 0.0, x.shape[2]
-    for begin in range(0, length, CHUNK):
-        one = two = np.float32(0)
-        for k in range(min(CHUNK, length - begin)):
-            offset = x[i, c, np.uintp(begin + k)] - away  # unsigned: no check for negative indices
-            one += offset
-            two += offset * offset
-        total += one
-        squares += two
-    return total, squares
+def _first_mean(x, i, c):
+    """The mean of the first values of a plane, in the type of arithmetic.
 
-
-@inlined
-def _low_moments(x, c, first, last, centered):
-    """`plane_moments` of 16 bits.
-
-    Float32 loses digits where the value that is subtracted is far from the others, as a first value
-    may be; the mean of the first plane is not.
+    Partial sums lose digits where what is subtracted is far from the other values, as one value may
+    be and a mean of several is not.
     """
-    total, squares, away = 0.0, 0.0, np.float32(0)
-    if centered:
-        away = number(x[first, c, 0], x)
-        away = np.float32(away + _low_sums(x, first, c, away)[0] / x.shape[2])
-    for i in range(first, last):
-        one, two = _low_sums(x, i, c, away)
-        total += one
-        squares += two
-    return settle(total, squares, (last - first) * x.shape[2], np.float64(away), centered)
+    total, many = number(0.0, x), min(CHUNK, x.shape[2])
+    for k in range(many):
+        total += x[i, c, k]
+    return number(np.float64(total) / many, x)
 
 
 @inlined
 def plane_moments(x, c, first, last, centered):
     """Mean and biased variance of a channel in some examples, or 0 and its mean square.
 
-    In one pass: with a value of the channel subtracted, float64 loses nothing by it.
+    In one pass, of differences from a value near the mean. Four planes at a time: more streams for
+    the processor to fetch ahead of.
     """
-    if is_low(x):
-        return _low_moments(x, c, first, last, centered)
-    shift = np.float64(number(x[first, c, 0], x)) if centered else 0.0
-    total = squares = 0.0
-    for i in range(first, last):
-        for k in range(x.shape[2]):
-            offset = x[i, c, k] - shift
-            total += offset
-            squares += offset * offset
-    return settle(total, squares, (last - first) * x.shape[2], shift, centered)
+    total, squares, length = 0.0, 0.0, x.shape[2]
+    away = _first_mean(x, first, c) if centered else number(0.0, x)
+    fours = first + (last - first) // 4 * 4
+    for i in range(first, fours, 4):
+        for begin in range(0, length, CHUNK):
+            one = two = number(0.0, x)
+            for k in range(min(CHUNK, length - begin)):
+                at = np.uintp(begin + k)  # unsigned: no check for negative indices
+                p, q = x[i, c, at] - away, x[i + 1, c, at] - away
+                r, s = x[i + 2, c, at] - away, x[i + 3, c, at] - away
+                one += (p + q) + (r + s)
+                two += (p * p + q * q) + (r * r + s * s)
+            total += one
+            squares += two
+    for i in range(fours, last):
+        for begin in range(0, length, CHUNK):
+            one = two = number(0.0, x)
+            for k in range(min(CHUNK, length - begin)):
+                p = x[i, c, np.uintp(begin + k)] - away
+                one += p
+                two += p * p
+            total += one
+            squares += two
+    return settle(total, squares, (last - first) * length, np.float64(away), centered)
 
 
 @inlined
@@ -105,32 +100,31 @@ def plane_write(x, y, c, first, last, mean, scale, shift):
 
 
 @inlined
-def _low_products(dy, x, c, first, last, center):
-    """`plane_sums` of 16 bits."""
-    total, product, away, length = 0.0, 0.0, np.float32(center), x.shape[2]
-    for i in range(first, last):
+def plane_sums(dy, x, c, first, last, center):
+    """Return sum(dy) and sum(dy * (x - center)); two planes of each at a time."""
+    total, product, length, away = 0.0, 0.0, x.shape[2], number(center, x)
+    pairs = first + (last - first) // 2 * 2
+    for i in range(first, pairs, 2):
         for begin in range(0, length, CHUNK):
-            one = two = np.float32(0)
+            one = two = number(0.0, x)
             for k in range(min(CHUNK, length - begin)):
                 at = np.uintp(begin + k)
-                one += dy[i, c, at]
-                two += dy[i, c, at] * (x[i, c, at] - away)
+                a, b = number(dy[i, c, at], x), number(dy[i + 1, c, at], x)
+                one += a + b
+                two += a * (x[i, c, at] - away) + b * (x[i + 1, c, at] - away)
+            total += one
+            product += two
+    for i in range(pairs, last):
+        for begin in range(0, length, CHUNK):
+            one = two = number(0.0, x)
+            for k in range(min(CHUNK, length - begin)):
+                at = np.uintp(begin + k)
+                a = number(dy[i, c, at], x)
+                one += a
+                two += a * (x[i, c, at] - away)
             total += one
             product += two
     return total, product + (np.float64(away) - center) * total
-
-
-@inlined
-def plane_sums(dy, x, c, first, last, center):
-    """Return sum(dy) and sum(dy * (x - center))."""
-    if is_low(x):
-        return _low_products(dy, x, c, first, last, center)
-    total = product = 0.0
-    for i in range(first, last):
-        for k in range(x.shape[2]):
-            total += dy[i, c, k]
-            product += dy[i, c, k] * (x[i, c, k] - center)
-    return total, product
 
 
 @inlined
@@ -161,6 +155,7 @@ _SHORT = 32  # values of a channel side by side, below which vector registers st
 _FEW = 8  # examples, below which making rows costs more than they save
 _ROW = 256  # values of a row, about
 _BLOCK = 64  # rows, 64 KiB or so
+NEAR = 64  # positions of many, whose mean is near that of all
 
 
 @inlined
@@ -177,6 +172,25 @@ def row_layout(x, last, starts):
     unit, example = channels * inner, channels * length
     smallest = (starts[-1] - starts[-2]) * example  # of all groups, the last one
     return unit * max(1, min(_ROW, smallest) // unit), inner, example
+
+
+@inlined
+def write_shifts(x, valid, first, last, shift):
+    """Write what moments subtract: the mean of a channel's first values, of those that are valid.
+
+    One value may be far from all others, and their differences from it then lose digits.
+    """
+    _, channels, inner = shift.shape
+    stride, many = 1, inner
+    if inner == 1:
+        stride, many = channels, max(1, min(NEAR, (last - first) // channels // 8))
+    for c in range(channels):
+        total, seen = 0.0, 0
+        for j in range(many):
+            if valid.shape[0] == 0 or valid[first // channels + j]:
+                total += number(x[first + c * inner + j * stride], x)
+                seen += 1
+        shift[:, c] = total / seen
 
 
 @inlined

@@ -7,9 +7,11 @@ sign of its output ``y``. As in torch, nan passes the ReLU, and its gradient. Wh
 between is read first: vector registers hold no branches.
 """
 
+import numpy as np
+
 from anybatch.backends.numba.compile import inlined
 from anybatch.backends.numba.low_precision import number
-from anybatch.backends.numba.passes import block_of, blocks, stretch
+from anybatch.backends.numba.passes import CHUNK, block_of, blocks, stretch
 
 # --- planes -----------------------------------------------------------------
 
@@ -36,36 +38,37 @@ def plane_masked_sums(dy, y, x, g, c, first, last, center):
 
     Two planes at a time, from three tensors each: more streams for the processor to fetch ahead of.
     """
-    zero, writes, half = number(0.0, x), g.shape[0] > 0, (last - first) // 2
-    total = product = 0.0
+    zero, writes, length = number(0.0, x), g.shape[0] > 0, x.shape[2]
+    total, product, away = 0.0, 0.0, number(center, x)
+    half = (last - first) // 2
     for i in range(first, first + half):
         far = i + half
-        if writes:
-            for k in range(x.shape[2]):
-                a, b = dy[i, c, k], dy[far, c, k]
-                a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
-                g[i, c, k], g[far, c, k] = a, b
-                total += a
-                total += b
-                product += a * (x[i, c, k] - center)
-                product += b * (x[far, c, k] - center)
-        else:
-            for k in range(x.shape[2]):
-                a, b = dy[i, c, k], dy[far, c, k]
-                a, b = zero if y[i, c, k] <= zero else a, zero if y[far, c, k] <= zero else b
-                total += a
-                total += b
-                product += a * (x[i, c, k] - center)
-                product += b * (x[far, c, k] - center)
+        for begin in range(0, length, CHUNK):
+            one = two = zero
+            for k in range(min(CHUNK, length - begin)):
+                at = np.uintp(begin + k)
+                a, b = number(dy[i, c, at], x), number(dy[far, c, at], x)
+                a, b = zero if y[i, c, at] <= zero else a, zero if y[far, c, at] <= zero else b
+                if writes:
+                    g[i, c, at], g[far, c, at] = a, b
+                one += a + b
+                two += a * (x[i, c, at] - away) + b * (x[far, c, at] - away)
+            total += one
+            product += two
     for i in range(first + 2 * half, last):
-        for k in range(x.shape[2]):
-            a = dy[i, c, k]
-            a = zero if y[i, c, k] <= zero else a
-            if writes:
-                g[i, c, k] = a
-            total += a
-            product += a * (x[i, c, k] - center)
-    return total, product
+        for begin in range(0, length, CHUNK):
+            one = two = zero
+            for k in range(min(CHUNK, length - begin)):
+                at = np.uintp(begin + k)
+                a = number(dy[i, c, at], x)
+                a = zero if y[i, c, at] <= zero else a
+                if writes:
+                    g[i, c, at] = a
+                one += a
+                two += a * (x[i, c, at] - away)
+            total += one
+            product += two
+    return total, product + (np.float64(away) - center) * total
 
 
 @inlined

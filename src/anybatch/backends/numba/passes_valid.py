@@ -5,9 +5,11 @@
 is not valid may be anything, also nan: it is replaced, not multiplied by zero.
 """
 
+import numpy as np
+
 from anybatch.backends.numba.compile import inlined
 from anybatch.backends.numba.low_precision import number
-from anybatch.backends.numba.passes import block_of, blocks, settle, stretch
+from anybatch.backends.numba.passes import CHUNK, block_of, blocks, settle, stretch
 from anybatch.backends.numba.streaming_stores import (
     lanes,
     leaves,
@@ -29,16 +31,26 @@ def first_valid(valid, first, last):
 @inlined
 def plane_valid_moments(x, valid, c, first, last, start, count, centered):
     """Mean and biased variance of a channel's valid values, see `plane_moments`."""
-    length, zero = x.shape[2], number(0.0, x)
-    shift = number(x[start // length, c, start % length], x) if centered else zero
+    length, zero, away = x.shape[2], number(0.0, x), number(0.0, x)
+    if centered:  # the mean of some values, as there
+        example, place, many = start // length, start % length, 0
+        for k in range(place, min(place + CHUNK, length)):
+            away += x[example, c, k] if valid[example, k] else zero
+            many += valid[example, k]
+        away = number(np.float64(away) / many, x)
     total = squares = 0.0
     for i in range(first, last):
-        for k in range(length):
-            offset = x[i, c, k] - shift
-            offset = offset if valid[i, k] else zero
-            total += offset
-            squares += offset * offset
-    return settle(total, squares, count, shift, centered)
+        for begin in range(0, length, CHUNK):
+            one = two = zero
+            for k in range(min(CHUNK, length - begin)):
+                at = np.uintp(begin + k)
+                offset = x[i, c, at] - away
+                offset = offset if valid[i, at] else zero
+                one += offset
+                two += offset * offset
+            total += one
+            squares += two
+    return settle(total, squares, count, np.float64(away), centered)
 
 
 @inlined

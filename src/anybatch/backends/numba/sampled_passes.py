@@ -5,7 +5,7 @@ import numpy as np
 
 from anybatch.backends.numba.compile import inlined
 from anybatch.backends.numba.low_precision import number
-from anybatch.backends.numba.passes import CHUNK
+from anybatch.backends.numba.passes import CHUNK, NEAR
 from anybatch.backends.numba.passes_relu import mask_gradient
 from anybatch.backends.numba.streaming_stores import lanes, leaves, put_affine, settle_stores
 from anybatch.backends.numba.threads import fork
@@ -70,13 +70,15 @@ def _rows_sums(part, parts, x, length, runs, count, shift, sums):
 
 @inlined
 def rows_moments(parts, x, length, runs, like, row_mean, row_var):
-    """Write mean and variance of a sample, from rows, in one pass about its first values."""
+    """Write mean and variance of a sample, from rows, in one pass about its first values' mean."""
     count = 0
     for r in range(runs.shape[0]):
         count += runs[r, 2]
-    first, shift = x[runs[0, 0] * length + runs[0, 1]], np.empty(x.shape[1], like.dtype)
-    for c in range(x.shape[1]):
-        shift[c] = first[c]
+    first, shift = runs[0, 0] * length + runs[0, 1], np.zeros(x.shape[1], like.dtype)
+    near = x[first : first + max(1, min(NEAR, runs[0, 2] // 8))]
+    for i in range(near.shape[0]):
+        for c in range(x.shape[1]):
+            shift[c] += number(near[i, c], x) / near.shape[0]
     sums = np.zeros((parts, 2, x.shape[1]))
     fork(_rows_sums, parts, (x, length, runs, count, shift, sums))
     for c in range(x.shape[1]):
