@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anybatch.backends.numba import rule_steps
+from anybatch.backends.numba.rule_steps import RuleLoops
 from anybatch.cli import app
 
 
@@ -37,13 +37,13 @@ def test_check_tells_of_every_type_and_format_what_serves_and_how_fast(tmp_path:
 def test_check_names_kernels_that_disagree_and_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    forward = rule_steps.forward
+    forward = RuleLoops.forward
 
     def wrong(*args: Any) -> Any:
         y, *rest = forward(*args)
         return y.mul_(1.0001), *rest
 
-    monkeypatch.setattr(rule_steps, "forward", wrong)
+    monkeypatch.setattr(RuleLoops, "forward", wrong)
     result = run("--rounds", "0", "--output", str(tmp_path))
     assert result.exit_code == 1
     assert "cpu, bn, float32, channels_last: output: error" in " ".join(result.output.split())

@@ -43,24 +43,12 @@ def address_of(tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
     return place
 
 
-def running_addresses(
-    state: tuple[Tensor, ...], dtype: torch.dtype, channels: int
-) -> tuple[int, int, int]:
-    """Addresses of running mean, running variance and the number of batches, see `address_of`."""
-    mean, var, tracked = state
-    return (
-        address_of(mean, dtype, channels),
-        address_of(var, dtype, channels),
-        address_of(tracked, torch.int64, 1),
-    )
-
-
 class CheckedMemory:
-    """A value made from the addresses of some tensors, valid while their memory is the same.
+    """A value made from some tensors' addresses, valid while they and their memory are the same.
 
     A kernel takes as many values from an address as it was told when the tensors were checked. The
     storage is held, so that no other comes to lie where it was; while it has its size, the values
-    are there, whatever else has become of the tensor.
+    are there.
 
     Example:
         >>> memory, rows = CheckedMemory(), (torch.ones(2),)
@@ -74,23 +62,22 @@ class CheckedMemory:
     __slots__ = ("_known",)
 
     def __init__(self) -> None:
-        self._known: tuple[list[int], list[Any], list[int], Any] | None = None
+        self._known: tuple[list[tuple[Tensor, int, Any, int]], Any] | None = None
 
-    def find(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the value kept for these tensors; None if their memory is another."""
+    def find(self, tensors: Sequence[Tensor | None]) -> Any:
+        """Return the value kept for these tensors; None for others, or other memory."""
         known = self._known  # which another thread may replace
         if known is None:
             return None
-        places, storages, sizes, value = known
-        if [one.data_ptr() for one in tensors] != places:
-            return None
-        return value if [one.nbytes() for one in storages] == sizes else None
+        for one, (same, place, storage, size) in zip(tensors, known[0], strict=True):
+            if one is not same or one.data_ptr() != place or storage.nbytes() != size:
+                return None
+        return known[1]
 
-    def keep(self, tensors: Sequence[Tensor], value: Any) -> Any:
+    def keep(self, tensors: Sequence[Any], value: Any) -> Any:
         """Keep a value for these tensors, and return it."""
-        storages = [one.untyped_storage() for one in tensors]
-        places, sizes = [one.data_ptr() for one in tensors], [one.nbytes() for one in storages]
-        self._known = places, storages, sizes, value
+        held = [(one, one.data_ptr(), one.untyped_storage()) for one in tensors]
+        self._known = [(*one, one[2].nbytes()) for one in held], value
         return value
 
 

@@ -390,7 +390,10 @@ class Backend(Protocol):
         """
 
     def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
-        """The part of `supports` that neither shape, layout nor the layer's settings decide."""
+        """The part of `supports` that neither shape, layout nor the layer's settings decide.
+
+        No `rows` stand for those that it had no objection to.
+        """
 
     def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
         """The kernels that would serve a batch; None for those that serve untried."""

@@ -197,8 +197,8 @@ def _normalize(
         return launched
     from anybatch.backends.numba import rule_steps
 
-    call = call._replace(work=(rule_steps, rule_steps.prepare(call, x)))
-    y, _, (batches, _) = rule_steps.forward(call, x, weight, bias, None, running, False)
+    loops = rule_steps.prepare(call, x)
+    y, _, (batches, _) = loops.forward(call, x, weight, bias, None, running, False)
     return y, rule_steps.to_table(batches)
 
 
@@ -232,12 +232,11 @@ def _normalize_backward(
         return launched
     from anybatch.backends.numba import rule_steps
 
-    work = rule_steps.prepare(call, x)
-    call = call._replace(work=(rule_steps, work))
-    batches = rule_steps.from_table(spec, used, work.runs)
+    loops = rule_steps.prepare(call, x)
+    batches = rule_steps.from_table(spec, used, loops.runs)
     needs = (wanted, True, True, False)
     context = (batches, num_batches_tracked)
-    dx, dw, db, _ = rule_steps.backward(call, context, dy, x, weight, (), needs)
+    dx, dw, db, _ = loops.backward(call, context, dy, x, weight, (), needs)
     assert dw is not None and db is not None
     return x.new_empty(0) if dx is None else dx, torch.stack([db, dw])
 

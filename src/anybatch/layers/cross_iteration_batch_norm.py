@@ -330,7 +330,7 @@ class CrossIterationBatchNorm(BoundNormLayer):
         state = super()._kernel_state(x)
         at = self._flow.batch
         # The list takes what kernels make of the feed.
-        return state if at is None else (*state, at.feed, x.detach(), [])
+        return state if at is None else (*state, (at.feed, x.detach(), []))
 
     def backward_memory(self, statistics: Statistics, update: bool) -> BackwardMemory | None:
         if "backward_window" not in self.method_state or self.window == 1 or self.burning:

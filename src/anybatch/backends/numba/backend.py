@@ -34,8 +34,7 @@ class NumbaBackend:
 
     def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
         obstacle = memory_obstacle(x, rows)
-        if obstacle is None:
-            obstacle = layout_obstacle(x, call.spec.family)
+        obstacle = obstacle or layout_obstacle(x, call.spec.family)
         if obstacle is None and steps_of(call.spec.family) is None:
             obstacle = "numba is not installed"
         if obstacle is None and x.dtype is torch.float16 and not _converts_float16():
@@ -49,17 +48,17 @@ class NumbaBackend:
         return None
 
     def prepare(self, call: NormCall, x: Tensor) -> NormCall:
-        steps, call = _steps(call), call._replace(last=not x.is_contiguous())
-        return call._replace(work=(steps, steps.prepare(call, x)))
+        call = call._replace(last=not x.is_contiguous())
+        return call._replace(work=_steps(call).prepare(call, x))
 
-    def forward(self, call: NormCall, *args: Any, **named: Any) -> Any:
-        return call.work[0].forward(call, *args, **named)
+    def forward(self, call: NormCall, *args: Any) -> Any:
+        return call.work.forward(call, *args)
 
-    def backward(self, call: NormCall, *args: Any, **named: Any) -> Any:
-        return call.work[0].backward(call, *args, **named)
+    def backward(self, call: NormCall, *args: Any) -> Any:
+        return call.work.backward(call, *args)
 
     def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
-        found: list[Statistics] = call.work[0].statistics(call, context, like)
+        found: list[Statistics] = call.work.statistics(context, like)
         return found
 
 
@@ -83,7 +82,7 @@ def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
     if type(x) is not Tensor:
         return f"an input of class {type(x).__name__}, not torch.Tensor"
     obstacle = tensor_obstacle(x, _ACTIVATIONS)
-    if obstacle is not None:
+    if obstacle is not None or not rows:
         return obstacle
     dtype, channels = torch.float32 if x.dtype in LOW else x.dtype, x.shape[1]
     for row in rows:

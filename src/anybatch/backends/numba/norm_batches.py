@@ -1,7 +1,7 @@
 """A layer's batch in the loops: a call for each run of equal normalization batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -69,34 +69,10 @@ class SavedBatch(NamedTuple):
         return [one.of(counts) for one in found]
 
 
-Forward = Callable[[NormCall, ForwardData, tuple[int, int], tuple[Any, ...]], SavedBatch]
-Backward = Callable[[NormCall, BackwardData, SavedBatch, Any], None]
+# Where a run begins, in bytes; the shape of a normalization batch as in `ForwardData`; where its
+# groups begin; how many batches there are and how many groups in each; its first example and group.
 Run = tuple[int, tuple[int, int, int], Array, tuple[int, int], tuple[int, int]]
-
-
-class Work(NamedTuple):
-    """How batches of one shape and layout go through the loops.
-
-    Attributes:
-        forward: Serves a run of normalization batches, told how many they are and how many groups
-            each has.
-        backward: Writes their gradients.
-        dtype: Type of the batches.
-        like: An empty array of it.
-        small: Whether one thread does it, and writes little.
-        runs: Of each run where it begins, in bytes, the shape of a normalization batch as in
-            `ForwardData`, where its groups begin, how many batches there are and how many groups in
-            each, and its first example and group.
-        rows: Addresses of scale and shift.
-    """
-
-    forward: Forward
-    backward: Backward
-    dtype: torch.dtype
-    like: Array
-    small: bool
-    runs: tuple[Run, ...]
-    rows: CheckedMemory
+Places = tuple[Any, ...]  # addresses of scale, shift, mean, variance, batches; and of state
 
 
 @lru_cache(maxsize=256)
@@ -105,109 +81,140 @@ def _starts(sizes: tuple[int, ...]) -> Array:
     return np.cumsum([0, *sizes])
 
 
-def work_for(
-    call: NormCall, x: Tensor, forward: Forward, backward: Backward, in_runs: bool = False
-) -> Work:
-    """Plan the compiled calls for dense batches of this shape and layout.
+class BatchLoops:
+    """How batches of one shape and layout go through the loops.
 
-    With `in_runs`, one call serves consecutive normalization batches of equal sizes; without, each
-    has its own.
+    Args:
+        call: How the layer goes through them.
+        x: Such a batch, dense.
+        in_runs: Whether one compiled call serves successive normalization batches of equal sizes;
+            otherwise each has its own.
     """
-    channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
-    runs: list[Run] = []
-    earlier = None
-    for first, group, examples, sizes in iter_norm_batches(call.cut):
-        if in_runs and sizes == earlier:
-            (batches, groups), place = runs[-1][3:]
-            runs[-1] = (*runs[-1][:3], (batches + 1, groups), place)
-            continue
-        shape = (examples, length, channels) if call.last else (examples, channels, length)
-        runs.append((first * example, shape, _starts(sizes), (1, len(sizes)), (first, group)))
-        earlier = sizes
-    like, small = LIKE[x.dtype], is_small(x.numel())
-    return Work(forward, backward, x.dtype, like, small, tuple(runs), CheckedMemory())
 
+    state: tuple[Tensor, ...] = ()  # of the method, beside the running statistics
 
-def forward(
-    call: NormCall,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    state: tuple[Any, ...],
-    relu: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
-    """See `anybatch.backends.protocol.Backend.forward`."""
-    (run, _, dtype, like, small, runs, rows), last = call.work[1], call.last
-    y: Tensor = torch.empty_like(x) if small else empty_like(x)
-    size = x.numel()
-    threads = 1 if small else parts(size)
-    x_, y_, added = address_of(x, dtype, size), y.data_ptr(), 0
-    both = weight, bias
-    w, b = rows.find(both) or rows.keep(
-        both, [address_of(row, KEPT[dtype], x.shape[1]) for row in both]
-    )
-    if residual is not None:
-        residual = dense(residual, last)
-        added = address_of(residual, dtype, size)
-    kept = []
-    for first, shape, starts, number, place in runs:
-        here = added and added + first
-        data = (like, x_ + first, y_ + first, shape, last, starts, w, b, threads, relu, here)
-        given = state
-        if type(state[-1]) is Contribution:  # `call.beyond` tells why: runs are of one batch then
-            length = shape[1] if last else shape[2]
-            given = *state[:-1], scope_of(state[-1], place[0], place[1], number[1], length)
-        kept.append(run(call, data, number, given))
-    # The mask of a ReLU is the sign of its output.
-    return y, (y,) if relu else (), (kept, state[2])
+    def __init__(self, call: NormCall, x: Tensor, in_runs: bool = False) -> None:
+        channels, length, example = x.shape[1], math.prod(x.shape[2:]), x.nbytes // x.shape[0]
+        runs: list[Run] = []
+        earlier = None
+        for first, group, examples, sizes in iter_norm_batches(call.cut):
+            if in_runs and sizes == earlier:
+                (batches, groups), place = runs[-1][3:]
+                runs[-1] = (*runs[-1][:3], (batches + 1, groups), place)
+                continue
+            shape = (examples, length, channels) if call.last else (examples, channels, length)
+            runs.append((first * example, shape, _starts(sizes), (1, len(sizes)), (first, group)))
+            earlier = sizes
+        self.runs, self.last = tuple(runs), call.last
+        self.dtype, self.like, self.kept = x.dtype, LIKE[x.dtype], KEPT[x.dtype]
+        self.size, self.channels = x.numel(), channels
+        self.small = is_small(self.size)  # one thread does it, and writes little
+        self.memory = CheckedMemory()
 
+    def places(self, tensors: tuple[Tensor, ...]) -> Places:
+        """The addresses of scale, shift, running statistics and number of batches, and `state`."""
+        *rows, tracked = tensors[:5]
+        found = [address_of(row, self.kept, self.channels) for row in rows]
+        return *found, address_of(tracked, torch.int64, 1)
 
-def backward(
-    call: NormCall,
-    context: tuple[list[SavedBatch], Tensor],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See `anybatch.backends.protocol.Backend.backward`."""
-    (_, run, dtype, like, small, runs, _), last = call.work[1], call.last
-    kept, tracked = context
-    x = dense(x, last)  # what was saved on another device may come back in another layout
-    if dy.dtype is not x.dtype or dy.stride() != x.stride() or dy.is_neg():
-        dy = dense(dy, last, x.dtype)
-    weight = weight.contiguous()
-    fresh = torch.empty_like if small else empty_like
-    dx, threads, g, y_, g_ = fresh(x), 1 if small else parts(x.numel()), None, 0, 0
-    if saved:
-        y = dense(saved[0], last)
-        g = fresh(x) if needs[3] else None
-        y_, g_ = address_of(y, x.dtype, x.numel()), 0 if g is None else g.data_ptr()
-    batches = len(call.cut[2])
-    if batches == 1:
-        dw, db = torch.empty_like(weight), torch.empty_like(weight)
-    else:
-        dw, db = weight.new_empty(2, batches, *weight.shape)
-    size = x.numel()
-    above, x_ = address_of(dy, x.dtype, size), address_of(x, x.dtype, size)
-    dx_, w = dx.data_ptr(), address_of(weight, KEPT[dtype], x.shape[1])
-    dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
-    wanted, relu = needs[0], y_ != 0
-    for (first, shape, starts, number, _), some in zip(runs, kept, strict=True):
-        places = (above + first, x_ + first, dx_ + first)
-        behind = (relu, y_ and y_ + first, g_ and g_ + first)
-        how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)
-        run(call, (like, *places, *how), some, tracked)
-        dw_, db_ = dw_ + number[0] * row, db_ + number[0] * row
-    if batches > 1:
-        dw, db = dw.sum(0), db.sum(0)
-    return dx if wanted else None, dw if needs[1] else None, db if needs[2] else None, g
+    def run_forward(
+        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+    ) -> SavedBatch:
+        """The forward of a run.
 
+        Args:
+            call: How the layer goes through the batch.
+            data: See `ForwardData`.
+            number: How many normalization batches it has, and how many groups each.
+            places: See `places`.
+            given: A `LoopScope`, or what a family of kernels adds; None for nothing.
+        """
+        raise NotImplementedError
 
-def statistics(
-    call: NormCall, context: tuple[list[SavedBatch], Tensor], like: Tensor
-) -> list[Statistics]:
-    """See `anybatch.backends.protocol.Backend.statistics`."""
-    return [one for run in context[0] for one in run.statistics(like)]
+    def run_backward(
+        self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
+    ) -> None:
+        """The backward of a run: `kept` is what its forward returned."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        call: NormCall,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        state: tuple[Any, ...],
+        relu: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[list[SavedBatch], Tensor]]:
+        """See `anybatch.backends.protocol.Backend.forward`."""
+        mean, var, tracked, *more = state
+        tensors = weight, bias, mean, var, tracked, *self.state
+        places = self.memory.find(tensors)
+        if places is None:
+            places = self.memory.keep(tensors, self.places(tensors))
+        size, last = self.size, self.last
+        y: Tensor = torch.empty_like(x) if self.small else empty_like(x)
+        threads = 1 if self.small else parts(size)
+        x_, y_, added = address_of(x, self.dtype, size), y.data_ptr(), 0
+        if residual is not None:
+            residual = dense(residual, last)
+            added = address_of(residual, self.dtype, size)
+        kept = []
+        for first, shape, starts, number, place in self.runs:
+            at = x_ + first, y_ + first, shape, last, starts, *places[:2]
+            data = (self.like, *at, threads, relu, added and added + first)
+            given = more[-1] if more else None
+            if type(given) is Contribution:  # `call.beyond` tells why: runs are of one batch then
+                length = shape[1] if last else shape[2]
+                given = scope_of(given, place[0], place[1], number[1], length)
+            kept.append(self.run_forward(call, data, number, places, given))
+        # The mask of a ReLU is the sign of its output.
+        return y, (y,) if relu else (), (kept, tracked)
+
+    def backward(
+        self,
+        call: NormCall,
+        context: tuple[list[SavedBatch], Tensor],
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """See `anybatch.backends.protocol.Backend.backward`."""
+        (kept, tracked), last, dtype, size = context, self.last, self.dtype, self.size
+        x = dense(x, last)  # what was saved on another device may come back in another layout
+        if dy.dtype is not dtype or dy.stride() != x.stride() or dy.is_neg():
+            dy = dense(dy, last, dtype)
+        weight = weight.contiguous()
+        fresh = torch.empty_like if self.small else empty_like
+        dx, threads, g, y_, g_ = fresh(x), 1 if self.small else parts(size), None, 0, 0
+        if saved:
+            y = dense(saved[0], last)
+            g = fresh(x) if needs[3] else None
+            y_, g_ = address_of(y, dtype, size), 0 if g is None else g.data_ptr()
+        batches = len(call.cut[2])
+        if batches == 1:
+            dw, db = torch.empty_like(weight), torch.empty_like(weight)
+        else:
+            dw, db = weight.new_empty(2, batches, *weight.shape)
+        above, x_ = address_of(dy, dtype, size), address_of(x, dtype, size)
+        dx_, w = dx.data_ptr(), address_of(weight, self.kept, self.channels)
+        dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
+        wanted, relu = needs[0], y_ != 0
+        for (first, shape, starts, number, _), some in zip(self.runs, kept, strict=True):
+            places = (above + first, x_ + first, dx_ + first)
+            behind = (relu, y_ and y_ + first, g_ and g_ + first)
+            how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)
+            self.run_backward(call, (self.like, *places, *how), some, tracked)
+            dw_, db_ = dw_ + number[0] * row, db_ + number[0] * row
+        if batches > 1:
+            dw, db = dw.sum(0), db.sum(0)
+        return dx if wanted else None, dw if needs[1] else None, db if needs[2] else None, g
+
+    def statistics(
+        self, context: tuple[list[SavedBatch], Tensor], like: Tensor
+    ) -> list[Statistics]:
+        """See `anybatch.backends.protocol.Backend.statistics`."""
+        return [one for run in context[0] for one in run.statistics(like)]

@@ -9,20 +9,23 @@ from torch import Tensor
 
 from anybatch.backends.native_memory import CheckedMemory, address_of
 from anybatch.backends.numba import backward_loops, forward_loops
-from anybatch.backends.numba.arrays import KEPT, LIKE
+from anybatch.backends.numba.arrays import LIKE
 from anybatch.backends.numba.bound_rules import described
 from anybatch.backends.numba.norm_batches import (
     BackwardData,
+    BatchLoops,
     ForwardData,
+    Places,
     Run,
     SavedBatch,
-    Work,
-    work_for,
 )
-from anybatch.backends.numba.norm_batches import backward as backward
-from anybatch.backends.numba.norm_batches import forward as forward
-from anybatch.backends.numba.norm_batches import statistics as statistics
-from anybatch.backends.numba.scopes import PLAIN, PLAIN_BACKWARD, forward_numbers, run_backward
+from anybatch.backends.numba.scopes import (
+    PLAIN,
+    PLAIN_BACKWARD,
+    LoopScope,
+    forward_numbers,
+    run_backward,
+)
 from anybatch.backends.numba.threads import without_threads as without_threads
 from anybatch.backends.protocol import MethodSpec, NormCall, RuleState, start_of
 from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, RuleSet
@@ -38,10 +41,9 @@ def obstacle(call: NormCall, x: Tensor) -> None:
     """Why the loops cannot serve a batch; they can."""
 
 
-def prepare(call: NormCall, x: Tensor) -> Work:
+def prepare(call: NormCall, x: Tensor) -> "RuleLoops":
     """How batches of this shape and layout go through the loops."""
-    batches = RuleBatches(call.spec)
-    return work_for(call, x, batches.forward, batches.backward, not call.beyond)
+    return RuleLoops(call, x, call.spec, not call.beyond)
 
 
 @lru_cache(maxsize=256)
@@ -52,57 +54,74 @@ def _addresses(method: RuleSet, centered: bool) -> tuple[int, int]:
     return ahead, described(backward, forward, centered, tracks_applied)
 
 
-class RuleBatches:
-    """The normalization batches of a method of one layer, equal ones in one compiled call a pass.
+class RuleLoops(BatchLoops):
+    """The batches of a method of one layer, equal ones in one compiled call a pass.
 
     Args:
         spec: The method.
     """
 
-    def __init__(self, spec: MethodSpec) -> None:
-        self.spec = spec
-        self.ahead, self.behind = _addresses(spec.method, spec.centered)
-        self.kept = (*spec.kept.rows, *spec.kept.windows, *spec.kept.counters)
-        averages = spec.averages
-        self.averages = (*averages.rows, *averages.windows, *averages.counters)
-        self.memory, self.memory_of_backward = CheckedMemory(), CheckedMemory()
-        self.step, self.step_of_backward = CheckedMemory(), CheckedMemory()
+    def __init__(self, call: NormCall, x: Tensor, spec: MethodSpec, in_runs: bool = False) -> None:
+        super().__init__(call, x, in_runs)
+        self.spec, self.gradient = spec, RuleGradient(spec, self.kept)
+        self.ahead, _ = _addresses(spec.method, spec.centered)
+        self.state = (*spec.kept.rows, *spec.kept.windows, *spec.kept.counters)
+        self.settings = None if spec.kept.numbers else _settings(spec.kept)
+        self.limits, self.width = spec.outliers is not None, call.num_statistics
+        own = spec.method.forward.rule is not None or self.width != self.channels or self.limits
+        # Of a group's own statistics, where they are not all of those that normalize.
+        self.own_rows = (3 if self.limits else 2) if own else 0
+        self.rows, self.parameters = spec.rows, LIKE[self.kept]
+        self.step = CheckedMemory()
 
-    def forward(
-        self, call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
+    def places(self, tensors: tuple[Tensor, ...]) -> Places:
+        *rows, mean, var, count = super().places(tensors)
+        places = _memory(mean, var, self.spec.kept, self.kept, self.channels)
+        return *rows, mean, var, count, places
+
+    def run_forward(
+        self,
+        call: NormCall,
+        data: ForwardData,
+        number: tuple[int, int],
+        places: Places,
+        given: LoopScope | None,
     ) -> SavedBatch:
-        """The forward of a run of normalization batches.
+        batches, groups = number
+        applied = own = np.empty((batches, self.rows, groups, self.width))
+        if self.own_rows:
+            own = np.empty((batches, self.own_rows, groups, self.channels))
+        some, settings = PLAIN, self.settings
+        if given is not None or self.limits:
+            some = forward_numbers(self.spec, given, self.step, self.channels)
+        if settings is None:
+            settings = _settings(self.spec.kept)
+        moved = *places[4:], settings, call.update_weight, call.eps, call.update, some
+        forward_loops.forward(self.ahead, self.parameters, data, own, applied, *moved)
+        return SavedBatch(applied, self.spec, None, given)
 
-        `state` is the running mean, running variance and number of batches, and a `LoopScope` where
-        not simply all values of the batch contribute.
-        """
-        spec, (batches, groups) = self.spec, number
-        channels, num_statistics = data[3][2] if data[4] else data[3][1], call.num_statistics
-        mean, var, tracked = state[:3]
-        dtype, limits = mean.dtype, spec.outliers is not None
-        tensors = mean, var, tracked, *self.kept
-        found = self.memory.find(tensors)
-        if found is None:
-            rows, count = address_of(mean, dtype, channels), address_of(tracked, torch.int64, 1)
-            places = _memory(rows, address_of(var, dtype, channels), spec.kept, dtype, channels)
-            found = self.memory.keep(tensors, (count, places))
-        count, places = found
-        applied = own = np.empty((batches, spec.rows, groups, num_statistics))
-        if spec.method.forward.rule is not None or num_statistics != channels or limits:
-            own = np.empty((batches, 3 if limits else 2, groups, channels))
-        moved = count, places, _settings(spec.kept)
-        shared = self.ahead, LIKE[dtype], data, own, applied
-        given = *shared, *moved, call.update_weight, call.eps, call.update
-        scope = state[3] if len(state) > 3 else None
-        plain = scope is None and not limits
-        some = PLAIN if plain else forward_numbers(spec, scope, self.step, channels)
-        forward_loops.forward(*given, some)
-        return SavedBatch(applied, spec, None, scope)
-
-    def backward(
+    def run_backward(
         self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
     ) -> None:
-        """The backward of such a run; see `forward`."""
+        self.gradient.run(call, data, kept, tracked)
+
+
+class RuleGradient:
+    """The backward of runs of normalization batches.
+
+    Args:
+        spec: The method.
+        dtype: Type of parameters and state.
+    """
+
+    def __init__(self, spec: MethodSpec, dtype: torch.dtype) -> None:
+        self.spec, self.like, averages = spec, LIKE[dtype], spec.averages
+        _, self.method = _addresses(spec.method, spec.centered)
+        self.state = (*averages.rows, *averages.windows, *averages.counters)
+        self.memory, self.step = CheckedMemory(), CheckedMemory()
+
+    def run(self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
+        """The backward of a run: `kept` is what its forward returned."""
         spec = self.spec
         if spec.method.backward.rule is None:
             averages = _NO_AVERAGES
@@ -111,19 +130,18 @@ class RuleBatches:
             if weight < 0:
                 start, least = start_of(weight)
                 weight = max(least, start / (max(int(tracked), 1) - 1 + start))
-            places = self.memory_of_backward.find(self.averages)
+            places = self.memory.find(self.state)
             if places is None:
                 dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
                 places = _memory(0, 0, spec.averages, dtype, kept.applied.shape[3])
-                self.memory_of_backward.keep(self.averages, places)
+                self.memory.keep(self.state, places)
             averages = places, _settings(spec.averages), weight
-        like = LIKE[KEPT[call.work[1].dtype]]
-        given = self.behind, like, data, kept.applied, *averages, call.eps, call.update
+        given = self.method, self.like, data, kept.applied, *averages, call.eps, call.update
         if kept.scope is None:
             backward_loops.backward(*given, PLAIN_BACKWARD)
         else:
             run = partial(backward_loops.backward, *given)
-            run_backward(run, spec, kept.scope, self.step_of_backward, kept.applied.shape[3])
+            run_backward(run, spec, kept.scope, self.step, kept.applied.shape[3])
 
 
 def _memory(

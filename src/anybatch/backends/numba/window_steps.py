@@ -9,21 +9,19 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.aten import patches
-from anybatch.backends.native_memory import address_of, running_addresses
-from anybatch.backends.numba import cross_iteration, rule_steps
+from anybatch.backends.native_memory import address_of
+from anybatch.backends.numba import cross_iteration
 from anybatch.backends.numba.arrays import KEPT, LIKE, read
 from anybatch.backends.numba.backend import SERIAL
 from anybatch.backends.numba.norm_batches import (
     Array,
     BackwardData,
+    BatchLoops,
     ForwardData,
+    Places,
     SavedBatch,
-    Work,
-    work_for,
 )
-from anybatch.backends.numba.norm_batches import backward as backward
-from anybatch.backends.numba.norm_batches import forward as forward
-from anybatch.backends.numba.norm_batches import statistics as statistics
+from anybatch.backends.numba.rule_steps import RuleGradient, RuleLoops
 from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall, RuleState
 from anybatch.backends.rule import AVERAGE, WINDOW, Part, RuleSet, rule
 
@@ -37,18 +35,14 @@ def obstacle(call: NormCall, x: Tensor) -> str | None:
     return None
 
 
-def prepare(call: NormCall, x: Tensor) -> Work:
+def prepare(call: NormCall, x: Tensor) -> BatchLoops:
     """How batches of this shape and layout go through the loops."""
     spec = call.spec
     if not spec.windowed:
-        return work_for(call, x, _plain_batch, _backward_batch)
+        return CountedLoops(call, x, MethodSpec())
     # All positions need torch's operators in between.
     values = math.prod(x.shape[2:]) * min(call.cut[2])
-    in_runs = len(spec.rings) == 3 or _points(spec, values) > 0
-    return work_for(call, x, _window_batches, _backward_batch, in_runs)
-
-
-_BATCH_NORM = rule_steps.RuleBatches(MethodSpec())
+    return WindowLoops(call, x, len(spec.rings) == 3 or _points(spec, values) > 0)
 
 
 @rule
@@ -62,51 +56,63 @@ _SLIDES = Part(_window_mean, (WINDOW,), windows=(AVERAGE,), counters=(False,))
 _WINDOWED = _WEIGHTED._replace(backward=_SLIDES)
 
 
-def _plain_batch(
-    call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
-) -> SavedBatch:
+class CountedLoops(RuleLoops):
     """Batch normalization, which counts the step."""
-    if call.update:
-        call.spec.memory["step"].add_(1)
-    return _BATCH_NORM.forward(call, data, number, state[:3])
+
+    def run_forward(
+        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+    ) -> SavedBatch:
+        if call.update:
+            call.spec.memory["step"].add_(1)
+        return super().run_forward(call, data, number, places, None)
 
 
-def _window_batches(
-    call: NormCall, data: ForwardData, number: tuple[int, int], state: tuple[Any, ...]
-) -> SavedBatch:
-    """A run of normalization batches in one compiled call; of all positions' gradients, two."""
-    _, x, _, shape, last, *_ = data
-    examples, length, channels = shape if last else (shape[0], shape[2], shape[1])
-    mean, var, tracked, conv, output, made = state
-    spec, order = call.spec, 0 if conv is None else 1
-    # Its first example: state knows the whole batch.
-    first = (x - output.data_ptr()) // (output.nbytes // output.shape[0])
-    if not made:
-        bare = cross_iteration.nothing(mean.numpy().dtype)[0], (0, 0, 0, 0)
-        made += bare if conv is None else _conv_arrays(spec, conv, output)
-    (rings, counters), (fed, paces) = _arrays(spec), made
-    points = _points(spec, examples * length)
-    own, applied = np.empty((number[0], 2, 1, channels)), np.empty((number[0], 3, 1, channels))
-    running = running_addresses((mean, var, tracked), mean.dtype, channels)
-    how, given = (call.update_weight, call.eps, call.update), (counters, rings, fed, first, paces)
-    settings = order, spec.tracks_window, points, spec.burn_in_steps
-    averaged = spec.backward_window is not None
-    kept = LIKE[mean.dtype]
-    cross_iteration.cross_iteration_norm(
-        kept, data, own, applied, running, how, given, settings, averaged
-    )
-    if call.update and order and not points:
-        some = slice(first, first + examples)
-        inputs, outputs = (t[some].to(mean.dtype) for t in (conv.x, output))
-        with torch.autocast("cpu", enabled=False):
-            whole = patches.raw_gradient(conv.geometry, inputs, outputs)
-        product = whole.contiguous().numpy()
-        step = order, fed, rings, counters, spec.burn_in_steps
-        cross_iteration.record(product, own[0], examples * length, *step)
-    if not averaged:
-        return SavedBatch(applied, MethodSpec(_WEIGHTED))
-    averages = RuleState(windows=(spec.backward_window,), counters=(spec.memory["backward_step"],))
-    return SavedBatch(applied, MethodSpec(_WINDOWED, averages=averages))
+class WindowLoops(BatchLoops):
+    """Runs of normalization batches in one compiled call; of all positions' gradients, in two."""
+
+    def run_forward(
+        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+    ) -> SavedBatch:
+        _, x, _, shape, last, *_ = data
+        channels, dtype = self.channels, self.kept
+        values = shape[0] * shape[1 if last else 2]
+        conv, output, made = given
+        spec, order = call.spec, 0 if conv is None else 1
+        # Its first example: state knows the whole batch.
+        first = (x - output.data_ptr()) // (output.nbytes // output.shape[0])
+        if not made:
+            bare = cross_iteration.nothing(LIKE[dtype].dtype)[0], (0, 0, 0, 0)
+            made += bare if conv is None else _conv_arrays(spec, conv, output)
+        (rings, counters), (fed, paces) = _arrays(spec), made
+        points = _points(spec, values)
+        own, applied = np.empty((number[0], 2, 1, channels)), np.empty((number[0], 3, 1, channels))
+        how, arrays = (
+            (call.update_weight, call.eps, call.update),
+            (counters, rings, fed, first, paces),
+        )
+        settings = order, spec.tracks_window, points, spec.burn_in_steps
+        averaged = spec.backward_window is not None
+        state = places[2:], how, arrays, settings, averaged
+        cross_iteration.cross_iteration_norm(LIKE[dtype], data, own, applied, *state)
+        if call.update and order and not points:
+            some = slice(first, first + shape[0])
+            inputs, outputs = (t[some].to(dtype) for t in (conv.x, output))
+            with torch.autocast("cpu", enabled=False):
+                whole = patches.raw_gradient(conv.geometry, inputs, outputs)
+            product = whole.contiguous().numpy()
+            step = order, fed, rings, counters, spec.burn_in_steps
+            cross_iteration.record(product, own[0], values, *step)
+        if not averaged:
+            return SavedBatch(applied, MethodSpec(_WEIGHTED))
+        counters_of = (spec.memory["backward_step"],)
+        averages = RuleState(windows=(spec.backward_window,), counters=counters_of)
+        return SavedBatch(applied, MethodSpec(_WINDOWED, averages=averages))
+
+    def run_backward(
+        self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
+    ) -> None:
+        assert kept.spec is not None
+        RuleGradient(kept.spec, self.kept).run(call, data, kept, tracked)
 
 
 def _points(spec: CrossIterationSpec, values: int) -> int:
@@ -163,9 +169,3 @@ def _tables(conv: patches.ConvCall, y: Tensor) -> tuple[Any, ...]:
         (1,) * missing,
         cross_iteration.no_parameter(1, conv.x.numpy().dtype),
     )
-
-
-def _backward_batch(call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Any) -> None:
-    """The backward of a run of normalization batches, in one compiled call."""
-    assert kept.spec is not None
-    rule_steps.RuleBatches(kept.spec).backward(call, data, kept, tracked)

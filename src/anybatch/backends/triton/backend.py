@@ -126,21 +126,18 @@ def memory_obstacle(x: Tensor, rows: Rows) -> str | None:
         return "use_fused('never')"
     if is_traced():
         return "a compiler, tracer or transform has to see torch's operators"
-    weight, bias, _, state = rows
-    if state is None:
-        return "no running statistics"
-    dtype = state.dtype
     if type(x) is not Tensor:
         return f"an input of class {type(x).__name__}, not torch.Tensor"
-    if TYPES.get(x.dtype) != dtype or state.device != device:
-        return f"an input of {x.dtype} on {device}, running statistics of {dtype} on {state.device}"
-    for row in (weight, bias):
+    dtype = TYPES.get(x.dtype)
+    if dtype is None:
+        return f"an input of {x.dtype}"
+    for row in rows:
         if row is None:
-            return "no weight and bias"
+            return "no weight and bias, or no running statistics"
         if type(row) not in PLAIN_TYPES:
-            return f"weight or bias of class {type(row).__name__}, not torch.Tensor"
+            return f"weight, bias or running statistics of class {type(row).__name__}"
         if row.dtype != dtype or row.device != device or not row.is_contiguous():
-            return f"weight or bias are not contiguous values of {dtype} on {device}"
+            return f"weight, bias or running statistics are not contiguous {dtype} on {device}"
     if x.is_neg() or not (x.is_contiguous() or is_channels_last(x)):
         return "an input with gaps in memory"
     return device_obstacle(device)
