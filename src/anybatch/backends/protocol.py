@@ -67,14 +67,7 @@ class Statistics(NamedTuple):
     def where(
         self, fits: Tensor, mean: Tensor | None, var: Tensor, batch_weight: float
     ) -> "Statistics":
-        """These where they fit, elsewhere a plain mean and variance, of which the batch's weigh so.
-
-        Args:
-            fits: Where these count.
-            mean: The mean elsewhere.
-            var: The variance elsewhere.
-            batch_weight: The weight of the batch's own statistics there.
-        """
+        """These where `fits`, elsewhere a plain mean and variance with another `batch_weight`."""
         own_mean, own_var, r, d, center, own_weight, use_batch_stats, counts = self
         if isinstance(own_weight, Tensor) or own_weight != batch_weight:
             own_weight = torch.where(fits, own_weight, batch_weight)

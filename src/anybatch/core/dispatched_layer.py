@@ -30,11 +30,13 @@ class DispatchedLayer(InferenceLayer):
 
     Attributes:
         norm_batch_size: Examples of a normalization batch; None for all.
+        memories: Memories that the normalization batches take in turn.
         asked: The backends that are asked before torch's operators; a trial of kernels sets them.
     """
 
     asked: tuple[Backend, ...] = BACKENDS[:-1]
     norm_batch_size: int | None
+    memories: int = 1
     steady: bool = True  # whether `method_spec` changes with nothing but attributes
 
     def method_spec(self, x: Tensor, cut: Partition) -> Spec | str:
@@ -205,8 +207,8 @@ class DispatchedLayer(InferenceLayer):
     ) -> Tensor | None:
         """Run the cached plan, if shape, layout and settings still match."""
         plans = self._plans  # which another thread may take away
-        if plans is None or torch.compiler.is_compiling():
-            return None
+        if plans is None or self.memories > 1 or torch.compiler.is_compiling():
+            return None  # with several memories plans are of the part that one of them takes
         beyond = self._beyond(mask is not None)
         plan = plans.get((x.shape, beyond) if beyond else x.shape)
         if not isinstance(plan, ExecutionPlan) or not runs_once():

@@ -27,12 +27,8 @@ class MemoriesLayer(DispatchedLayer):
 
     A further memory is a copy of the layer with the same parameters and settings and with state of
     its own. It starts as the layer's state is at the first such forward.
-
-    Attributes:
-        memories: Memories that the normalization batches take in turn.
     """
 
-    memories: int
     _others: tuple[Any, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -68,13 +64,6 @@ class MemoriesLayer(DispatchedLayer):
             )
         self.step = None if steps == 1 else StepMemory(self, steps, counts)
         self._last, self._recent = None, RecomputeCache()
-
-    def _run_cached_plan(
-        self, x: Tensor, then: Activation | None, mask: Tensor | None
-    ) -> Tensor | None:
-        if self.memories > 1:  # plans are of the part that one memory takes
-            return None
-        return super()._run_cached_plan(x, then, mask)
 
     def lender(self: Self, x: Tensor) -> Callable[[Self, tuple[slice, ...], Tensor], None]:
         """Return a function that gives a layer the bound layer's call for a part of ``x``."""

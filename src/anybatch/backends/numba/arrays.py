@@ -6,7 +6,8 @@ some tenths; a small batch has twenty of them, and is done in two. An address ta
 caller holds the tensors, and knows that they are dense.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,19 @@ KEPT = {torch.float32: torch.float32, torch.float64: torch.float64}
 KEPT |= {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
+class Told(NamedTuple):
+    """Numbers that compiled code reads at an address."""
+
+    address: int
+    numbers: NDArray[Any]
+
+
+def told(numbers: Iterable[float], kind: type = np.int64) -> Told:
+    """Lay numbers of a kind side by side."""
+    array: NDArray[Any] = np.array(list(numbers), kind)
+    return Told(array.ctypes.data, array)
+
+
 @intrinsic
 def _as_pointer(typingctx, address):
     """An address as a pointer."""
@@ -55,6 +69,20 @@ def array_at(address, shape, like):
 def numbers_at(address, length):
     """So many whole numbers at an address."""
     return carray(_pointer(address), length, np.int64)
+
+
+@inlined
+def cut_at(address):
+    """Shape of a normalization batch, whether channels are last, and where its groups begin."""
+    told = numbers_at(address, 5)
+    starts = numbers_at(address + 5 * told.itemsize, told[4] + 1)
+    return (told[0], told[1], told[2]), told[3] != 0, starts
+
+
+@inlined
+def settings_at(address, length):
+    """So many numbers at an address."""
+    return carray(_pointer(address), length, np.float64)
 
 
 @inlined

@@ -3,7 +3,15 @@
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import activation_at, array_at, counts_at, numbers_at, valid_at
+from anybatch.backends.numba.arrays import (
+    activation_at,
+    array_at,
+    counts_at,
+    cut_at,
+    numbers_at,
+    settings_at,
+    valid_at,
+)
 from anybatch.backends.numba.bound_rules import CENTER, LENGTH, RESULTS, RULE
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.forward_loops import arguments
@@ -24,7 +32,7 @@ from anybatch.backends.numba.passes_relu import (
     row_masked_sums,
 )
 from anybatch.backends.numba.passes_valid import plane_valid_gradient, row_valid_gradient
-from anybatch.backends.numba.rules import flow, keep_step, move_average, step_at
+from anybatch.backends.numba.rules import MEMORY, SETTINGS, flow, keep_step, move_average, step_at
 from anybatch.backends.numba.threads import fork
 
 
@@ -146,17 +154,20 @@ def backward(method, kept, data, applied, memory, settings, update_weight, eps, 
         data: The first of the normalization batches, see `BackwardData`; gradients of scale and
             shift are rows, one for each batch.
         applied: Statistics that they were normalized by, ``(B, rows, G, K)``.
-        memory: The state of the method's averages, see `anybatch.backends.numba.rules`.
-        settings: Its numbers.
+        memory: Where the state of the method's averages is told, see
+            `anybatch.backends.numba.rules`.
+        settings: Where its numbers are.
         update_weight: Weight of the newest in exponential averages.
         eps: Added to the variance.
         update: Whether averages may change.
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
-    like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, relu, y, g_added = data
+    like, cut, dy, x, dx, weight, dw, db, wanted, parts, relu, y, g_added = data
+    shape, last, starts = cut_at(cut)
     channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
     groups, num_statistics, row = applied.shape[2], applied.shape[3], channels * kept.itemsize
     weight, method = array_at(weight, channels, kept), numbers_at(method, LENGTH)
+    memory, settings = numbers_at(memory, MEMORY), settings_at(settings, SETTINGS)
     sums, on = np.empty((2, groups, channels)), np.empty((3, groups, channels))
     (valid, given, step), psis = scope, np.empty((groups, num_statistics))
     counts = counts_at(given, starts, shape[1] if last else shape[2])

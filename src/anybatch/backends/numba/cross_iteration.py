@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import array_at, running_at
+from anybatch.backends.numba.arrays import array_at, cut_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import (
@@ -321,7 +321,8 @@ def cross_iteration_norm(kept, data, own, applied, running, how, given, settings
             variance, and records the step; steps before the window is used.
         whole_share: Whether the backward statistics are of the window too: the share is 1.
     """
-    like, x, y, shape, last, starts, weight, bias, _, _, _ = data
+    like, cut, x, y, weight, bias, _, _, _ = data
+    shape, last, starts = cut_at(cut)
     channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
     rows_of = (
         array_at(weight, channels, kept),

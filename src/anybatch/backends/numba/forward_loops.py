@@ -13,7 +13,9 @@ from anybatch.backends.numba.arrays import (
     array_at,
     counter_at,
     counts_at,
+    cut_at,
     numbers_at,
+    settings_at,
     valid_at,
 )
 from anybatch.backends.numba.bound_rules import CENTERED, LENGTH, RESULTS, RULE, TRACKS_APPLIED
@@ -32,6 +34,8 @@ from anybatch.backends.numba.passes import (
 from anybatch.backends.numba.passes_relu import plane_activate, row_activate
 from anybatch.backends.numba.passes_valid import first_valid, plane_valid_moments, row_valid_moments
 from anybatch.backends.numba.rules import (
+    MEMORY,
+    SETTINGS,
     bar_outliers,
     choose,
     count_batch,
@@ -140,7 +144,7 @@ def arguments(method, memory, settings, update_weight, eps):
     values = np.zeros(PLACES)
     count_steps(method, memory, values)
     values[EPS], values[UPDATE_WEIGHT] = eps, update_weight
-    for i in range(len(settings)):
+    for i in range(SETTINGS):
         values[NUMBER + i] = settings[i]
     return values
 
@@ -197,16 +201,18 @@ def forward(
         own: Takes the groups' own statistics, ``(B, 2, G, C)``; without a rule it may be `applied`.
         applied: Takes those to normalize by, ``(B, rows, G, K)``.
         tracked: Batches that running statistics have seen.
-        memory: The state of the method, see `anybatch.backends.numba.rules`.
-        settings: Its numbers.
+        memory: Where the state of the method is told, see `anybatch.backends.numba.rules`.
+        settings: Where its numbers are.
         update_weight: Of the newest batch in running statistics, see `NormCall`.
         eps: Added to the variance.
         update: Whether state may change.
         scope: What contributes to the statistics, see `anybatch.backends.numba.scopes`.
     """
-    like, x, y, shape, last, starts, weight, bias, parts, relu, added = data
+    like, cut, x, y, weight, bias, parts, relu, added = data
+    shape, last, starts = cut_at(cut)
     channels, size = shape[2] if last else shape[1], shape[0] * shape[1] * shape[2] * like.itemsize
     method, tracked = numbers_at(method, LENGTH), counter_at(tracked)
+    memory, settings = numbers_at(memory, MEMORY), settings_at(settings, SETTINGS)
     weight, bias = array_at(weight, channels, kept), array_at(bias, channels, kept)
     valid, given, step, outliers, limit = scope
     seen = numbers_at(outliers, channels if outliers != 0 else 0)

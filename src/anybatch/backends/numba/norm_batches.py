@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from anybatch.backends.layout import dense
 from anybatch.backends.native_memory import CheckedMemory, address_of
-from anybatch.backends.numba.arrays import KEPT, LIKE
+from anybatch.backends.numba.arrays import KEPT, LIKE, Told, told
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.scopes import LoopScope, scope_of
 from anybatch.backends.numba.threads import is_small, parts
@@ -26,18 +25,16 @@ from anybatch.backends.protocol import (
 Array = Any
 
 # A normalization batch, or the first of a run of equal ones that lie side by side, as the loops
-# take it, tensors as addresses: an empty array of the type of activations; input; output, to be
-# written; shape of both, (N, C, L) or (N, L, C) where channels are last; whether they are; where
-# groups of examples begin, and the end; scale; shift; threads; whether a ReLU follows; what is
-# added before it, like the input, or 0. A plain tuple, for a named one takes as long to make as the
-# kernels take for a small batch.
-ForwardData = tuple[Array, int, int, tuple[int, int, int], bool, Array, int, int, int, bool, int]
+# take it, tensors as addresses: an empty array of the type of activations; how it is cut, see
+# `anybatch.backends.numba.arrays.cut_at`; input; output, to be written; scale; shift; threads;
+# whether a ReLU follows; what is added before it, like the input, or 0. A plain tuple, for a named
+# one takes as long to make as the kernels take for a small batch.
+ForwardData = tuple[Array, int, int, int, int, int, int, bool, int]
 
-# Of the backward pass: an empty array; gradient of the output; input; gradient of the input, to be
-# written where it is needed; shape of the three; whether channels are last; where groups begin, and
-# the end; scale; gradients of scale and shift, to be written; whether the input needs a gradient;
-# threads; whether a ReLU followed; its output, or 0; gradient of what was added before it, to be
-# written, or 0.
+# Of the backward pass: an empty array; how it is cut; gradient of the output; input; gradient of
+# the input, to be written where it is needed; scale; gradients of scale and shift, to be written;
+# whether the input needs a gradient; threads; whether a ReLU followed; its output, or 0; gradient
+# of what was added before it, to be written, or 0.
 BackwardData = tuple[Any, ...]
 
 
@@ -69,16 +66,24 @@ class SavedBatch(NamedTuple):
         return [one.of(counts) for one in found]
 
 
-# Where a run begins, in bytes; the shape of a normalization batch as in `ForwardData`; where its
-# groups begin; how many batches there are and how many groups in each; its first example and group.
-Run = tuple[int, tuple[int, int, int], Array, tuple[int, int], tuple[int, int]]
 Places = tuple[Any, ...]  # addresses of scale, shift, mean, variance, batches; and of state
 
 
-@lru_cache(maxsize=256)
-def _starts(sizes: tuple[int, ...]) -> Array:
-    """Where groups of examples begin, and the end."""
-    return np.cumsum([0, *sizes])
+class Run(NamedTuple):
+    """Equal normalization batches that lie side by side.
+
+    Attributes:
+        start: Where the first begins, in bytes.
+        cut: Shape of one, ``(N, C, L)`` or, channels last, ``(N, L, C)``; whether they are; how
+            many groups of examples it has, where they begin, and the end.
+        number: How many they are, and how many groups each has.
+        first: Its first example and group.
+    """
+
+    start: int
+    cut: Told
+    number: tuple[int, int]
+    first: tuple[int, int]
 
 
 class BatchLoops:
@@ -99,13 +104,14 @@ class BatchLoops:
         earlier = None
         for first, group, examples, sizes in iter_norm_batches(call.cut):
             if in_runs and sizes == earlier:
-                (batches, groups), place = runs[-1][3:]
-                runs[-1] = (*runs[-1][:3], (batches + 1, groups), place)
+                (batches, groups), earlier_ones = runs[-1].number, runs[-1]
+                runs[-1] = earlier_ones._replace(number=(batches + 1, groups))
                 continue
             shape = (examples, length, channels) if call.last else (examples, channels, length)
-            runs.append((first * example, shape, _starts(sizes), (1, len(sizes)), (first, group)))
+            cut = told([*shape, call.last, len(sizes), *accumulate(sizes, initial=0)])
+            runs.append(Run(first * example, cut, (1, len(sizes)), (first, group)))
             earlier = sizes
-        self.runs, self.last = tuple(runs), call.last
+        self.runs, self.last, self.length = tuple(runs), call.last, length
         self.dtype, self.like, self.kept = x.dtype, LIKE[x.dtype], KEPT[x.dtype]
         self.size, self.channels = x.numel(), channels
         self.small = is_small(self.size)  # one thread does it, and writes little
@@ -153,21 +159,20 @@ class BatchLoops:
         places = self.memory.find(tensors)
         if places is None:
             places = self.memory.keep(tensors, self.places(tensors))
-        size, last = self.size, self.last
+        size = self.size
         y: Tensor = torch.empty_like(x) if self.small else empty_like(x)
         threads = 1 if self.small else parts(size)
         x_, y_, added = address_of(x, self.dtype, size), y.data_ptr(), 0
         if residual is not None:
-            residual = dense(residual, last)
+            residual = dense(residual, self.last)
             added = address_of(residual, self.dtype, size)
         kept = []
-        for first, shape, starts, number, place in self.runs:
-            at = x_ + first, y_ + first, shape, last, starts, *places[:2]
-            data = (self.like, *at, threads, relu, added and added + first)
+        for start, cut, number, first in self.runs:
+            at = cut.address, x_ + start, y_ + start, places[0], places[1]
+            data = (self.like, *at, threads, relu, added and added + start)
             given = more[-1] if more else None
             if type(given) is Contribution:  # `call.beyond` tells why: runs are of one batch then
-                length = shape[1] if last else shape[2]
-                given = scope_of(given, place[0], place[1], number[1], length)
+                given = scope_of(given, *first, number[1], self.length)
             kept.append(self.run_forward(call, data, number, places, given))
         # The mask of a ReLU is the sign of its output.
         return y, (y,) if relu else (), (kept, tracked)
@@ -203,10 +208,10 @@ class BatchLoops:
         dx_, w = dx.data_ptr(), address_of(weight, self.kept, self.channels)
         dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
         wanted, relu = needs[0], y_ != 0
-        for (first, shape, starts, number, _), some in zip(self.runs, kept, strict=True):
-            places = (above + first, x_ + first, dx_ + first)
-            behind = (relu, y_ and y_ + first, g_ and g_ + first)
-            how = (shape, last, starts, w, dw_, db_, wanted, threads, *behind)
+        for (start, cut, number, _), some in zip(self.runs, kept, strict=True):
+            places = (cut.address, above + start, x_ + start, dx_ + start)
+            behind = (relu, y_ and y_ + start, g_ and g_ + start)
+            how = (w, dw_, db_, wanted, threads, *behind)
             self.run_backward(call, (self.like, *places, *how), some, tracked)
             dw_, db_ = dw_ + number[0] * row, db_ + number[0] * row
         if batches > 1:

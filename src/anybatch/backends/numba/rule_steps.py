@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anybatch.backends.native_memory import CheckedMemory, address_of
 from anybatch.backends.numba import backward_loops, forward_loops
-from anybatch.backends.numba.arrays import LIKE
+from anybatch.backends.numba.arrays import LIKE, Told, told
 from anybatch.backends.numba.bound_rules import described
 from anybatch.backends.numba.norm_batches import (
     BackwardData,
@@ -32,9 +32,6 @@ from anybatch.backends.rule import COUNTERS, NUMBERS, OPTIONS, ROWS, WINDOWS, Ru
 
 _ZERO = np.zeros((), np.int64)
 _NO_COUNTERS = (_ZERO.ctypes.data,) * COUNTERS
-_NO_STATE = (*(0,) * (ROWS + 2 * WINDOWS), *_NO_COUNTERS)
-_NO_SETTINGS = (0.0,) * (NUMBERS + OPTIONS)
-_NO_AVERAGES = (0, 0, *_NO_STATE), _NO_SETTINGS, 0.0
 
 
 def obstacle(call: NormCall, x: Tensor) -> None:
@@ -66,7 +63,7 @@ class RuleLoops(BatchLoops):
         self.spec, self.gradient = spec, RuleGradient(spec, self.kept)
         self.ahead, _ = _addresses(spec.method, spec.centered)
         self.state = (*spec.kept.rows, *spec.kept.windows, *spec.kept.counters)
-        self.settings = None if spec.kept.numbers else _settings(spec.kept)
+        self.settings = _settings(spec.kept)
         self.limits, self.width = spec.outliers is not None, call.num_statistics
         own = spec.method.forward.rule is not None or self.width != self.channels or self.limits
         # Of a group's own statistics, where they are not all of those that normalize.
@@ -76,8 +73,7 @@ class RuleLoops(BatchLoops):
 
     def places(self, tensors: tuple[Tensor, ...]) -> Places:
         *rows, mean, var, count = super().places(tensors)
-        places = _memory(mean, var, self.spec.kept, self.kept, self.channels)
-        return *rows, mean, var, count, places
+        return *rows, mean, var, count, _memory(mean, var, self.spec.kept, self.kept, self.channels)
 
     def run_forward(
         self,
@@ -91,12 +87,13 @@ class RuleLoops(BatchLoops):
         applied = own = np.empty((batches, self.rows, groups, self.width))
         if self.own_rows:
             own = np.empty((batches, self.own_rows, groups, self.channels))
-        some, settings = PLAIN, self.settings
+        some, (settings, values) = PLAIN, self.settings
         if given is not None or self.limits:
             some = forward_numbers(self.spec, given, self.step, self.channels)
-        if settings is None:
-            settings = _settings(self.spec.kept)
-        moved = *places[4:], settings, call.update_weight, call.eps, call.update, some
+        for i, one in enumerate(self.spec.kept.numbers):
+            values[i] = one.item()
+        memory = places[4], places[5].address, settings
+        moved = *memory, call.update_weight, call.eps, call.update, some
         forward_loops.forward(self.ahead, self.parameters, data, own, applied, *moved)
         return SavedBatch(applied, self.spec, None, given)
 
@@ -115,28 +112,28 @@ class RuleGradient:
     """
 
     def __init__(self, spec: MethodSpec, dtype: torch.dtype) -> None:
-        self.spec, self.like, averages = spec, LIKE[dtype], spec.averages
+        self.spec, self.dtype, self.like, averages = spec, dtype, LIKE[dtype], spec.averages
         _, self.method = _addresses(spec.method, spec.centered)
         self.state = (*averages.rows, *averages.windows, *averages.counters)
+        self.settings = _settings(averages)
         self.memory, self.step = CheckedMemory(), CheckedMemory()
 
     def run(self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
         """The backward of a run: `kept` is what its forward returned."""
         spec = self.spec
         if spec.method.backward.rule is None:
-            averages = _NO_AVERAGES
+            memory, settings, weight = _NO_AVERAGES
         else:
             weight = call.update_weight
             if weight < 0:
                 start, least = start_of(weight)
                 weight = max(least, start / (max(int(tracked), 1) - 1 + start))
-            places = self.memory.find(self.state)
-            if places is None:
-                dtype = next(one.dtype for one in (*spec.averages.rows, *spec.averages.windows))
-                places = _memory(0, 0, spec.averages, dtype, kept.applied.shape[3])
-                self.memory.keep(self.state, places)
-            averages = places, _settings(spec.averages), weight
-        given = self.method, self.like, data, kept.applied, *averages, call.eps, call.update
+            settings, memory = self.settings, self.memory.find(self.state)
+            if memory is None:
+                memory = _memory(0, 0, spec.averages, self.dtype, kept.applied.shape[3])
+                self.memory.keep(self.state, memory)
+        moved = memory.address, settings.address, weight, call.eps, call.update
+        given = self.method, self.like, data, kept.applied, *moved
         if kept.scope is None:
             backward_loops.backward(*given, PLAIN_BACKWARD)
         else:
@@ -144,30 +141,28 @@ class RuleGradient:
             run_backward(run, spec, kept.scope, self.step, kept.applied.shape[3])
 
 
-def _memory(
-    mean: int, var: int, kept: RuleState, dtype: torch.dtype, channels: int
-) -> tuple[int, ...]:
+def _memory(mean: int, var: int, kept: RuleState, dtype: torch.dtype, channels: int) -> Told:
     """Addresses of running statistics and state, see `anybatch.backends.numba.rules`."""
     rows, windows, counters, *_ = kept
-    if not (rows or windows or counters):
-        return mean, var, *_NO_STATE
     row, window = (0,) * (ROWS - len(rows)), (0,) * (WINDOWS - len(windows))
-    return (
+    places = (
         *(mean, var, *[address_of(one, dtype, channels) for one in rows], *row),
         *(address_of(one, dtype, len(one) * channels) for one in windows),
         *(*window, *[len(one) for one in windows], *window),
         *(address_of(one, torch.int64, 1) for one in counters),
         *_NO_COUNTERS[len(counters) :],
     )
+    return told(places)
 
 
-def _settings(kept: RuleState) -> tuple[float, ...]:
-    """Numbers of a layer, as the loops take them."""
-    numbers, options = kept.numbers, kept.options
-    if not (numbers or options):
-        return _NO_SETTINGS
-    number, option = (0.0,) * (NUMBERS - len(numbers)), (0.0,) * (OPTIONS - len(options))
-    return *[one.item() for one in numbers], *number, *map(float, options), *option
+def _settings(kept: RuleState) -> Told:
+    """Numbers of a layer: those that it keeps in tensors, which may change, and options."""
+    number, option = NUMBERS - len(kept.numbers), OPTIONS - len(kept.options)
+    numbers = (*map(float, kept.numbers), *(0.0,) * number, *kept.options, *(0.0,) * option)
+    return told(numbers, np.float64)
+
+
+_NO_AVERAGES = _memory(0, 0, RuleState(), torch.float32, 0), _settings(RuleState()), 0.0
 
 
 def to_table(kept: list[SavedBatch]) -> Tensor:
@@ -179,7 +174,7 @@ def to_table(kept: list[SavedBatch]) -> Tensor:
 def from_table(spec: MethodSpec, table: Tensor, runs: tuple[Run, ...]) -> list[SavedBatch]:
     """The reverse of `to_table`."""
     found, first, rows = [], 0, table.numpy()
-    for *_, (batches, groups), _ in runs:
+    for _, _, (batches, groups), _ in runs:
         some = rows[:, first : first + batches * groups].reshape(len(rows), batches, groups, -1)
         applied: Any = np.ascontiguousarray(some.swapaxes(0, 1))
         found.append(SavedBatch(applied, spec))

@@ -38,7 +38,10 @@ from anybatch.backends.rule import (
     BATCH_MEAN,
     BATCH_VAR,
     COUNTER,
+    COUNTERS,
     FULL,
+    NUMBERS,
+    OPTIONS,
     PATIENCE,
     ROW,
     ROWS,
@@ -49,6 +52,8 @@ from anybatch.backends.rule import (
 IN_WINDOWS = 2 + ROWS  # places in a memory
 IN_LENGTHS = IN_WINDOWS + WINDOWS
 IN_COUNTERS = IN_LENGTHS + WINDOWS
+MEMORY = IN_COUNTERS + COUNTERS
+SETTINGS = NUMBERS + OPTIONS
 
 # --- a rule -----------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from anybatch.backends.numba.arrays import array_at, running_at
+from anybatch.backends.numba.arrays import array_at, cut_at, running_at
 from anybatch.backends.numba.compile import inlined, jit
 from anybatch.backends.numba.low_precision import number
 from anybatch.backends.numba.passes import (
@@ -145,7 +145,8 @@ def spread_forward(kind, data, applied, ends, running, update_weight, eps, updat
         eps: Added to the squared spread.
         update: Whether state may change.
     """
-    like, x, y, shape, last, starts, weight, bias, parts, _, _ = data
+    like, cut, x, y, weight, bias, parts, _, _ = data
+    shape, last, starts = cut_at(cut)
     channels = shape[2] if last else shape[1]
     x, y = array_at(x, shape, like), array_at(y, shape, like)
     weight, bias = array_at(weight, channels, ends), array_at(bias, channels, ends)
@@ -234,7 +235,8 @@ def spread_backward(kind, data, applied, ends, eps):
         ends: Of `spread_forward`.
         eps: Added to the squared spread.
     """
-    like, dy, x, dx, shape, last, starts, weight, dw, db, wanted, parts, _, _, _ = data
+    like, cut, dy, x, dx, weight, dw, db, wanted, parts, _, _, _ = data
+    shape, last, starts = cut_at(cut)
     channels = shape[2] if last else shape[1]
     dy, x, dx = array_at(dy, shape, like), array_at(x, shape, like), array_at(dx, shape, like)
     weight = array_at(weight, channels, ends)

@@ -73,9 +73,9 @@ class WindowLoops(BatchLoops):
     def run_forward(
         self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
     ) -> SavedBatch:
-        _, x, _, shape, last, *_ = data
-        channels, dtype = self.channels, self.kept
-        values = shape[0] * shape[1 if last else 2]
+        _, _, x, *_ = data
+        channels, dtype, examples = self.channels, self.kept, call.cut[2][0]
+        values = examples * self.length
         conv, output, made = given
         spec, order = call.spec, 0 if conv is None else 1
         # Its first example: state knows the whole batch.
@@ -95,7 +95,7 @@ class WindowLoops(BatchLoops):
         state = places[2:], how, arrays, settings, averaged
         cross_iteration.cross_iteration_norm(LIKE[dtype], data, own, applied, *state)
         if call.update and order and not points:
-            some = slice(first, first + shape[0])
+            some = slice(first, first + examples)
             inputs, outputs = (t[some].to(dtype) for t in (conv.x, output))
             with torch.autocast("cpu", enabled=False):
                 whole = patches.raw_gradient(conv.geometry, inputs, outputs)
