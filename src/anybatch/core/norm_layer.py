@@ -6,9 +6,8 @@ rule on a batch's statistics, and fallbacks), `InferenceLayer`, `DispatchedLayer
 `MemoriesLayer` (several memories).
 """
 
-import inspect
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from anybatch.backends import LOW_PRECISION
 from anybatch.backends.protocol import Statistics
 from anybatch.core.activation_checkpointing import RecomputeCache, computed_again, is_selective
 from anybatch.core.arguments import check_between, check_count
+from anybatch.core.described import Described
 from anybatch.core.fused_activation import read_activation
 from anybatch.core.graphs import as_leaf, refuse_script
 from anybatch.core.memories import MemoriesLayer
@@ -35,7 +35,7 @@ class NormOptions(TypedDict, total=False):
     outlier_limit: float | None
 
 
-class NormLayer(MemoriesLayer):
+class NormLayer(Described, MemoriesLayer):
     """Base of all layers.
 
     It derives from torch's ``_NormBase`` and not from ``_BatchNorm``, so that
@@ -73,9 +73,15 @@ class NormLayer(MemoriesLayer):
         momentum_warmup: With k, the n-th batch weighs ``k / (n - 1 + k)`` in running statistics
             until `momentum` is more: these forget their initial values, and then what is older than
             the last ``1 / k`` of the batches (default 0: `momentum` from the first batch on).
-    """
 
-    dims: ClassVar[int] = 0
+    Shape:
+        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
+        ``(N, C, D, H, W)`` in 3d.
+
+    Raises:
+        ValueError: For an argument out of range or an input of another shape.
+        TypeError: For an input that is not floating point.
+    """
 
     def __init__(
         self,
@@ -138,13 +144,6 @@ class NormLayer(MemoriesLayer):
             self.method_state["outliers"] = self.new_state(num_features).long()
         self._last: Statistics | None = None
         self._recent = RecomputeCache()
-
-    def __init_subclass__(cls, dims: int | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if dims is not None:  # the same layer for inputs of so many spatial dimensions
-            cls.dims, cls.__doc__ = dims, cls.__mro__[1].__doc__
-        elif "__init__" in vars(cls):
-            cls.__signature__ = _with_options(inspect.signature(cls.__init__))  # type: ignore[attr-defined]
 
     def set_progress(self, epoch: int, total_epochs: int) -> None:
         """Tell the layer where training is; epochs count from 1."""
@@ -260,15 +259,3 @@ class NormLayer(MemoriesLayer):
             frozen = (("statistics", self.frozen), ("affine", self.affine_frozen))
             parts.append("frozen=" + "+".join(name for name, flag in frozen if flag))
         return ", ".join(parts)
-
-
-_PARAMETERS = inspect.signature(NormLayer).parameters
-
-
-def _with_options(signature: inspect.Signature) -> inspect.Signature:
-    """A constructor's signature with the arguments of every layer in the place of ``**common``."""
-    own = list(signature.parameters.values())[1:]
-    if own and own[-1].name == "common":
-        rest = [p for name, p in _PARAMETERS.items() if name not in signature.parameters]
-        own[-1:] = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in rest]
-    return signature.replace(parameters=own)

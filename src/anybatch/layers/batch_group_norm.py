@@ -30,30 +30,10 @@ class BatchGroupNorm(NormLayer):
 
     Args:
         num_features: Channels C, a multiple of num_groups.
-        eps: Added to the variance (default 1e-5).
-        momentum: Weight of the newest batch in the running statistics (default
-            0.1); None averages over all batches.
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
-        track_running_stats: Keep running statistics (default True).
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         num_groups: Channel groups (default 32).
         examples_per_group: Examples in a group at most (default 2).
-        norm_batch_size: Normalize in successive batches of so many examples.
-        memories: Memories that these batches take in turn (default 1).
         example_weight: Share of an example's own statistics at inference (default
             None: ``1 / examples_per_group``).
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
-
-    Shape:
-        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
-        ``(N, C, D, H, W)`` in 3d.
 
     Raises:
         ValueError: For an argument out of range, channels that the groups do not

@@ -29,38 +29,15 @@ class BatchRenorm(NormLayer):
     normalization (r = 1, d = 0).
 
     Args:
-        num_features: Channels C.
-        eps: Added to the variance (default 1e-5).
         momentum: Weight of the newest batch in the running statistics (default
             0.01, as in the paper; the correction is only as steady as they are).
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         max_r: Limit of r, from 1 on (default 3.0).
         max_d: Limit of d, from 0 on (default 5.0).
         warmup_steps: Training forwards before the limits are reached (default 10000).
         smooth: Let the limits grow evenly over the warm-up instead of jumping
             from 1 and 0 at its end: the first forward is batch normalization, and
             after `warmup_steps` forwards they are open (default False).
-        norm_batch_size: Normalize in successive batches of so many examples.
-        memories: Memories that these batches take in turn (default 1).
-        example_weight: Share of an example's own statistics at inference.
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
-
-    Shape:
-        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
-        ``(N, C, D, H, W)`` in 3d.
-
-    Raises:
-        ValueError: For an argument out of range or an input of another shape.
-        TypeError: For an input that is not floating point.
 
     Source: S. Ioffe, Batch Renormalization, 2017, algorithm 1; moving-average-bn,
     equation 14.
@@ -110,6 +87,7 @@ class BatchRenorm(NormLayer):
             num_features: Channels C.
             **options: Arguments of the class, in place of CrossQ's ``eps=1e-3``, ``momentum=0.01``,
                 ``max_r=3.0``, ``max_d=5.0`` and ``warmup_steps=100_000``.
+
 
         Example:
             >>> import anybatch

@@ -49,15 +49,9 @@ class CrossIterationBatchNorm(BoundNormLayer):
     layer is batch normalization; the window then grows from 1 by one a step.
 
     Args:
-        num_features: Channels C.
-        eps: Added to the variance (default 1e-5).
         momentum: Weight of the newest batch in the running statistics (default 0.1); None for the
             average over all batches.
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics for inference (default True).
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         window: Steps k in the averages, this one included (default None: min(ceil(16 / batch
             size), 8), section 4.3).
         burn_in_steps: Steps before the window is used (default 0).
@@ -77,14 +71,6 @@ class CrossIterationBatchNorm(BoundNormLayer):
             batch).
         norm_batch_size: Normalize in successive batches of so many examples, each a step of the
             memory.
-        memories: Memories that these batches take in turn (default 1).
-        example_weight: Share of an example's own statistics at inference.
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,

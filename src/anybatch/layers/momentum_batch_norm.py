@@ -31,38 +31,15 @@ class MomentumBatchNorm(NormLayer):
     training batch warns.
 
     Args:
-        num_features: Channels C.
-        eps: Added to the variance (default 1e-5).
         momentum: Weight of the newest batch in the running statistics used at
             inference. "auto" (default) is ``1 - ideal_decay ** (batch_size /
             ideal_batch_size)`` (equation 12); None averages over all batches.
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         batch_size: Examples in a normalization batch, of a forward where several make an
             optimizer step, as `anybatch.accumulate` tells (default None: read from the
             first batch and kept).
         ideal_batch_size: Examples in a batch whose noise is wanted (default 32).
         ideal_decay: Decay of the running statistics at that batch size (default 0.85).
-        norm_batch_size: Normalize in successive batches of so many examples.
-        memories: Memories that these batches take in turn (default 1).
-        example_weight: Share of an example's own statistics at inference.
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
-
-    Shape:
-        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
-        ``(N, C, D, H, W)`` in 3d.
-
-    Raises:
-        ValueError: For an argument out of range or an input of another shape.
-        TypeError: For an input that is not floating point.
 
     Source: momentum-bn, algorithm 1 and equations 8 to 13.
 

@@ -310,14 +310,9 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
     average ``x2_b``, in the centered form biased variances.
 
     Args:
-        num_features: Channels C.
         eps: Added to the second moment (default 1e-5).
         momentum: Weight of the newest step in ``x2_hat`` (default 0.02).
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Must be True.
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         window: Steps in the simple averages (default 16).
         clip: Limit of r, from 1 on (default 5.0).
         warmup_steps: Steps before any average is used (default 100).
@@ -331,22 +326,6 @@ class MovingAverageBatchNorm(UncenteredNormLayer):
             average; "batch" the batch's own. See below.
         norm_batch_size: Normalize in successive batches of so many examples, each
             a step of the memory.
-        memories: Memories that these batches take in turn (default 1).
-        example_weight: Share of an example's own statistics at inference.
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
-
-    Shape:
-        Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
-        ``(N, C, D, H, W)`` in 3d.
-
-    Raises:
-        ValueError: For an argument out of range or an input of another shape.
-        TypeError: For an input that is not floating point.
 
     Source: moving-average-bn, section 4 and equations 13, 15 to 20; `centered`,
     `forward_stats` and `backward_stats` give the rows of its tables 2 and 4.

@@ -68,16 +68,8 @@ class SampledBatchNorm(NormLayer):
     it is so in any case.
 
     Args:
-        num_features: Channels C.
-        eps: Added to the variance (default 1e-5).
-        momentum: Weight of the newest batch in the running statistics (default
-            0.1); None averages over all batches.
-        affine: Learn weight and bias (default True).
-        bias: Learn the shift, where affine is true (default True).
         track_running_stats: Keep running statistics (default True). Without them
             inference takes the whole batch.
-        device: Of parameters and state.
-        dtype: Of parameters and state (float16 and bfloat16 give float32).
         sample: See above (default "batch").
         ratio: Part of the batch's values in the sample (default 1/32): of its examples, or of a
             map's area with the map's aspect as nearly as whole pixels allow. A sample has about
@@ -94,14 +86,6 @@ class SampledBatchNorm(NormLayer):
             (default None: all; section 4.3). The first one's seed is then that of all.
         norm_batch_size: Normalize in successive batches of so many examples, each with its
             own sample (and its own virtual rows in front).
-        memories: Memories that these batches take in turn (default 1).
-        example_weight: Share of an example's own statistics at inference.
-        process_group: Processes whose batches are one in training, a process group or "world"
-            (default None: this process alone).
-        outlier_limit: Times its running variance that a channel of a batch may have and enter
-            memory (default None: any).
-        momentum_warmup: A start of the running statistics, which follow the last ``1 / k`` of the
-            batches until `momentum` is more (default 0: none).
 
     Shape:
         Input and output ``(N, C)`` or ``(N, C, L)`` in 1d, ``(N, C, H, W)`` in 2d,
