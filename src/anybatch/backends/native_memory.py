@@ -43,6 +43,13 @@ def address_of(tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
     return place
 
 
+def row_address(row: Tensor, dtype: torch.dtype, channels: int) -> int:
+    """The address of a row of a value a channel, see `address_of`."""
+    if row.numel() != channels or not row.is_contiguous() or row.is_neg():
+        _refuse(row, dtype, channels, "CPU")
+    return address_of(row, dtype, channels)
+
+
 class CheckedMemory:
     """A value made from some tensors' addresses, valid while they and their memory are the same.
 

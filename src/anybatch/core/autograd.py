@@ -82,16 +82,16 @@ class Normalize(torch.autograd.Function):
         if dy.dtype != x.dtype:
             dy = dy.to(x.dtype)
         again = torch.is_grad_enabled()
+        if not (again or traced or is_traced()) and is_plain(dy):
+            try:
+                return *backend.backward(call, context, dy, x, weight, saved, needs), None
+            except KernelFailure as failure:
+                refuse(backend, call, x, layer, failure)
         if traced or torch.compiler.is_compiling():
             if again:
                 refuse_derivative("create_graph=True", "a compiler traces its gradient")
             grads = backend.backward(call, context, dy, x, weight, saved, needs)
             return *grads, *(None,) * (1 + traced)
-        if not again and is_plain(dy) and not is_traced():
-            try:
-                return *backend.backward(call, context, dy, x, weight, saved, needs), None
-            except KernelFailure as failure:
-                refuse(backend, call, x, layer, failure)
         if call.statistics is None:
             for y in saved:  # of a ReLU
                 dy = dy.masked_fill(y <= 0, 0)

@@ -209,8 +209,8 @@ class DispatchedLayer(InferenceLayer):
         plans = self._plans  # which another thread may take away
         if plans is None or self.memories > 1 or torch.compiler.is_compiling():
             return None  # with several memories plans are of the part that one of them takes
-        beyond = self._beyond(mask is not None)
-        plan = plans.get((x.shape, beyond) if beyond else x.shape)
+        beyond = mask is not None or self.step is not None
+        plan = plans.get((x.shape, self._beyond(mask is not None)) if beyond else x.shape)
         if not isinstance(plan, ExecutionPlan) or not runs_once():
             return None
         rows = weight, bias, mean, var = self._rows()

@@ -25,43 +25,6 @@ _STEPS = {
 }
 
 
-class NumbaBackend:
-    """Compiled loops of a CPU."""
-
-    name = "numba"
-    takes_relu = frozenset({"rule", "sample"})
-    takes_scopes = frozenset({"rule"})
-
-    def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
-        obstacle = memory_obstacle(x, rows)
-        obstacle = obstacle or layout_obstacle(x, call.spec.family)
-        if obstacle is None and steps_of(call.spec.family) is None:
-            obstacle = "numba is not installed"
-        if obstacle is None and x.dtype is torch.float16 and not _converts_float16():
-            obstacle = "a processor without conversions of float16"
-        return obstacle or _steps(call).obstacle(call, x)
-
-    def memory_obstacle(self, x: Tensor, rows: Rows) -> str | None:
-        return memory_obstacle(x, rows)
-
-    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
-        return None
-
-    def prepare(self, call: NormCall, x: Tensor) -> NormCall:
-        call = call._replace(last=not x.is_contiguous())
-        return call._replace(work=_steps(call).prepare(call, x))
-
-    def forward(self, call: NormCall, *args: Any) -> Any:
-        return call.work.forward(call, *args)
-
-    def backward(self, call: NormCall, *args: Any) -> Any:
-        return call.work.backward(call, *args)
-
-    def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
-        found: list[Statistics] = call.work.statistics(context, like)
-        return found
-
-
 def _steps(call: NormCall) -> ModuleType:
     steps = steps_of(call.spec.family)
     assert steps is not None
@@ -150,3 +113,38 @@ def _row_kernels() -> ModuleType | None:
     except ImportError:
         return None
     return centralize
+
+
+class NumbaBackend:
+    """Compiled loops of a CPU."""
+
+    name = "numba"
+    takes_relu = frozenset({"rule", "sample"})
+    takes_scopes = frozenset({"rule"})
+    memory_obstacle = staticmethod(memory_obstacle)
+
+    def supports(self, call: NormCall, x: Tensor, rows: Rows) -> str | None:
+        obstacle = memory_obstacle(x, rows)
+        obstacle = obstacle or layout_obstacle(x, call.spec.family)
+        if obstacle is None and steps_of(call.spec.family) is None:
+            obstacle = "numba is not installed"
+        if obstacle is None and x.dtype is torch.float16 and not _converts_float16():
+            obstacle = "a processor without conversions of float16"
+        return obstacle or _steps(call).obstacle(call, x)
+
+    def kernels(self, call: NormCall, x: Tensor) -> Kernels | None:
+        return None
+
+    def prepare(self, call: NormCall, x: Tensor) -> NormCall:
+        call = call._replace(last=not x.is_contiguous())
+        return call._replace(work=_steps(call).prepare(call, x))
+
+    def forward(self, call: NormCall, *args: Any) -> Any:
+        return call.work.forward(call, *args)
+
+    def backward(self, call: NormCall, *args: Any) -> Any:
+        return call.work.backward(call, *args)
+
+    def statistics(self, call: NormCall, context: Any, like: Tensor) -> list[Statistics]:
+        found: list[Statistics] = call.work.statistics(context, like)
+        return found

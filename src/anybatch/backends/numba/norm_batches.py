@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends.layout import dense
-from anybatch.backends.native_memory import CheckedMemory, address_of
+from anybatch.backends.native_memory import CheckedMemory, address_of, row_address
 from anybatch.backends.numba.arrays import KEPT, LIKE, Told, told
 from anybatch.backends.numba.huge_pages import empty_like
 from anybatch.backends.numba.scopes import LoopScope, scope_of
@@ -120,7 +120,7 @@ class BatchLoops:
     def places(self, tensors: tuple[Tensor, ...]) -> Places:
         """The addresses of scale, shift, running statistics and number of batches, and `state`."""
         *rows, tracked = tensors[:5]
-        found = [address_of(row, self.kept, self.channels) for row in rows]
+        found = [row_address(row, self.kept, self.channels) for row in rows]
         return *found, address_of(tracked, torch.int64, 1)
 
     def run_forward(

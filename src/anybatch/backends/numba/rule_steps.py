@@ -60,7 +60,7 @@ class RuleLoops(BatchLoops):
 
     def __init__(self, call: NormCall, x: Tensor, spec: MethodSpec, in_runs: bool = False) -> None:
         super().__init__(call, x, in_runs)
-        self.spec, self.gradient = spec, RuleGradient(spec, self.kept)
+        self.spec, self.run_backward = spec, RuleGradient(spec, self.kept).run  # type: ignore[method-assign]
         self.ahead, _ = _addresses(spec.method, spec.centered)
         self.state = (*spec.kept.rows, *spec.kept.windows, *spec.kept.counters)
         self.settings = _settings(spec.kept)
@@ -96,11 +96,6 @@ class RuleLoops(BatchLoops):
         moved = *memory, call.update_weight, call.eps, call.update, some
         forward_loops.forward(self.ahead, self.parameters, data, own, applied, *moved)
         return SavedBatch(applied, self.spec, None, given)
-
-    def run_backward(
-        self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor
-    ) -> None:
-        self.gradient.run(call, data, kept, tracked)
 
 
 class RuleGradient:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anybatch.backends.aten.samples import Box
 from anybatch.backends.layout import dense
-from anybatch.backends.native_memory import CheckedMemory, address_of
+from anybatch.backends.native_memory import CheckedMemory, address_of, row_address
 from anybatch.backends.numba import sampled
 from anybatch.backends.numba.arrays import KEPT, LIKE
 from anybatch.backends.numba.huge_pages import empty_like
@@ -57,7 +57,7 @@ class SampleLoops:
 
     def _places(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], tuple[int, int, int]]:
         """Addresses of scale and shift, and of running statistics and the number of batches."""
-        w, b, mean, var = (address_of(row, self.kept, self.channels) for row in tensors[:4])
+        w, b, mean, var = (row_address(row, self.kept, self.channels) for row in tensors[:4])
         return (w, b), (mean, var, address_of(tensors[4], torch.int64, 1))
 
     def forward(
