@@ -298,3 +298,36 @@ def test_a_rule_that_no_backend_can_run_is_refused_where_it_is_written() -> None
 
     with pytest.raises(TypeError, match="recent: a window needs a Counter"):
         method_of(None, None, State(recent=Window(("var",), "length")))
+
+
+class Tuned2d(NormLayer):
+    """A number that may change between steps."""
+
+    dims = 2
+    needs_running_stats = True
+    state = State(scale=Number())
+
+    def __init__(self, num_features: int, **common: Any) -> None:
+        super().__init__(num_features, **common)
+        self.declare_state()
+
+    @rule
+    def choose(mean, var, scale):
+        return chosen(mean, var * scale)
+
+
+def test_a_number_is_read_at_each_step() -> None:
+    found = []
+    for choice in ("auto", "never"):
+        use_fused(choice)
+        layer, seen = Tuned2d(3), []
+        for step, (x, dy) in enumerate(data(4), 1):
+            layer.method_state["scale"].fill_(1.0 + step)
+            x = x.requires_grad_()
+            y = layer(x)
+            y.backward(dy)
+            seen += [y.detach(), x.grad]
+        found.append(seen)
+    use_fused("auto")
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

@@ -78,7 +78,7 @@ class DispatchedLayer(InferenceLayer):
                     return y
             else:
                 only_aten(obstacle)
-        first = self._recent.find(x, _rows(cut)) if recomputed else None
+        first = self._recent.find(x, _leading(cut)) if recomputed else None
         if first is None:
             with torch.no_grad():
                 chosen = self._choose(x.detach(), cut, values, update, source)
@@ -239,5 +239,5 @@ class DispatchedLayer(InferenceLayer):
         return kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
 
 
-def _rows(cut: Partition) -> tuple[int, ...]:
+def _leading(cut: Partition) -> tuple[int, ...]:
     return () if len(cut.sizes) == 1 else (len(cut.sizes),)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -86,6 +87,12 @@ class Run(NamedTuple):
     first: tuple[int, int]
 
 
+@lru_cache(maxsize=256)
+def _cut(shape: tuple[int, int, int], last: bool, sizes: tuple[int, ...]) -> Told:
+    """See `Run`."""
+    return told([*shape, last, len(sizes), *accumulate(sizes, initial=0)])
+
+
 class BatchLoops:
     """How batches of one shape and layout go through the loops.
 
@@ -108,7 +115,7 @@ class BatchLoops:
                 runs[-1] = earlier_ones._replace(number=(batches + 1, groups))
                 continue
             shape = (examples, length, channels) if call.last else (examples, channels, length)
-            cut = told([*shape, call.last, len(sizes), *accumulate(sizes, initial=0)])
+            cut = _cut(shape, call.last, sizes)
             runs.append(Run(first * example, cut, (1, len(sizes)), (first, group)))
             earlier = sizes
         self.runs, self.last, self.length = tuple(runs), call.last, length

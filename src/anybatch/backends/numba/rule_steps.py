@@ -87,12 +87,12 @@ class RuleLoops(BatchLoops):
         applied = own = np.empty((batches, self.rows, groups, self.width))
         if self.own_rows:
             own = np.empty((batches, self.own_rows, groups, self.channels))
-        some, (settings, values) = PLAIN, self.settings
+        some = PLAIN
         if given is not None or self.limits:
             some = forward_numbers(self.spec, given, self.step, self.channels)
         for i, one in enumerate(self.spec.kept.numbers):
-            values[i] = one.item()
-        memory = places[4], places[5].address, settings
+            self.settings.numbers[i] = one.item()
+        memory = places[4], places[5].address, self.settings.address
         moved = *memory, call.update_weight, call.eps, call.update, some
         forward_loops.forward(self.ahead, self.parameters, data, own, applied, *moved)
         return SavedBatch(applied, self.spec, None, given)
@@ -110,7 +110,7 @@ class RuleGradient:
         self.spec, self.dtype, self.like, averages = spec, dtype, LIKE[dtype], spec.averages
         _, self.method = _addresses(spec.method, spec.centered)
         self.state = (*averages.rows, *averages.windows, *averages.counters)
-        self.settings = _settings(averages)
+        self.settings = _settings(averages) if averages.options else _NO_SETTINGS
         self.memory, self.step = CheckedMemory(), CheckedMemory()
 
     def run(self, call: NormCall, data: BackwardData, kept: SavedBatch, tracked: Tensor) -> None:
@@ -157,7 +157,8 @@ def _settings(kept: RuleState) -> Told:
     return told(numbers, np.float64)
 
 
-_NO_AVERAGES = _memory(0, 0, RuleState(), torch.float32, 0), _settings(RuleState()), 0.0
+_NO_SETTINGS = _settings(RuleState())
+_NO_AVERAGES = _memory(0, 0, RuleState(), torch.float32, 0), _NO_SETTINGS, 0.0
 
 
 def to_table(kept: list[SavedBatch]) -> Tensor:
