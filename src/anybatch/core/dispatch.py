@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anybatch.backends import BACKENDS, choice
+from anybatch.backends.native_memory import CheckedMemory
 from anybatch.backends.protocol import Backend, Contribution, KernelFailure, NormCall, Rows
 from anybatch.backends.torch_library import state_of
 from anybatch.core.autograd import Normalize, Pass, WithBackwardMemory, apply_plain
@@ -36,16 +37,18 @@ class ExecutionPlan(NamedTuple):
     dtype: torch.dtype
     strides: tuple[int, ...]
     takes_relu: bool
-    rows: Rows
+    rows: CheckedMemory
 
     def fits(self, x: Tensor, rows: Rows) -> bool:
         """True if a batch of the same shape still is one of these."""
         if x.dtype is not self.dtype or x.stride() != self.strides or is_wrapped(x):
             return False
-        (weight, bias, mean, var), (a, b, c, d) = rows, self.rows
-        if weight is a and bias is b and mean is c and var is d:
-            rows = ()  # kernels see by themselves whether their memory is still there
-        return self.backend.memory_obstacle(x, rows) is None
+        if self.rows.find(rows) is not None:
+            return self.backend.memory_obstacle(x, ()) is None
+        if self.backend.memory_obstacle(x, rows) is not None:
+            return False
+        self.rows.keep(rows, True)
+        return True
 
 
 class Refusal(NamedTuple):
@@ -123,7 +126,7 @@ def find_plan(call: NormCall, x: Tensor, rows: Rows, layer: Any) -> ExecutionPla
             call = backend.prepare(call, x)
             calls = call._replace(update=False), call._replace(update=True)
             takes_relu = call.spec.family in backend.takes_relu
-            plan = ExecutionPlan(backend, calls, x.dtype, x.stride(), takes_relu, rows)
+            plan = ExecutionPlan(backend, calls, x.dtype, x.stride(), takes_relu, CheckedMemory())
             break
         reasons[backend.name] = obstacle
     if not torch.compiler.is_compiling() and _listener.choices is not None:

@@ -67,6 +67,7 @@ class SavedBatch(NamedTuple):
         return [one.of(counts) for one in found]
 
 
+Size = tuple[int, int, int]  # batches of a run, groups and examples of each
 Places = tuple[Any, ...]  # addresses of scale, shift, mean, variance, batches; and of state
 
 
@@ -77,13 +78,13 @@ class Run(NamedTuple):
         start: Where the first begins, in bytes.
         cut: Shape of one, ``(N, C, L)`` or, channels last, ``(N, L, C)``; whether they are; how
             many groups of examples it has, where they begin, and the end.
-        number: How many they are, and how many groups each has.
+        size: How many they are, and how many groups and examples each has.
         first: Its first example and group.
     """
 
     start: int
     cut: Told
-    number: tuple[int, int]
+    size: Size
     first: tuple[int, int]
 
 
@@ -111,12 +112,11 @@ class BatchLoops:
         earlier = None
         for first, group, examples, sizes in iter_norm_batches(call.cut):
             if in_runs and sizes == earlier:
-                (batches, groups), earlier_ones = runs[-1].number, runs[-1]
-                runs[-1] = earlier_ones._replace(number=(batches + 1, groups))
+                runs[-1] = runs[-1]._replace(size=(runs[-1].size[0] + 1, *runs[-1].size[1:]))
                 continue
             shape = (examples, length, channels) if call.last else (examples, channels, length)
             cut = _cut(shape, call.last, sizes)
-            runs.append(Run(first * example, cut, (1, len(sizes)), (first, group)))
+            runs.append(Run(first * example, cut, (1, len(sizes), examples), (first, group)))
             earlier = sizes
         self.runs, self.last, self.length = tuple(runs), call.last, length
         self.dtype, self.like, self.kept = x.dtype, LIKE[x.dtype], KEPT[x.dtype]
@@ -131,14 +131,14 @@ class BatchLoops:
         return *found, address_of(tracked, torch.int64, 1)
 
     def run_forward(
-        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+        self, call: NormCall, data: ForwardData, size: Size, places: Places, given: Any
     ) -> SavedBatch:
         """The forward of a run.
 
         Args:
             call: How the layer goes through the batch.
             data: See `ForwardData`.
-            number: How many normalization batches it has, and how many groups each.
+            size: How many normalization batches it has, and how many groups and examples each.
             places: See `places`.
             given: A `LoopScope`, or what a family of kernels adds; None for nothing.
         """
@@ -174,13 +174,13 @@ class BatchLoops:
             residual = dense(residual, self.last)
             added = address_of(residual, self.dtype, size)
         kept = []
-        for start, cut, number, first in self.runs:
+        for start, cut, many, first in self.runs:
             at = cut.address, x_ + start, y_ + start, places[0], places[1]
             data = (self.like, *at, threads, relu, added and added + start)
             given = more[-1] if more else None
             if type(given) is Contribution:  # `call.beyond` tells why: runs are of one batch then
-                given = scope_of(given, *first, number[1], self.length)
-            kept.append(self.run_forward(call, data, number, places, given))
+                given = scope_of(given, *first, many[1], self.length)
+            kept.append(self.run_forward(call, data, many, places, given))
         # The mask of a ReLU is the sign of its output.
         return y, (y,) if relu else (), (kept, tracked)
 
@@ -215,12 +215,12 @@ class BatchLoops:
         dx_, w = dx.data_ptr(), address_of(weight, self.kept, self.channels)
         dw_, db_, row = dw.data_ptr(), db.data_ptr(), weight.nbytes
         wanted, relu = needs[0], y_ != 0
-        for (start, cut, number, _), some in zip(self.runs, kept, strict=True):
+        for (start, cut, many, _), some in zip(self.runs, kept, strict=True):
             places = (cut.address, above + start, x_ + start, dx_ + start)
             behind = (relu, y_ and y_ + start, g_ and g_ + start)
             how = (w, dw_, db_, wanted, threads, *behind)
             self.run_backward(call, (self.like, *places, *how), some, tracked)
-            dw_, db_ = dw_ + number[0] * row, db_ + number[0] * row
+            dw_, db_ = dw_ + many[0] * row, db_ + many[0] * row
         if batches > 1:
             dw, db = dw.sum(0), db.sum(0)
         return dx if wanted else None, dw if needs[1] else None, db if needs[2] else None, g

@@ -18,6 +18,7 @@ from anybatch.backends.numba.norm_batches import (
     Places,
     Run,
     SavedBatch,
+    Size,
 )
 from anybatch.backends.numba.scopes import (
     PLAIN,
@@ -76,14 +77,9 @@ class RuleLoops(BatchLoops):
         return *rows, mean, var, count, _memory(mean, var, self.spec.kept, self.kept, self.channels)
 
     def run_forward(
-        self,
-        call: NormCall,
-        data: ForwardData,
-        number: tuple[int, int],
-        places: Places,
-        given: LoopScope | None,
+        self, call: NormCall, data: ForwardData, size: Size, places: Places, given: LoopScope | None
     ) -> SavedBatch:
-        batches, groups = number
+        batches, groups, _ = size
         applied = own = np.empty((batches, self.rows, groups, self.width))
         if self.own_rows:
             own = np.empty((batches, self.own_rows, groups, self.channels))
@@ -170,7 +166,7 @@ def to_table(kept: list[SavedBatch]) -> Tensor:
 def from_table(spec: MethodSpec, table: Tensor, runs: tuple[Run, ...]) -> list[SavedBatch]:
     """The reverse of `to_table`."""
     found, first, rows = [], 0, table.numpy()
-    for _, _, (batches, groups), _ in runs:
+    for _, _, (batches, groups, _), _ in runs:
         some = rows[:, first : first + batches * groups].reshape(len(rows), batches, groups, -1)
         applied: Any = np.ascontiguousarray(some.swapaxes(0, 1))
         found.append(SavedBatch(applied, spec))

@@ -12,6 +12,7 @@ from anybatch.backends.numba.norm_batches import (
     ForwardData,
     Places,
     SavedBatch,
+    Size,
 )
 from anybatch.backends.protocol import NormCall
 
@@ -24,12 +25,7 @@ class SpreadLoops(BatchLoops):
     """The batches of such a norm, each in one compiled call a pass."""
 
     def run_forward(
-        self,
-        call: NormCall,
-        data: ForwardData,
-        number: tuple[int, int],
-        places: Places,
-        given: None,
+        self, call: NormCall, data: ForwardData, size: Size, places: Places, given: None
     ) -> SavedBatch:
         applied = np.empty((1, 2, 1, self.channels))
         ends = spread.ends(LIKE[self.kept], self.channels)

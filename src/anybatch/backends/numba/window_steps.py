@@ -20,6 +20,7 @@ from anybatch.backends.numba.norm_batches import (
     ForwardData,
     Places,
     SavedBatch,
+    Size,
 )
 from anybatch.backends.numba.rule_steps import RuleGradient, RuleLoops
 from anybatch.backends.protocol import CrossIterationSpec, MethodSpec, NormCall, RuleState
@@ -60,21 +61,21 @@ class CountedLoops(RuleLoops):
     """Batch normalization, which counts the step."""
 
     def run_forward(
-        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+        self, call: NormCall, data: ForwardData, size: Size, places: Places, given: Any
     ) -> SavedBatch:
         if call.update:
             call.spec.memory["step"].add_(1)
-        return super().run_forward(call, data, number, places, None)
+        return super().run_forward(call, data, size, places, None)
 
 
 class WindowLoops(BatchLoops):
     """Runs of normalization batches in one compiled call; of all positions' gradients, in two."""
 
     def run_forward(
-        self, call: NormCall, data: ForwardData, number: tuple[int, int], places: Places, given: Any
+        self, call: NormCall, data: ForwardData, size: Size, places: Places, given: Any
     ) -> SavedBatch:
         _, _, x, *_ = data
-        channels, dtype, examples = self.channels, self.kept, call.cut[2][0]
+        (batches, _, examples), channels, dtype = size, self.channels, self.kept
         values = examples * self.length
         conv, output, made = given
         spec, order = call.spec, 0 if conv is None else 1
@@ -85,7 +86,7 @@ class WindowLoops(BatchLoops):
             made += bare if conv is None else _conv_arrays(spec, conv, output)
         (rings, counters), (fed, paces) = _arrays(spec), made
         points = _points(spec, values)
-        own, applied = np.empty((number[0], 2, 1, channels)), np.empty((number[0], 3, 1, channels))
+        own, applied = np.empty((batches, 2, 1, channels)), np.empty((batches, 3, 1, channels))
         how, arrays = (
             (call.update_weight, call.eps, call.update),
             (counters, rings, fed, first, paces),
