@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.wav2vec2_conformer.modeling_wav2vec2_conformer import (
     Wav2Vec2ConformerConvolutionModule,
     Wav2Vec2ConformerEncoder,
@@ -311,6 +312,17 @@ def test_padding_that_repeats_the_end_is_refused(mode: str) -> None:
         pass
     with anybatch.masked(model, lengths=lengths):
         model(torch.randn(2, 3, 5))
+
+
+def test_what_is_refused_leaves_the_compiler_on() -> None:
+    conv = nn.Conv1d(3, 4, 3, padding=1, padding_mode="reflect")
+    model, lengths = nn.Sequential(conv, anybatch.BatchNorm1d(4)), torch.tensor([5, 3])
+    with pytest.raises(ValueError, match="pads with"):
+        anybatch.masked(model, lengths=lengths, zero=True).__enter__()
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    torch.compile(torch.sin, backend=graphs)(torch.ones(2))
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("size", [None, 4])

@@ -248,7 +248,7 @@ def masked(
     # Compiled code runs no hooks.
     hooked = zero or lengths is not None or groups
     compiling = torch.compiler.is_compiling()
-    eager = torch.compiler.set_stance("force_eager") if hooked and not compiling else nullcontext()
+    eager = _uncompiled() if hooked and not compiling else nullcontext()
     if zero or lengths is not None:
         size = None if mask is None else mask.shape[-1]
         lengths = lengths_of(mask) if mask is not None else lengths
@@ -276,6 +276,13 @@ def masked(
             handle.remove()
         for layer, old in zip(layers, before, strict=True):
             layer.mask = old
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """A context without `torch.compile`, whose stance changes where it is made, not entered."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _accumulating(model: nn.Module) -> Iterator[tuple[NormLayer, StepMemory]]:
