@@ -16,8 +16,8 @@ from anybatch.conversion.graph_trace import FEEDING_LAYERS, graphs_of, is_query,
 from anybatch.conversion.norm_types import is_norm, norm_kind
 from anybatch.core.norm_layer import NormLayer
 
-# A norm that reaches a tensor -> the operations between the two.
-_Reach = dict[nn.Module, tuple[str, ...]]
+# The name of a norm that reaches a tensor -> the operations between the two.
+_Reach = dict[str, tuple[str, ...]]
 
 _NORM_OPERATIONS = {
     "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm",
@@ -85,14 +85,14 @@ def find_paths(model: nn.Module, example_inputs: Any = None) -> dict[str, Paths]
         >>> found["2"].open
         ('3',)
     """
-    names = {module: name for name, module in model.named_modules()}
-    norms = {module: name for module, name in names.items() if _is_any_norm(module)}
-    if model in norms:
+    modules = dict(model.named_modules())
+    found = {name: Paths() for name, module in modules.items() if _is_any_norm(module)}
+    if "" in found:
         return {"": Paths((), called=True)}
-    graphs, carried = graphs_of(model, example_inputs, _is_traced_leaf, _is_leaf), _Carried(norms)
+    graphs = graphs_of(model, example_inputs, _is_traced_leaf, _is_leaf)
     for graph in graphs:
-        _read(graph, names, carried)
-    return carried.by_name() if graphs else None
+        _read(graph, modules, found)
+    return found if graphs else None
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -130,67 +130,40 @@ def _undoes(module: nn.Module) -> bool:
     return not isinstance(module, nn.LocalResponseNorm)
 
 
-class _Carried:
-    """The norms that reach each tensor of one forward."""
-
-    def __init__(self, norms: Mapping[nn.Module, str]) -> None:
-        self.norms = norms
-        self.found = {module: Paths() for module in norms}
-
-    def through(self, reach: _Reach, module: nn.Module) -> _Reach:
-        """The norms that reach the output of a norm."""
-        self.found[module].called = True
-        own: _Reach = {module: ()}
-        if not _undoes(module):
-            return _step(reach, self.norms[module]) | own
-        self.meet(reach, self.norms[module])
-        return own
-
-    def meet(self, reach: _Reach, name: str) -> None:
-        for module in reach:
-            met = self.found[module].met
-            if name not in met:
-                met.append(name)
-
-    def leave(self, reach: _Reach) -> None:
-        """Note the norms that reach an output of the network."""
-        for module, path in reach.items():
-            known = self.found[module].open
-            if known is None or len(path) < len(known):
-                self.found[module].open = path
-
-    def by_name(self) -> dict[str, Paths]:
-        return {name: self.found[module] for module, name in self.norms.items()}
-
-
 def _merge(reaches: Iterable[_Reach]) -> _Reach:
     """All that reaches any of several tensors, each by its shortest path."""
     merged: _Reach = {}
     for reach in reaches:
-        for module, path in reach.items():
-            if module not in merged or len(path) < len(merged[module]):
-                merged[module] = path
+        for norm, path in reach.items():
+            if norm not in merged or len(path) < len(merged[norm]):
+                merged[norm] = path
     return merged
 
 
 def _step(reach: _Reach, operation: str) -> _Reach:
-    return {module: (*path, operation) for module, path in reach.items()}
+    return {norm: (*path, operation) for norm, path in reach.items()}
 
 
-def _read(graph: fx.Graph, names: Mapping[nn.Module, str], carried: _Carried) -> None:
-    """Carry along a graph, whose nodes stand in the order of execution."""
-    modules = {name: module for module, name in names.items()}
+def _read(graph: fx.Graph, modules: Mapping[str, nn.Module], found: dict[str, Paths]) -> None:
+    """Carry the norms along a graph, whose nodes stand in the order of execution."""
     reaches = dict[fx.Node, _Reach]()
     for node in graph.nodes:
         module = modules[str(node.target)] if node.op == "call_module" else None
         reach = {} if is_query(node) else _merge(reaches[n] for n in node.all_input_nodes)
         name = name_of(node)
         if node.op == "output":
-            carried.leave(reach)
-        elif module is not None and module in carried.norms:
-            reach = carried.through(reach, module)
+            for norm, path in reach.items():
+                known = found[norm].open
+                if known is None or len(path) < len(known):
+                    found[norm].open = path
+        elif module is not None and name in found:
+            found[name].called = True
+            if _undoes(module):
+                _meet(reach, name, found)
+                reach = {}
+            reach = _step(reach, name) | {name: ()}
         elif node.op == "call_function" and name in _NORM_OPERATIONS:
-            carried.meet(reach, f"{name}()")
+            _meet(reach, f"{name}()", found)
             reach = {}
         elif not isinstance(module, nn.Identity):
             reach = _step(reach, name if module is not None else name.strip("_"))
@@ -198,6 +171,12 @@ def _read(graph: fx.Graph, names: Mapping[nn.Module, str], carried: _Carried) ->
         reaches[node] = _merge([reach, *aliases])
         for written in _written(node):
             reaches[written] = _merge([reaches[written], reach])
+
+
+def _meet(reach: _Reach, name: str, found: Mapping[str, Paths]) -> None:
+    for norm in reach:
+        if name not in found[norm].met:
+            found[norm].met.append(name)
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
