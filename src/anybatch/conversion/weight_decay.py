@@ -210,20 +210,17 @@ def param_groups(
             )
         if id(parameter) in norms:
             amount, is_scale = norms[id(parameter)]
-            if is_scale and gamma_target and amount:
-                group = groups.setdefault(("gammas", amount), _gammas(amount, gamma_target))
-                group["params"].append(parameter)
-                continue
-            kind = "norms"
+            kind = "gammas" if is_scale and gamma_target else "norms"
         else:
             is_bias = name.rpartition(".")[2] == "bias"
             amount = biases if is_bias else float(weight_decay)
             kind = "biases" if is_bias and amount != weight_decay else "weights"
         kind = kind if amount else "without decay"
-        group = groups.setdefault(
-            (kind, amount), {"params": [], "weight_decay": amount, "name": kind}
-        )
-        group["params"].append(parameter)
+        group: dict[str, Any] = {"params": [], "weight_decay": amount, "name": kind}
+        if kind == "gammas":  # for `GammaDecay`: optimizers alone leave it undecayed
+            own = {"gamma_decay": amount, "gamma_target": float(gamma_target)}
+            group |= {"weight_decay": 0.0, **own}
+        groups.setdefault((kind, amount), group)["params"].append(parameter)
     if gamma_target and not any(kind == "gammas" for kind, _ in groups):
         warnings.warn(
             f"gamma_target={gamma_target}: no scale of a norm has a weight decay, so none is drawn "
@@ -233,12 +230,6 @@ def param_groups(
         )
     order = ["weights", "biases", "norms", "gammas", "without decay"]
     return sorted(groups.values(), key=lambda group: order.index(group["name"]))
-
-
-def _gammas(amount: float, target: float) -> dict[str, Any]:
-    """A group for `GammaDecay`, which optimizers alone leave undecayed."""
-    own = {"gamma_decay": amount, "gamma_target": float(target)}
-    return {"params": [], "weight_decay": 0.0, "name": "gammas", **own}
 
 
 def _norm_amounts(
