@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -17,42 +18,32 @@ from anybatch.registry import METHODS, Method
 RECORD = "anybatch"  # the entry of the configuration that tells the methods
 
 
-class SavePretrained:
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """``save_pretrained`` of a converted network: it writes what plain code loads.
 
     The weights of centralized layers are written centred, so that ``from_pretrained`` without
     anybatch gives the same output. The state of the method, and the weights as they were, are
     beside them under keys that plain code passes over, and the configuration names the methods.
-
-    Args:
-        model: The network, whose class has a ``save_pretrained`` that takes a ``state_dict``.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save; arguments are those of the network's class."""
-        model: Any = self.model
-        save = type(model).save_pretrained
-        bound = signature(save).bind(model, *args, **kwargs)
-        try:
-            plain_state_dict(model)
-        except ValueError as error:
-            warnings.warn(
-                "save_pretrained: plain code that loads this network gives other outputs; load it "
-                "with anybatch.integrations.transformers.from_pretrained. No plain layer is:\n"
-                + str(error).partition("\n")[2],
-                stacklevel=2,
-            )
-        state = bound.arguments.get("state_dict")
-        state = model.state_dict() if state is None else state
-        bound.arguments["state_dict"] = for_plain_code(model, state, complete=True)
-        setattr(model.config, RECORD, record_methods(model))
-        try:
-            return save(*bound.args, **bound.kwargs)
-        finally:
-            delattr(model.config, RECORD)
+    save = type(model).save_pretrained
+    bound = signature(save).bind(model, *args, **kwargs)
+    try:
+        plain_state_dict(model)
+    except ValueError as error:
+        warnings.warn(
+            "save_pretrained: plain code that loads this network gives other outputs; load it "
+            "with anybatch.integrations.transformers.from_pretrained. No plain layer is:\n"
+            + str(error).partition("\n")[2],
+            stacklevel=2,
+        )
+    state = bound.arguments.get("state_dict")
+    state = model.state_dict() if state is None else state
+    bound.arguments["state_dict"] = for_plain_code(model, state, complete=True)
+    setattr(model.config, RECORD, record_methods(model))
+    try:
+        return save(*bound.args, **bound.kwargs)
+    finally:
+        delattr(model.config, RECORD)
 
 
 def save_for_plain_code(model: nn.Module) -> None:
@@ -63,7 +54,7 @@ def save_for_plain_code(model: nn.Module) -> None:
     """
     save = getattr(type(model), "save_pretrained", None)
     if save is not None and hasattr(model, "config") and "state_dict" in signature(save).parameters:
-        model.__dict__["save_pretrained"] = SavePretrained(model)
+        model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
 
 def record_methods(model: nn.Module) -> dict[str, Any]:
