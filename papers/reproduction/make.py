@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from anybatch.tools.data import Dataset, load
 from anybatch.tools.machine import machine
 from anybatch.tools.objective import objective
-from anybatch.tools.processes import Busy, OnProgress, holding, in_processes
+from anybatch.tools.processes import OnProgress, in_processes
 from anybatch.tools.training import OnEpoch, train
 from papers.paper_run import PaperRun
 from papers.reproduction.costs import measure_costs
@@ -266,7 +268,7 @@ def _work(
         The result.
     """
     try:
-        with holding(folder / "runs" / f".{run.key}.lock"):
+        with FileLock(folder / "runs" / f".{run.key}.lock", timeout=0):
             data = _data(run)
             tunes = run.key in weighed
             keeps = tunes or run.key in begun
@@ -274,8 +276,8 @@ def _work(
             result = train(run, folder, on_epoch, keeps, data, record(run), initial)
             weighing = {"weighing": _weighing(run, folder, data)} if tunes else {}
             return {**result, **weighing, "device": _device(run.device)}
-    except Busy as busy:
-        return {"elsewhere": str(busy), "epochs": []}
+    except Timeout:
+        return {"elsewhere": True, "epochs": []}
 
 
 def _weights(folder: Path, run: PaperRun) -> "Mapping[str, Tensor]":
@@ -290,10 +292,10 @@ def _weights(folder: Path, run: PaperRun) -> "Mapping[str, Tensor]":
 def _measure(run: CostRun, folder: Path, on_question: OnEpoch) -> Row:
     """Measure costs in a process of their own."""
     try:
-        with holding(folder / "runs" / f".{run.key}.lock"):
+        with FileLock(folder / "runs" / f".{run.key}.lock", timeout=0):
             return {**measure_costs(run, on_question), "device": _device(run.device)}
-    except Busy as busy:
-        return {"elsewhere": str(busy), "epochs": []}
+    except Timeout:
+        return {"elsewhere": True, "epochs": []}
 
 
 def _weighing(run: PaperRun, folder: Path, data: Dataset) -> Row:

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
-from typing import Protocol, TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -19,27 +19,17 @@ from anybatch.tools.training import OnEpoch, Row
 OnProgress = Callable[[str, int, Row | None], None]
 
 
-class Keyed(Protocol):
-    """A job with files of its own."""
-
-    @property
-    def key(self) -> str:
-        """A name for them, unlike that of all others."""
-        ...
-
-
-Job = TypeVar("Job", bound=Keyed)
-Work = Callable[[Job, Path, OnEpoch], Row]
+Work = Callable[[Any, Path, OnEpoch], Row]
 
 
 def in_processes(
-    runs: list[Job], folder: Path, workers: int, on_progress: OnProgress, work: Work[Job]
+    runs: Sequence[Any], folder: Path, workers: int, on_progress: OnProgress, work: Work
 ) -> dict[str, Row]:
     """Do the same with each of the runs, in order, in processes of one thread each.
 
-    `work` is called in a process with a run, the folder and what to call after each epoch; it gives
-    the result. `on_progress` is called with a run's key, the epochs done, and its result at the
-    end.
+    Each run has a ``key`` that no other has. `work` is called in a process with a run, the folder
+    and what to call after each epoch; it gives the result. `on_progress` is called with a run's
+    key, the epochs done, and its result at the end.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; the processes are stopped first.
@@ -99,7 +89,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(work: Work[Job], run: Job, folder: Path) -> Row:
+def _work(work: Work, run: Any, folder: Path) -> Row:
     def tell(epochs: int, _: Row) -> None:
         if _news is not None:
             _news.put((run.key, epochs))
@@ -107,36 +97,20 @@ def _work(work: Work[Job], run: Job, folder: Path) -> Row:
     return work(run, folder, tell)
 
 
-class Busy(Exception):
-    """Another process holds a lock."""
-
-
-@contextmanager
-def holding(lock: Path) -> Iterator[None]:
-    """Hold a lock file; the lock ends with the process, even one that is killed.
-
-    Raises:
-        Busy: If another process holds it.
-    """
-    try:
-        with FileLock(lock, timeout=0):
-            yield
-    except Timeout as error:
-        raise Busy("another process is at work") from error
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process; two that write the same runs would undo each other's work.
+
+    The lock ends with the process, even one that is killed.
 
     Raises:
         ValueError: If another process holds it.
     """
     try:
-        with holding(folder / ".lock"):
+        with FileLock(folder / ".lock", timeout=0):
             yield
-    except Busy as error:
+    except Timeout as error:
         raise ValueError(
-            f"output={str(folder)!r}: {error} in it; wait for it, or give another folder with "
-            "--output"
+            f"output={str(folder)!r}: another process is at work in it; wait for it, or "
+            "give another folder with --output"
         ) from error
