@@ -1,7 +1,7 @@
 """Progress bars of the commands."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from rich.progress import (
     BarColumn,
@@ -13,26 +13,6 @@ from rich.progress import (
 )
 
 from anybatch.cli.console import errors
-
-
-class Trained(Protocol):
-    """A run, or anything else that is made epoch by epoch."""
-
-    @property
-    def key(self) -> str:
-        """Its name in progress reports."""
-
-    @property
-    def label(self) -> str:
-        """Its title."""
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-
-    @property
-    def epochs(self) -> int:
-        """Its epochs."""
 
 
 def progress_bars(quiet: bool) -> Progress:
@@ -61,8 +41,11 @@ def show_parts(bars: Progress, where: str = "") -> Callable[[str, int, int], Non
     return show
 
 
-def show_runs(bars: Progress, trained: Iterable[Trained]) -> Callable[[str, int, Any], None]:
-    """Return what shows a bar for all epochs, and one for each run under way."""
+def show_runs(bars: Progress, trained: Iterable[Any]) -> Callable[[str, int, Any], None]:
+    """Return what shows a bar for all epochs, and one for each run under way.
+
+    Each run has a key, a label, a seed and epochs.
+    """
     runs = {run.key: run for run in trained}
     total = bars.add_task("[bold]all epochs[/]", total=sum(run.epochs for run in runs.values()))
     done = dict.fromkeys(runs, 0)
