@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,17 +21,8 @@ if TYPE_CHECKING:
 NAMED = 24  # norms, up to which their names stand below a plot
 
 
-class Measured(Protocol):
-    """A diagnosis, as far as a figure needs it."""
-
-    @property
-    def layers(self) -> tuple[LayerNoise, ...]:
-        """The norms that were measured."""
-
-
-def figure(measured: Measured) -> Figure:
+def figure(layers: tuple[LayerNoise, ...]) -> Figure:
     """Noise of the four statistics of each norm, and the distributions of the noisiest."""
-    layers = measured.layers
     if not layers:
         raise ValueError("no batch norm was measured: there is no noise to plot")
     backward = any(layer.psi is not None for layer in layers)
@@ -112,14 +103,14 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def page(measured: Measured, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def page(diagnosis: Any, head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """The diagnosis as one HTML page; rows are the reading of each norm and its cells' texts."""
     return render(
         "anybatch.evaluation",
         "diagnosis.html.j2",
-        diagnosis=measured,
+        diagnosis=diagnosis,
         head=head,
         rows=rows,
-        picture=encoded(png(figure(measured), dpi=120)) if measured.layers else "",
+        picture=encoded(png(figure(layers), dpi=120)) if (layers := diagnosis.layers) else "",
         versions=f"anybatch {__version__}, torch {torch.__version__}",
     )

@@ -95,7 +95,7 @@ class Diagnosis:
         from anybatch.evaluation.diagnosis.report import figure
         from anybatch.evaluation.figures import save
 
-        save(figure(self), Path(path))
+        save(figure(self.layers), Path(path))
         return Path(path)
 
     def report(self, path: str | Path) -> Path:
