@@ -46,7 +46,7 @@ KNOWN_FOREIGN_NAMES: set[str] = set()
 KNOWN_LONG_FILES: set[str] = set()
 # Ceilings that only come down: to 300 lines for NormLayer and 20,000 for the package.
 NORM_LAYER_LINES = 225
-PACKAGE_LINES = 36583
+PACKAGE_LINES = 36492
 
 EXPORTED = list(anybatch.__all__)
 PUBLIC = {name: getattr(anybatch, name, None) for name in EXPORTED}
